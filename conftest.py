@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set-up of the project's own tests: one artifact store a session, shared by xdist workers; no network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Build everything anew in each session, and each thing once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["QEFF_VALIDATE_HOME"] = str(shared / "qv-store")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("QEFF_VALIDATE_SDK", None)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that a Hugging Face model says the same on PyTorch, ONNX Runtime and Qualcomm Cloud AI 100.
+
+Public names are loaded on first use; importing this package imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qeff_validate.artifact import Artifact
+    from qeff_validate.case import Case
+    from qeff_validate.engine import build, model, validate
+    from qeff_validate.errors import (
+        BuildError,
+        ConfigError,
+        IncomparableError,
+        RunError,
+        Unavailable,
+        ValidateError,
+    )
+    from qeff_validate.models.pooling import PooledModel
+    from qeff_validate.protocols import Settings, runtime
+    from qeff_validate.report import Report, Result
+    from qeff_validate.suites.checks import check_embed_model_pytorch_vs_onnx_vs_ai100
+    from qeff_validate.tensors import TensorSpec
+
+_HOMES = {
+    "Artifact": "artifact",
+    "BuildError": "errors",
+    "Case": "case",
+    "ConfigError": "errors",
+    "IncomparableError": "errors",
+    "PooledModel": "models.pooling",
+    "Report": "report",
+    "Result": "report",
+    "RunError": "errors",
+    "Settings": "protocols",
+    "TensorSpec": "tensors",
+    "Unavailable": "errors",
+    "ValidateError": "errors",
+    "build": "engine",
+    "check_embed_model_pytorch_vs_onnx_vs_ai100": "suites.checks",
+    "model": "engine",
+    "runtime": "protocols",
+    "validate": "engine",
+}
+
+__all__ = [
+    "Artifact",
+    "BuildError",
+    "Case",
+    "ConfigError",
+    "IncomparableError",
+    "PooledModel",
+    "Report",
+    "Result",
+    "RunError",
+    "Settings",
+    "TensorSpec",
+    "Unavailable",
+    "ValidateError",
+    "build",
+    "check_embed_model_pytorch_vs_onnx_vs_ai100",
+    "model",
+    "runtime",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qeff-validate")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"qeff_validate.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'qeff_validate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an ONNX file to a QPC, with the compiler of an SDK as a child process (qaic-contract §1.2, §6)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qeff_validate.case import Compile, Precision
+from qeff_validate.errors import BuildError, ConfigError
+from qeff_validate.sdk.locate import Sdk
+
+OWN_FLAGS = frozenset({
+    "m", "model", "aic-hw", "aic-hw-version", "aic-num-cores", "convert-to-fp16", "compile-only", "aic-binary-dir",
+    "mos", "network-specialization-config",
+})  # fmt: skip
+"""Flags that come from the case's own keys and must not be given a second time."""
+
+TAIL = 30
+"""Lines of the compiler's output that an error shows."""
+
+
+def compile_key(options: Compile, precision: Precision, buckets: Sequence[Mapping[str, int]], sdk: Sdk) -> Any:
+    """Return what a QPC depends on besides the ONNX file."""
+    return {
+        "options": options.model_dump(mode="json", exclude={"timeout_s"}),
+        "precision": precision.model_dump(mode="json"),
+        "buckets": [dict(bucket) for bucket in buckets],
+        "sdk": sdk.fingerprint(),
+    }
+
+
+def compile_qpc(
+    onnx: Path,
+    folder: Path,
+    *,
+    sdk: Sdk,
+    options: Compile,
+    precision: Precision,
+    buckets: Sequence[Mapping[str, int]],
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Write the QPC to ``<folder>/qpc`` and the compiler's output to ``<folder>/compile.log``.
+
+    Args:
+        onnx: the model; its external data lies beside it.
+        folder: an existing directory.
+        sdk: whose compiler is run.
+        options: cores, hardware, time limit, further flags.
+        precision: fp16 adds ``-convert-to-fp16``.
+        buckets: the symbols' values of each specialization.
+        say: gets each line of output as it comes.
+
+    Raises:
+        Unavailable: the SDK has no compiler.
+        BuildError: it failed, took too long, or wrote no ``programqpc.bin``.
+    """
+    command, old = sdk.compiler()
+    config = folder / "specializations.json"
+    # the flat form: every SDK reads it, the named one only the newest (qaic-contract §6.2)
+    flat = [{name: str(value) for name, value in bucket.items()} for bucket in buckets]
+    config.write_text(json.dumps({"specializations": flat}, indent=1), encoding="utf-8")
+    command += [
+        "-aic-hw",
+        f"-aic-hw-version={'2.0' if old else options.aic_hw_version}",
+        *(["-compile-only"] if old else []),
+        f"-m={onnx}",
+        f"-aic-num-cores={options.num_cores}",
+        *(["-convert-to-fp16"] if precision.compute == "fp16" else []),
+        *([f"-mos={options.mos}"] if options.mos is not None else []),
+        f"-network-specialization-config={config}",
+        f"-aic-binary-dir={folder / 'qpc'}",
+        *_flags(options.flags),
+    ]
+    code, lines = run_child(command, timeout_s=options.timeout_s, say=say)
+    (folder / "compile.log").write_text("\n".join([" ".join(command), *lines, ""]), encoding="utf-8")
+    if code != 0:
+        raise BuildError(f"the compiler failed with exit code {code}: {_last(lines)}\n{_shown(command, lines)}")
+    if not (folder / "qpc" / "programqpc.bin").is_file():
+        raise BuildError(f"the compiler said success but wrote no programqpc.bin\n{_shown(command, lines)}")
+
+
+def _flags(flags: Mapping[str, str | int | bool]) -> list[str]:
+    made = []
+    for key, value in flags.items():
+        name = key.lstrip("-").replace("_", "-")
+        if name in OWN_FLAGS:
+            raise ConfigError(f"compile.flags.{key}: this flag is set from the case's own keys; leave it out")
+        if value is True:
+            made.append(f"-{name}")
+        elif value is not False:
+            made.append(f"-{name}={value}")
+    return made
+
+
+def _last(lines: Sequence[str]) -> str:
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def _shown(command: Sequence[str], lines: Sequence[str]) -> str:
+    shown = "\n".join(f"  | {line}" for line in lines[-TAIL:])
+    return f"  command: {' '.join(command)}\n{shown}".rstrip()
+
+
+def run_child(
+    command: Sequence[str], *, timeout_s: float, say: Callable[[str], None] | None = None
+) -> tuple[int, list[str]]:
+    """Run a command to its end in a process group of its own, which never outlives this process.
+
+    Returns:
+        Exit code and the lines of both output streams, in order.
+
+    Raises:
+        BuildError: it cannot be started, or it ran longer than ``timeout_s`` and was killed.
+    """
+    try:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_die_with_parent if _LIBC is not None else None,  # noqa: PLW1509 (one system call, no lock)
+        )
+    except OSError as exc:
+        raise BuildError(f"cannot start the compiler {command[0]}: {exc.strerror}") from exc
+    lines: list[str] = []
+    reader = threading.Thread(target=_read, args=(child, lines, say), daemon=True)
+    reader.start()
+    try:
+        code = child.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired as exc:
+        _kill(child)
+        raise BuildError(
+            f"the compiler did not finish within {timeout_s:g} s and was killed; raise compile.timeout_s if it"
+            f" needs longer\n{_shown(command, lines)}"
+        ) from exc
+    except BaseException:
+        _kill(child)
+        raise
+    finally:
+        reader.join(timeout=5)
+    return code, lines
+
+
+def _read(child: subprocess.Popen[str], lines: list[str], say: Callable[[str], None] | None) -> None:
+    assert child.stdout is not None
+    with child.stdout:
+        for line in child.stdout:
+            lines.append(line.rstrip("\n"))
+            if say is not None:
+                say(lines[-1])
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill the child when its parent dies, however it dies (prctl(2))."""
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases: what to validate, as data. A config file is YAML; unknown keys are errors with a suggestion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qeff_validate.compare import check_tolerance
+from qeff_validate.errors import ConfigError, suggest
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Inputs(Strict):
+    """The texts of a case; the built-in corpus if neither is given."""
+
+    texts: list[str] | None = Field(None, description="texts to embed, at least three distinct ones")
+    texts_file: str | None = Field(None, description="UTF-8 file with one text per line, relative to the config")
+
+    @model_validator(mode="after")
+    def _one(self) -> Inputs:
+        if self.texts is not None and self.texts_file is not None:
+            raise ValueError("give texts or texts_file, not both")
+        return self
+
+
+class Compile(Strict):
+    """Options of the AI 100 compiler (qaic-contract §6.1)."""
+
+    num_cores: Positive = Field(16, description="NSPs per activation")
+    aic_hw_version: Literal["ai100"] = Field("ai100", description="target hardware")
+    num_devices: Literal[1] = Field(1, description="cards that share the model")
+    mos: int | None = Field(None, description="on-chip memory effort; the compiler's own choice if null")
+    timeout_s: float = Field(1800, gt=0, description="the compiler is stopped after so many seconds")
+    flags: dict[str, str | int | bool] = Field({}, description="further flags: {multicast-weights: true}")
+
+
+class Precision(Strict):
+    """What the device computes with."""
+
+    compute: Literal["fp16", "fp32"] = Field("fp16", description="fp16: compiled with -convert-to-fp16")
+
+
+class Case(Strict):
+    """One row of a config: what to validate, on which runtimes, within which bounds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", description="unique; appears in test ids")
+    model: str = Field("embedding", description="model kind")
+    source: str = Field(description="package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE or a hub id")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    config: dict[str, Any] = Field({}, description="overrides of the Hugging Face config of a random: source")
+    options: dict[str, Any] = Field({}, description="options of the model kind")
+    inputs: Inputs = Inputs()
+    exporter: Literal["dynamo"] = "dynamo"
+    compile: Compile = Compile()
+    precision: Precision = Precision()
+    tolerance: dict[str, dict[str, Any]] = Field({}, description="{runtime: {metric: bound, why: reason}}")
+    runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
+    seed: Annotated[int, Field(ge=0)] = 0
+    marks: list[str] = Field([], description="pytest marks of the case's tests")
+
+    @field_validator("tolerance")
+    @classmethod
+    def _bounds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for runtime, bounds in value.items():
+            try:
+                check_tolerance(runtime, bounds)
+            except ConfigError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("runtimes")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a runtime is named twice in {value}")
+        return value
+
+    def plain(self) -> dict[str, Any]:
+        """Return the case as plain data, for fingerprints and reports."""
+        return self.model_dump(mode="json")
+
+
+class Config(Strict):
+    """A config file: cases, and defaults for any key of them but the name."""
+
+    defaults: dict[str, Any] = {}
+    cases: list[Case] = Field(min_length=1)
+
+
+def load_cases(paths: Sequence[Path]) -> list[Case]:
+    """Read config files.
+
+    Returns:
+        The cases in order; paths in them are absolute.
+
+    Raises:
+        ConfigError: a file is missing or no YAML, a key or value is wrong, or a name occurs twice.
+    """
+    cases: list[Case] = []
+    seen: dict[str, Path] = {}
+    for path in paths:
+        for case in _read(path):
+            if case.name in seen:
+                raise ConfigError(f"{path}: case name {case.name!r} is taken already, in {seen[case.name]}")
+            seen[case.name] = path
+            cases.append(case)
+    return cases
+
+
+def schema() -> str:
+    """Return the JSON Schema of config files, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+def _read(path: Path) -> list[Case]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read config {path}: {exc}") from exc
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is no YAML: {exc}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a mapping with 'cases:', this is {type(data).__name__}")
+    data = _with_defaults(data, path)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, str(path), data)) from exc
+    return [_absolute(case, path.resolve().parent) for case in config.cases]
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for (key, value), name in zip(node.value, keys, strict=True):
+            if keys.count(name) > 1:
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {name!r} stands twice in one mapping")
+            _refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, path)
+
+
+def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    defaults, cases = data.get("defaults") or {}, data.get("cases")
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: defaults: is a mapping of case keys, this is {type(defaults).__name__}")
+    allowed = set(Case.model_fields) - {"name"}
+    for key in defaults:
+        if key not in allowed:
+            raise ConfigError(f"{path}: defaults.{key}: unknown key.{suggest(str(key), allowed)}")
+    if not isinstance(cases, list):
+        return data
+    return {**data, "cases": [_merge(defaults, case) if isinstance(case, dict) else case for case in cases]}
+
+
+def _merge(defaults: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **case}
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(case.get(key), dict):
+            merged[key] = {**value, **case[key]}
+    return merged
+
+
+def _absolute(case: Case, folder: Path) -> Case:
+    update: dict[str, Any] = {}
+    if case.source.startswith("path:"):
+        update["source"] = f"path:{folder / Path(case.source[5:]).expanduser()}"
+    if case.inputs.texts_file is not None:
+        update["inputs"] = Inputs(texts_file=str(folder / Path(case.inputs.texts_file).expanduser()))
+    return case.model_copy(update=update)
+
+
+def explain(exc: ValidationError, where: str, data: Any = None) -> str:
+    """Turn pydantic's errors into lines that name the key, the value and the remedy."""
+    return "\n".join(_lines(exc, where, data))
+
+
+def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
+    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Compile, Precision)}
+    known = models.get(exc.title)
+    for error in exc.errors():
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+        name = _case_name(data, error["loc"])
+        head = f"{where}: {place}{f' (case {name!r})' if name else ''}"
+        if error["type"] == "extra_forbidden":
+            fields = _fields(known, error["loc"][:-1]) if known else exc_fields(exc)
+            yield f"{head}: unknown key.{suggest(str(error['loc'][-1]), fields)}"
+        elif error["type"] == "missing":
+            yield f"{head}: is missing"
+        else:
+            message = error["msg"].removeprefix("Value error, ")
+            yield f"{head}: {message} (got {error['input']!r})" if "got" not in message else f"{head}: {message}"
+
+
+def exc_fields(exc: ValidationError) -> list[str]:
+    """Return the field names of the options class that an error came from."""
+    for cls in Strict.__subclasses__():
+        if cls.__name__ == exc.title:
+            return list(cls.model_fields)
+    return []
+
+
+def _fields(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = getattr(annotation, "__args__", (annotation,))[0]
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def _case_name(data: Any, loc: Sequence[int | str]) -> str | None:
+    if len(loc) > 1 and loc[0] == "cases" and isinstance(loc[1], int):
+        case = data["cases"][loc[1]]
+        return case.get("name") if isinstance(case, dict) else None
+    return None

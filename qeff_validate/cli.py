@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: a thin layer over the engine. Exit codes are those of `Report.exit_code`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.report import DEFAULT_DIR
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qeff_validate.case import Case
+
+EPILOG = (
+    "Exit codes: 0 everything asked for agrees · 1 a mismatch or an inconclusive result · 2 wrong usage or config · "
+    "3 an error, a required runtime that did not run, or nothing compared · 130 interrupted."
+)
+
+app = typer.Typer(
+    name="qeff-validate",
+    help="Prove that a Hugging Face model says the same on PyTorch, ONNX Runtime and Qualcomm Cloud AI 100.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Configs = Annotated[list[Path], typer.Argument(help="YAML config files", metavar="CONFIG…")]
+Sdk = Annotated[
+    str | None, typer.Option("--sdk", help="prefix of the AI 100 SDK (default: QEFF_VALIDATE_SDK, /opt/qti-aic)")
+]
+StoreDir = Annotated[
+    Path | None, typer.Option("--store", help="artifact store (default: QEFF_VALIDATE_HOME, user cache)")
+]
+
+
+@app.command(epilog=EPILOG)
+def run(
+    configs: Configs,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="only this case; may be given more than once")
+    ] = None,
+    runtimes: Annotated[str | None, typer.Option(help="instead of the cases' own, e.g. torch,ort,sim,ai100")] = None,
+    require: Annotated[str, typer.Option(help="runtimes that must run; 'not run' is then an error")] = "",
+    device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
+    sdk: Sdk = None,
+    report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    store: StoreDir = None,
+    allow_inconclusive: Annotated[bool, typer.Option("--allow-inconclusive", help="do not fail on these")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the compiler's output as it comes")] = False,
+) -> None:
+    """Run cases on runtimes, compare every output with Hugging Face, print and write the verdicts.
+
+    Example: [bold]qeff-validate run configs/quickstart.yaml --runtimes ort,sim[/]
+    """
+    from qeff_validate.engine import load, validate
+    from qeff_validate.protocols import Settings
+    from qeff_validate.report import problems
+
+    cases = _chosen(load(configs), case or [])
+    names = _split(runtimes) if runtimes is not None else None
+    if names is not None and not names:
+        raise ConfigError("--runtimes names no runtime")
+    settings = Settings(sdk=sdk, device_ids=tuple(_number(text) for text in _split(device_ids)))
+    required = _known_runtimes(_split(require))
+    made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose))
+    made.write(report)
+    plain = made.plain()
+    out = _console()
+    out.print(made.table())
+    for text in problems(plain):
+        out.print(f"\n{text}" if "\n" in text else text, markup=False, highlight=False, soft_wrap=True)
+    out.print(f"report: {report / 'report.json'}, {report / 'report.md'}", markup=False, soft_wrap=True)
+    for text in made.closing():
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(made.exit_code(require=required, allow_inconclusive=allow_inconclusive))
+
+
+@app.command("list")
+def list_cases(configs: Configs) -> None:
+    """List the cases of configs with their runtimes; a config with an error says where it is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qeff_validate.engine import load
+
+    table = Table("case", "model", "source", "runtimes", "options", box=None, pad_edge=False)
+    for case in load(configs):
+        options = ", ".join(f"{key}={value}" for key, value in case.options.items())
+        table.add_row(*(escape(t) for t in (case.name, case.model, case.source, ",".join(case.runtimes), options)))
+    _console().print(table)
+
+
+@app.command()
+def doctor(sdk: Sdk = None, store: StoreDir = None) -> None:
+    """Say what is installed, which runtimes can be used here, and why not."""
+    from qeff_validate.builders.store import Store
+    from qeff_validate.engine import environment
+    from qeff_validate.protocols import Settings, registered, runtime
+    from qeff_validate.sdk.locate import installed
+
+    settings = Settings(sdk=sdk)
+    known = environment(settings)
+    lines = ["versions"]
+    lines += [f"  {name:15} {version or 'not installed'}" for name, version in known["versions"].items()]
+    lines.append("runtimes")
+    for name in sorted(registered("runtimes")):
+        lines.append(f"  {name:15} {runtime(name, settings).probe() or 'usable'}")
+    found = installed(sdk)
+    lines += ["AI 100 SDK", f"  {'prefix':15} {found.prefix}{'' if found.prefix.is_dir() else ' (not there)'}"]
+    try:
+        lines.append(f"  {'compiler':15} {' '.join(found.compiler()[0])}")
+    except ValidateError as exc:
+        lines.append(f"  {'compiler':15} {exc}")
+    lines += [f"  {name:15} {version or 'not installed'}" for name, version in found.versions().items()]
+    lines += [f"  {'QID ' + str(c.qid):15} {c.values.get('Status')}, free NSPs {c.free_cores}" for c in found.cards()]
+    lines += ["store", f"  {'directory':15} {Store(store).root}"]
+    _console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of config files, for editors."""
+    from qeff_validate.case import schema as text
+
+    sys.stdout.write(text())
+
+
+def _chosen(cases: list[Case], names: list[str]) -> list[Case]:
+    known = [case.name for case in cases]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--case: no case is called {name!r}.{suggest(name, known)}")
+    return [case for case in cases if not names or case.name in names]
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str) -> int:
+    if not text.isdigit():
+        raise ConfigError(f"--device-ids: {text!r} is no card id; give numbers such as 0,1")
+    return int(text)
+
+
+def _known_runtimes(names: list[str]) -> list[str]:
+    from qeff_validate.protocols import registered
+
+    known = registered("runtimes")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--require: no runtime is called {name!r}.{suggest(name, known)}")
+    return names
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # a pipe has no width: let lines be as long as they are
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+class Terminal:
+    """Progress on stderr: a spinner on a terminal, one line a step elsewhere."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._console = _console(stderr=True)
+        self._verbose = verbose
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Show a step while it lasts, and how long it took if that was long."""
+        start = time.perf_counter()
+        if self._console.is_terminal and not self._verbose:
+            with self._console.status(text):
+                yield
+        else:
+            yield
+        seconds = time.perf_counter() - start
+        if seconds >= 0.5:
+            self._console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Show a line of a child's output if it was asked for."""
+        if self._verbose:
+            self._console.print(f"  | {text}", markup=False, highlight=False)
+
+
+def _terminated(_signum: int, _frame: Any) -> NoReturn:
+    """Leave by an exception, so that children are killed and unfinished work is removed."""
+    sys.exit(143)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    import click
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
+    except ConfigError as exc:
+        return _complain(exc, 2)
+    except ValidateError as exc:
+        return _complain(exc, 3)
+    except click.exceptions.Abort:
+        return _complain("interrupted; finished artifacts are in the store, nothing is half-written", 130)
+    except click.exceptions.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    return int(code or 0)
+
+
+def _complain(problem: object, code: int) -> int:
+    _console(stderr=True).print(f"qeff-validate: {problem}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place where the pieces meet: case → model → artifact → runtime → tensors → verdict → report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from qeff_validate.artifact import Artifact, Kind, fingerprint
+from qeff_validate.builders.store import Entry, Store, code_key
+from qeff_validate.case import Case, explain, load_cases
+from qeff_validate.compare import Rows, bounds_for, compare
+from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.metrics import row_errors
+from qeff_validate.models.sources import versions
+from qeff_validate.protocols import Model, Runtime, Session, Settings, model_kind, registered, runtime
+from qeff_validate.report import Report, Result
+from qeff_validate.sdk.locate import Sdk, installed, simulated
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Is told what is going on; the default says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:
+        """Enclose one long step."""
+
+    def line(self, text: str) -> None:
+        """Take one line of a child's output."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Ignore the step."""
+        return nullcontext()
+
+    def line(self, text: str) -> None:
+        """Ignore the line."""
+
+
+def load(paths: Sequence[Path]) -> list[Case]:
+    """Read config files and check each case's options, runtimes and tolerances. Loads no framework.
+
+    Raises:
+        ConfigError: with file, key, value and remedy.
+    """
+    cases = load_cases(paths)
+    for case in cases:
+        check(case)
+    return cases
+
+
+def check(case: Case) -> Any:
+    """Return a case's validated options; its runtimes and model kind must be known.
+
+    Raises:
+        ConfigError: an option, a runtime or the model kind is wrong.
+    """
+    for name in (*case.runtimes, *case.tolerance):
+        if name not in registered("runtimes"):
+            raise ConfigError(
+                f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
+            )
+    try:
+        return model_kind(case).options.model_validate(case.options)
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, f"case {case.name!r}: options")) from exc
+
+
+def validate(
+    case: Case | Sequence[Case],
+    runtimes: Sequence[str] | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    store: Path | str | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run cases on runtimes and compare every output with the Hugging Face reference.
+
+    Args:
+        case: one case or several.
+        runtimes: instead of those that the cases name.
+        model: an in-memory torch model instead of the case's source; it is left unchanged.
+        tokenizer: the tokenizer of ``model``.
+        store: directory of the artifact store; default: ``$QEFF_VALIDATE_HOME``, else the user's cache.
+        settings: SDK prefix, cards, threads.
+        progress: is told of each long step.
+
+    Returns:
+        A report with one result for each case and runtime. A mismatch is a result, and so is an error.
+
+    Raises:
+        ConfigError: a case or runtime name is wrong, before anything is run.
+    """
+    cases = [case] if isinstance(case, Case) else list(case)
+    runner = Runner(store=store, settings=settings, progress=progress, model=model, tokenizer=tokenizer)
+    planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
+    for item, name in planned:
+        check(item)
+        runner.adapter(name)
+    return Report(tuple(runner.result(item, name) for item, name in planned), environment(runner.settings))
+
+
+class Runner:
+    """Runs one (case, runtime) at a time; what a case's runtimes share is made once while the case stays the same."""
+
+    def __init__(
+        self,
+        *,
+        store: Path | str | None = None,
+        settings: Settings | None = None,
+        progress: Progress | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self._store, self._progress = Store(store), progress or Silent()
+        self._model, self._tokenizer = model, tokenizer
+        self._adapters: dict[str, Runtime] = {}
+        self._pipeline: Pipeline | None = None
+
+    def adapter(self, name: str) -> Runtime:
+        """Return the runtime adapter of this name, made once."""
+        if name not in self._adapters:
+            self._adapters[name] = runtime(name, self.settings)
+        return self._adapters[name]
+
+    def result(self, case: Case, name: str) -> Result:
+        """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
+        if self._pipeline is None or self._pipeline.case != case:
+            self._pipeline = None  # let go of the last case's module before the next is loaded
+            self._pipeline = Pipeline(
+                case, check(case), self._store, self._progress, model=self._model, tokenizer=self._tokenizer
+            )
+        return self._pipeline.result(self.adapter(name))
+
+
+def model(case: Case, *, given: Any = None, tokenizer: Any = None) -> Model:
+    """Return the model wrapper of a case.
+
+    Raises:
+        ConfigError: an option or the source is wrong.
+        Unavailable: the source is not here.
+    """
+    return model_kind(case).create(case, check(case), given, tokenizer)
+
+
+def build(
+    made: Model, kind: Kind, *, case: Case | None = None, store: Path | str | None = None, sdk: Sdk | None = None
+) -> Artifact:
+    """Return an artifact of a model: ``module``, ``onnx``, or ``qpc`` with the compiler of an SDK.
+
+    Args:
+        made: a model wrapper from `model`.
+        kind: what to build.
+        case: gives compile options and precision of a QPC; default: the wrapper's own case.
+        store: directory of the artifact store.
+        sdk: whose compiler; default: the simulated one.
+    """
+    owner = case or getattr(made, "case", None)
+    if owner is None:
+        raise ConfigError("build needs case=… for a model wrapper that carries none")
+    return Pipeline(owner, None, Store(store), Silent(), wrapper=made).artifact(kind, sdk or simulated())
+
+
+class Pipeline:
+    """One case's way from inputs to results; each stage happens once, and what failed stays failed."""
+
+    def __init__(
+        self,
+        case: Case,
+        options: Any,
+        store: Store,
+        progress: Progress,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        wrapper: Model | None = None,
+    ) -> None:
+        self.case, self.options, self.store, self.progress = case, options, store, progress
+        self._given, self._tokenizer, self._wrapper = model, tokenizer, wrapper
+        self._done: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def result(self, adapter: Runtime) -> Result:
+        """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
+        base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
+        try:
+            missing = adapter.probe()
+            if missing:
+                return Result(**base, status="not_run", reason=missing)
+            base["simulated"] = bool(getattr(adapter, "simulated", False))
+            base["precision"] = self.case.precision.compute if adapter.kind == "qpc" else "fp32"
+            return self._judged(adapter, base)
+        except ValidateError as exc:
+            stage = "config" if isinstance(exc, ConfigError) else exc.stage
+            return Result(**base, status="error", reason=str(exc), stage=stage)
+        except Exception as exc:  # one runtime's crash must not lose the other results
+            notes = ("".join(traceback.format_exception(exc)[-3:]),)
+            reason = f"unexpected {type(exc).__name__}: {exc}"
+            return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
+
+    def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
+        inputs = self.inputs()
+        reference, floor = self.reference(), self.floor()
+        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        with ExitStack() as held:
+            start = time.perf_counter()
+            with self._stage("load", adapter.name):
+                session = Timed(held.enter_context(adapter.open(artifact)))
+            loaded = time.perf_counter() - start
+            with self._stage("run", adapter.name):
+                actual = self.model().infer(session, inputs)
+        with self._stage("compare", adapter.name):
+            override = self.case.tolerance.get(adapter.name, {})
+            bounds = bounds_for(base["precision"], floor=floor, override=override)
+            rows = Rows(inputs.labels, inputs.tokenless)
+            verdict = compare(reference, actual, bounds, rows=rows, floor=floor, seed=self.case.seed)
+        stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
+        times = {name: self.seconds[name] for name in stages if name in self.seconds}
+        return Result(
+            **base,
+            status=verdict.status,
+            reason=verdict.reason,
+            stage="compare" if verdict.status != "pass" else None,
+            metrics=verdict.metrics,
+            planned=verdict.planned,
+            compared=verdict.compared,
+            timings_s={**times, "load": round(loaded, 4), **session.timings(len(inputs.labels))},
+            artifact={
+                "kind": artifact.kind,
+                "path": str(artifact.path) if artifact.path else None,
+                "digest": artifact.digest,
+            },
+            notes=tuple(inputs.notes),
+        )
+
+    def model(self) -> Model:
+        """Return the model wrapper."""
+        if self._wrapper is not None:
+            return self._wrapper
+        create = model_kind(self.case).create
+        return self._once("model", lambda: create(self.case, self.options, self._given, self._tokenizer))
+
+    def inputs(self) -> Any:
+        """Return the model's inputs, stored by texts and tokenizer."""
+        return self._once("inputs", lambda: self.model().inputs(self._inputs()[0]))
+
+    def _inputs(self) -> tuple[Tensors, Entry]:
+        made = self.model()
+        return self._once(
+            "tokenize", lambda: self.store.tensors("inputs", {**made.inputs_key(), "code": code_key()}, made.tokenize)
+        )
+
+    def _reference_key(self, dtype: str) -> dict[str, Any]:
+        made = self._body_key()
+        return {"model": made, "inputs": self._inputs()[1].digest, "dtype": dtype, "code": code_key()}
+
+    def _body_key(self) -> Mapping[str, Any]:
+        return self._once("fingerprint", lambda: {**self.model().fingerprint(), **versions("torch")})
+
+    def reference(self) -> Tensors:
+        """Return the float32 outputs of the Hugging Face model, stored by model and inputs."""
+
+        def make() -> Tensors:
+            return self.model().reference(self.inputs(), dtype="float32")
+
+        return self._once(
+            "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
+        )
+
+    def floor(self) -> float:
+        """Return the noise of the reference: its worst relative L2 in float32 against float64."""
+
+        def make() -> Tensors:
+            import numpy as np
+
+            inputs, exact = self.inputs(), self.model().reference(self.inputs(), dtype="float64")
+            kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
+            worst = [np.max(row_errors(exact[name][kept], self.reference()[name][kept]).rel_l2) for name in exact]
+            return {"floor": np.array([np.max(worst)])}
+
+        def get() -> float:
+            stored, _ = self.store.tensors("floor", self._reference_key("float64"), make)
+            return float(stored["floor"][0])
+
+        return self._once("floor", get, show=True)
+
+    def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
+        """Return the artifact that a runtime of this kind opens."""
+        if kind == "module":
+            return self.module()
+        return self.onnx() if kind == "onnx" else self.qpc(sdk)
+
+    def module(self) -> Artifact:
+        """Return the torch module, in memory."""
+        digest = fingerprint(self._body_key())
+        payload = self._once("module", lambda: self.model().module(), show=True)
+        return Artifact("module", None, digest, self._body_key(), (payload[0], self.model().graph))
+
+    def onnx(self) -> Artifact:
+        """Return the exported ONNX file, stored by model, exporter and code."""
+        from qeff_validate.builders.export import export_key, export_onnx
+
+        def make(folder: Path) -> None:
+            self.module()
+            module, examples = self._done["module"]
+            export_onnx(module, examples, self.model().graph, folder)
+
+        key = {"model": self._body_key(), "export": export_key(), "code": code_key()}
+        entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
+        self.seconds["export"] = entry.seconds
+        return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance)
+
+    def qpc(self, sdk: Sdk | None) -> Artifact:
+        """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
+        from qeff_validate.builders.compile import compile_key, compile_qpc
+
+        if sdk is None:
+            raise ConfigError("a runtime of kind qpc needs an attribute sdk, whose compiler is used")
+        source, case = self.onnx(), self.case
+        buckets = self.model().graph.buckets
+
+        def make(folder: Path) -> None:
+            assert source.path is not None
+            compile_qpc(
+                source.path,
+                folder,
+                sdk=sdk,
+                options=case.compile,
+                precision=case.precision,
+                buckets=buckets,
+                say=self.progress.line,
+            )
+
+        key = {
+            "onnx": source.digest,
+            "compile": compile_key(case.compile, case.precision, buckets, sdk),
+            "code": code_key(),
+        }
+        name = "compile" if not sdk.built_in else "compile (simulated)"
+        entry = self._once(name, lambda: self.store.entry("qpc", key, make, waiting=self._waiting), show=True)
+        self.seconds["compile"] = entry.seconds
+        return Artifact("qpc", entry.path / "qpc", entry.digest, entry.provenance)
+
+    def _waiting(self) -> None:
+        self.progress.line("another process is building the same artifact; waiting for it")
+
+    def _once(self, name: str, make: Callable[[], T], *, show: bool = False) -> T:
+        if name not in self._done:
+            with self._stage(name, quiet=not show):
+                try:
+                    self._done[name] = make()
+                except ValidateError as exc:
+                    self._done[name] = exc
+                    raise
+        done: T | ValidateError = self._done[name]
+        if isinstance(done, ValidateError):
+            raise done
+        return done
+
+    @contextmanager
+    def _stage(self, name: str, runtime: str = "", *, quiet: bool = False) -> Iterator[None]:
+        text = f"{self.case.name}: {name}{f' on {runtime}' if runtime else ''}"
+        with nullcontext() if quiet else self.progress.step(text):
+            try:
+                yield
+            except Exception as exc:
+                if getattr(exc, "stage", None) is None:
+                    exc.stage = name  # type: ignore[attr-defined]
+                raise
+
+
+class Timed:
+    """A session that notes how long each run took."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.inputs: tuple[TensorSpec, ...] = session.inputs
+        self.outputs: tuple[TensorSpec, ...] = session.outputs
+        self.shapes: tuple[Shapes, ...] = session.shapes
+        self._seconds: list[float] = []
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        """Run and take the time."""
+        start = time.perf_counter()
+        out = self._session.run(feeds, fetch=fetch)
+        self._seconds.append(time.perf_counter() - start)
+        return out
+
+    def reset(self) -> None:
+        """Forget retained state."""
+        self._session.reset()
+
+    def timings(self, rows: int) -> dict[str, float]:
+        """Return first run, median of the later ones, their number, and rows per second over all."""
+        first, rest = self._seconds[0], self._seconds[1:] or self._seconds
+        return {
+            "first_run": round(first, 6),
+            "median_run": round(median(rest), 6),
+            "runs": len(self._seconds),
+            "rows_per_s": round(rows / sum(self._seconds), 2),
+        }
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Return what a reader of a report needs to know of where it was made."""
+    sdk = installed(settings.sdk)
+    names = ("qeff-validate", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy", "peft")
+    return {
+        "versions": {"python": platform.python_version(), **versions(*names)},
+        "sdk": {"prefix": str(sdk.prefix), **sdk.versions()} if sdk.prefix.is_dir() else None,
+        "simulated_sdk": simulated().versions(),
+        "cards": [{"qid": card.qid, **card.values} for card in sdk.cards()] if sdk.prefix.is_dir() else [],
+        "host": {"system": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }

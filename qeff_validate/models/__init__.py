@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model wrappers. Importing this package loads no framework."""

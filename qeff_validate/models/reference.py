@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the original Hugging Face body, row by row, in float32 or float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.metrics import Floats
+from qeff_validate.models.sources import foreign
+from qeff_validate.tensors import Array
+
+
+def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[Floats | None]:
+    """Yield the hidden states of each row ``[n, hidden]`` in float64; None for a row without a token.
+
+    Each row runs by itself at its natural length, so no padding and no neighbour can touch it.
+    """
+    with torch.inference_mode(), computing_in(body, dtype):
+        for row in ids:
+            if row.size == 0:
+                yield None
+                continue
+            tokens = torch.from_numpy(np.ascontiguousarray(row))[None]
+            with foreign("run the Hugging Face model"):
+                out: Any = body(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
+            if hidden is None:
+                raise ConfigError(
+                    f"{type(body).__name__} returns no last_hidden_state but {', '.join(out.keys())}:"
+                    " give the body (AutoModel), not a model with a task head"
+                )
+            yield hidden[0].to(torch.float64).numpy()
+
+
+@contextmanager
+def computing_in(body: nn.Module, dtype: str) -> Iterator[None]:
+    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit."""
+    if dtype == "float32":
+        yield
+        return
+    body.double()
+    try:
+        yield
+    finally:
+        body.float()

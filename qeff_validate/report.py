@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results, the report, and its one writer: ``report.json``, ``report.md``, a table for terminals and notebooks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_validate.compare import Judged, Status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+DEFAULT_DIR = "qv-report"
+MARKS: Mapping[str, str] = {
+    "pass": "green",
+    "fail": "bold red",
+    "inconclusive": "yellow",
+    "error": "bold magenta",
+    "not_run": "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came out for one case on one runtime."""
+
+    case: str
+    runtime: str
+    status: Status
+    reason: str = ""
+    stage: str | None = None
+    reference: str = "hf"
+    precision: str | None = None
+    simulated: bool = False
+    metrics: tuple[Judged, ...] = ()
+    planned: int = 0
+    compared: int = 0
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    artifact: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the result as report.json holds it; non-finite numbers are strings."""
+        made: dict[str, Any] = {
+            "case": self.case,
+            "runtime": self.runtime,
+            "reference": self.reference,
+            "precision": self.precision,
+            "simulated": self.simulated,
+            "status": self.status,
+            "reason": self.reason,
+            "stage": self.stage,
+            "metrics": [_metric(item) for item in self.metrics],
+            "coverage": {"planned": self.planned, "compared": self.compared},
+            "timings_s": dict(self.timings_s),
+            "artifact": dict(self.artifact) if self.artifact is not None else None,
+            "notes": list(self.notes),
+        }
+        return {key: finite(value) for key, value in made.items()}
+
+
+def _metric(item: Judged) -> dict[str, Any]:
+    bound = item.bound
+    return {
+        "name": item.metric.name,
+        "value": item.metric.value,
+        "bound": bound.value if bound else None,
+        "source": bound.source if bound else None,
+        "why": bound.why if bound else None,
+        "worst": dict(item.metric.worst),
+        "passed": item.passed,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Results and the environment they were made in."""
+
+    results: tuple[Result, ...]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True if something was compared and nothing failed."""
+        return self.exit_code() == 0
+
+    def exit_code(self, *, require: Iterable[str] = (), allow_inconclusive: bool = False) -> int:
+        """Return 2 for a wrong config, 1 for a mismatch or inconclusive, 3 for an error or nothing compared, else 0.
+
+        Args:
+            require: runtimes whose ``not_run`` counts as an error.
+            allow_inconclusive: do not count inconclusive results as failures.
+        """
+        statuses = Counter(result.status for result in self.results)
+        required = set(require)
+        unmet = required - {result.runtime for result in self.results}
+        unmet |= {result.runtime for result in self.results if result.status == "not_run"} & required
+        if any(result.status == "error" and result.stage == "config" for result in self.results):
+            return 2
+        if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
+            return 1
+        compared = any(result.compared for result in self.results)
+        return 3 if statuses["error"] or unmet or not compared else 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the report as report.json holds it; non-finite numbers are strings."""
+        return merged([result.plain() for result in self.results], self.environment)
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` and ``report.md`` into a folder, each by one rename."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reports(self.plain(), folder)
+
+    def table(self) -> Table:
+        """Return a table for a terminal or a notebook."""
+        return table(self.plain())
+
+    def closing(self) -> list[str]:
+        """Return sentences that say what was proved and what was not."""
+        return closing(self.plain())
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return "\n".join("  ".join(_row(result)) for result in self.plain()["results"])
+
+    def _repr_html_(self) -> str:
+        import io
+
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=140)
+        console.print(self.table())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
+    """Write the files of a report from its plain form."""
+    _replace(folder / "report.json", json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _replace(folder / "report.md", markdown(plain))
+
+
+def merged(plains: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain form of a report from the plain results of several processes."""
+    counts = Counter(result["status"] for result in plains)
+    rows = sum(result["coverage"]["compared"] for result in plains)
+    summary = {**{status: counts[status] for status in MARKS}, "results": len(plains), "rows_compared": rows}
+    return {"schema": SCHEMA, "environment": dict(environment), "results": list(plains), "summary": summary}
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with non-finite numbers as the strings nan, inf and -inf, which JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _number(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
+
+
+HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "ms/run", "rows/s")
+
+
+def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    gates = [m for m in result["metrics"] if m["bound"]]
+    worst = max(gates, key=lambda m: float(m["value"]) / m["bound"] if m["value"] != "nan" else math.inf, default=None)
+    times = result["timings_s"]
+    name = result["runtime"] + (" (simulated)" if result["simulated"] else "")
+    coverage = result["coverage"]
+    return (
+        result["case"],
+        name,
+        result["precision"] or "",
+        result["status"],
+        f"{worst['name'].rpartition('.')[2]} {_number(worst['value'])} of {_number(worst['bound'])}" if worst else "",
+        f"{worst['worst']['row']}: {worst['worst']['text'][:24]!r}" if worst else "",
+        f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] else "",
+        f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
+        f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
+    )
+
+
+def table(plain: Mapping[str, Any]) -> Table:
+    """Return a rich table of the results."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
+    for result in plain["results"]:
+        cells = [escape(cell) for cell in _row(result)]
+        cells[3] = f"[{MARKS[result['status']]}]{cells[3]}[/]"
+        made.add_row(*cells)
+    return made
+
+
+def problems(plain: Mapping[str, Any]) -> list[str]:
+    """Return a line for every result that did not pass, and for every note, with its reason."""
+    lines = []
+    for result in plain["results"]:
+        head = f"{result['case']}-{result['runtime']}"
+        if result["status"] != "pass":
+            stage = f" at {result['stage']}" if result["stage"] else ""
+            lines.append(f"{head}: {result['status']}{stage}: {result['reason']}")
+        lines += [f"{head}: note: {note}" for note in result["notes"]]
+    return lines
+
+
+def closing(plain: Mapping[str, Any]) -> list[str]:
+    """Return sentences that say what was proved and what was not."""
+    results = plain["results"]
+    lines = []
+    for (runtime, simulated), group in _groups(results).items():
+        good = [result for result in group if result["status"] == "pass"]
+        if not good:
+            continue
+        rows = sum(result["coverage"]["compared"] for result in good)
+        where = f"{runtime}, a simulated AI 100," if simulated else runtime
+        precisions = "/".join(sorted({result["precision"] for result in good}))
+        cases = ", ".join(result["case"] for result in good)
+        lines.append(f"Proved: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
+    bad = [r for r in results if r["status"] in ("fail", "inconclusive", "error")]
+    if bad:
+        names = ", ".join(f"{r['case']}-{r['runtime']} ({r['status']})" for r in bad)
+        lines.append(f"Not proved: {names}.")
+    real = [r for r in results if r["runtime"] == "ai100" and r["status"] == "pass"]
+    if not real:
+        lines.append(
+            "Not proved: anything on a real AI 100 card; none took part."
+            + (" The simulator rounds to the card's precision on a CPU; it is no card." if _simulated(results) else "")
+        )
+    return lines
+
+
+def _simulated(results: Iterable[Mapping[str, Any]]) -> bool:
+    return any(result["simulated"] for result in results)
+
+
+def _groups(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, bool], list[Mapping[str, Any]]]:
+    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["runtime"], result["simulated"]), []).append(result)
+    return groups
+
+
+def markdown(plain: Mapping[str, Any]) -> str:
+    """Return the report for a GitHub step summary."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rows = [line(_row(result)) for result in plain["results"]]
+    parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
+    found = problems(plain)
+    if found:
+        parts += ["## What did not pass, and notes", ""]
+        parts += [f"- {text.splitlines()[0]}" + "".join(f"\n  {x}" for x in text.splitlines()[1:]) for text in found]
+        parts.append("")
+    parts += [*(f"{text}\n" for text in closing(plain))]
+    return "\n".join(parts)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from qeff_validate.artifact import Artifact, Kind
+from qeff_validate.errors import RunError, Unavailable
+from qeff_validate.protocols import Session, Settings
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, wanted_outputs
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+class OrtRuntime:
+    """Opens ``onnx`` artifacts."""
+
+    name = "ort"
+    kind: Kind = "onnx"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+
+    def probe(self) -> str | None:
+        """Return None if onnxruntime is installed."""
+        return None if importlib.util.find_spec("onnxruntime") else "onnxruntime is missing: pip install onnxruntime"
+
+    @contextmanager
+    def open(self, artifact: Artifact) -> Iterator[Session]:
+        """Open an ONNX file.
+
+        Raises:
+            Unavailable: the file or its external data is missing, cut short or no ONNX.
+        """
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # its warnings are about optimisations that it did not make
+        if self.settings.threads is not None:
+            options.intra_op_num_threads = self.settings.threads
+        try:
+            session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's exceptions share no base class that it exports
+            raise Unavailable(f"ONNX Runtime cannot load {artifact.path}: {exc}") from exc
+        yield OrtSession(session)
+
+
+class OrtSession:
+    """An ONNX Runtime session behind exact names, dtypes and shapes."""
+
+    shapes: tuple[Shapes, ...] = ()
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_inputs())
+        self.outputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_outputs())
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        """Run the graph once."""
+        check_feeds(feeds, self.inputs)
+        wanted = wanted_outputs(self.outputs, fetch)
+        try:
+            found = self._session.run(wanted, dict(feeds))
+        except Exception as exc:  # as in open
+            raise RunError(f"ONNX Runtime failed: {exc}") from exc
+        return dict(zip(wanted, found, strict=True))
+
+    def reset(self) -> None:
+        """Forget retained state; this graph has none."""
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(value.name, DTYPES.get(value.type, value.type), shape)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the AI 100 SDK: the installed one at its prefix, or the simulated one of this package.
+
+Paths and texts: qaic-contract §1. Platform SDK (bindings, tools) and Apps SDK (compiler) are separate installers, so
+each part is looked for by itself. Nothing is imported and no process is started until a method needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from qeff_validate.artifact import digest_tree, fingerprint
+from qeff_validate.errors import Unavailable
+
+DEFAULT_PREFIX = "/opt/qti-aic"
+SIMULATED = Path(__file__).resolve().parent / "simulated"
+QUERY_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One record of ``qaic-util -q`` (qaic-contract §1.4)."""
+
+    qid: int
+    values: Mapping[str, str]
+
+    @property
+    def ready(self) -> bool:
+        """True if the card can load a program."""
+        return self.values.get("Status") == "Ready"
+
+    @property
+    def free_cores(self) -> int:
+        """Neural signal processors that no program holds."""
+        return int(self.values.get("Nsp Free", "0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Sdk:
+    """Where bindings, compiler and tools are. `installed` and `simulated` make one."""
+
+    prefix: Path
+    built_in: bool = False
+
+    @property
+    def simulated(self) -> bool:
+        """True if its version file is marked as simulated; the bindings say so themselves as well."""
+        root = _version_file(self.prefix / "versions" / "apps.xml")
+        return root is not None and (root.findtext(".//simulated") or "").strip() == "true"
+
+    def versions(self) -> dict[str, str | None]:
+        """Return the apps and platform versions, None where one is not installed."""
+        found: dict[str, str | None] = {}
+        for name in ("apps", "platform"):
+            root = _version_file(self.prefix / "versions" / f"{name}.xml")
+            found[name] = (root.findtext(".//base_version") or "").strip() or None if root is not None else None
+        return found
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what a compiled artifact depends on."""
+        source = fingerprint(digest_tree(self.prefix, suffixes=(".py",))) if self.built_in else None
+        return {**self.versions(), "simulated": self.simulated, "source": source}
+
+    def compiler(self) -> tuple[list[str], bool]:
+        """Return the compiler's command, and whether it is the old ``qaic-exec`` (qaic-contract §1.2).
+
+        Raises:
+            Unavailable: neither is installed.
+        """
+        if self.built_in:
+            return [sys.executable, "-m", "qeff_validate.sdk.simulated.compiler"], False
+        for name in ("qaic-compile", "qaic-exec"):
+            path = self.prefix / "exec" / name
+            if os.access(path, os.X_OK) and path.is_file():
+                return [str(path)], name == "qaic-exec"
+        raise Unavailable(
+            f"no AI 100 compiler: {self.prefix}/exec holds neither qaic-compile nor qaic-exec;"
+            " install the Apps SDK (x86-64 only), or point --sdk or QEFF_VALIDATE_SDK at another prefix"
+        )
+
+    def cards(self) -> list[Card]:
+        """Return the cards that ``qaic-util -q`` lists; none if the tool is missing, fails or hangs."""
+        command = [str(self.prefix / "tools" / "qaic-util")]
+        if self.built_in:
+            command = [sys.executable, "-m", "qeff_validate.sdk.simulated.tools", "qaic-util"]
+        try:
+            done = subprocess.run(
+                [*command, "-q"], capture_output=True, text=True, timeout=QUERY_SECONDS, check=False, errors="replace"
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        return parse_cards(done.stdout) if done.returncode == 0 else []
+
+    def why_not(self) -> str | None:
+        """Return None if programs can be run, else what is missing and what to do. Imports nothing."""
+        if self.built_in:
+            return None
+        if not self.prefix.is_dir():
+            return (
+                f"no AI 100 SDK at {self.prefix}: install the Platform SDK,"
+                " or point --sdk or QEFF_VALIDATE_SDK at its prefix"
+            )
+        if self.simulated:
+            return f"the SDK at {self.prefix} is simulated, and ai100 means a real card: ask for the runtime sim"
+        if not self._library().is_dir():
+            return f"no qaicrt at {self._library()}: install the Platform SDK for {platform.machine()}"
+        cards = self.cards()
+        if not cards:
+            return f"{self.prefix}/tools/qaic-util lists no card: is one fitted, and is the driver loaded?"
+        if not any(card.ready for card in cards):
+            states = ", ".join(f"QID {card.qid} {card.values.get('Status')}" for card in cards)
+            return f"no card is Ready ({states}): join the group qaic, or reset with qaic-util -s"
+        return None
+
+    def bindings(self) -> tuple[Any, Any]:
+        """Import ``qaicrt`` and ``QAicApi_pb2``.
+
+        Raises:
+            Unavailable: one of them cannot be imported, or this process has another SDK's loaded already.
+        """
+        if self.built_in:
+            name = "qeff_validate.sdk.simulated"
+            return importlib.import_module(f"{name}.qaicrt"), importlib.import_module(f"{name}.QAicApi_pb2")
+        found = []
+        # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (DESIGN §5)
+        for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):
+            with _on_path(folder):
+                try:
+                    found.append(importlib.import_module(module))
+                except ImportError as exc:
+                    raise Unavailable(
+                        f"cannot import {module} from {folder} with Python {platform.python_version()}: {exc};"
+                        " the SDK's extension is built for one Python version, and libQAic.so must be found"
+                        " (LD_LIBRARY_PATH, or QAIC_LIB)"
+                    ) from exc
+            origin = Path(str(getattr(found[-1], "__file__", folder))).resolve()
+            if folder.resolve() not in origin.parents:
+                raise Unavailable(f"{module} is already loaded from {origin}, not from {folder}: use another process")
+        return found[0], found[1]
+
+    def _library(self) -> Path:
+        return self.prefix / "dev" / "lib" / platform.machine()
+
+
+def installed(prefix: str | None = None) -> Sdk:
+    """Return the installed SDK: ``prefix``, else ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``."""
+    return Sdk(Path(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX).expanduser())
+
+
+@lru_cache(maxsize=1)
+def simulated() -> Sdk:
+    """Return the simulated SDK of this package."""
+    return Sdk(SIMULATED, built_in=True)
+
+
+def parse_cards(text: str) -> list[Card]:
+    """Parse the output of ``qaic-util -q``: ``QID n`` at column 0, then tab-indented ``Key:Value`` lines."""
+    cards = []
+    for record in re.split(r"^(?=QID \d+\s*$)", text, flags=re.MULTILINE):
+        head, _, body = record.partition("\n")
+        if not head.startswith("QID "):
+            continue
+        pairs = (line.strip().partition(":") for line in body.splitlines() if line[:1].isspace())
+        cards.append(Card(int(head.split()[1]), {key.strip(): value.strip() for key, _, value in pairs}))
+    return cards
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _version_file(path: Path) -> ET.Element | None:
+    try:
+        return ET.parse(path).getroot()  # noqa: S314 (a file of the SDK that is about to be executed)
+    except (OSError, ET.ParseError):
+        return None

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client sees of a model: binding types, the IoDesc, and the casts between a binding and the graph.
+
+The stored graph has exactly the bindings' types at its border, so the runtime never converts anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from . import QAicApi_pb2 as aicapi
+from .errors import CompileError
+from .numerics import FLOAT, FLOAT16, cast
+
+Dims = tuple[int, ...]
+T = onnx.TensorProto
+
+# ONNX element type -> (binding type, element type at the stored graph's border); qaic-contract §3.1, §6.7
+BINDING_TYPES: dict[int, tuple[int, int]] = {
+    int(T.FLOAT): (aicapi.FLOAT_TYPE, int(T.FLOAT)),
+    int(T.FLOAT16): (aicapi.FLOAT_16_TYPE, int(T.FLOAT16)),
+    int(T.INT64): (aicapi.INT64_I_TYPE, int(T.INT64)),
+    int(T.INT32): (aicapi.INT32_I_TYPE, int(T.INT32)),
+    int(T.INT8): (aicapi.INT8_TYPE, int(T.INT8)),
+    int(T.UINT8): (aicapi.UINT8_Q_TYPE, int(T.UINT8)),
+    int(T.BOOL): (aicapi.INT8_TYPE, int(T.INT8)),
+}
+ITEMSIZE = {
+    aicapi.FLOAT_TYPE: 4,
+    aicapi.FLOAT_16_TYPE: 2,
+    aicapi.INT64_I_TYPE: 8,
+    aicapi.INT32_I_TYPE: 4,
+    aicapi.INT8_TYPE: 1,
+    aicapi.UINT8_Q_TYPE: 1,
+}
+_PRECISIONS = {"float": FLOAT, "float16": FLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output: its type in the model, at the stored graph's border, and as a binding."""
+
+    name: str
+    is_input: bool
+    graph_type: int
+    border_type: int
+    binding_type: int
+
+
+def ports(graph: Any, custom: Mapping[str, str]) -> list[Port]:
+    """Returns all inputs, then all outputs, of a graph whose inputs are real inputs only.
+
+    Args:
+        graph: GraphProto.
+        custom: IO name to precision, from the custom IO list.
+
+    Raises:
+        CompileError: An unsupported type, or a custom IO entry that does not fit (qaic-contract §6.3).
+    """
+    found = [_port(info, True, custom) for info in graph.input]
+    found += [_port(info, False, custom) for info in graph.output]
+    names = [port.name for port in found]
+    if unknown := sorted(set(custom) - set(names)):
+        raise CompileError(f"Custom IO: no IO is named {', '.join(unknown)}; the model has {', '.join(names)}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CompileError(f"'{repeated[0]}' is more than one input or output; put an Identity between")
+    if constant := {tensor.name for tensor in graph.initializer} & set(names):
+        raise CompileError(f"Output '{min(constant)}' is a constant; put an Identity between")
+    return found
+
+
+def _port(info: Any, is_input: bool, custom: Mapping[str, str]) -> Port:
+    what = f"{'input' if is_input else 'output'} '{info.name}'"
+    element = info.type.tensor_type.elem_type
+    if element not in BINDING_TYPES:
+        kind = T.DataType.Name(element).lower() if element else info.type.WhichOneof("value") or "of unknown type"
+        raise CompileError(f"The type of {what} is {kind}, which the card does not support")
+    binding, border = BINDING_TYPES[element]
+    if precision := custom.get(info.name):
+        if precision not in _PRECISIONS:
+            raise CompileError(f"Custom IO: {precision} of {what} is not simulated; use float or float16")
+        if element not in (FLOAT, FLOAT16):
+            raise CompileError(f"Custom IO: {what} is not a float type, so it can not become {precision}")
+        binding, border = BINDING_TYPES[_PRECISIONS[precision]]
+    return Port(info.name, is_input, element, border, binding)
+
+
+def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
+    """Puts the casts between the bindings and the graph, and rounds float inputs at entry if `fp16`."""
+    border = {port.name: port.border_type for port in all_ports}
+    entry, leave, renamed = [], [], {}
+    for port in all_ports:
+        inner = f"{port.name}/sim.inner"
+        rounds = fp16 and port.is_input and port.graph_type == port.border_type == FLOAT
+        if rounds:
+            half = f"{port.name}/sim.entry"
+            entry += [cast(port.name, half, FLOAT16), cast(half, inner, FLOAT)]
+        elif port.graph_type == port.border_type:
+            continue
+        elif port.is_input:
+            entry.append(cast(port.name, inner, port.graph_type))
+        else:
+            leave.append(cast(inner, port.name, port.border_type))
+        renamed[port.name] = inner
+    _rename(graph, renamed)
+    nodes = [*entry, *graph.node, *leave]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for info in (*graph.input, *graph.output):
+        info.type.tensor_type.elem_type = border[info.name]
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Renames values wherever nodes of the graph, or of its subgraphs, mention them."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                # ONNX forbids a subgraph to redefine an outer name, so what it calls so is the outer value.
+                _rename(subgraph, names)
+                for info in subgraph.output:
+                    info.name = names.get(info.name, info.name)
+
+
+def io_desc(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]], *, specialized: bool) -> bytes:
+    """Returns the serialized IoDesc (qaic-contract §3.3).
+
+    Args:
+        all_ports: Inputs, then outputs.
+        shapes: Per specialization the dims of every port; one entry if there are no specializations.
+        specialized: Whether the shapes become `allowed_shapes`, which are empty otherwise.
+    """
+    desc = aicapi.IoDesc()
+    desc.selected_set.name = "default"
+    for index, port in enumerate(all_ports):
+        dims = max((entry[index] for entry in shapes), key=lambda d: (math.prod(d), d))
+        size = ITEMSIZE[port.binding_type] * math.prod(d or 1 for d in dims)
+        if size >= 2**32:
+            raise CompileError(f"'{port.name}' {list(dims)} has {size} bytes; a binding holds less than 4 GiB")
+        direction = aicapi.BUFFER_IO_TYPE_INPUT if port.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT
+        desc.selected_set.bindings.add(
+            name=port.name,
+            index=index,
+            type=port.binding_type,
+            dir=direction,
+            dims=dims,
+            size=size,
+            is_valid=True,
+        )
+    desc.io_sets.add().CopyFrom(desc.selected_set)
+    for entry in shapes if specialized else ():
+        allowed = desc.allowed_shapes.add()
+        for port, dims in zip(all_ports, entry, strict=True):
+            allowed.shapes.add(type=port.binding_type, dims=dims)
+    return bytes(desc.SerializeToString())

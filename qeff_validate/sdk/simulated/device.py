@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated cards: how many there are, and what is free on each of them within this process.
+
+One card by default; the environment variable QAIC_SIM_DEVICES sets another count, 0 included.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+
+NSP_TOTAL = 16
+DRAM_TOTAL_MB = 32768
+HW_MAJOR = {"ai100": 2, "ai200": 3}
+HW_VERSION = "2.0.0.0"
+CARD_GENERATION = "ai100"
+SKU_TYPE, SKU_NAME = 2, "PCIe"
+
+
+class NotEnough(Exception):
+    """The card has too few NSPs or too little memory left; the text has both numbers."""
+
+
+@dataclass(slots=True)
+class Card:
+    """One simulated card and what its active programs occupy."""
+
+    qid: int
+    nsp_free: int = NSP_TOTAL
+    dram_free_mb: int = DRAM_TOTAL_MB
+    networks_active: int = 0
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def reserve(self, nsps: int, dram_mb: int) -> None:
+        """Takes NSPs and memory for one activation, or raises NotEnough and takes nothing."""
+        with self._lock:
+            if nsps > self.nsp_free:
+                raise NotEnough(f"{nsps} NSPs are needed, {self.nsp_free} of {NSP_TOTAL} are free")
+            if dram_mb > self.dram_free_mb:
+                raise NotEnough(f"{dram_mb} MB are needed, {self.dram_free_mb} of {DRAM_TOTAL_MB} MB are free")
+            self.nsp_free -= nsps
+            self.dram_free_mb -= dram_mb
+            self.networks_active += 1
+
+    def release(self, nsps: int, dram_mb: int) -> None:
+        """Gives back what `reserve` took."""
+        with self._lock:
+            self.nsp_free += nsps
+            self.dram_free_mb += dram_mb
+            self.networks_active -= 1
+
+
+_cards: dict[int, Card] = {}
+_cards_lock = threading.Lock()
+
+
+def device_ids() -> list[int]:
+    """Returns the QIDs that exist, 0 to QAIC_SIM_DEVICES - 1."""
+    text = os.environ.get("QAIC_SIM_DEVICES", "1")
+    if not text.isdecimal():
+        raise RuntimeError(f"QAIC_SIM_DEVICES must be a count of devices such as 4, not {text!r}")
+    return list(range(int(text)))
+
+
+def card(qid: int) -> Card:
+    """Returns the card with this QID, the same object for the life of the process."""
+    if qid not in device_ids():
+        raise RuntimeError(f"Device {qid} does not exist; there are {device_ids()}")
+    with _cards_lock:
+        return _cards.setdefault(qid, Card(qid))

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The version that the simulated SDK claims, read from its version files (qaic-contract §1.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+VERSIONS = Path(__file__).parent / "versions"
+
+
+def base_version(image: str = "apps") -> str:
+    """Returns the first descendant `base_version` of `versions/<image>.xml`, such as 1.22.0.120."""
+    element = ET.parse(VERSIONS / f"{image}.xml").getroot().find(".//base_version")  # noqa: S314
+    if element is None or not element.text:
+        raise RuntimeError(f"{VERSIONS / image}.xml has no base_version; reinstall the simulated SDK")
+    return element.text.strip()

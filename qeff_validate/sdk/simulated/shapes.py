@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From symbolic to concrete dims: specializations, defined symbols, batch size (qaic-contract §6.1, §6.2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import shape_inference
+
+from .boundary import Dims
+from .errors import CompileError
+
+Symbols = dict[str, int]
+
+
+def read_specializations(path: Path) -> list[Symbols]:
+    """Reads the flat form, `{"batch_size": "1", …}`, and the named, `{"name": "Prefill", "symbols": {…}}`."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["specializations"]
+    except FileNotFoundError as error:
+        raise CompileError(f"Failed to open file{path}: network specialization config is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CompileError(f'{path} is not {{"specializations": [...]}}: {error!r}') from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise CompileError(f"{path}: specializations must be a list of objects, with one at least")
+    names = [entry["name"] for entry in entries if "symbols" in entry and "name" in entry]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise CompileError(f"{path}: the specialization name {repeated[0]} is not unique")
+    return [_symbols(entry.get("symbols", entry), path) for entry in entries]
+
+
+def _symbols(entry: Any, path: Path) -> Symbols:
+    if not isinstance(entry, dict):
+        raise CompileError(f"{path}: symbols must be an object, not {entry!r}")
+    symbols = {}
+    for name, value in entry.items():
+        if isinstance(value, dict | list):
+            kind = "object" if isinstance(value, dict) else "array"
+            text = f"[json.exception.type_error.302] type must be string, but is {kind}"
+            raise CompileError(f"{text} ({path}: {name})")
+        symbols[name] = positive(value, f"{path}: {name}")
+    return symbols
+
+
+def positive(value: Any, what: str) -> int:
+    """Returns a positive int given as such or as text, or refuses it."""
+    text = "" if isinstance(value, bool) else str(value).strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise CompileError(f"{what} must be a positive whole number, not {value!r}")
+    return int(text)
+
+
+def concrete_shapes(model: Any, assignments: Sequence[Symbols], batch: int | None) -> list[list[Dims]]:
+    """Returns, for each assignment of symbols, the dims of every input and then of every output.
+
+    Raises:
+        CompileError: A dim is left over, or two assignments can not be told apart by the inputs.
+    """
+    shapes = []
+    for symbols in assignments:
+        inputs = [_input_dims(info, symbols, batch) for info in model.graph.input]
+        shapes.append(inputs + _output_dims(model, symbols, inputs))
+    count, seen = len(model.graph.input), set()
+    for entry in shapes:
+        if tuple(entry[:count]) in seen:
+            raise CompileError(
+                "No input that uniquely identifies specialization: two specializations give the input shapes "
+                f"{[list(dims) for dims in entry[:count]]}; drop one, or add an input that differs"
+            )
+        seen.add(tuple(entry[:count]))
+    return shapes
+
+
+def symbols_of(graph: Any) -> set[str]:
+    """Returns the names of the symbolic dims of a graph's inputs."""
+    return {dim.dim_param for info in graph.input for dim in info.type.tensor_type.shape.dim if dim.dim_param}
+
+
+def _input_dims(info: Any, symbols: Mapping[str, int], batch: int | None) -> Dims:
+    if not info.type.tensor_type.HasField("shape"):
+        raise CompileError(f"Input '{info.name}' has no shape; export the model with one")
+    dims = []
+    for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+        value = dim.dim_value if dim.HasField("dim_value") else symbols.get(dim.dim_param)
+        if value is None and axis == 0:
+            value = batch
+        if value is None or value < 1:
+            raise CompileError(
+                f"All dims must be static: symbol {dim.dim_param or '(no name)'}, dim {axis} of input "
+                f"'{info.name}', has no value; give it in the network specialization config or with "
+                "-onnx-define-symbol"
+            )
+        dims.append(int(value))
+    return tuple(dims)
+
+
+def _output_dims(model: Any, symbols: Mapping[str, int], inputs: Sequence[Dims]) -> list[Dims]:
+    declared = [_substituted(info, symbols) for info in model.graph.output]
+    if all(dims is not None and None not in dims for dims in declared):
+        return [_complete(dims) for dims in declared]
+    inferred = [_substituted(info, {}) for info in _infer(model, inputs).graph.output]
+    results = []
+    for info, ours, theirs in zip(model.graph.output, declared, inferred, strict=True):
+        dims = theirs if ours is None else ours
+        if ours is not None and theirs is not None and len(ours) == len(theirs):
+            dims = [b if a is None else a for a, b in zip(ours, theirs, strict=True)]
+        if dims is None or None in dims:
+            raise CompileError(
+                f"All dims must be static: output '{info.name}' is {dims} for the input shapes "
+                f"{[list(d) for d in inputs]}, by its symbols and by shape inference; name its dims"
+            )
+        results.append(_complete(dims))
+    return results
+
+
+def _complete(dims: Sequence[int | None] | None) -> Dims:
+    return tuple(int(dim) for dim in dims or () if dim is not None)
+
+
+def _substituted(info: Any, symbols: Mapping[str, int]) -> list[int | None] | None:
+    shape = info.type.tensor_type.shape
+    if not info.type.tensor_type.HasField("shape"):
+        return None
+    return [dim.dim_value if dim.HasField("dim_value") else symbols.get(dim.dim_param) for dim in shape.dim]
+
+
+def _infer(model: Any, inputs: Sequence[Dims]) -> Any:
+    static = onnx.ModelProto()
+    static.CopyFrom(model)
+    # These were inferred for symbolic dims; the concrete ones are inferred afresh.
+    del static.graph.value_info[:]
+    for info, dims in zip(static.graph.input, inputs, strict=True):
+        for dim, value in zip(info.type.tensor_type.shape.dim, dims, strict=True):
+            dim.dim_value = value
+    for info in static.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    try:
+        return shape_inference.infer_shapes(static, data_prop=True)
+    except Exception as error:  # onnx raises plain RuntimeError and its own types, depending on the version
+        raise CompileError(f"QAIC_ERROR: Error message: shape inference failed: {error}") from error

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated `qaic-util` and `qaic-version-util` (qaic-contract §1.4, §1.1).
+
+Run as `python -m qeff_validate.sdk.simulated.tools qaic-util -q`. What is free is what this process sees:
+accounting does not cross processes, so a fresh `qaic-util` shows everything free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from . import device
+from .release import base_version
+
+_USAGE = "usage: qaic-util -q [-d <qid>]... | qaic-version-util --apps|--platform"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of the tools and returns its exit code."""
+    tool, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        if tool == "qaic-util" and arguments[:1] == ["-q"]:
+            return _query(_selected(arguments[1:]))
+        if tool == "qaic-version-util" and arguments in (["--apps"], ["--platform"]):
+            print(base_version(arguments[0][2:]))
+            return 0
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(_USAGE, file=sys.stderr)
+    return 1
+
+
+def _selected(arguments: list[str]) -> list[int]:
+    flags, values = arguments[::2], arguments[1::2]
+    if len(flags) != len(values) or set(flags) - {"-d"}:
+        raise ValueError(_USAGE)
+    return [int(value) for value in values] or device.device_ids()
+
+
+def _query(qids: Sequence[int]) -> int:
+    records = [record(device.card(qid)) for qid in qids]
+    print(f"LRT QC_IMAGE_VERSION:{base_version('platform')}\nLRT IMAGE_VARIANT:SIMULATED")
+    print(f"Number of devices queried: {len(records)}")
+    for text in records:
+        print(text)
+    return 0
+
+
+def record(card: device.Card) -> str:
+    """Returns one device's record: the QID line, then tab-indented `Key:Value` lines."""
+    version = base_version("platform")
+    values = {
+        "Status": "Ready",
+        "MHI ID": card.qid,
+        "PCI Address": f"0000:{card.qid + 1:02x}:00.0",
+        "PCI Info": "Simulated Qualcomm AIC100",
+        "Dev Link": f"/dev/accel/accel{card.qid} ",
+        "HW Version": device.HW_VERSION,
+        "HW Serial": f"0.0.0.{card.qid}",
+        "FW Version": version,
+        "FW QC_IMAGE_VERSION": version,
+        "FW IMAGE_VARIANT": "AIC100.SIMULATED",
+        "Dram Total": f"{device.DRAM_TOTAL_MB} MB",
+        "Dram Free": f"{card.dram_free_mb} MB",
+        "Nsp Total": device.NSP_TOTAL,
+        "Nsp Free": card.nsp_free,
+        "Networks Active": card.networks_active,
+        "Sku Type": device.SKU_NAME,
+        "Board serial": "SIMULATED",
+        "Device Capabilities": "HybridBoot+,MDP+",
+    }
+    return "\n".join([f"QID {card.qid}", *(f"\t{key}:{value}" for key, value in values.items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

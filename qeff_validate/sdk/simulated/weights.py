@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes the weights out of an ONNX model: what the compiler rewrites is small, and weights are streamed.
+
+A weight is read piece by piece, from the model's own bytes or from its external data file, exactly when it is
+written. The model keeps a stub: name, type and dims, marked as external data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx
+from onnx import external_data_helper, helper, numpy_helper
+
+from .errors import CompileError
+
+# Up to this size a tensor stays in the graph, where shape inference can read it; shapes are tiny.
+SMALL = 1024
+CHUNK = 16 * 2**20
+_FOUR_BITS = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One initializer whose bytes are read when they are needed."""
+
+    name: str
+    data_type: int
+    nbytes: int
+    chunks: Callable[[], Iterator[bytes]]
+
+
+def size_in_bytes(tensor: Any) -> int:
+    """Returns how many bytes the tensor's raw data must have, from its type and dims."""
+    count = int(math.prod(tensor.dims))
+    if tensor.data_type in _FOUR_BITS:
+        return (count + 1) // 2
+    try:
+        return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except KeyError:
+        raise CompileError(f"Initializer '{tensor.name}' has unknown type {tensor.data_type}") from None
+
+
+def detach(model: Any, folder: Path) -> list[Weight]:
+    """Replaces every large initializer of the main graph by a stub, and returns the weights.
+
+    Args:
+        model: ModelProto, loaded without its external data; changed in place.
+        folder: Where external data locations are relative to.
+    """
+    tensors = list(model.graph.initializer)
+    # Removed messages live on as long as they are referenced, so embedded data is not copied here.
+    del model.graph.initializer[:]
+    weights = []
+    for tensor in tensors:
+        weight = _weight(tensor, folder)
+        kept = model.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        if weight.nbytes <= SMALL:
+            kept.raw_data = b"".join(weight.chunks())
+        else:
+            kept.data_location = onnx.TensorProto.EXTERNAL
+            weights.append(weight)
+    return weights
+
+
+def _weight(tensor: Any, folder: Path) -> Weight:
+    if tensor.data_type == onnx.TensorProto.STRING:
+        raise CompileError(f"Initializer '{tensor.name}' is of type string, which the card does not support")
+    nbytes = size_in_bytes(tensor)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _external(tensor, nbytes, folder)
+    found = len(_embedded(tensor))
+    if found != nbytes:
+        raise CompileError(
+            f"QAIC_ERROR: Error message: initializer '{tensor.name}' has {found} bytes of data, but "
+            f"its type and dims {list(tensor.dims)} need {nbytes}; the model is damaged"
+        )
+    return Weight(tensor.name, tensor.data_type, nbytes, lambda: _slices(_embedded(tensor)))
+
+
+def _embedded(tensor: Any) -> bytes:
+    if tensor.HasField("raw_data"):
+        return bytes(tensor.raw_data)
+    if tensor.data_type in _FOUR_BITS:
+        return bytes(b & 0xFF for b in tensor.int32_data)
+    try:
+        return numpy_helper.to_array(tensor).tobytes()
+    except ValueError:
+        return b""
+
+
+def _slices(data: bytes) -> Iterator[bytes]:
+    for start in range(0, len(data), CHUNK):
+        yield data[start : start + CHUNK]
+
+
+def _external(tensor: Any, nbytes: int, folder: Path) -> Weight:
+    info = external_data_helper.ExternalDataInfo(tensor)
+    relative = PurePosixPath(info.location)
+    if not info.location or relative.is_absolute() or ".." in relative.parts:
+        raise CompileError(
+            f"External data location '{info.location}' of initializer '{tensor.name}' leaves the "
+            "model's folder; save the data beside the model"
+        )
+    path, offset, length = folder / relative, int(info.offset or 0), int(info.length or nbytes)
+    if not path.is_file():
+        raise CompileError(
+            f"Failed to open file{path}: external data of initializer '{tensor.name}' is missing; copy "
+            f"{info.location} along with the model"
+        )
+    if length != nbytes or path.stat().st_size < offset + length:
+        raise CompileError(
+            f"External data of initializer '{tensor.name}' does not fit: {nbytes} bytes are needed at offset "
+            f"{offset}, but {path} has {path.stat().st_size} bytes and the model says {length}"
+        )
+    return Weight(tensor.name, tensor.data_type, nbytes, lambda: _file_chunks(path, offset, nbytes))
+
+
+def _file_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while length:
+            chunk = file.read(min(CHUNK, length))
+            if not chunk:
+                raise CompileError(f"{path} became shorter while it was read")
+            length -= len(chunk)
+            yield chunk
