@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qeff_validate.case import Case
+    from qeff_validate.report import Report
 
 EPILOG = (
     "Exit codes: 0 everything asked for agrees · 1 a mismatch or an inconclusive result · 2 wrong usage or config · "
@@ -74,20 +76,24 @@ def run(
         raise ConfigError("--runtimes names no runtime")
     settings = Settings(sdk=sdk, device_ids=tuple(_number(text) for text in _split(device_ids)))
     required = _known_runtimes(_split(require))
+    if report.exists() and not report.is_dir():
+        raise ConfigError(f"--report: {report} is a file; name a directory")
     made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose))
-    made.write(report)
+    unwritten = _write(made, report)
     plain = made.plain()
     out = _console()
     out.print(made.table())
     for text in problems(plain):
         out.print(f"\n{text}" if "\n" in text else text, markup=False, highlight=False, soft_wrap=True)
+    if unwritten:
+        raise unwritten
     out.print(f"report: {report / 'report.json'}, {report / 'report.md'}", markup=False, soft_wrap=True)
     for text in made.closing():
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(made.exit_code(require=required, allow_inconclusive=allow_inconclusive))
 
 
-@app.command("list")
+@app.command("list", epilog="Exit codes: 0 the configs are sound · 2 one of them is not.")
 def list_cases(configs: Configs) -> None:
     """List the cases of configs with their runtimes; a config with an error says where it is."""
     from rich.markup import escape
@@ -137,6 +143,15 @@ def schema() -> None:
     sys.stdout.write(text())
 
 
+def _write(made: Report, folder: Path) -> ValidateError | None:
+    """Write the report; a failure is returned, so that what was found out is still printed."""
+    try:
+        made.write(folder)
+    except OSError as exc:
+        return ValidateError(f"cannot write the report to {folder}: {exc.strerror}; choose another --report DIR")
+    return None
+
+
 def _chosen(cases: list[Case], names: list[str]) -> list[Case]:
     known = [case.name for case in cases]
     for name in names:
@@ -150,7 +165,7 @@ def _split(text: str) -> list[str]:
 
 
 def _number(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"--device-ids: {text!r} is no card id; give numbers such as 0,1")
     return int(text)
 
@@ -199,6 +214,11 @@ class Terminal:
             self._console.print(f"  | {text}", markup=False, highlight=False)
 
 
+# newer versions of typer carry click within themselves, older ones import it: ask the exception for its base
+_Usage: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+INTERRUPTED = 130
+
+
 def _terminated(_signum: int, _frame: Any) -> NoReturn:
     """Leave by an exception, so that children are killed and unfinished work is removed."""
     sys.exit(143)
@@ -206,8 +226,6 @@ def _terminated(_signum: int, _frame: Any) -> NoReturn:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    import click
-
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
@@ -215,11 +233,16 @@ def main(args: list[str] | None = None) -> int:
         return _complain(exc, 2)
     except ValidateError as exc:
         return _complain(exc, 3)
-    except click.exceptions.Abort:
-        return _complain("interrupted; finished artifacts are in the store, nothing is half-written", 130)
-    except click.exceptions.ClickException as exc:
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except _Usage as exc:
         exc.show()
-        return exc.exit_code
+        return int(exc.exit_code)
+    except Exception:  # python's own exit code for it is 1, which here means a mismatch
+        traceback.print_exc()
+        return _complain("this is a bug of qeff-validate, not a verdict on a model; please report it", 3)
+    if code == INTERRUPTED:
+        _complain("interrupted; finished artifacts are in the store, nothing is half-written", code)
     return int(code or 0)
 
 

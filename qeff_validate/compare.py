@@ -34,8 +34,8 @@ FLOOR_FACTOR, FLOOR_LEAST, FLOOR_MOST = 10.0, 1e-6, 5e-5
 NOISE_SHARE = 5.0
 """Emulated fp16 noise (2e-3) is a fifth of its fallback bound (validation-methods §14.1); used where no floor is."""
 
-MOST = {"rel_l2": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "max_abs_rms": 10.0}
-"""A bound above this accepts unrelated or absent vectors (zeros have rel_l2 1), so it is refused."""
+MOST = {"rel_l2": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "max_abs_rms": 10.0, "neighbour_order": 1.0}
+"""A bound that reaches this accepts unrelated or absent vectors (zeros have rel_l2 1), so it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Judged:
     @property
     def passed(self) -> bool:
         """True for a gate that holds and for what is only shown; NaN fails by construction."""
-        return self.bound is None or self.metric.value <= self.bound.value
+        return self.bound is None or 0 <= self.metric.value <= self.bound.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ def check_tolerance(where: str, values: Mapping[str, Any]) -> None:
     for name, value in bounds.items():
         if name not in GATES:
             raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, GATES)}")
-        most = 0.0 if name == "neighbour_order" else MOST[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value <= most):
-            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to {most:g}")
+        most = MOST[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < most):
+            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {most:g}")
     if bounds and not str(values.get("why") or "").strip():
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 

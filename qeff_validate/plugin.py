@@ -96,6 +96,13 @@ def _cases(config: pytest.Config) -> Sequence[Case]:
     return cases
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
+    if any(option(session.config, name) for name in ("config", "runtimes", "require")):
+        _cases(session.config)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize suites over case × runtime; ``ai100`` is always among them."""
     if "qv_result" not in metafunc.fixturenames:
@@ -122,7 +129,7 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
 
     config = request.config
     ids = _listed(config, "device-ids")
-    if not all(text.isdigit() for text in ids):
+    if not all(text.isdecimal() for text in ids):
         raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
     settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
     return Runner(store=option(config, "store"), settings=settings)

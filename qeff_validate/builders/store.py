@@ -26,7 +26,7 @@ from qeff_validate.errors import BuildError
 from qeff_validate.tensors import Tensors, load_tensors, save_tensors
 
 PROVENANCE = "provenance.json"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True, slots=True)

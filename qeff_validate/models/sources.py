@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
-from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError
 
 Tokenize = Callable[[str], list[int]]
 """Turns a text into token ids, special tokens included, nothing cut."""
@@ -87,8 +87,20 @@ class Folder:
         from transformers import AutoModel
 
         with foreign(f"load the model in {self.path}"), quiet():
-            model = AutoModel.from_pretrained(
-                self.path, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
+            model, info = AutoModel.from_pretrained(
+                self.path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        # transformers fills what a checkpoint lacks with random numbers; of a pooler head we use nothing
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise ConfigError(
+                f"the weights in {self.path} lack {len(missing)} tensors that config.json asks for, first"
+                f" {missing[0]!r}; they would be random numbers. Is it the right config.json?"
             )
         return model.eval()
 
@@ -314,10 +326,12 @@ def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
 
 @contextmanager
 def foreign(doing: str) -> Iterator[None]:
-    """Translate what transformers and torch raise while they load something."""
+    """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as exc:
+    except ValidateError:
+        raise
+    except Exception as exc:
         raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {_first_line(exc)}") from exc
 
 

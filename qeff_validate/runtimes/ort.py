@@ -73,10 +73,10 @@ class OrtSession:
         check_feeds(feeds, self.inputs)
         wanted = wanted_outputs(self.outputs, fetch)
         try:
-            found = self._session.run(wanted, dict(feeds))
+            found = self._session.run(wanted or [self.outputs[0].name], dict(feeds))  # an empty list means all to it
         except Exception as exc:  # as in open
             raise RunError(f"ONNX Runtime failed: {exc}") from exc
-        return dict(zip(wanted, found, strict=True))
+        return dict(zip(wanted, found, strict=bool(wanted)))
 
     def reset(self) -> None:
         """Forget retained state; this graph has none."""

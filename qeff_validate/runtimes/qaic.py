@@ -89,18 +89,15 @@ class QaicRuntime:
         queue = call.make("Queue", lambda: rt.Queue(context, device))
         qpc = call.make("Qpc", lambda: rt.Qpc(str(artifact.path)))
         description = aicapi.IoDesc.FromString(bytes(call.value("getIoDescriptor", qpc.getIoDescriptor())))
+        session = QaicSession(rt, call, queue, description)  # may refuse, so before the card is taken
         program = call.make("Program", lambda: rt.Program(context, device, qpc, _properties(rt)))
-        session = None
         try:
             call.ok("load", program.load())
             call.ok("activate", program.activate())
-            execobj = call.make("ExecObj", lambda: rt.ExecObj(context, program))
-            session = QaicSession(rt, call, queue, execobj, description)
-            del execobj
+            session.start(call.make("ExecObj", lambda: rt.ExecObj(context, program)))
             yield session
         finally:
-            if session is not None:
-                session.close()  # the ExecObj must be gone before deactivate (§2.5)
+            session.close()  # the ExecObj must be gone before deactivate (§2.5)
             released = program.deactivate()
             program.unload()
         call.ok("deactivate", released)
@@ -159,10 +156,11 @@ def _advice(what: str) -> str:
 
 
 class QaicSession:
-    """An active program with one execution object."""
+    """An active program with one execution object, from `start` to `close`."""
 
-    def __init__(self, rt: Any, call: _Calls, queue: Any, execobj: Any, description: Any) -> None:
-        self._rt, self._call, self._queue, self._execobj = rt, call, queue, execobj
+    def __init__(self, rt: Any, call: _Calls, queue: Any, description: Any) -> None:
+        self._rt, self._call, self._queue = rt, call, queue
+        self._execobj: Any = None
         self.simulated = bool(getattr(rt, "SIMULATED", False))
         self._bindings = sorted(description.selected_set.bindings, key=lambda binding: binding.index)
         names = [binding.name for binding in self._bindings]
@@ -208,6 +206,10 @@ class QaicSession:
 
     def reset(self) -> None:
         """Forget retained state; this graph has none."""
+
+    def start(self, execobj: Any) -> None:
+        """Take the execution object; nobody else may hold it."""
+        self._execobj = execobj
 
     def close(self) -> None:
         """Drop the execution object."""

@@ -44,7 +44,8 @@ class Card:
     @property
     def free_cores(self) -> int:
         """Neural signal processors that no program holds."""
-        return int(self.values.get("Nsp Free", "0"))
+        free = self.values.get("Nsp Free", "")
+        return int(free) if free.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,11 @@ def parse_cards(text: str) -> list[Card]:
     cards = []
     for record in re.split(r"^(?=QID \d+\s*$)", text, flags=re.MULTILINE):
         head, _, body = record.partition("\n")
-        if not head.startswith("QID "):
+        qid = re.fullmatch(r"QID (\d+)\s*", head)
+        if qid is None:
             continue
         pairs = (line.strip().partition(":") for line in body.splitlines() if line[:1].isspace())
-        cards.append(Card(int(head.split()[1]), {key.strip(): value.strip() for key, _, value in pairs}))
+        cards.append(Card(int(qid[1]), {key.strip(): value.strip() for key, _, value in pairs}))
     return cards
 
 

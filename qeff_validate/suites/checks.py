@@ -9,6 +9,7 @@ from typing import Any
 
 from qeff_validate.case import Case
 from qeff_validate.engine import validate
+from qeff_validate.errors import ConfigError
 from qeff_validate.protocols import Settings
 from qeff_validate.report import Report, problems
 
@@ -38,7 +39,7 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
 
     Raises:
         AssertionError: an output differs, something failed, or nothing was compared; the text says what and where.
-        ConfigError: an option is wrong.
+        ConfigError: an option or an input is wrong.
     """
     options = dict(options or {})
     given = None if isinstance(model, str) else model
@@ -49,6 +50,8 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
             options = {"pooling": given.pooling, "normalize": given.normalize, **options}
     case = Case(name="model", source=model if given is None else "memory", options=options, runtimes=list(runtimes))
     report = validate(case, model=given, tokenizer=tokenizer, store=store, settings=settings)
+    if report.exit_code() == 2:
+        raise ConfigError("\n".join(problems(report.plain())))
     if not report.passed:
         raise AssertionError("\n".join(["the model does not validate:", *problems(report.plain())]))
     return report

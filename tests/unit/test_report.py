@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qeff_validate.compare import Bound, Judged
+from qeff_validate.metrics import Metric
+from qeff_validate.report import Report, Result, closing, finite, merged
+
+
+def result(status: Any = "pass", runtime: str = "ort", **more: Any) -> Result:
+    rows = {"planned": 3, "compared": 3} if status in ("pass", "fail") else {}
+    return Result(case="c", runtime=runtime, status=status, precision="fp32", **{**rows, **more})
+
+
+CODES = [
+    (["pass"], 0),
+    (["pass", "not_run"], 0),
+    (["fail"], 1),
+    (["pass", "inconclusive"], 1),
+    (["pass", "error"], 3),
+    (["fail", "error"], 1),
+    (["not_run"], 3),
+    (["error"], 3),
+    ([], 3),
+]
+
+
+@pytest.mark.parametrize(("statuses", "code"), CODES, ids=str)
+def test_exit_codes(statuses: list[str], code: int) -> None:
+    report = Report(tuple(result(status) for status in statuses))
+    assert report.exit_code() == code
+    assert report.passed == (code == 0)
+
+
+def test_a_config_error_comes_before_a_mismatch_and_a_mismatch_before_an_error() -> None:
+    config = result("error", stage="config")
+    assert Report((result("fail"), config, result("error"))).exit_code() == 2
+    assert Report((result("fail"), result("error"))).exit_code() == 1
+
+
+def test_a_required_runtime_must_have_run() -> None:
+    report = Report((result(), result("not_run", "ai100")))
+    assert report.exit_code() == 0
+    assert report.exit_code(require=["ai100"]) == 3
+    assert report.exit_code(require=["ort"]) == 0
+    assert report.exit_code(require=["sim"]) == 3, "a required runtime that nobody asked for did not run either"
+
+
+def test_inconclusive_can_be_allowed_but_nothing_compared_can_not() -> None:
+    assert Report((result(), result("inconclusive"))).exit_code(allow_inconclusive=True) == 0
+    assert Report((result("inconclusive"),)).exit_code(allow_inconclusive=True) == 3
+
+
+def judged(value: float, bound: float | None = 1e-3) -> Judged:
+    metric = Metric("output.rel_l2", value, {"row": 2, "text": "a | b"})
+    return Judged(metric, None if bound is None else Bound(bound, "fallback", "x"))
+
+
+@pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Path, value: float, text: str) -> None:
+    report = Report((result("fail", metrics=(judged(value),)),), {"versions": {"python": "3"}})
+    report.write(tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    plain = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert plain["schema"] == 1
+    assert set(plain) == {"schema", "environment", "results", "summary"}
+    (one,) = plain["results"]
+    assert set(one) >= {"case", "runtime", "reference", "precision", "simulated", "status", "reason", "stage"}
+    assert set(one) >= {"metrics", "coverage", "timings_s", "artifact"}
+    assert one["metrics"][0]["value"] == text
+    assert one["metrics"][0]["passed"] is False
+    assert one["coverage"] == {"planned": 3, "compared": 3}
+    assert plain["summary"]["fail"] == 1
+    assert text in (tmp_path / "report.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_what_is_only_shown_never_fails() -> None:
+    assert judged(math.inf, None).passed
+    assert not judged(math.nan, 1e-3).passed
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    text = Report((result(metrics=(judged(1e-4),)),))
+    from qeff_validate.report import markdown
+
+    lines = markdown(text.plain()).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+
+
+def test_the_closing_says_what_was_proved_and_what_was_not() -> None:
+    report = Report((result(), result("pass", "sim", simulated=True), result("fail", "torch")))
+    text = " ".join(closing(report.plain()))
+    assert "Proved: ort agrees" in text
+    assert "a simulated AI 100" in text
+    assert "Not proved: c-torch (fail)" in text
+    assert "Not proved: anything on a real AI 100 card" in text
+    real = Report((result("pass", "ai100"),))
+    assert "Not proved" not in " ".join(closing(real.plain()))
+
+
+def test_merged_results_of_processes_are_counted() -> None:
+    made = merged([result().plain(), result("not_run").plain()], {})
+    assert (made["summary"]["pass"], made["summary"]["not_run"], made["summary"]["rows_compared"]) == (1, 1, 3)
+
+
+def test_a_notebook_gets_a_table() -> None:
+    report = Report((result(),))
+    assert "<pre>" in report._repr_html_()
+    assert "ort" in str(report)
+
+
+def test_finite_goes_through_everything() -> None:
+    assert finite({1: [math.nan, (math.inf, 2)]}) == {"1": ["nan", ["inf", 2]]}
