@@ -8,9 +8,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -199,11 +199,11 @@ class Terminal:
     def step(self, text: str) -> Iterator[None]:
         """Show a step while it lasts, and how long it took if that was long."""
         start = time.perf_counter()
-        if self._console.is_terminal and not self._verbose:
-            with self._console.status(text):
+        try:
+            with self._console.status(text) if self._console.is_terminal and not self._verbose else nullcontext():
                 yield
-        else:
-            yield
+        finally:
+            _leave_if_asked()  # a library may have turned the interruption into an error of its own
         seconds = time.perf_counter() - start
         if seconds >= 0.5:
             self._console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False)
@@ -219,14 +219,35 @@ _Usage: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == 
 INTERRUPTED = 130
 
 
-def _terminated(_signum: int, _frame: Any) -> NoReturn:
+_received: list[int] = []
+"""Signals so far. Python swallows an exception that is raised inside a ``__del__``, so each step looks here too."""
+
+
+def _stop(signum: int, _frame: Any) -> None:
     """Leave by an exception, so that children are killed and unfinished work is removed."""
-    sys.exit(143)
+    _received.append(signum)
+    _leave_if_asked()
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Keep quiet about our own interruption if it was swallowed; it is raised again at the end of the step."""
+    if not issubclass(unraisable.exc_type, (KeyboardInterrupt, SystemExit)):
+        sys.__unraisablehook__(unraisable)
+
+
+def _leave_if_asked() -> None:
+    if _received:
+        if _received[0] == signal.SIGTERM:
+            sys.exit(143)
+        raise KeyboardInterrupt
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    _received.clear()
+    sys.unraisablehook = _unraisable
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
     except ConfigError as exc:

@@ -7,10 +7,8 @@ a run whose artifacts are all stored imports no framework.
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,13 @@ import numpy as np
 
 from qeff_validate.case import Case
 from qeff_validate.errors import ConfigError, RunError
+from qeff_validate.metrics import Floats
+from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
+from qeff_validate.models.head import Head, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
-from qeff_validate.models.sources import Given, Source, Tokenize, foreign, resolve
+from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, padded
+from qeff_validate.models.sources import Given, Source, foreign, resolve
 from qeff_validate.protocols import Graph, Session
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
@@ -33,53 +35,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-FILLERS = (
-    "the man and a woman went to see it in an old town on time with all of his new work for that day",
-    "a b c d e f g h i j k l m",
-    ".",
-)
-"""Words that most tokenizers turn into one token each; boundary rows are built from them."""
-
-EMPTY_ROW = "(a row without a token)"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """Token ids of each row, without padding; the last row has none and is tested structurally."""
-
-    ids: tuple[Array, ...]
-    pad: int
-    labels: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def tokenless(self) -> frozenset[int]:
-        """Rows that hold no token."""
-        return frozenset(row for row, ids in enumerate(self.ids) if ids.size == 0)
-
-    def stored(self) -> dict[str, Array]:
-        """Return the rows as arrays for a safetensors file."""
-        text = json.dumps({"labels": self.labels, "notes": self.notes, "pad": self.pad})
-        return {
-            "ids": np.concatenate(self.ids).astype(np.int64),
-            "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
-            "texts": np.frombuffer(text.encode(), dtype=np.uint8),
-        }
-
-    @classmethod
-    def from_stored(cls, stored: Tensors) -> TokenRows:
-        """Return the rows that `stored` wrote."""
-        texts = json.loads(stored["texts"].tobytes())
-        ends = np.cumsum(stored["lengths"].astype(np.int64))
-        ids = tuple(np.split(stored["ids"], ends[:-1]))
-        return cls(ids, int(texts["pad"]), tuple(texts["labels"]), tuple(texts["notes"]))
-
-
 class PooledEmbedding:
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
-        case: the case; its source is resolved at once, so that a missing one is known before any work.
+        case: the case.
         options: validated options.
         given: an in-memory torch model instead of the source; it is left unchanged.
         tokenizer: the tokenizer of ``given``.
@@ -88,18 +48,32 @@ class PooledEmbedding:
     def __init__(self, case: Case, options: EmbeddingOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case = case
         self.options = options
-        self.source: Source = resolve(case) if given is None else Given(given, tokenizer)
+        self._given = None if given is None else Given(given, tokenizer)
         dims = ("batch_size", "seq_len")
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if options.token_type_ids else [])]
+        shape = (*dims, "hidden") if options.pooling == "none" else ("batch_size", "hidden")
         self.graph = Graph(
-            inputs=(TensorSpec("input_ids", "int64", dims), TensorSpec("attention_mask", "int64", dims)),
-            outputs=(TensorSpec("output", "float32", ("batch_size", "hidden")),),
+            inputs=tuple(TensorSpec(name, "int64", dims) for name in names),
+            outputs=(TensorSpec("output", "float32", shape),),
             buckets=tuple({"batch_size": options.batch_size, "seq_len": length} for length in options.seq_len),
+        )
+
+    @cached_property
+    def source(self) -> Source:
+        """Where weights and tokenizer come from; looked for when first needed, for stored artifacts need none."""
+        return self._given or resolve(self.case)
+
+    @cached_property
+    def head(self) -> Head:
+        """Pooling and what follows it, settled."""
+        return resolve_head(
+            self.options, getattr(self.source, "path", None) if self.options.pooling == "auto" else None
         )
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the exported graph depends on."""
-        wrapper = {"kind": "embedding", "pooling": self.options.pooling, "normalize": self.options.normalize}
-        return {"wrapper": wrapper, "body": self.source.body_key()}
+        inputs = [spec.name for spec in self.graph.inputs]
+        return {"kind": "embedding", "head": self.head.key(), "inputs": inputs, "body": self.source.body_key()}
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
@@ -156,7 +130,7 @@ class PooledEmbedding:
 
     def inputs(self, stored: Tensors) -> TokenRows:
         """Return the rows from their stored form."""
-        return TokenRows.from_stored(stored)
+        return TokenRows.from_stored(stored, per_token=self.options.pooling == "none")
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the body and put the pooling on it; the examples differ from every bucket on purpose."""
@@ -169,25 +143,37 @@ class PooledEmbedding:
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0
-        module = PooledModel(body, self.options.pooling, normalize=self.options.normalize).eval()
-        return module, {"input_ids": ids, "attention_mask": mask}
+        head = self.head
+        module = PooledModel(body, head.pooling, normalize=head.normalize, truncate_dim=head.truncate_dim).eval()
+        known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return module, {spec.name: known[spec.name] for spec in self.graph.inputs}
 
     def reference(self, inputs: TokenRows, *, dtype: str) -> Tensors:
         """Run the body alone on each row at its natural length, and pool with the numpy oracle.
 
-        Returns:
-            ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros.
-        """
-        from qeff_validate.models import oracle, reference
+        A custom pooling is its own definition: it is run on the unpadded row alone, so what padding and neighbours
+        do to it is seen, and what it computes is taken as right.
 
-        body = self.source.body()
+        Returns:
+            ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
+        """
+        from qeff_validate.models.reference import hidden_states, pooled_alone
+
+        head = self.head
+
+        def vector(tokens: Floats) -> Floats:
+            raw = pooled_alone(head.pooling, tokens, dtype) if head.custom else oracle.POOLINGS[head.pooling](tokens)
+            return oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
+
         rows = [
-            oracle.pool(tokens, self.options.pooling, normalize=self.options.normalize) if tokens is not None else None
-            for tokens in reference.hidden_states(body, inputs.ids, dtype)
+            None if tokens is None else vector(tokens)
+            for tokens in hidden_states(self.source.body(), inputs.ids, dtype)
         ]
-        width = next(row.size for row in rows if row is not None)
-        output = np.stack([row if row is not None else np.zeros(width) for row in rows])
-        return {"output": output.astype(dtype)}
+        found = [row for row in rows if row is not None]
+        if inputs.per_token:
+            return {"output": np.concatenate(found).astype(dtype)}
+        empty = np.zeros_like(found[0])
+        return {"output": np.stack([empty if row is None else row for row in rows]).astype(dtype)}
 
     def infer(self, session: Session, inputs: TokenRows) -> Tensors:
         """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.
@@ -196,13 +182,17 @@ class PooledEmbedding:
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
         parts: dict[str, list[Array]] = {}
-        for rows in _batches(inputs.ids, self._batch_size(session)):
+        side, dtypes = self.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
+        for rows in batches(inputs.ids, self._batch_size(session)):
             batch, length = self._shape(session, rows)
-            out = session.run(_feeds(session, rows, batch, length, inputs.pad))
-            for name, array in out.items():
-                if array.ndim < 1 or len(array) != batch:
-                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {batch} rows")
-                parts.setdefault(name, []).append(array[: len(rows)])
+            known = padded(rows, batch, length, pad=inputs.pad, side=side)
+            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
+            for name, array in session.run(feeds).items():
+                if array.ndim < 2 or len(array) != batch:
+                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {batch} rows of vectors")
+                if inputs.per_token and array.shape[1] != length:
+                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
+                parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def _batch_size(self, session: Session) -> int:
@@ -223,34 +213,3 @@ class PooledEmbedding:
             allowed = sorted(shapes["input_ids"] for shapes in session.shapes)
             raise RunError(f"no allowed shape holds {len(rows)} rows of {longest} tokens; allowed: {allowed}")
         return min(fitting, key=lambda shape: shape[0] * shape[1])
-
-
-def _batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
-
-
-def _feeds(session: Session, rows: Sequence[Array], batch: int, length: int, pad: int) -> dict[str, Array]:
-    """Pad on the right; rows beyond the last repeat it, so that a fixed batch holds no row without a token."""
-    ids = np.full((batch, length), pad, dtype=np.int64)
-    mask = np.zeros((batch, length), dtype=np.int64)
-    for place in range(batch):
-        row = rows[min(place, len(rows) - 1)]
-        ids[place, : row.size] = row
-        mask[place, : row.size] = 1
-    known: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
-    dtypes = {spec.name: spec.dtype for spec in session.inputs}
-    return {name: array.astype(dtypes.get(name, "int64"), copy=False) for name, array in known.items()}
-
-
-def boundary_text(tokenize: Tokenize, prompt: str, length: int) -> str | None:
-    """Return a text of exactly so many tokens, or None if no filler word gives one."""
-    for filler in FILLERS:
-        words = 1
-        for _ in range(8):  # each step corrects the count by what is missing; one token a word converges at once
-            text = " ".join(itertools.islice(itertools.cycle(filler.split()), words))
-            missing = length - len(tokenize(prompt + text))
-            if missing == 0:
-                return text
-            words = max(1, words + missing)
-    return None

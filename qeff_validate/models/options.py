@@ -8,21 +8,44 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from qeff_validate.case import Case, Strict
-from qeff_validate.errors import ConfigError
+from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.protocols import Model, ModelKind
 
 Bucket = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
+POOLINGS = ("avg", "cls", "last", "max", "mean", "none", "weighted_mean")
+"""Names that `models.pooling` and `models.oracle` implement; a test compares the three."""
+
+
 class EmbeddingOptions(Strict):
     """Options of the model kind ``embedding``."""
 
-    pooling: Literal["mean", "max", "cls"] = Field("mean", description="how hidden states become one vector")
-    normalize: bool = Field(False, description="scale each vector to length 1")
-    prompt: str = Field("", description="put before every text")
+    pooling: Any = Field(
+        "mean",
+        description=f"{', '.join(POOLINGS)}; auto: as sentence-transformers' files beside the weights say;"
+        " or package.module:function, or a callable, that takes (hidden_states, attention_mask)",
+    )
+    normalize: bool | None = Field(
+        None, description="scale each vector to length 1; null: no, or as pooling: auto finds"
+    )
+    truncate_dim: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="keep the first so many elements (Matryoshka), before normalizing"
+    )
+    prompt: str = Field("", description="put before every text, e.g. 'query: '")
+    padding_side: Literal["right", "left"] = Field("right", description="where padding stands")
+    token_type_ids: bool = Field(False, description="make token_type_ids an input of the graph (fed with zeros)")
     seq_len: list[Bucket] = Field([32, 64], min_length=1, description="lengths to compile for, in tokens")
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     truncate: bool = Field(False, description="cut texts that are longer than every bucket; else they are an error")
+
+    @field_validator("pooling")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if callable(value) or (isinstance(value, str) and (value in (*POOLINGS, "auto") or ":" in value)):
+            return value
+        hint = suggest(str(value), (*POOLINGS, "auto"))
+        raise ValueError(f"no pooling is called {value!r}.{hint} Or name your own: package.module:function")
 
     @field_validator("seq_len", mode="before")
     @classmethod
@@ -44,10 +67,11 @@ def _embedding(case: Case, options: EmbeddingOptions, given: Any = None, tokeniz
         from qeff_validate.models.pooling import PooledModel
 
         if isinstance(given, PooledModel):
-            if (given.pooling, given.normalize) != (options.pooling, options.normalize):
+            theirs = (given.pooling, given.normalize, given.truncate_dim)
+            ours = (options.pooling, bool(options.normalize), options.truncate_dim)
+            if theirs != ours:
                 raise ConfigError(
-                    f"the model pools with {given.pooling!r}, normalize={given.normalize}, but the case says"
-                    f" {options.pooling!r}, normalize={options.normalize}: make them agree"
+                    f"(pooling, normalize, truncate_dim) of the model are {theirs}, of the case {ours}: make them agree"
                 )
             given = given.base_model
     return PooledEmbedding(case, options, given=given, tokenizer=tokenizer)

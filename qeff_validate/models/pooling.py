@@ -2,12 +2,15 @@
 """Pooling in torch, made to survive fp16, left padding, masked garbage and rows without a token.
 
 Each function takes hidden states ``[batch, seq, hidden]`` (float) and a mask ``[batch, seq]`` (1 = real token) and
-returns ``[batch, hidden]`` in the same dtype. None changes its input. A row without a token pools to zeros.
+returns ``[batch, hidden]`` in the same dtype (`none`: ``[batch, seq, hidden]``). None changes its input. A row without
+a token pools to zeros.
 Masked positions are replaced, not multiplied by zero, because 0 · NaN is NaN.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, suggest
+
+Pooling = Callable[[Tensor, Tensor], Tensor]
 
 SHARE = 1 / 64
 """A power of two, so that scaling by it is exact."""
@@ -46,17 +51,78 @@ def cls(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.where((mask > 0).any(dim=1, keepdim=True), rows, 0.0)
 
 
+def last(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Take the last real token of each row, wherever padding stands."""
+    places = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
+    final = (mask.to(torch.int32) * places).argmax(dim=1)
+    rows = torch.gather(hidden, 1, final.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
+    return torch.where((mask > 0).any(dim=1, keepdim=True), rows, 0.0)
+
+
+def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average the real tokens with weights 1, 2, 3, … (SGPT, Muennighoff 2022), counted from the first real one.
+
+    Weights are divided by the number of tokens, so that neither they nor their sum leave fp16.
+    """
+    real = mask.unsqueeze(-1) > 0
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden.dtype)
+    weights = (mask.cumsum(dim=1) * mask).to(hidden.dtype) / count
+    total = (torch.where(real, hidden, 0.0) * (weights * SHARE).unsqueeze(-1)).sum(dim=1)
+    return total / (weights * SHARE).sum(dim=1, keepdim=True).clamp(min=SHARE / 2)
+
+
+def none(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the hidden states of all tokens ``[batch, seq, hidden]``; masked positions hold zeros."""
+    return torch.where(mask.unsqueeze(-1) > 0, hidden, 0.0)
+
+
 def normalized(vectors: Tensor) -> Tensor:
-    """Scale each row to length 1; zeros stay zeros.
+    """Scale each vector of the last axis to length 1; zeros stay zeros.
 
     Divides by the greatest element first, so that the sum of squares lies between 1 and the width in any dtype.
     """
-    greatest = vectors.abs().amax(dim=1, keepdim=True)
+    greatest = vectors.abs().amax(dim=-1, keepdim=True)
     scaled = vectors / torch.where(greatest > 0, greatest, 1.0)
-    return scaled / scaled.square().sum(dim=1, keepdim=True).clamp(min=1.0).sqrt()
+    return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp(min=1.0).sqrt()
 
 
-POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean, "max": maximum, "cls": cls}
+POOLINGS: Mapping[str, Pooling] = {
+    "avg": mean,
+    "cls": cls,
+    "last": last,
+    "max": maximum,
+    "mean": mean,
+    "none": none,
+    "weighted_mean": weighted_mean,
+}
+"""By name; ``avg`` is upstream's name for ``mean``."""
+
+
+def resolve_pooling(pooling: str | Pooling) -> Pooling:
+    """Return the function for a name, a dotted path ``package.module:function`` or a callable.
+
+    Raises:
+        ConfigError: there is no such name or function, or it does not take hidden states and a mask.
+    """
+    if isinstance(pooling, str) and pooling in POOLINGS:
+        return POOLINGS[pooling]
+    found: Any = pooling
+    if isinstance(pooling, str):
+        module, _, name = pooling.partition(":")
+        if not name:
+            raise ConfigError(
+                f"no pooling is called {pooling!r}.{suggest(pooling, POOLINGS)} Or package.module:function"
+            )
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as exc:
+            raise ConfigError(f"pooling {pooling!r} cannot be imported: {exc}") from exc
+    try:
+        inspect.signature(found).bind(None, None)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"pooling {pooling!r} must be callable with (hidden_states, attention_mask): {exc}") from exc
+    made: Pooling = found
+    return made
 
 
 class PooledModel(nn.Module):
@@ -65,24 +131,55 @@ class PooledModel(nn.Module):
     Args:
         base_model: any body that takes ``input_ids`` and ``attention_mask`` by keyword and returns hidden states
             ``[batch, seq, hidden]`` as ``last_hidden_state`` or first in a tuple.
-        pooling: ``mean``, ``max`` or ``cls``.
+        pooling: a name in `POOLINGS`, a dotted path ``package.module:function``, or a callable that takes hidden
+            states ``[batch, seq, hidden]`` and a mask ``[batch, seq]`` and returns ``[batch, any]``.
         normalize: scale each vector to length 1.
+        truncate_dim: keep the first so many elements (Matryoshka), before normalizing.
 
     Raises:
-        ConfigError: unknown pooling.
+        ConfigError: unknown pooling, or one of another signature.
     """
 
-    def __init__(self, base_model: nn.Module, pooling: str = "mean", *, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        base_model: nn.Module,
+        pooling: str | Pooling = "mean",
+        *,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ConfigError(f"no pooling is called {pooling!r}.{suggest(str(pooling), POOLINGS)}")
+        self.pool = resolve_pooling(pooling)
         self.base_model = base_model
         self.pooling = pooling
         self.normalize = normalize
+        self.truncate_dim = truncate_dim
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """Return pooled vectors ``[batch, hidden]`` in the dtype of the hidden states."""
+        """Return vectors ``[batch, hidden]`` (``none``: ``[batch, seq, hidden]``) in the dtype of the hidden states.
+
+        Raises:
+            ConfigError: a custom pooling returned something else than a float tensor with one row for each text.
+        """
         out = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
-        pooled = POOLINGS[self.pooling](hidden, attention_mask)
-        return normalized(pooled) if self.normalize else pooled
+        vectors = pooled(self.pool, self.pooling, hidden, attention_mask)
+        if self.truncate_dim is not None:
+            if self.truncate_dim > vectors.shape[-1]:
+                raise ConfigError(f"truncate_dim {self.truncate_dim} exceeds the vectors' width {vectors.shape[-1]}")
+            vectors = vectors[..., : self.truncate_dim]
+        return normalized(vectors) if self.normalize else vectors
+
+
+def pooled(pool: Pooling, name: str | Pooling, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Pool, and check what came out of a custom pooling."""
+    vectors = pool(hidden, mask)
+    if name not in POOLINGS:
+        got = f"a {type(vectors).__name__}"
+        if isinstance(vectors, Tensor):
+            got = f"{vectors.dtype} {list(vectors.shape)}"
+            if vectors.ndim == 2 and vectors.shape[0] == hidden.shape[0] and vectors.dtype == hidden.dtype:
+                return vectors
+        wanted = f"{hidden.dtype} [{hidden.shape[0]}, width]"
+        raise ConfigError(f"pooling {name!r} returned {got} for hidden states {list(hidden.shape)}, wanted {wanted}")
+    return vectors

@@ -13,6 +13,7 @@ from torch import nn
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.metrics import Floats
+from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
 
@@ -37,6 +38,16 @@ def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator
                     " give the body (AutoModel), not a model with a task head"
                 )
             yield hidden[0].to(torch.float64).numpy()
+
+
+def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
+    """Run a custom torch pooling on one unpadded row ``[n, hidden]`` and return its vector in float64."""
+    hidden = torch.from_numpy(tokens).to(getattr(torch, dtype))[None]
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
+    with torch.inference_mode():
+        vector = pooled(resolve_pooling(pooling), pooling, hidden, mask)[0]
+    array: Floats = vector.to(torch.float64).numpy()
+    return array
 
 
 @contextmanager

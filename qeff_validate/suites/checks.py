@@ -47,7 +47,8 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
         from qeff_validate.models.pooling import PooledModel
 
         if isinstance(given, PooledModel):
-            options = {"pooling": given.pooling, "normalize": given.normalize, **options}
+            head = {"pooling": given.pooling, "normalize": given.normalize, "truncate_dim": given.truncate_dim}
+            options = {**head, **options}
     case = Case(name="model", source=model if given is None else "memory", options=options, runtimes=list(runtimes))
     report = validate(case, model=given, tokenizer=tokenizer, store=store, settings=settings)
     if report.exit_code() == 2:

@@ -11,7 +11,8 @@ import pytest
 from qeff_validate.case import Case, Inputs
 from qeff_validate.engine import check, model
 from qeff_validate.errors import ConfigError, RunError
-from qeff_validate.models.embedding import PooledEmbedding, TokenRows, boundary_text
+from qeff_validate.models.embedding import PooledEmbedding
+from qeff_validate.models.rows import TokenRows, boundary_text
 from qeff_validate.models.sources import hashed_words
 from qeff_validate.tensors import Tensors, TensorSpec
 

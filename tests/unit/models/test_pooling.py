@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,20 +16,26 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.models import oracle
 from qeff_validate.models.pooling import POOLINGS, PooledModel, normalized
 
-NAMES = sorted(POOLINGS)
+NAMES = sorted(set(POOLINGS) - {"none"})
 
 
 def by_numpy(name: str, tokens: np.ndarray) -> np.ndarray:
     """Written here once more, so that neither the wrapper nor the product's oracle is its own witness."""
-    if name == "mean":
+    if name in ("mean", "avg"):
         return tokens.astype(np.float64).sum(axis=0) / len(tokens)
+    if name == "weighted_mean":
+        return sum((place + 1) * token for place, token in enumerate(tokens.astype(np.float64))) / sum(
+            range(1, len(tokens) + 1)
+        )
+    if name == "last":
+        return tokens[-1]
     if name == "max":
         return np.array([column.max() for column in tokens.T])
     return tokens[0]
 
 
 def test_the_oracle_has_every_pooling_and_agrees_with_numpy() -> None:
-    assert sorted(oracle.POOLINGS) == NAMES
+    assert sorted(oracle.POOLINGS) == sorted(POOLINGS) == sorted([*NAMES, "none"])
     tokens = np.random.default_rng(0).standard_normal((5, 7))
     for name in NAMES:
         np.testing.assert_allclose(oracle.pool(tokens, name, normalize=False), by_numpy(name, tokens), rtol=1e-15)
@@ -90,6 +99,67 @@ def test_normalizing_zeros_gives_zeros() -> None:
 def test_an_unknown_pooling_names_the_value_and_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"'meen'.*Did you mean 'mean'"):
         PooledModel(torch.nn.Identity(), "meen")
+
+
+@pytest.mark.parametrize("garbage", [0.0, float("nan"), 1e30])
+def test_no_pooling_keeps_real_tokens_and_zeros_the_rest(garbage: float) -> None:
+    states = torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    dirty = torch.where(mask[..., None] > 0, states, torch.tensor(garbage))
+    out = POOLINGS["none"](dirty, mask)
+    assert torch.equal(out, torch.where(mask[..., None] > 0, states, torch.tensor(0.0)))
+
+
+def test_matryoshka_cuts_before_normalizing() -> None:
+    model = PooledModel(TupleBody(), "max", normalize=True, truncate_dim=3)
+    out = model(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 1]]))
+    torch.testing.assert_close(out, torch.tensor([[0, 0.5**0.5, 0.5**0.5]]))
+    with pytest.raises(ConfigError, match="truncate_dim 6 exceeds the vectors' width 5"):
+        PooledModel(TupleBody(), "max", truncate_dim=6)(torch.tensor([[1]]), torch.tensor([[1]]))
+
+
+def first_two(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden[:, 0, :2] * mask[:, :1]
+
+
+def three_arguments(hidden: torch.Tensor, mask: torch.Tensor, more: int) -> torch.Tensor:
+    return hidden[:, 0] * more
+
+
+@pytest.mark.parametrize("pooling", [first_two, "models.test_pooling:first_two"], ids=["callable", "dotted path"])
+def test_a_custom_pooling_is_used(pooling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    out = PooledModel(TupleBody(), pooling)(torch.tensor([[1, 2]]), torch.tensor([[1, 1]]))
+    assert out.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "words"),
+    [
+        ("no_such_module_here:f", "cannot be imported"),
+        ("qeff_validate.models.pooling:nothing", "cannot be imported"),
+        (three_arguments, "must be callable with"),
+        ("qeff_validate.models.pooling:SHARE", "must be callable with"),
+    ],
+)
+def test_a_custom_pooling_that_is_none_is_refused(pooling: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PooledModel(TupleBody(), pooling)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "got"),
+    [
+        (lambda hidden, mask: hidden, r"torch.float32 \[2, 3, 5\]"),
+        (lambda hidden, mask: hidden[:1, 0], r"torch.float32 \[1, 5\]"),
+        (lambda hidden, mask: hidden[:, 0].double(), r"torch.float64 \[2, 5\]"),
+        (lambda hidden, mask: (hidden[:, 0],), "a tuple"),
+    ],
+    ids=["unpooled", "a row less", "another dtype", "a tuple"],
+)
+def test_what_a_custom_pooling_returns_is_checked(pooling: Any, got: str) -> None:
+    with pytest.raises(ConfigError, match=f"returned {got}.*wanted torch.float32 \\[2, width\\]"):
+        PooledModel(TupleBody(), pooling)(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
 
 
 class TupleBody(torch.nn.Module):

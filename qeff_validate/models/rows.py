@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of token ids: as they are stored, padded into batches, and at the boundary of a bucket. Numpy only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qeff_validate.tensors import Array, Tensors
+
+FILLERS = (
+    "the man and a woman went to see it in an old town on time with all of his new work for that day",
+    "a b c d e f g h i j k l m",
+    ".",
+)
+"""Words that most tokenizers turn into one token each; boundary rows are built from them."""
+
+EMPTY_ROW = "(a row without a token)"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Token ids of each text, without padding.
+
+    Attributes:
+        ids: int64 arrays; the last is empty when `PooledEmbedding` made the rows.
+        pad: the id of the padding token.
+        texts: the texts, for messages.
+        notes: what a reader of the report should know.
+        per_token: an output has one row for each token, not for each text.
+    """
+
+    ids: tuple[Array, ...]
+    pad: int
+    texts: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    per_token: bool = False
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """One text for each row of an output."""
+        if not self.per_token:
+            return self.texts
+        return [
+            f"token {place} of {text}"
+            for text, ids in zip(self.texts, self.ids, strict=True)
+            for place in range(ids.size)
+        ]
+
+    @property
+    def tokenless(self) -> frozenset[int]:
+        """Rows of an output that hold no token."""
+        if self.per_token:
+            return frozenset()
+        return frozenset(row for row, ids in enumerate(self.ids) if ids.size == 0)
+
+    def stored(self) -> dict[str, Array]:
+        """Return the rows as arrays for a safetensors file."""
+        text = json.dumps({"texts": self.texts, "notes": self.notes, "pad": self.pad})
+        return {
+            "ids": np.concatenate(self.ids).astype(np.int64),
+            "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
+            "texts": np.frombuffer(text.encode(), dtype=np.uint8),
+        }
+
+    @classmethod
+    def from_stored(cls, stored: Tensors, *, per_token: bool = False) -> TokenRows:
+        """Return the rows that `stored` wrote."""
+        texts = json.loads(stored["texts"].tobytes())
+        ends = np.cumsum(stored["lengths"].astype(np.int64))
+        ids = tuple(np.split(stored["ids"], ends[:-1]))
+        return cls(ids, int(texts["pad"]), tuple(texts["texts"]), tuple(texts["notes"]), per_token)
+
+
+def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:
+    """Yield the rows in order, so many at a time; the last batch may be smaller."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+def padded(rows: Sequence[Array], batch: int, length: int, *, pad: int, side: str) -> dict[str, Array]:
+    """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 ``[batch, length]``.
+
+    Places beyond the last row repeat it, so that a fixed batch holds no row without a token.
+    """
+    ids = np.full((batch, length), pad, dtype=np.int64)
+    mask = np.zeros((batch, length), dtype=np.int64)
+    for place in range(batch):
+        row = rows[min(place, len(rows) - 1)]
+        where = slice(0, row.size) if side == "right" else slice(length - row.size, length)
+        ids[place, where] = row
+        mask[place, where] = 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def cut(output: Array, rows: Sequence[Array], *, side: str, per_token: bool) -> Array:
+    """Return what belongs to the rows: without the filled-up places and, per token, without padding."""
+    if not per_token:
+        return output[: len(rows)]
+    places = [slice(0, row.size) if side == "right" else slice(output.shape[1] - row.size, None) for row in rows]
+    return np.concatenate([output[at, place] for at, place in enumerate(places)])
+
+
+def boundary_text(tokenize: Callable[[str], list[int]], prompt: str, length: int) -> str | None:
+    """Return a text of exactly so many tokens, or None if no filler word gives one."""
+    for filler in FILLERS:
+        words = 1
+        for _ in range(8):  # each step corrects the count by what is missing; one token a word converges at once
+            text = " ".join(itertools.islice(itertools.cycle(filler.split()), words))
+            missing = length - len(tokenize(prompt + text))
+            if missing == 0:
+                return text
+            words = max(1, words + missing)
+    return None

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the command line as a real process, on one small case whose artifacts are built once a session."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 60
+"""When waiting for an event is given up; far beyond what any of them takes."""
+
+SMALL_BERT = """\
+    source: random:bert
+    config: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 37, vocab_size: 97}
+    inputs: {texts: ["a b c", "d e", "the man"]}
+    options: {seq_len: [16], batch_size: 2}
+"""
+
+
+def case(name: str = "tiny", extra: str = "") -> str:
+    """A case of a config; ``extra`` is further lines of YAML without indentation."""
+    lines = "".join(f"    {line}\n" for line in extra.splitlines())
+    return f"  - name: {name}\n{SMALL_BERT}{lines}"
+
+
+def config(folder: Path, *cases: str) -> Path:
+    path = folder / "cases.yaml"
+    path.write_text("cases:\n" + "".join(cases or [case()]), encoding="utf-8")
+    return path
+
+
+def environ(folder: Path) -> dict[str, str]:
+    """The environment of a run: no SDK of this machine, whichever there may be."""
+    return {**os.environ, "QEFF_VALIDATE_SDK": str(folder / "no-sdk"), "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def start(*arguments: str | Path, cwd: Path, stderr: Path | None = None) -> subprocess.Popen[str]:
+    """Start the command line in a session of its own, so that a signal to it reaches nothing else.
+
+    Args:
+        arguments: of the command line.
+        cwd: where.
+        stderr: a file, for a test that reads along.
+    """
+    with open(stderr or os.devnull, "w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)],
+            cwd=cwd,
+            env=environ(cwd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=file if stderr else subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def cli(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return finish(start(*arguments, cwd=cwd))
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    with ended(process):
+        out, err = process.communicate(timeout=4 * DEADLINE_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Leave nothing running behind, whatever a test finds."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """All that a process said, with runs of whitespace and the frames of tables made one space."""
+    return " ".join((done.stdout + (done.stderr or "")).translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+
+
+def until(happened: Callable[[], Any], what: str) -> Any:
+    """Poll until something is true and return it; fail at the deadline."""
+    end = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        found = happened()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"waited {DEADLINE_S} s in vain: {what}")
+
+
+def alive(pid: int) -> bool:
+    """True if a process runs; a zombie that its adopter has not collected yet is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def kill_leftovers(pids: list[int]) -> None:
+    """End processes that a failed test has left."""
+    for pid in pids:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return made
+
+
+@functools.cache
+def first_run(folder: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The small case on torch, ort and sim into the session's store; built on the first call."""
+    folder.mkdir(parents=True)
+    done = cli("run", config(folder), "--report", folder / "report", cwd=folder)
+    return done, report_in(folder / "report")
+
+
+def copied_store(folder: Path) -> Path:
+    """A store of a test's own with what `first_run` made, save the QPC, so that a compiler has to be run."""
+    shared, own = Path(os.environ["QEFF_VALIDATE_HOME"]), folder / "store"
+    for kind in ("inputs", "reference", "floor", "onnx"):
+        shutil.copytree(shared / kind, own / kind)
+    return own
+
+
+def unfinished(store: Path) -> list[str]:
+    """What lies half-made in a store."""
+    return sorted(path.name for path in (store / "tmp").glob("*"))

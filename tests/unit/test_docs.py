@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents say can be done: targets, commands, options, names, configs and links in them exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import qeff_validate
+from qeff_validate.cli import app
+from qeff_validate.engine import load
+from qeff_validate.errors import ConfigError
+from qeff_validate.plugin import MARKERS, OPTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if path.exists()
+]
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+TARGETS = frozenset(
+    re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+)
+COMMANDS = {
+    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    | {"--help"}
+    for name, command in typer.main.get_command(app).commands.items()
+}
+QV_OPTIONS = {f"--qv-{name}" for name in (*OPTIONS, "allow-inconclusive")}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The code blocks in one of these languages."""
+    return [body for language, body in FENCE.findall(text) if language in languages]
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every command line, as words: the lines of shell blocks, and code in the prose that starts like one."""
+    lines = [
+        line
+        for body in blocks(text, "console", "bash", "sh", "shell")
+        for line in body.replace("\\\n", " ").splitlines()
+    ]
+    lines += [span for span in SPAN.findall(prose(text)) if span.startswith(("make ", "qeff-validate ", "pytest "))]
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ ").replace("…", ""), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]  # variables of the environment
+        if words and Path(words[0]).name.startswith("python") and words[1:2] == ["-m"]:
+            words = words[2:]
+        if words:
+            yield [Path(words[0]).name, *words[1:]]
+
+
+def wrong_commands(text: str) -> list[str]:
+    """Commands that name a target, a command, an option or a marker that does not exist."""
+    found = []
+    for program, *words in commands(text):
+        end = next((place for place, word in enumerate(words) if word in ("|", ">", "&&", ";")), len(words))
+        check = {"make": _make, "qeff-validate": _cli, "pytest": _pytest}.get(program)
+        found += check(words[:end]) if check else []
+    return found
+
+
+def _make(words: list[str]) -> list[str]:
+    targets = [word for word in words if "=" not in word and not word.startswith("-")]
+    return [f"make has no target {target!r}" for target in targets if target not in TARGETS]
+
+
+def _cli(words: list[str]) -> list[str]:
+    if not words or words[0].startswith("-"):
+        return [] if words in ([], ["--help"]) else [f"qeff-validate has no option {words[0]}"]
+    if words[0] not in COMMANDS:
+        return [f"qeff-validate has no command {words[0]!r}"]
+    options = [word.partition("=")[0] for word in words[1:] if word.startswith("-")]
+    return [f"qeff-validate {words[0]} has no option {name}" for name in options if name not in COMMANDS[words[0]]]
+
+
+def _pytest(words: list[str]) -> list[str]:
+    options = [word.partition("=")[0] for word in words]
+    found = [f"pytest has no option {name}" for name in options if name.startswith("--qv-") and name not in QV_OPTIONS]
+    for flag, marked in itertools.pairwise(words):
+        if flag == "-m":
+            marks = set(re.findall(r"\w+", marked)) - {"not", "and", "or"}
+            found += [f"no marker is called {mark!r}" for mark in sorted(marks - set(MARKERS))]
+    return found
+
+
+def wrong_names(code: str) -> list[str]:
+    """Names of this package that a piece of Python uses and that do not exist."""
+    tree = ast.parse(code)
+    found, aliases = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {item.asname or item.name for item in node.names if item.name == "qeff_validate"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qeff_validate":
+            home = importlib.import_module(node.module or "")
+            found += [f"{node.module}.{item.name}" for item in node.names if not hasattr(home, item.name)]
+    public = {*qeff_validate.__all__, "__version__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases | {"qv"}:
+            found += [f"qv.{node.attr}"] if node.attr not in public else []
+    return found
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Links to files or headings that are not there; addresses of the web are left alone."""
+    found = []
+    for target in LINK.findall(SPAN.sub("", prose(text))):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = folder / path if path else None
+        there = file is None or file.exists()
+        if there and anchor:
+            there = anchor in headings(file.read_text(encoding="utf-8") if file else text)
+        found += [] if there else [target]
+    return found
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    titles = re.findall(r"^#+ +(.+?) *$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# --- the documents hold ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_commands_in_the_document_exist_with_their_options(path: Path) -> None:
+    assert wrong_commands(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_python_in_the_document_parses_and_its_names_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    spans = [span for span in SPAN.findall(prose(text)) if span.startswith("qv.")]
+    assert [name for code in (*blocks(text, "python"), *map(expression, spans)) for name in wrong_names(code)] == []
+
+
+def expression(span: str) -> str:
+    """What of a span of code in the prose can be parsed: its first name, if it is abridged."""
+    try:
+        ast.parse(span)
+    except SyntaxError:
+        return re.match(r"[\w.]+", span)[0]
+    return span
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_configs_in_the_document_are_valid(path: Path, tmp_path: Path) -> None:
+    for body in blocks(path.read_text(encoding="utf-8"), "yaml"):
+        if re.search(r"^cases:", body, flags=re.MULTILINE):
+            (tmp_path / "cases.yaml").write_text(body, encoding="utf-8")
+            assert load([tmp_path / "cases.yaml"])
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_in_the_document_lead_somewhere(path: Path) -> None:
+    assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_readme_starts_with_the_two_commands_and_names_every_command_and_exit_code() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (first, *rest) = blocks(text, "console", "bash")
+    assert first.split("\n") == ["make validate", "make test", ""]
+    shown = {words[1] for words in commands(text) if words[0] == "qeff-validate"}
+    assert set(COMMANDS) <= shown, rest
+    for code in ("0 ", "1 ", "2 ", "3 ", "130 "):
+        assert re.search(rf"Exit codes:[^#]*\b{code}", text)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_config_of_this_repository_is_valid(path: Path) -> None:
+    assert load([path])
+
+
+# --- the checks can fail ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("make validat", "make has no target 'validat'"),
+        ("$ make test ARGS='-x' lnit", "make has no target 'lnit'"),
+        ("qeff-validate rnu x.yaml", "qeff-validate has no command 'rnu'"),
+        ("qeff-validate run x.yaml --runtime=ort  # why", "qeff-validate run has no option --runtime"),
+        (".venv/bin/qeff-validate list x.yaml --sdk DIR", "qeff-validate list has no option --sdk"),
+        ("A=b python -m pytest --qv-cfg x.yaml", "pytest has no option --qv-cfg"),
+        ("pytest -m 'ai100 and not slwo' x", "no marker is called 'slwo'"),
+    ],
+)
+def test_wrong_command_in_a_block_or_in_the_prose_is_found(line: str, problem: str) -> None:
+    assert wrong_commands(f"Text.\n\n```console\n{line}\n```\n") == [problem]
+    if not line.startswith(("$", ".", "A=")):
+        assert wrong_commands(f"Say `{line.partition('  #')[0]}` first.") == [problem]
+
+
+def test_right_commands_and_what_is_no_command_are_no_problem() -> None:
+    lines = "make validate ARGS='--x'\nqeff-validate run x.yaml --case a -v | head --lines=3\npip install x\n"
+    assert wrong_commands(f"```console\n{lines}```\n\n```yaml\nmake nothing\n```\n") == []
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import qeff_validate as qv\nqv.valdate(case)", "qv.valdate"),
+        ("import qeff_validate\nqeff_validate.Reprot", "qv.Reprot"),
+        ("from qeff_validate import Csae", "qeff_validate.Csae"),
+        ("qv.no_such_name", "qv.no_such_name"),
+    ],
+)
+def test_wrong_name_in_python_is_found(code: str, name: str) -> None:
+    assert wrong_names(code) == [name]
+
+
+def test_block_that_does_not_parse_is_found() -> None:
+    with pytest.raises(SyntaxError):
+        wrong_names("report = qv.validate(case,")
+
+
+def test_link_to_what_is_not_there_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# A `title`, it is\n")
+    good = "[a](there.md) [b](there.md#a-title-it-is) [c](https://x.org/y) `[d](code.md)`\n# Own\n[e](#own)\n"
+    assert broken_links(f"{good}[f](gone.md) [g](there.md#gone) [h](#other)", tmp_path) == [
+        "gone.md",
+        "there.md#gone",
+        "#other",
+    ]
+
+
+def test_config_with_an_unknown_key_is_found(tmp_path: Path) -> None:
+    (tmp_path / "cases.yaml").write_text("cases:\n  - {name: x, sorce: 'random:bert'}\n")
+    with pytest.raises(ConfigError):
+        load([tmp_path / "cases.yaml"])

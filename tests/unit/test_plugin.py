@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin from outside: suites, options, selection, skips, failures, and the report, under xdist too."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import case, config, first_run
+
+import qeff_validate.engine  # noqa: F401 (pytester would unload it after each run in this process, and numpy with it)
+
+SUITES = ("--pyargs", "qeff_validate.suites")
+TEST = "test_embedding.py::test_embed_model_pytorch_vs_onnx_vs_ai100"
+NAME = "random-bert-mean"
+FRAMEWORKS = ("torch", "transformers", "peft", "onnx", "onnxruntime", "sentence_transformers", "qaicrt")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory):
+    """The small case is in the store, so that the suites need not build it."""
+    return first_run(tmp_path_factory.getbasetemp() / "first-run")
+
+
+@pytest.fixture(autouse=True)
+def no_sdk(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No SDK of this machine, whichever there may be."""
+    prefix = pytester.path / "no-sdk"
+    monkeypatch.setenv("QEFF_VALIDATE_SDK", str(prefix))
+    monkeypatch.setenv("COLUMNS", "300")
+    return prefix
+
+
+def own(pytester: pytest.Pytester, extra: str = "", name: str = NAME) -> str:
+    """Write a config with the small case and return its name."""
+    return config(pytester.path, case(name, extra)).name
+
+
+def suites(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    """Run the suites in a process of their own."""
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rs", *arguments, *SUITES, timeout=240)
+
+
+def quick(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    """Run the suites in this process, where no case gets as far as a framework."""
+    return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rs", *arguments, *SUITES)
+
+
+def report(pytester: pytest.Pytester, folder: str = "out") -> dict[str, Any]:
+    assert sorted(path.name for path in (pytester.path / folder).iterdir()) == ["report.json", "report.md"]
+    made: dict[str, Any] = json.loads((pytester.path / folder / "report.json").read_text(encoding="utf-8"))
+    return made
+
+
+def statuses(plain: dict[str, Any]) -> dict[str, str]:
+    return {f"{result['case']}-{result['runtime']}": result["status"] for result in plain["results"]}
+
+
+def collected(result: pytest.RunResult) -> list[str]:
+    """The ids in brackets of what ``--collect-only -q`` lists."""
+    return [found[1] for line in result.outlines if (found := re.search(r"\[(.+)\]$", line))]
+
+
+# --- collection ------------------------------------------------------------------------------------
+
+
+def test_ids_are_case_and_runtime_and_ai100_is_always_among_them(pytester: pytest.Pytester) -> None:
+    path = config(pytester.path, case("one"), case("two", "runtimes: [ort]"))
+    result = quick(pytester, "--collect-only", "-q", "--qv-config", path.name)
+    assert collected(result) == ["one-torch", "one-ort", "one-sim", "one-ai100", "two-ort", "two-ai100"]
+
+
+def test_option_replaces_the_runtimes_of_the_cases_but_keeps_ai100(pytester: pytest.Pytester) -> None:
+    result = quick(pytester, "--collect-only", "-q", "--qv-config", own(pytester), "--qv-runtimes", "sim, ort")
+    assert collected(result) == [f"{NAME}-sim", f"{NAME}-ort", f"{NAME}-ai100"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "selected"),
+    [
+        ("ai100", ["one-ai100", "two-ai100"]),
+        ("sim", ["one-sim", "two-sim"]),
+        ("embedding and slow", ["two-torch", "two-ort", "two-sim", "two-ai100"]),
+        ("peft", []),
+    ],
+)
+def test_marks_of_runtime_suite_and_case_select(mark: str, selected: list[str], pytester: pytest.Pytester) -> None:
+    path = config(pytester.path, case("one"), case("two", "marks: [slow]"))
+    result = quick(pytester, "--collect-only", "-q", "--strict-markers", "-m", mark, "--qv-config", path.name)
+    assert collected(result) == selected
+
+
+def test_markers_are_registered_for_other_peoples_tests(pytester: pytest.Pytester) -> None:
+    marks = ("ai100", "sim", "ort", "torch", "embedding", "peft", "slow", "perf")
+    lines = "\n".join(f"@pytest.mark.{mark}" for mark in marks)
+    pytester.makepyfile(f"import pytest\n\n{lines}\ndef test_marked():\n    pass\n")
+    result = pytester.runpytest_subprocess("--strict-markers", "-W", "error")
+    result.assert_outcomes(passed=1)
+
+
+def test_unknown_marker_in_a_case_is_an_error_under_strict_markers(pytester: pytest.Pytester) -> None:
+    result = quick(pytester, "--strict-markers", "--qv-config", own(pytester, "marks: [slwo]"))
+    assert result.ret != pytest.ExitCode.OK
+    assert "'slwo' not found in `markers` configuration option" in result.stdout.str()
+
+
+def test_collection_loads_no_framework(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        f"""
+        import sys
+
+        def pytest_collection_finish(session):
+            loaded = [name for name in {FRAMEWORKS!r} if name in sys.modules]
+            print(f"collected {{len(session.items)}}, loaded {{loaded}}")
+        """
+    )
+    result = suites(pytester, "--collect-only", "-q", "--qv-config", own(pytester), str(pytester.path))
+    result.stdout.fnmatch_lines(["collected 4, loaded [[]]"])
+
+
+def test_plugin_can_be_switched_off_for_unrelated_tests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_plugin_is_absent(request):
+            assert not request.config.pluginmanager.has_plugin("qeff_validate")
+            assert "qeff_validate.plugin" not in sys.modules
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:qeff_validate")
+    result.assert_outcomes(passed=1)
+
+
+def test_plugin_stays_silent_and_loads_no_engine_for_unrelated_tests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_unrelated():
+            assert "qeff_validate.plugin" in sys.modules
+            for name in ("qeff_validate.engine", "pydantic", "numpy", "yaml"):
+                assert name not in sys.modules, name
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=1)
+    assert "qeff_validate:" not in result.stdout.str()
+    assert "rows compared" not in result.stdout.str()
+
+
+# --- wrong usage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_config_with_a_typo_is_a_usage_error_with_a_suggestion(
+    workers: tuple[str, ...], pytester: pytest.Pytester
+) -> None:
+    result = suites(pytester, *workers, "--qv-config", own(pytester, "optoins: {pooling: max}"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    wanted = f"cases[0].optoins (case '{NAME}'): unknown key. Did you mean 'options'?"
+    assert [line for line in result.errlines if wanted in line and line.startswith("ERROR: ")]
+    assert "Traceback" not in result.stdout.str() + result.stderr.str()
+
+
+@pytest.mark.parametrize("option", ["--qv-runtimes", "--qv-require"])
+def test_unknown_runtime_is_a_usage_error_with_a_suggestion(option: str, pytester: pytest.Pytester) -> None:
+    result = quick(pytester, option, "ort,ai10")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: no runtime is called 'ai10'. Did you mean 'ai100'?"])
+
+
+def test_missing_config_is_a_usage_error_that_names_it(pytester: pytest.Pytester) -> None:
+    result = quick(pytester, "--qv-config", "nowhere.yaml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: cannot read config {pytester.path}/nowhere.yaml: *"])
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_suites_pass_skip_the_card_and_write_one_report_with_and_without_workers(
+    workers: tuple[str, ...], first, pytester: pytest.Pytester
+) -> None:
+    """What each worker finds reaches the one report; results are in the same order either way."""
+    options = ("--qv-config", own(pytester), "--qv-runtimes", "sim,ort", "--qv-report", "out")
+    result = suites(pytester, *workers, *options)
+    result.assert_outcomes(passed=2, skipped=1)
+    plain = report(pytester)
+    assert [f"{found['case']}-{found['runtime']}" for found in plain["results"]] == [
+        f"{NAME}-{runtime}" for runtime in ("ai100", "ort", "sim")
+    ]
+    assert statuses(plain) == {f"{NAME}-ai100": "not_run", f"{NAME}-ort": "pass", f"{NAME}-sim": "pass"}
+    assert [found["simulated"] for found in plain["results"]] == [False, False, True]
+    assert plain["summary"]["rows_compared"] == 8
+    result.stdout.fnmatch_lines(
+        [
+            "8 rows compared: 2 pass, 0 fail, 0 inconclusive, 0 error, 1 not_run",
+            f"Proved: ort agrees with Hugging Face within fp32 bounds on 4 rows: {NAME}.",
+            f"Proved: sim, a simulated AI 100, agrees with * on 4 rows: {NAME}.",
+            "Not proved: anything on a real AI 100 card; *",
+        ]
+    )
+    numbers = {found["runtime"]: [metric["value"] for metric in found["metrics"]] for found in plain["results"]}
+    _, alone = first
+    for found in alone["results"]:
+        if found["runtime"] in ("ort", "sim"):
+            assert numbers[found["runtime"]] == pytest.approx([metric["value"] for metric in found["metrics"]])
+
+
+@pytest.mark.slow
+def test_report_holds_the_environment_and_the_schema_number(first, pytester: pytest.Pytester) -> None:
+    suites(pytester, "--qv-config", own(pytester), "--qv-runtimes", "ort", "--qv-report", "out/deep")
+    plain = report(pytester, "out/deep")
+    assert plain["schema"] == 1
+    assert plain["environment"]["versions"]["qeff-validate"]
+
+
+def test_selecting_the_card_without_one_skips_with_the_probes_reason_and_proves_nothing(
+    pytester: pytest.Pytester, no_sdk: Path
+) -> None:
+    result = quick(pytester, "-m", "ai100", "--qv-config", own(pytester), "--qv-report", "out")
+    result.assert_outcomes(skipped=1, deselected=3)
+    assert f"no AI 100 SDK at {no_sdk}: install the Platform SDK" in result.stdout.str()
+    result.stdout.fnmatch_lines(["0 rows compared: 0 pass, 0 fail, 0 inconclusive, 0 error, 1 not_run"])
+    assert "Proved:" not in [line.split(" ")[0] for line in result.outlines]
+    result.stdout.fnmatch_lines(["Not proved: anything on a real AI 100 card; none took part."])
+    assert report(pytester)["summary"]["pass"] == 0
+
+
+def test_required_card_that_is_missing_is_a_failure_with_the_reason(pytester: pytest.Pytester, no_sdk: Path) -> None:
+    result = quick(pytester, "-m", "ai100", "--qv-config", own(pytester), "--qv-require=ai100")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([f"*ai100 is required and did not run: no AI 100 SDK at {no_sdk}: *"])
+
+
+@pytest.mark.slow
+def test_mismatch_fails_the_test_and_names_metric_value_bound_and_worst_row(first, pytester: pytest.Pytester) -> None:
+    strict = "tolerance: {ort: {rel_l2: 0, why: no rounding at all is allowed}}"
+    options = ("--qv-config", own(pytester, strict), "--qv-runtimes", "ort", "--qv-report", "out")
+    result = suites(pytester, *options)
+    result.assert_outcomes(failed=1, skipped=1)
+    plain = report(pytester)
+    assert statuses(plain)[f"{NAME}-ort"] == "fail"
+    metric = next(m for found in plain["results"] for m in found["metrics"] if m["name"] == "output.rel_l2")
+    row, text = metric["worst"]["row"], metric["worst"]["text"]
+    sentence = f"fail: output.rel_l2 {metric['value']:.3g}, allowed 0 (case), worst row {row} ({text!r})"
+    assert sentence in result.stdout.str()
+    assert f"Not proved: {NAME}-ort (fail)." in result.outlines
+
+
+def test_error_fails_the_test_with_its_stage_and_reason(pytester: pytest.Pytester) -> None:
+    path = config(pytester.path, "  - {name: x, source: 'path:no/such/dir'}\n")
+    result = quick(pytester, "--qv-config", path.name, "--qv-runtimes", "ort", "--qv-report", "out")
+    result.assert_outcomes(failed=1, skipped=1)
+    assert f"error: case 'x': directory {pytester.path}/no/such/dir does not exist" in result.stdout.str()
+    assert statuses(report(pytester)) == {"x-ai100": "not_run", "x-ort": "error"}
+
+
+def test_store_option_is_where_artifacts_go(pytester: pytest.Pytester) -> None:
+    long = "  - {name: x, source: 'random:bert', inputs: {texts: [a, b, c d e f]}, options: {seq_len: [4]}}\n"
+    path = config(pytester.path, long)
+    result = suites(pytester, "--qv-config", path.name, "--qv-runtimes", "ort", "--qv-store", "kept")
+    result.assert_outcomes(failed=1, skipped=1)
+    assert "1 of 3 texts are longer than the greatest seq_len 4" in result.stdout.str()
+    assert (pytester.path / "kept" / "locks").is_dir()
+
+
+@pytest.mark.slow
+def test_ini_options_do_what_the_command_line_does(first, pytester: pytest.Pytester) -> None:
+    pytester.makeini(f"[pytest]\nqv_config = {own(pytester)}\nqv_runtimes = ort\nqv_report = out\n")
+    result = suites(pytester, "-c", "tox.ini")
+    result.assert_outcomes(passed=1, skipped=1)
+    assert statuses(report(pytester)) == {f"{NAME}-ai100": "not_run", f"{NAME}-ort": "pass"}
+
+
+def test_config_in_the_ini_file_is_relative_to_it(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytester.makeini(f"[pytest]\nqv_config = {own(pytester)}\n")
+    monkeypatch.chdir(pytester.mkdir("inside"))
+    assert len(collected(quick(pytester, "-c", "../tox.ini", "--collect-only", "-q"))) == 4
+
+
+def test_command_line_comes_before_the_ini_file(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nqv_config = nowhere.yaml\nqv_runtimes = torch\n")
+    options = ("--collect-only", "-q", "--qv-config", own(pytester), "--qv-runtimes", "sim")
+    result = quick(pytester, "-c", "tox.ini", *options)
+    assert collected(result) == [f"{NAME}-sim", f"{NAME}-ai100"]
+
+
+def test_header_says_what_the_suites_are_set_up_with(pytester: pytest.Pytester) -> None:
+    result = quick(pytester, "--collect-only", "--qv-config", own(pytester), "--qv-runtimes", "ort")
+    result.stdout.fnmatch_lines(["qeff_validate: config=*cases.yaml*, runtimes=ort"])
+
+
+@pytest.mark.slow
+def test_suites_without_a_config_run_a_small_random_bert_on_everything_but_the_card(
+    pytester: pytest.Pytester,
+) -> None:
+    result = suites(pytester, "-v", "--qv-report", "out")
+    result.assert_outcomes(passed=3, skipped=1)
+    for runtime in ("torch", "ort", "sim"):
+        result.stdout.fnmatch_lines([f"*{TEST}[[]random-bert-mean-{runtime}[]] PASSED*"])
+    plain = report(pytester)
+    assert min(found["coverage"]["compared"] for found in plain["results"] if found["status"] == "pass") >= 24
