@@ -53,6 +53,16 @@ class Precision(Strict):
     compute: Literal["fp16", "fp32"] = Field("fp16", description="fp16: compiled with -convert-to-fp16")
 
 
+class Artifacts(Strict):
+    """Files that exist already and are judged as they are; paths are relative to the config."""
+
+    onnx: str | None = Field(None, description="an ONNX file, instead of an export")
+    qpc: str | None = Field(None, description="a directory with programqpc.bin, instead of a compilation")
+    reference: str | None = Field(None, description="recorded inputs and outputs (run --record), instead of a model")
+    inputs: dict[str, str] = Field({}, description="{our name: name in the file}, e.g. {input_ids: ids}")
+    outputs: dict[str, str] = Field({}, description="{output: name in the file}; other outputs are then left alone")
+
+
 class Case(Strict):
     """One row of a config: what to validate, on which runtimes, within which bounds."""
 
@@ -64,6 +74,7 @@ class Case(Strict):
     options: dict[str, Any] = Field({}, description="options of the model kind")
     inputs: Inputs = Inputs()
     exporter: Literal["dynamo"] = "dynamo"
+    artifacts: Artifacts = Artifacts()
     compile: Compile = Compile()
     precision: Precision = Precision()
     tolerance: dict[str, dict[str, Any]] = Field({}, description="{runtime: {metric: bound, why: reason}}")
@@ -179,11 +190,18 @@ def _merge(defaults: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, An
 
 
 def _absolute(case: Case, folder: Path) -> Case:
+    def place(path: str) -> str:
+        return str(folder / Path(path).expanduser())
+
     update: dict[str, Any] = {}
     if case.source.startswith("path:"):
-        update["source"] = f"path:{folder / Path(case.source[5:]).expanduser()}"
+        update["source"] = f"path:{place(case.source[5:])}"
     if case.inputs.texts_file is not None:
-        update["inputs"] = Inputs(texts_file=str(folder / Path(case.inputs.texts_file).expanduser()))
+        update["inputs"] = Inputs(texts_file=place(case.inputs.texts_file))
+    files = {name: getattr(case.artifacts, name) for name in ("onnx", "qpc", "reference")}
+    given = {name: place(path) for name, path in files.items() if path is not None}
+    if given:
+        update["artifacts"] = case.artifacts.model_copy(update=given)
     return case.model_copy(update=update)
 
 
@@ -193,7 +211,7 @@ def explain(exc: ValidationError, where: str, data: Any = None) -> str:
 
 
 def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
-    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Compile, Precision)}
+    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Artifacts, Compile, Precision)}
     known = models.get(exc.title)
     for error in exc.errors():
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")

@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 
-from qeff_validate.artifact import Artifact, Kind, fingerprint
+from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, explain, load_cases
 from qeff_validate.compare import Rows, bounds_for, compare
@@ -25,10 +26,14 @@ from qeff_validate.metrics import row_errors
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Settings, model_kind, registered, runtime
 from qeff_validate.report import Report, Result
+from qeff_validate.runtimes.foreign import Foreign
 from qeff_validate.sdk.locate import Sdk, installed, simulated
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec, load_tensors, save_tensors
 
 T = TypeVar("T")
+
+INPUTS = ("ids", "lengths", "texts")
+"""Names of the inputs in a recorded file; every other name but ``floor`` is an output."""
 
 
 class Progress(Protocol):
@@ -143,12 +148,16 @@ class Runner:
 
     def result(self, case: Case, name: str) -> Result:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
+        return self.pipeline(case).result(self.adapter(name))
+
+    def pipeline(self, case: Case) -> Pipeline:
+        """Return the case's pipeline, the same one as long as the case stays the same."""
         if self._pipeline is None or self._pipeline.case != case:
             self._pipeline = None  # let go of the last case's module before the next is loaded
             self._pipeline = Pipeline(
                 case, check(case), self._store, self._progress, model=self._model, tokenizer=self._tokenizer
             )
-        return self._pipeline.result(self.adapter(name))
+        return self._pipeline
 
 
 def model(case: Case, *, given: Any = None, tokenizer: Any = None) -> Model:
@@ -200,14 +209,18 @@ class Pipeline:
 
     def result(self, adapter: Runtime) -> Result:
         """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
+        return self._guarded(adapter, lambda base: self._judged(adapter, base))
+
+    def _guarded(self, adapter: Runtime, judge: Callable[[dict[str, Any]], Result]) -> Result:
         base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
         try:
             missing = adapter.probe()
             if missing:
                 return Result(**base, status="not_run", reason=missing)
             base["simulated"] = bool(getattr(adapter, "simulated", False))
+            base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
             base["precision"] = self.case.precision.compute if adapter.kind == "qpc" else "fp32"
-            return self._judged(adapter, base)
+            return judge(base)
         except ValidateError as exc:
             stage = "config" if isinstance(exc, ConfigError) else exc.stage
             return Result(**base, status="error", reason=str(exc), stage=stage)
@@ -223,7 +236,7 @@ class Pipeline:
         with ExitStack() as held:
             start = time.perf_counter()
             with self._stage("load", adapter.name):
-                session = Timed(held.enter_context(adapter.open(artifact)))
+                session = Timed(held.enter_context(self._opened(adapter, artifact)))
             loaded = time.perf_counter() - start
             with self._stage("run", adapter.name):
                 actual = self.model().infer(session, inputs)
@@ -251,6 +264,36 @@ class Pipeline:
             notes=tuple(inputs.notes),
         )
 
+    def relation(self, adapter: Runtime, name: str) -> Result:
+        """Judge a metamorphic relation on one runtime: two ways to run the same rows, compared with each other."""
+        return self._guarded(adapter, lambda base: self._related(adapter, name, {**base, "reference": "itself"}))
+
+    def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
+        from qeff_validate.models.metamorphic import RELATIONS, with_tokens
+
+        rows = with_tokens(self.inputs())
+        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
+            expected, actual, labels = RELATIONS[name](self.model(), session, rows)
+            bounds = bounds_for(base["precision"], floor=None, override=self.case.tolerance.get(adapter.name, {}))
+            verdict = compare(expected, actual, bounds, rows=Rows(labels), seed=self.case.seed)
+        return Result(
+            **base,
+            status=verdict.status,
+            reason=verdict.reason,
+            stage=name,
+            metrics=verdict.metrics,
+            planned=verdict.planned,
+            compared=verdict.compared,
+        )
+
+    @contextmanager
+    def _opened(self, adapter: Runtime, artifact: Artifact) -> Iterator[Session]:
+        """Open an artifact; a user's own stands behind our names."""
+        with adapter.open(artifact) as session:
+            given = self.case.artifacts
+            yield Foreign(session, self.model().graph, given) if given.onnx or given.qpc else session
+
     def model(self) -> Model:
         """Return the model wrapper."""
         if self._wrapper is not None:
@@ -259,8 +302,30 @@ class Pipeline:
         return self._once("model", lambda: create(self.case, self.options, self._given, self._tokenizer))
 
     def inputs(self) -> Any:
-        """Return the model's inputs, stored by texts and tokenizer."""
+        """Return the model's inputs: recorded ones, else stored by texts and tokenizer."""
+        recorded = self._recorded()
+        if "ids" in recorded:
+            return self._once("inputs", lambda: self.model().inputs(recorded))
         return self._once("inputs", lambda: self.model().inputs(self._inputs()[0]))
+
+    def _recorded(self) -> Tensors:
+        """Return the tensors of ``artifacts: {reference: …}``; none if the case names no such file."""
+        path = self.case.artifacts.reference
+        return {} if path is None else self._once("recorded", lambda: load_tensors(Path(path)))
+
+    def record(self, folder: Path) -> Path:
+        """Write inputs, reference outputs and floor to ``<folder>/<case>.safetensors``, by one rename."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
+        floor = self.floor()
+        extra = {} if floor is None else {"floor": np.array([floor])}
+        path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
+        try:
+            save_tensors(temporary, {**{name: stored[name] for name in INPUTS}, **self.reference(), **extra})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
 
     def _inputs(self) -> tuple[Tensors, Entry]:
         made = self.model()
@@ -281,16 +346,16 @@ class Pipeline:
         def make() -> Tensors:
             return self.model().reference(self.inputs(), dtype="float32")
 
+        if self.case.artifacts.reference is not None:
+            return {name: array for name, array in self._recorded().items() if name not in (*INPUTS, "floor")}
         return self._once(
             "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
         )
 
-    def floor(self) -> float:
-        """Return the noise of the reference: its worst relative L2 in float32 against float64."""
+    def floor(self) -> float | None:
+        """Return the noise of the reference: its worst relative L2 in float32 against float64; None if unknown."""
 
         def make() -> Tensors:
-            import numpy as np
-
             inputs, exact = self.inputs(), self.model().reference(self.inputs(), dtype="float64")
             kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
             worst = [np.max(row_errors(exact[name][kept], self.reference()[name][kept]).rel_l2) for name in exact]
@@ -300,6 +365,9 @@ class Pipeline:
             stored, _ = self.store.tensors("floor", self._reference_key("float64"), make)
             return float(stored["floor"][0])
 
+        if self.case.artifacts.reference is not None:
+            recorded = self._recorded()
+            return float(recorded["floor"][0]) if "floor" in recorded else None
         return self._once("floor", get, show=True)
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
@@ -318,6 +386,10 @@ class Pipeline:
         """Return the exported ONNX file, stored by model, exporter and code."""
         from qeff_validate.builders.export import export_key, export_onnx
 
+        given = self.case.artifacts.onnx
+        if given is not None:
+            return self._once("onnx", lambda: adopted(self.case, "onnx", Path(given)))
+
         def make(folder: Path) -> None:
             self.module()
             module, examples = self._done["module"]
@@ -332,6 +404,9 @@ class Pipeline:
         """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
         from qeff_validate.builders.compile import compile_key, compile_qpc
 
+        given = self.case.artifacts.qpc
+        if given is not None:
+            return self._once("qpc", lambda: adopted(self.case, "qpc", Path(given)))
         if sdk is None:
             raise ConfigError("a runtime of kind qpc needs an attribute sdk, whose compiler is used")
         source, case = self.onnx(), self.case
@@ -385,6 +460,20 @@ class Pipeline:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = name  # type: ignore[attr-defined]
                 raise
+
+
+def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
+    """Return an artifact that the user brings, identified by its content.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    files = path if kind == "onnx" else path / "programqpc.bin"
+    if not files.is_file():
+        raise ConfigError(f"case {case.name!r}: artifacts.{kind}: there is no file {files}")
+    beside = digest_files((p for p in path.parent.iterdir() if p.is_file()), root=path.parent) if kind == "onnx" else {}
+    digest = fingerprint({"file": digest_file(files), "beside": beside})
+    return Artifact(kind, path, digest, {"given": str(path)})
 
 
 class Timed:

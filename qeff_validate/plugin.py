@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +105,7 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize suites over case × runtime; ``ai100`` is always among them."""
-    if "qv_result" not in metafunc.fixturenames:
+    if "qv_target" not in metafunc.fixturenames:
         return
     from qeff_validate.protocols import model_kind
 
@@ -118,7 +118,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for name in dict.fromkeys([*(chosen or case.runtimes), "ai100"]):
             marks = [getattr(pytest.mark, mark) for mark in (name, *case.marks)]
             params.append(pytest.param((case, name), id=f"{case.name}-{name}", marks=marks))
-    metafunc.parametrize("qv_result", params, indirect=True)
+    metafunc.parametrize("qv_target", params)
 
 
 @pytest.fixture(scope="session")
@@ -136,14 +136,27 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
 
 
 @pytest.fixture
-def qv_result(request: pytest.FixtureRequest, qv_runner: Runner) -> Result:
+def qv_result(request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]) -> Result:
     """The result of one case on one runtime; skips with the reason if the runtime is not usable here."""
-    case, name = request.param
-    result = qv_runner.result(case, name)
+    case, name = qv_target
+    return _usable(request, qv_runner.result(case, name))
+
+
+@pytest.fixture
+def qv_relation(
+    request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]
+) -> Callable[[str], Result]:
+    """A function that judges a metamorphic relation by its name; skips as `qv_result` does."""
+    case, name = qv_target
+    adapter = qv_runner.adapter(name)
+    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(adapter, relation))
+
+
+def _usable(request: pytest.FixtureRequest, result: Result) -> Result:
     request.node.stash[_RESULT] = result.plain()
     if result.status == "not_run":
-        if name in _listed(request.config, "require"):
-            pytest.fail(f"{name} is required and did not run: {result.reason}", pytrace=False)
+        if result.runtime in _listed(request.config, "require"):
+            pytest.fail(f"{result.runtime} is required and did not run: {result.reason}", pytrace=False)
         pytest.skip(result.reason)
     if result.status == "inconclusive" and request.config.getoption("--qv-allow-inconclusive"):
         pytest.skip(f"inconclusive: {result.reason}")

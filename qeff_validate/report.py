@@ -233,7 +233,11 @@ def closing(plain: Mapping[str, Any]) -> list[str]:
     results = plain["results"]
     lines = []
     for (runtime, simulated), group in _groups(results).items():
-        good = [result for result in group if result["status"] == "pass"]
+        passed = [result for result in group if result["status"] == "pass"]
+        held = [result for result in passed if result["reference"] == "itself"]
+        if held:
+            lines.append(f"Held: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
+        good = [result for result in passed if result["reference"] != "itself"]
         if not good:
             continue
         rows = sum(result["coverage"]["compared"] for result in good)

@@ -95,7 +95,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"tolerance": {"otr": {"rel_l2": 1e-3, "why": "x"}}}, "Did you mean 'ort'"),
         ({"model": "embeding"}, "Did you mean 'embedding'"),
         ({"options": {"poolin": "mean"}}, "Did you mean 'pooling'"),
-        ({"options": {"pooling": "median"}}, "'mean', 'max' or 'cls'"),
+        ({"options": {"pooling": "median"}}, "no pooling is called 'median'"),
         ({"options": {"seq_len": []}}, "at least 1"),
         ({"options": {"seq_len": [0]}}, "greater than or equal to 1"),
         ({"options": {"seq_len": -5}}, "greater than or equal to 1"),

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relations between runs of one runtime, which need no reference: batch, order, padding, garbage, duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qeff_validate.report import Result
+
+RELATIONS = ("duplicates", "garbage_in_padding", "greater_bucket", "permutation", "single_row")
+
+
+@pytest.mark.embedding
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_embed_model_relation(relation: str, qv_relation: Callable[[str], Result]) -> None:
+    """The same texts, run in another way, give the same vectors within the bounds of the runtime's precision."""
+    result = qv_relation(relation)
+    assert result.status == "pass", f"{relation}: {result.status}: {result.reason}"
