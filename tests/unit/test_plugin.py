@@ -13,7 +13,8 @@ from processes import case, config, first_run
 
 import qeff_validate.engine  # noqa: F401 (pytester would unload it after each run in this process, and numpy with it)
 
-SUITES = ("--pyargs", "qeff_validate.suites")
+SUITES = ("--pyargs", "qeff_validate.suites.test_embedding")
+ALL_SUITES = ("--pyargs", "qeff_validate.suites")
 TEST = "test_embedding.py::test_embed_model_pytorch_vs_onnx_vs_ai100"
 NAME = "random-bert-mean"
 FRAMEWORKS = ("torch", "transformers", "peft", "onnx", "onnxruntime", "sentence_transformers", "qaicrt")
@@ -39,9 +40,9 @@ def own(pytester: pytest.Pytester, extra: str = "", name: str = NAME) -> str:
     return config(pytester.path, case(name, extra)).name
 
 
-def suites(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    """Run the suites in a process of their own."""
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rs", *arguments, *SUITES, timeout=240)
+def suites(pytester: pytest.Pytester, *arguments: str, which: tuple[str, str] = SUITES) -> pytest.RunResult:
+    """Run suites in a process of their own."""
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rs", *arguments, *which, timeout=240)
 
 
 def quick(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
@@ -301,8 +302,9 @@ def test_header_says_what_the_suites_are_set_up_with(pytester: pytest.Pytester) 
 def test_suites_without_a_config_run_a_small_random_bert_on_everything_but_the_card(
     pytester: pytest.Pytester,
 ) -> None:
-    result = suites(pytester, "-v", "--qv-report", "out")
-    result.assert_outcomes(passed=3, skipped=1)
+    result = suites(pytester, "-v", "--qv-report", "out", which=ALL_SUITES)
+    relations = 5
+    result.assert_outcomes(passed=3 * (1 + relations), skipped=1 + relations)
     for runtime in ("torch", "ort", "sim"):
         result.stdout.fnmatch_lines([f"*{TEST}[[]random-bert-mean-{runtime}[]] PASSED*"])
     plain = report(pytester)
