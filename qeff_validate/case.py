@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,6 +64,15 @@ class Artifacts(Strict):
     outputs: dict[str, str] = Field({}, description="{output: name in the file}; other outputs are then left alone")
 
 
+class Expect(Strict):
+    """A known failure: it is reported and does not fail the run; an unexpected pass and an expired one do."""
+
+    runtime: str = Field(description="where it happens")
+    status: Literal["fail", "inconclusive", "error"] = Field("fail", description="what happens")
+    reason: Annotated[str, Field(min_length=1)] = Field(description="why this is accepted for now")
+    until: date = Field(description="the last day on which it is, YYYY-MM-DD")
+
+
 class Case(Strict):
     """One row of a config: what to validate, on which runtimes, within which bounds."""
 
@@ -79,8 +89,22 @@ class Case(Strict):
     precision: Precision = Precision()
     tolerance: dict[str, dict[str, Any]] = Field({}, description="{runtime: {metric: bound, why: reason}}")
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
+    expect: list[Expect] = Field([], description="known failures; one mapping or a list of them")
     seed: Annotated[int, Field(ge=0)] = 0
     marks: list[str] = Field([], description="pytest marks of the case's tests")
+
+    @field_validator("expect", mode="before")
+    @classmethod
+    def _one_expected(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @field_validator("expect")
+    @classmethod
+    def _one_a_runtime(cls, value: list[Expect]) -> list[Expect]:
+        names = [expect.runtime for expect in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a runtime is named twice in {names}")
+        return value
 
     @field_validator("tolerance")
     @classmethod
@@ -211,7 +235,7 @@ def explain(exc: ValidationError, where: str, data: Any = None) -> str:
 
 
 def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
-    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Artifacts, Compile, Precision)}
+    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Artifacts, Expect, Compile, Precision)}
     known = models.get(exc.title)
     for error in exc.errors():
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")

@@ -20,6 +20,7 @@ from qeff_validate.report import DEFAULT_DIR
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qeff_validate.builders.store import Kept
     from qeff_validate.case import Case
     from qeff_validate.report import Report
 
@@ -49,7 +50,12 @@ StoreDir = Annotated[
 
 @app.command(epilog=EPILOG)
 def run(
-    configs: Configs,
+    configs: Annotated[list[Path] | None, typer.Argument(help="YAML config files", metavar="[CONFIG…]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a source instead of a config: path:DIR, random:bert, a hub id")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="model kind of --model")] = "embedding",
+    option: Annotated[list[str] | None, typer.Option(help="option of --model, KEY=VALUE; repeatable")] = None,
     case: Annotated[
         list[str] | None, typer.Option("--case", help="only this case; may be given more than once")
     ] = None,
@@ -58,19 +64,26 @@ def run(
     device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
     sdk: Sdk = None,
     report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    record: Annotated[
+        Path | None, typer.Option(help="also write inputs and reference outputs there, CASE.safetensors")
+    ] = None,
     store: StoreDir = None,
     allow_inconclusive: Annotated[bool, typer.Option("--allow-inconclusive", help="do not fail on these")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the compiler's output as it comes")] = False,
 ) -> None:
     """Run cases on runtimes, compare every output with Hugging Face, print and write the verdicts.
 
-    Example: [bold]qeff-validate run configs/quickstart.yaml --runtimes ort,sim[/]
+    Examples: [bold]qeff-validate run configs/quickstart.yaml --runtimes ort,sim[/]
+    and, without a file, [bold]qeff-validate run --model random:bert --option pooling=max[/]
     """
-    from qeff_validate.engine import load, validate
+    from qeff_validate.engine import case_for, load, validate
     from qeff_validate.protocols import Settings
     from qeff_validate.report import problems
 
-    cases = _chosen(load(configs), case or [])
+    if bool(configs) == (model is not None):
+        raise typer.BadParameter("give config files or --model SOURCE, one of the two")
+    cases = [case_for(model, kind=kind, options=option or [])] if model is not None else load(configs or [])
+    cases = _chosen(cases, case or [])
     names = _split(runtimes) if runtimes is not None else None
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
@@ -78,7 +91,7 @@ def run(
     required = _known_runtimes(_split(require))
     if report.exists() and not report.is_dir():
         raise ConfigError(f"--report: {report} is a file; name a directory")
-    made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose))
+    made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose), record=record)
     unwritten = _write(made, report)
     plain = made.plain()
     out = _console()
@@ -133,6 +146,41 @@ def doctor(sdk: Sdk = None, store: StoreDir = None) -> None:
     lines += [f"  {'QID ' + str(c.qid):15} {c.values.get('Status')}, free NSPs {c.free_cores}" for c in found.cards()]
     lines += ["store", f"  {'directory':15} {Store(store).root}"]
     _console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+store_app = typer.Typer(help="List or prune the artifact store.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+
+@store_app.command("list")
+def store_list(store: StoreDir = None) -> None:
+    """List what the store keeps: kind, size, days since it was last used, directory."""
+    from qeff_validate.builders.store import Store
+
+    found = Store(store).entries()
+    for kept in found:
+        _console().print(_kept(kept), markup=False, highlight=False, soft_wrap=True)
+    total = sum(kept.size for kept in found) / 1e6
+    _console().print(f"{len(found)} entries, {total:.1f} MB in {Store(store).root}", markup=False, soft_wrap=True)
+
+
+@store_app.command("prune")
+def store_prune(
+    days: Annotated[float, typer.Option(min=0, help="delete what was not used for so many days; 0: everything")],
+    store: StoreDir = None,
+) -> None:
+    """Delete entries that were not used for some days; what is needed again is built again."""
+    from qeff_validate.builders.store import Store
+
+    gone = Store(store).prune(unused_since=time.time() - days * 86400)
+    for kept in gone:
+        _console().print(_kept(kept), markup=False, highlight=False, soft_wrap=True)
+    freed = sum(kept.size for kept in gone) / 1e6
+    _console().print(f"deleted {len(gone)} entries, {freed:.1f} MB", markup=False, highlight=False)
+
+
+def _kept(kept: Kept) -> str:
+    return f"{kept.kind:10} {kept.size / 1e6:10.1f} MB {(time.time() - kept.used) / 86400:8.1f} days  {kept.path}"
 
 
 @app.command()

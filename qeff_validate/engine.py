@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import yaml
 from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
@@ -69,13 +73,39 @@ def load(paths: Sequence[Path]) -> list[Case]:
     return cases
 
 
+def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = ()) -> Case:
+    """Return a case for a source without a config file.
+
+    Args:
+        source: as in a config, relative to the working directory.
+        kind: model kind.
+        options: ``KEY=VALUE`` of the model kind; values are read as YAML, so that ``seq_len=[32, 64]`` is a list.
+
+    Raises:
+        ConfigError: an option is no KEY=VALUE, or wrong.
+    """
+    given: dict[str, Any] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"option {text!r}: wanted KEY=VALUE, e.g. pooling=cls")
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as exc:
+            raise ConfigError(f"option {text!r}: the value is no YAML: {exc}") from exc
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-.")
+    case = Case(name=name or "model", model=kind, source=source, options=given)
+    check(case)
+    return case
+
+
 def check(case: Case) -> Any:
     """Return a case's validated options; its runtimes and model kind must be known.
 
     Raises:
         ConfigError: an option, a runtime or the model kind is wrong.
     """
-    for name in (*case.runtimes, *case.tolerance):
+    for name in (*case.runtimes, *case.tolerance, *(item.runtime for item in case.expect)):
         if name not in registered("runtimes"):
             raise ConfigError(
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
@@ -95,6 +125,7 @@ def validate(
     store: Path | str | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
+    record: Path | None = None,
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -106,6 +137,7 @@ def validate(
         store: directory of the artifact store; default: ``$QEFF_VALIDATE_HOME``, else the user's cache.
         settings: SDK prefix, cards, threads.
         progress: is told of each long step.
+        record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error.
@@ -119,7 +151,14 @@ def validate(
     for item, name in planned:
         check(item)
         runner.adapter(name)
-    return Report(tuple(runner.result(item, name) for item, name in planned), environment(runner.settings))
+    results: list[Result] = []
+    recorded: set[str] = set()
+    for item, name in planned:
+        results.append(runner.result(item, name))
+        if record is not None and results[-1].planned and item.name not in recorded:
+            recorded.add(item.name)
+            runner.pipeline(item).record(record)
+    return Report(tuple(results), environment(runner.settings))
 
 
 class Runner:
@@ -209,7 +248,7 @@ class Pipeline:
 
     def result(self, adapter: Runtime) -> Result:
         """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
-        return self._guarded(adapter, lambda base: self._judged(adapter, base))
+        return known_failure(self.case, self._guarded(adapter, lambda base: self._judged(adapter, base)))
 
     def _guarded(self, adapter: Runtime, judge: Callable[[dict[str, Any]], Result]) -> Result:
         base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
@@ -460,6 +499,22 @@ class Pipeline:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = name  # type: ignore[attr-defined]
                 raise
+
+
+def known_failure(case: Case, result: Result, today: date | None = None) -> Result:
+    """Mark a result that the case expects; turn an unexpected pass, and an expired expectation, into a failure."""
+    expect = next((item for item in case.expect if item.runtime == result.runtime), None)
+    if expect is None or result.status == "not_run":
+        return result
+    if result.status == "pass":
+        reason = f"passed, but the case expects {expect.status} ({expect.reason}): take the expectation out"
+        return replace(result, status="fail", stage="expect", reason=reason)
+    if result.status != expect.status:
+        return result
+    if (today or date.today()) > expect.until:
+        expired = f"the known failure ({expect.reason}) was accepted until {expect.until} only; {result.reason}"
+        return replace(result, reason=expired)
+    return replace(result, expected=f"{expect.reason}, until {expect.until}")
 
 
 def adopted(case: Case, kind: Kind, path: Path) -> Artifact:

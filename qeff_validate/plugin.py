@@ -29,6 +29,7 @@ MARKERS = {
 
 OPTIONS = {
     "config": "config file with cases; may be given more than once (default: a small random BERT)",
+    "model": "a source instead of a config, e.g. random:bert or path:DIR",
     "runtimes": "comma-separated runtimes, instead of those that the cases name",
     "require": "comma-separated runtimes that must run: 'not run' is a failure",
     "report": "directory for report.json and report.md",
@@ -80,13 +81,14 @@ def _configs(config: pytest.Config) -> list[Path]:
 
 
 def _cases(config: pytest.Config) -> Sequence[Case]:
-    from qeff_validate.engine import load
+    from qeff_validate.engine import case_for, load
     from qeff_validate.errors import ConfigError, suggest
     from qeff_validate.protocols import registered
 
     if _CASES not in config.stash:
         try:
-            config.stash[_CASES] = load(_configs(config))
+            source = option(config, "model")
+            config.stash[_CASES] = [case_for(source)] if source else load(_configs(config))
         except ConfigError as exc:
             raise pytest.UsageError(str(exc)) from exc
         for name in _listed(config, "runtimes") + _listed(config, "require"):
@@ -154,10 +156,15 @@ def qv_relation(
 
 def _usable(request: pytest.FixtureRequest, result: Result) -> Result:
     request.node.stash[_RESULT] = result.plain()
+    properties = request.node.user_properties  # these reach a JUnit file under xdist too
+    properties += [("qv_status", result.status), ("qv_simulated", result.simulated)]
+    properties += [(f"qv_{item.metric.name}", repr(item.metric.value)) for item in result.metrics]
     if result.status == "not_run":
         if result.runtime in _listed(request.config, "require"):
             pytest.fail(f"{result.runtime} is required and did not run: {result.reason}", pytrace=False)
         pytest.skip(result.reason)
+    if result.expected is not None:
+        pytest.xfail(f"{result.status}, expected: {result.expected}")
     if result.status == "inconclusive" and request.config.getoption("--qv-allow-inconclusive"):
         pytest.skip(f"inconclusive: {result.reason}")
     return result

@@ -46,6 +46,7 @@ class Result:
     timings_s: Mapping[str, float] = field(default_factory=dict)
     artifact: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    expected: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -63,6 +64,7 @@ class Result:
             "timings_s": dict(self.timings_s),
             "artifact": dict(self.artifact) if self.artifact is not None else None,
             "notes": list(self.notes),
+            "expected": self.expected,
         }
         return {key: finite(value) for key, value in made.items()}
 
@@ -99,11 +101,12 @@ class Report:
             require: runtimes whose ``not_run`` counts as an error.
             allow_inconclusive: do not count inconclusive results as failures.
         """
-        statuses = Counter(result.status for result in self.results)
+        counted = [result for result in self.results if result.expected is None]
+        statuses = Counter(result.status for result in counted)
         required = set(require)
         unmet = required - {result.runtime for result in self.results}
         unmet |= {result.runtime for result in self.results if result.status == "not_run"} & required
-        if any(result.status == "error" and result.stage == "config" for result in self.results):
+        if any(result.status == "error" and result.stage == "config" for result in counted):
             return 2
         if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
             return 1
@@ -223,7 +226,8 @@ def problems(plain: Mapping[str, Any]) -> list[str]:
         head = f"{result['case']}-{result['runtime']}"
         if result["status"] != "pass":
             stage = f" at {result['stage']}" if result["stage"] else ""
-            lines.append(f"{head}: {result['status']}{stage}: {result['reason']}")
+            known = f" (expected: {result['expected']})" if result["expected"] else ""
+            lines.append(f"{head}: {result['status']}{stage}{known}: {result['reason']}")
         lines += [f"{head}: note: {note}" for note in result["notes"]]
     return lines
 
@@ -247,7 +251,9 @@ def closing(plain: Mapping[str, Any]) -> list[str]:
         lines.append(f"Proved: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
     bad = [r for r in results if r["status"] in ("fail", "inconclusive", "error")]
     if bad:
-        names = ", ".join(f"{r['case']}-{r['runtime']} ({r['status']})" for r in bad)
+        names = ", ".join(
+            f"{r['case']}-{r['runtime']} ({'expected ' if r['expected'] else ''}{r['status']})" for r in bad
+        )
         lines.append(f"Not proved: {names}.")
     real = [r for r in results if r["runtime"] == "ai100" and r["status"] == "pass"]
     if not real:

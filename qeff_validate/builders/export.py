@@ -6,34 +6,43 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qeff_validate.errors import BuildError
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors
 
+Exporter = Literal["dynamo", "torchscript"]
+
 OPSET = 18
 EXTERNAL_BYTES = 64 << 20
 """Weights beyond this size go to a file of their own; a protobuf must stay below 2 GiB."""
 
 
-def export_key() -> Mapping[str, Any]:
+CHATTY = ("torch.onnx", "torch.fx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+def export_key(exporter: Exporter = "dynamo") -> Mapping[str, Any]:
     """Return what the exporter's output depends on besides the model."""
-    return {"exporter": "dynamo", "opset": OPSET, **versions("torch", "transformers", "onnx", "onnxscript", "onnx-ir")}
+    used = ("onnxscript", "onnx-ir") if exporter == "dynamo" else ("onnxruntime",)
+    return {"exporter": exporter, "opset": OPSET, **versions("torch", "transformers", "onnx", *used)}
 
 
-def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path) -> None:
+def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path, exporter: Exporter = "dynamo") -> None:
     """Write ``model.onnx`` (and ``model.onnx.data`` if the weights are large) into a folder.
 
     Args:
-        module: torch module in eval mode.
+        module: torch module; it is exported in eval mode and is left in the modes that it was in.
         examples: one example array for each input.
         graph: names and symbolic dims; every symbol becomes a dynamic dim.
         folder: an existing, empty directory.
+        exporter: ``dynamo`` (torch.export) or ``torchscript`` (tracing; quicker, for what torch.export refuses).
 
     Raises:
         BuildError: the exporter or the checker refuses; the message names the reason, with the op if it is known.
@@ -41,40 +50,112 @@ def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path) -> N
     import torch
 
     inputs = {spec.name: torch.from_numpy(examples[spec.name]) for spec in graph.inputs}
-    symbols: dict[str, Any] = {}
-    shapes = {
-        spec.name: {
-            axis: symbols.setdefault(dim, torch.export.Dim(dim))
-            for axis, dim in enumerate(spec.shape)
-            if isinstance(dim, str)
-        }
-        for spec in graph.inputs
-    }
     path = folder / "model.onnx"
-    with _silent():
-        try:
-            program = torch.onnx.export(
-                module,
-                kwargs=inputs,
-                dynamic_shapes=shapes,
-                input_names=list(inputs),
-                output_names=[spec.name for spec in graph.outputs],
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-            )
-        except Exception as exc:  # the exporter raises whatever its tracer met
-            raise BuildError(f"torch.onnx.export failed: {_reason(exc)}") from exc
-        assert program is not None
-        for node in program.model.graph.all_nodes():
-            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
-        weights = sum(
-            v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None
-        )
-        program.save(path, external_data=weights > EXTERNAL_BYTES)
-    del program
+    with _silent(), _evaluating(module):
+        (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path)
     check(path, graph)
+    if exporter == "torchscript":
+        _try_other_sizes(path, examples, graph)
+
+
+def _axes(graph: Graph) -> dict[str, dict[int, str]]:
+    """Return the symbol of each dynamic axis of each input."""
+    return {
+        spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in graph.inputs
+    }
+
+
+def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:
+    import torch
+
+    axes = _axes(graph)
+    symbols = {dim: torch.export.Dim(dim) for named in axes.values() for dim in named.values()}
+    with _translated():
+        program = torch.onnx.export(
+            module,
+            kwargs=inputs,
+            dynamic_shapes={name: {axis: symbols[dim] for axis, dim in named.items()} for name, named in axes.items()},
+            input_names=list(inputs),
+            output_names=[spec.name for spec in graph.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
+    weights = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+    program.save(path, external_data=weights > EXTERNAL_BYTES)
+
+
+def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:
+    import onnx
+    import torch
+
+    class Positional(torch.nn.Module):
+        """Tracing knows inputs by their place; a name that forward takes as ``**kwargs`` has none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: Any) -> Any:
+            return self.module(**dict(zip(inputs, tensors, strict=True)))
+
+    symbols = _symbols(graph)
+    outputs = {
+        spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if dim in symbols} for spec in graph.outputs
+    }
+    raw = path.parent / "raw"  # beyond 2 GiB the exporter writes a file for each tensor
+    raw.mkdir()
+    with _translated():
+        torch.onnx.export(
+            Positional().eval(),
+            tuple(inputs.values()),
+            raw / path.name,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={**_axes(graph), **outputs},
+            opset_version=OPSET,
+            dynamo=False,
+            verbose=False,
+        )
+    model = onnx.load(str(raw / path.name))
+    shutil.rmtree(raw)
+    large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_BYTES
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data", size_threshold=1024)
+
+
+def _try_other_sizes(path: Path, examples: Tensors, graph: Graph) -> None:
+    """Run a traced graph at sizes other than the example's: tracing labels dims as free without a proof.
+
+    Raises:
+        BuildError: the graph runs at the example's sizes alone.
+    """
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        sizes: dict[str, int] = {}
+        for name, axes in _axes(graph).items():
+            sizes.update({dim: examples[name].shape[axis] + 2 for axis, dim in axes.items()})
+        grown = {
+            spec.name: np.resize(
+                examples[spec.name], [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            )
+            for spec in graph.inputs
+        }
+        session.run(None, grown)
+    except Exception as exc:  # ONNX Runtime's exceptions share no base class
+        raise BuildError(
+            f"torch.onnx.export (torchscript) fixed sizes of the example: the graph fails at {sizes}:"
+            f" {_reason(exc)}; try exporter: dynamo"
+        ) from exc
 
 
 def check(path: Path, graph: Graph) -> None:
@@ -107,18 +188,57 @@ def _symbols(graph: Graph) -> set[int | str]:
     return {dim for spec in graph.inputs for dim in spec.shape if isinstance(dim, str)}
 
 
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause in a line or two: the exporter wraps it in pages."""
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:  # an exporter raises whatever its tracer met
+        raise BuildError(f"torch.onnx.export failed: {_stopped_by(exc)}{_reason(exc)}") from exc
+
+
+def _stopped_by(exc: BaseException) -> str:
+    """Return "op x: " or "at LINE: " where the exporter tells."""
+    text = "\n".join(str(cause) for cause in _causes(exc))
+    op = re.search(r"OpOverload\(op='([\w.]+)'|operator '([\w:]+)'", text)
+    if op:
+        return f"op {(op[1] or op[2]).replace('::', '.')}: "
+    lines = re.findall(r'File "[^"]*?([^"/]+)", line (\d+), in \w+\n\s+(.+)', text)
+    return "at {2} ({0}:{1}): ".format(*lines[-1]) if lines else ""
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    yield exc
     while exc.__cause__ is not None:
         exc = exc.__cause__
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return f"{type(exc).__name__}: {' '.join(lines[:3])[:500]}"
+        yield exc
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the innermost cause in a line or two: the exporter wraps it in pages."""
+    *_, last = _causes(exc)
+    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
+    return f"{type(last).__name__}: {' '.join(lines[:3])[:500]}"
+
+
+@contextlib.contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    """Put every part into eval mode, and afterwards back into its own.
+
+    The TorchScript exporter restores the mode of the outermost module on all parts: training, if that one alone was.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Keep the exporter's own chatter off the terminal; what matters of it comes as an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

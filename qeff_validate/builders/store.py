@@ -9,6 +9,7 @@ killed one left behind is recognised by the next holder and removed. Every hit i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -51,6 +52,16 @@ class Entry:
         return float(self.provenance["seconds"])
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An entry as `Store.entries` lists it: kind, directory, bytes, and when it was last made or found (epoch)."""
+
+    kind: str
+    path: Path
+    size: int
+    used: float
+
+
 class Store:
     """Entries below one directory: ``root``, else ``$QEFF_VALIDATE_HOME``, else the user's cache directory."""
 
@@ -90,6 +101,42 @@ class Store:
         entry = self.entry(kind, key, lambda folder: save_tensors(folder / "tensors.safetensors", make()))
         return load_tensors(entry.path / "tensors.safetensors"), entry
 
+    def entries(self) -> list[Kept]:
+        """Return all entries, the one that was used longest ago first."""
+        found = []
+        for path in self.root.glob(f"*/*/{PROVENANCE}"):
+            if path.parent.parent.name in ("tmp", "locks"):
+                continue
+            size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+            found.append(Kept(path.parent.parent.name, path.parent, size, path.stat().st_mtime))
+        return sorted(found, key=lambda kept: kept.used)
+
+    def prune(self, *, unused_since: float) -> list[Kept]:
+        """Delete the entries that were last used before a time, in seconds since the epoch; return them.
+
+        An entry that another process is making or checking is left alone.
+        """
+        return [kept for kept in self.entries() if kept.used < unused_since and self._drop(kept)]
+
+    def _drop(self, kept: Kept) -> bool:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / "locks" / f"{kept.kind}-{kept.path.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            # out of sight by one rename first, so that an interruption leaves no half entry under its name
+            away = self.root / "tmp" / f"{kept.kind}-{kept.path.name}"
+            away.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(away, ignore_errors=True)
+            os.replace(kept.path, away)
+            shutil.rmtree(away, ignore_errors=True)
+        finally:
+            lock.release()
+        return True
+
     def _verified(self, place: Path, key: Mapping[str, Any]) -> Entry | None:
         try:
             provenance = json.loads((place / PROVENANCE).read_text(encoding="utf-8"))
@@ -99,6 +146,8 @@ class Store:
         files.pop(PROVENANCE, None)
         if provenance.get("files") != files or provenance.get("key") != json.loads(json.dumps(key)):
             return None
+        with contextlib.suppress(OSError):  # a store that is only read keeps no times
+            os.utime(place / PROVENANCE)
         return Entry(place, fingerprint(files), provenance, made=False)
 
     def _make(self, kind: str, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Entry:

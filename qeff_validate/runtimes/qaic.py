@@ -8,9 +8,11 @@ shapes before the call, and whether an output was written at all (buffers start 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,14 @@ class QaicRuntime:
             raise Unavailable(f"{rt.__file__} says that it is simulated, and {self.name} means a real card: use sim")
         device = self._device()
         call = _Calls(rt)
+        with ExitStack() as held:
+            if not self.sdk.built_in:
+                held.enter_context(_card_lock(device))
+            with self._active(rt, aicapi, call, device, artifact) as session:
+                yield session
+
+    @contextmanager
+    def _active(self, rt: Any, aicapi: Any, call: _Calls, device: int, artifact: Artifact) -> Iterator[Session]:
         context = call.make("Context", lambda: rt.Context(rt.QIDList([device])))
         queue = call.make("Queue", lambda: rt.Queue(context, device))
         qpc = call.make("Qpc", lambda: rt.Qpc(str(artifact.path)))
@@ -119,6 +129,15 @@ def ai100(settings: Settings) -> QaicRuntime:
 def sim(settings: Settings) -> QaicRuntime:
     """Return the runtime for the simulated SDK."""
     return QaicRuntime("sim", simulated(), settings)
+
+
+@contextmanager
+def _card_lock(device: int) -> Iterator[None]:
+    """Hold a card for this process alone; others wait. The lock dies with its holder."""
+    from filelock import FileLock
+
+    with FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{device}.lock", mode=0o666):
+        yield
 
 
 def _properties(rt: Any) -> Any:

@@ -177,3 +177,34 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("QEFF_VALIDATE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert Store().root.name == "qeff-validate"
+
+
+def test_entries_are_listed_by_last_use_and_pruned_by_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (store.entry("onnx", {"n": n}, writes(str(n))) for n in range(2))
+    os.utime(old.path / PROVENANCE, (1000, 1000))
+    assert [kept.path for kept in store.entries()] == [old.path, new.path]
+    assert all(kept.size > 0 for kept in store.entries())
+    gone = store.prune(unused_since=2000)
+    assert [kept.path for kept in gone] == [old.path]
+    assert not old.path.exists()
+    assert store.entry("onnx", {"n": 1}, never).path == new.path
+    assert store.entry("onnx", {"n": 0}, writes("0")).made
+
+
+def test_finding_an_entry_counts_as_use(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.entry("onnx", KEY, writes())
+    os.utime(entry.path / PROVENANCE, (1000, 1000))
+    store.entry("onnx", KEY, never)
+    assert store.prune(unused_since=2000) == []
+
+
+def test_an_entry_whose_lock_is_held_is_not_pruned(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    store = Store(tmp_path)
+    entry = store.entry("onnx", KEY, writes())
+    with FileLock(tmp_path / "locks" / f"onnx-{entry.path.name}.lock"):
+        assert store.prune(unused_since=float("inf")) == []
+    assert len(store.prune(unused_since=float("inf"))) == 1
