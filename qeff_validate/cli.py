@@ -54,6 +54,7 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="a source instead of a config: path:DIR, random:bert, a hub id")
     ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="a bundle that 'build' made, instead of a config")] = None,
     kind: Annotated[str, typer.Option(help="model kind of --model")] = "embedding",
     option: Annotated[list[str] | None, typer.Option(help="option of --model, KEY=VALUE; repeatable")] = None,
     case: Annotated[
@@ -76,13 +77,17 @@ def run(
     Examples: [bold]qeff-validate run configs/quickstart.yaml --runtimes ort,sim[/]
     and, without a file, [bold]qeff-validate run --model random:bert --option pooling=max[/]
     """
+    from qeff_validate.builders.bundle import read_bundle
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.protocols import Settings
     from qeff_validate.report import problems
 
-    if bool(configs) == (model is not None):
-        raise typer.BadParameter("give config files or --model SOURCE, one of the two")
-    cases = [case_for(model, kind=kind, options=option or [])] if model is not None else load(configs or [])
+    if sum((bool(configs), model is not None, bundle is not None)) != 1:
+        raise typer.BadParameter("give config files, --model SOURCE or --bundle DIR, one of the three")
+    if model is not None:
+        cases = [case_for(model, kind=kind, options=option or [])]
+    else:
+        cases = load(configs or []) if bundle is None else read_bundle(bundle)
     cases = _chosen(cases, case or [])
     names = _split(runtimes) if runtimes is not None else None
     if names is not None and not names:
@@ -104,6 +109,29 @@ def run(
     for text in made.closing():
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(made.exit_code(require=required, allow_inconclusive=allow_inconclusive))
+
+
+@app.command(epilog="Exit codes: 0 the bundle is there · 2 wrong usage or config · 3 something could not be built.")
+def build(
+    configs: Configs,
+    bundle: Annotated[Path, typer.Option(help="the directory to make; must not exist yet")],
+    runtime: Annotated[str, typer.Option(help="ai100 or sim: whose compiler, and where it will be judged")],
+    case: Annotated[list[str] | None, typer.Option("--case", help="only this case; repeatable")] = None,
+    sdk: Sdk = None,
+    store: StoreDir = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the compiler's output as it comes")] = False,
+) -> None:
+    """Build QPCs with recorded inputs and references, to be judged on a host without torch and compiler.
+
+    There: [bold]qeff-validate run --bundle DIR[/]
+    """
+    from qeff_validate.engine import bundle as make
+    from qeff_validate.engine import load
+    from qeff_validate.protocols import Settings
+
+    cases = _chosen(load(configs), case or [])
+    make(cases, bundle, runtime, store=store, settings=Settings(sdk=sdk), progress=Terminal(verbose))
+    _console().print(f"bundle of {len(cases)} cases for {runtime}: {bundle}", markup=False, soft_wrap=True)
 
 
 @app.command("list", epilog="Exit codes: 0 the configs are sound · 2 one of them is not.")

@@ -16,10 +16,11 @@ import pytest
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
-from qeff_validate.engine import Pipeline, Silent, build, check, model
+from qeff_validate.engine import build, check, model
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.models import oracle
 from qeff_validate.models.options import POOLINGS
+from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, registered, runtime
 
 RUNTIMES = sorted(registered("runtimes"))

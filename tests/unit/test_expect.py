@@ -12,7 +12,8 @@ import pytest
 
 import qeff_validate as qv
 from qeff_validate.case import Expect
-from qeff_validate.engine import known_failure, load
+from qeff_validate.engine import load
+from qeff_validate.pipeline import known_failure
 from qeff_validate.report import Report, Result, closing
 
 LAST = date(2026, 12, 31)

@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
-    {"suites", "plugin", "cli"}, {"engine"}, {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
+    {"suites", "plugin", "cli"}, {"engine"}, {"pipeline"}, {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
     {"protocols"}, {"report"}, {"case"}, {"compare"}, {"metrics"}, {"artifact"}, {"tensors"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""

@@ -63,7 +63,7 @@ def test_a_model_runs_without_a_file_and_its_reference_is_recorded(tmp_path: Pat
 def test_a_config_or_a_model_is_needed_and_not_both(arguments: tuple[str, ...]) -> None:
     done = cli(*arguments)
     assert done.returncode == 2
-    assert "--model SOURCE, one of the two" in done.stderr
+    assert "one of the three" in done.stderr
 
 
 def test_the_store_is_listed_and_pruned(tmp_path: Path) -> None:

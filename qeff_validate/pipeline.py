@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One case's way from inputs to results: inputs → reference → artifact → session → tensors → verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
+from qeff_validate.builders.store import Entry, Store, code_key
+from qeff_validate.case import Case
+from qeff_validate.compare import Rows, bounds_for, compare
+from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.metrics import row_errors
+from qeff_validate.models.sources import versions
+from qeff_validate.protocols import Model, Runtime, Session, model_kind
+from qeff_validate.report import Result
+from qeff_validate.runtimes.foreign import Foreign
+from qeff_validate.sdk.locate import Sdk
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec, load_tensors, save_tensors
+
+T = TypeVar("T")
+
+INPUTS = ("ids", "lengths", "texts")
+"""Names of the inputs in a recorded file; every other name but ``floor`` is an output."""
+
+
+class Progress(Protocol):
+    """Is told what is going on; the default says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:
+        """Enclose one long step."""
+
+    def line(self, text: str) -> None:
+        """Take one line of a child's output."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Ignore the step."""
+        return nullcontext()
+
+    def line(self, text: str) -> None:
+        """Ignore the line."""
+
+
+class Pipeline:
+    """One case's way from inputs to results; each stage happens once, and what failed stays failed."""
+
+    def __init__(
+        self,
+        case: Case,
+        options: Any,
+        store: Store,
+        progress: Progress,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        wrapper: Model | None = None,
+    ) -> None:
+        self.case, self.options, self.store, self.progress = case, options, store, progress
+        self._given, self._tokenizer, self._wrapper = model, tokenizer, wrapper
+        self._done: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def result(self, adapter: Runtime) -> Result:
+        """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
+        return known_failure(self.case, self._guarded(adapter, lambda base: self._judged(adapter, base)))
+
+    def _guarded(self, adapter: Runtime, judge: Callable[[dict[str, Any]], Result]) -> Result:
+        base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
+        try:
+            missing = adapter.probe()
+            if missing:
+                return Result(**base, status="not_run", reason=missing)
+            base["simulated"] = bool(getattr(adapter, "simulated", False))
+            base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
+            base["precision"] = self.case.precision.compute if adapter.kind == "qpc" else "fp32"
+            return judge(base)
+        except ValidateError as exc:
+            stage = "config" if isinstance(exc, ConfigError) else exc.stage
+            return Result(**base, status="error", reason=str(exc), stage=stage)
+        except Exception as exc:  # one runtime's crash must not lose the other results
+            notes = ("".join(traceback.format_exception(exc)[-3:]),)
+            reason = f"unexpected {type(exc).__name__}: {exc}"
+            return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
+
+    def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
+        inputs = self.inputs()
+        reference, floor = self.reference(), self.floor()
+        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        with ExitStack() as held:
+            start = time.perf_counter()
+            with self._stage("load", adapter.name):
+                session = Timed(held.enter_context(self._opened(adapter, artifact)))
+            loaded = time.perf_counter() - start
+            with self._stage("run", adapter.name):
+                actual = self.model().infer(session, inputs)
+        with self._stage("compare", adapter.name):
+            override = self.case.tolerance.get(adapter.name, {})
+            bounds = bounds_for(base["precision"], floor=floor, override=override)
+            rows = Rows(inputs.labels, inputs.tokenless)
+            verdict = compare(reference, actual, bounds, rows=rows, floor=floor, seed=self.case.seed)
+        stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
+        times = {name: self.seconds[name] for name in stages if name in self.seconds}
+        return Result(
+            **base,
+            status=verdict.status,
+            reason=verdict.reason,
+            stage="compare" if verdict.status != "pass" else None,
+            metrics=verdict.metrics,
+            planned=verdict.planned,
+            compared=verdict.compared,
+            timings_s={**times, "load": round(loaded, 4), **session.timings(len(inputs.labels))},
+            artifact={
+                "kind": artifact.kind,
+                "path": str(artifact.path) if artifact.path else None,
+                "digest": artifact.digest,
+            },
+            notes=tuple(inputs.notes),
+        )
+
+    def relation(self, adapter: Runtime, name: str) -> Result:
+        """Judge a metamorphic relation on one runtime: two ways to run the same rows, compared with each other."""
+        return self._guarded(adapter, lambda base: self._related(adapter, name, {**base, "reference": "itself"}))
+
+    def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
+        from qeff_validate.models.metamorphic import RELATIONS, with_tokens
+
+        rows = with_tokens(self.inputs())
+        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
+            expected, actual, labels = RELATIONS[name](self.model(), session, rows)
+            bounds = bounds_for(base["precision"], floor=None, override=self.case.tolerance.get(adapter.name, {}))
+            verdict = compare(expected, actual, bounds, rows=Rows(labels), seed=self.case.seed)
+        return Result(
+            **base,
+            status=verdict.status,
+            reason=verdict.reason,
+            stage=name,
+            metrics=verdict.metrics,
+            planned=verdict.planned,
+            compared=verdict.compared,
+        )
+
+    @contextmanager
+    def _opened(self, adapter: Runtime, artifact: Artifact) -> Iterator[Session]:
+        """Open an artifact; a user's own stands behind our names."""
+        with adapter.open(artifact) as session:
+            given = self.case.artifacts
+            yield Foreign(session, self.model().graph, given) if given.onnx or given.qpc else session
+
+    def model(self) -> Model:
+        """Return the model wrapper."""
+        if self._wrapper is not None:
+            return self._wrapper
+        create = model_kind(self.case).create
+        return self._once("model", lambda: create(self.case, self.options, self._given, self._tokenizer))
+
+    def inputs(self) -> Any:
+        """Return the model's inputs: recorded ones, else stored by texts and tokenizer."""
+        recorded = self._recorded()
+        if "ids" in recorded:
+            return self._once("inputs", lambda: self.model().inputs(recorded))
+        return self._once("inputs", lambda: self.model().inputs(self._inputs()[0]))
+
+    def _recorded(self) -> Tensors:
+        """Return the tensors of ``artifacts: {reference: …}``; none if the case names no such file."""
+        path = self.case.artifacts.reference
+        return {} if path is None else self._once("recorded", lambda: load_tensors(Path(path)))
+
+    def record(self, folder: Path) -> Path:
+        """Write inputs, reference outputs and floor to ``<folder>/<case>.safetensors``, by one rename."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
+        floor = self.floor()
+        extra = {} if floor is None else {"floor": np.array([floor])}
+        path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
+        try:
+            save_tensors(temporary, {**{name: stored[name] for name in INPUTS}, **self.reference(), **extra})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _inputs(self) -> tuple[Tensors, Entry]:
+        made = self.model()
+        return self._once(
+            "tokenize", lambda: self.store.tensors("inputs", {**made.inputs_key(), "code": code_key()}, made.tokenize)
+        )
+
+    def _reference_key(self, dtype: str) -> dict[str, Any]:
+        made = self._body_key()
+        return {"model": made, "inputs": self._inputs()[1].digest, "dtype": dtype, "code": code_key()}
+
+    def _body_key(self) -> Mapping[str, Any]:
+        return self._once("fingerprint", lambda: {**self.model().fingerprint(), **versions("torch")})
+
+    def reference(self) -> Tensors:
+        """Return the float32 outputs of the Hugging Face model, stored by model and inputs."""
+
+        def make() -> Tensors:
+            return self.model().reference(self.inputs(), dtype="float32")
+
+        if self.case.artifacts.reference is not None:
+            return {name: array for name, array in self._recorded().items() if name not in (*INPUTS, "floor")}
+        return self._once(
+            "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
+        )
+
+    def floor(self) -> float | None:
+        """Return the noise of the reference: its worst relative L2 in float32 against float64; None if unknown."""
+
+        def make() -> Tensors:
+            inputs, exact = self.inputs(), self.model().reference(self.inputs(), dtype="float64")
+            kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
+            worst = [np.max(row_errors(exact[name][kept], self.reference()[name][kept]).rel_l2) for name in exact]
+            return {"floor": np.array([np.max(worst)])}
+
+        def get() -> float:
+            stored, _ = self.store.tensors("floor", self._reference_key("float64"), make)
+            return float(stored["floor"][0])
+
+        if self.case.artifacts.reference is not None:
+            recorded = self._recorded()
+            return float(recorded["floor"][0]) if "floor" in recorded else None
+        return self._once("floor", get, show=True)
+
+    def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
+        """Return the artifact that a runtime of this kind opens."""
+        if kind == "module":
+            return self.module()
+        return self.onnx() if kind == "onnx" else self.qpc(sdk)
+
+    def module(self) -> Artifact:
+        """Return the torch module, in memory."""
+        digest = fingerprint(self._body_key())
+        payload = self._once("module", lambda: self.model().module(), show=True)
+        return Artifact("module", None, digest, self._body_key(), (payload[0], self.model().graph))
+
+    def onnx(self) -> Artifact:
+        """Return the exported ONNX file, stored by model, exporter and code."""
+        from qeff_validate.builders.export import export_key, export_onnx
+
+        given = self.case.artifacts.onnx
+        if given is not None:
+            return self._once("onnx", lambda: adopted(self.case, "onnx", Path(given)))
+
+        def make(folder: Path) -> None:
+            self.module()
+            module, examples = self._done["module"]
+            export_onnx(module, examples, self.model().graph, folder)
+
+        key = {"model": self._body_key(), "export": export_key(), "code": code_key()}
+        entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
+        self.seconds["export"] = entry.seconds
+        return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance)
+
+    def qpc(self, sdk: Sdk | None) -> Artifact:
+        """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
+        from qeff_validate.builders.compile import compile_key, compile_qpc
+
+        given = self.case.artifacts.qpc
+        if given is not None:
+            return self._once("qpc", lambda: adopted(self.case, "qpc", Path(given)))
+        if sdk is None:
+            raise ConfigError("a runtime of kind qpc needs an attribute sdk, whose compiler is used")
+        source, case = self.onnx(), self.case
+        buckets = self.model().graph.buckets
+
+        def make(folder: Path) -> None:
+            assert source.path is not None
+            compile_qpc(
+                source.path,
+                folder,
+                sdk=sdk,
+                options=case.compile,
+                precision=case.precision,
+                buckets=buckets,
+                say=self.progress.line,
+            )
+
+        key = {
+            "onnx": source.digest,
+            "compile": compile_key(case.compile, case.precision, buckets, sdk),
+            "code": code_key(),
+        }
+        name = "compile" if not sdk.built_in else "compile (simulated)"
+        entry = self._once(name, lambda: self.store.entry("qpc", key, make, waiting=self._waiting), show=True)
+        self.seconds["compile"] = entry.seconds
+        return Artifact("qpc", entry.path / "qpc", entry.digest, entry.provenance)
+
+    def _waiting(self) -> None:
+        self.progress.line("another process is building the same artifact; waiting for it")
+
+    def _once(self, name: str, make: Callable[[], T], *, show: bool = False) -> T:
+        if name not in self._done:
+            with self._stage(name, quiet=not show):
+                try:
+                    self._done[name] = make()
+                except ValidateError as exc:
+                    self._done[name] = exc
+                    raise
+        done: T | ValidateError = self._done[name]
+        if isinstance(done, ValidateError):
+            raise done
+        return done
+
+    @contextmanager
+    def _stage(self, name: str, runtime: str = "", *, quiet: bool = False) -> Iterator[None]:
+        text = f"{self.case.name}: {name}{f' on {runtime}' if runtime else ''}"
+        with nullcontext() if quiet else self.progress.step(text):
+            try:
+                yield
+            except Exception as exc:
+                if getattr(exc, "stage", None) is None:
+                    exc.stage = name  # type: ignore[attr-defined]
+                raise
+
+
+def known_failure(case: Case, result: Result, today: date | None = None) -> Result:
+    """Mark a result that the case expects; turn an unexpected pass, and an expired expectation, into a failure."""
+    expect = next((item for item in case.expect if item.runtime == result.runtime), None)
+    if expect is None or result.status == "not_run":
+        return result
+    if result.status == "pass":
+        reason = f"passed, but the case expects {expect.status} ({expect.reason}): take the expectation out"
+        return replace(result, status="fail", stage="expect", reason=reason)
+    if result.status != expect.status:
+        return result
+    if (today or date.today()) > expect.until:
+        expired = f"the known failure ({expect.reason}) was accepted until {expect.until} only; {result.reason}"
+        return replace(result, reason=expired)
+    return replace(result, expected=f"{expect.reason}, until {expect.until}")
+
+
+def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
+    """Return an artifact that the user brings, identified by its content.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    files = path if kind == "onnx" else path / "programqpc.bin"
+    if not files.is_file():
+        raise ConfigError(f"case {case.name!r}: artifacts.{kind}: there is no file {files}")
+    beside = digest_files((p for p in path.parent.iterdir() if p.is_file()), root=path.parent) if kind == "onnx" else {}
+    digest = fingerprint({"file": digest_file(files), "beside": beside})
+    return Artifact(kind, path, digest, {"given": str(path)})
+
+
+class Timed:
+    """A session that notes how long each run took."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.inputs: tuple[TensorSpec, ...] = session.inputs
+        self.outputs: tuple[TensorSpec, ...] = session.outputs
+        self.shapes: tuple[Shapes, ...] = session.shapes
+        self._seconds: list[float] = []
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        """Run and take the time."""
+        start = time.perf_counter()
+        out = self._session.run(feeds, fetch=fetch)
+        self._seconds.append(time.perf_counter() - start)
+        return out
+
+    def reset(self) -> None:
+        """Forget retained state."""
+        self._session.reset()
+
+    def timings(self, rows: int) -> dict[str, float]:
+        """Return first run, median of the later ones, their number, and rows per second over all."""
+        first, rest = self._seconds[0], self._seconds[1:] or self._seconds
+        return {
+            "first_run": round(first, 6),
+            "median_run": round(median(rest), 6),
+            "runs": len(self._seconds),
+            "rows_per_s": round(rows / sum(self._seconds), 2),
+        }
