@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
@@ -266,6 +267,8 @@ class Pipeline:
         key = {"model": self._body_key(), "export": export_key(), "code": code_key()}
         entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
         self.seconds["export"] = entry.seconds
+        if self._done.pop("module", None) is not None:
+            gc.collect()  # a Hugging Face module holds cycles; its weights would stand beside ONNX Runtime's
         return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance)
 
     def qpc(self, sdk: Sdk | None) -> Artifact:
