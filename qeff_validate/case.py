@@ -78,12 +78,12 @@ class Case(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", description="unique; appears in test ids")
     model: str = Field("embedding", description="model kind")
-    source: str = Field(description="package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE or a hub id")
+    source: str = Field(description="package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE, tiny:DIR_OR_ID or a hub id")
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
     config: dict[str, Any] = Field({}, description="overrides of the Hugging Face config of a random: source")
     options: dict[str, Any] = Field({}, description="options of the model kind")
     inputs: Inputs = Inputs()
-    exporter: Literal["dynamo"] = "dynamo"
+    exporter: Literal["dynamo", "torchscript"] = Field("dynamo", description="how torch exports to ONNX")
     artifacts: Artifacts = Artifacts()
     compile: Compile = Compile()
     precision: Precision = Precision()
@@ -180,16 +180,19 @@ def _read(path: Path) -> list[Case]:
     return [_absolute(case, path.resolve().parent) for case in config.cases]
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path, above: tuple[yaml.Node, ...] = ()) -> None:
+    if node is not None and any(node is one for one in above):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: an alias stands inside what it stands for")
+    above = above if node is None else (*above, node)
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
         for (key, value), name in zip(node.value, keys, strict=True):
             if keys.count(name) > 1:
                 raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {name!r} stands twice in one mapping")
-            _refuse_repeated_keys(value, path)
+            _refuse_repeated_keys(value, path, above)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_repeated_keys(item, path)
+            _refuse_repeated_keys(item, path, above)
 
 
 def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:

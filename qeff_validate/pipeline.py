@@ -262,9 +262,9 @@ class Pipeline:
         def make(folder: Path) -> None:
             self.module()
             module, examples = self._done["module"]
-            export_onnx(module, examples, self.model().graph, folder)
+            export_onnx(module, examples, self.model().graph, folder, self.case.exporter)
 
-        key = {"model": self._body_key(), "export": export_key(), "code": code_key()}
+        key = {"model": self._body_key(), "export": export_key(self.case.exporter), "code": code_key()}
         entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
         self.seconds["export"] = entry.seconds
         if self._done.pop("module", None) is not None:

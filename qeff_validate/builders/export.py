@@ -105,11 +105,11 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) 
 
     symbols = _symbols(graph)
     outputs = {
-        spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if dim in symbols} for spec in graph.outputs
+        spec.name: {axis: str(dim) for axis, dim in enumerate(spec.shape) if dim in symbols} for spec in graph.outputs
     }
     raw = path.parent / "raw"  # beyond 2 GiB the exporter writes a file for each tensor
     raw.mkdir()
-    with _translated():
+    with _translated(), _unlogged():
         torch.onnx.export(
             Positional().eval(),
             tuple(inputs.values()),
@@ -123,8 +123,32 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) 
         )
     model = onnx.load(str(raw / path.name))
     shutil.rmtree(raw)
+    with torch.inference_mode():
+        made = module(**inputs)
+    # tracing leaves the widths of outputs open, and a compiler for fixed shapes wants them
+    for value, array in zip(model.graph.output, made if isinstance(made, tuple) else (made,), strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, array.shape, strict=True):
+            if dim.dim_param not in symbols:
+                dim.dim_value = size
     large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data", size_threshold=1024)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep C++ from printing the whole graph to stdout, past `sys.stdout`, when an op has no ONNX equivalent.
+
+    The exporter means to print only if asked, but tests the function that tells instead of calling it.
+    """
+    from torch import _C
+
+    kept = getattr(_C, "_jit_onnx_log", None)
+    _C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        if kept is not None:
+            _C._jit_onnx_log = kept
 
 
 def _try_other_sizes(path: Path, examples: Tensors, graph: Graph) -> None:
@@ -202,7 +226,7 @@ def _stopped_by(exc: BaseException) -> str:
     op = re.search(r"OpOverload\(op='([\w.]+)'|operator '([\w:]+)'", text)
     if op:
         return f"op {(op[1] or op[2]).replace('::', '.')}: "
-    lines = re.findall(r'File "[^"]*?([^"/]+)", line (\d+), in \w+\n\s+(.+)', text)
+    lines = re.findall(r'File "[^"]*?([^"/]+)", line (\d+), in \w+\n[ \t]+(\S.*)', text)
     return "at {2} ({0}:{1}): ".format(*lines[-1]) if lines else ""
 
 
@@ -243,7 +267,11 @@ def _silent() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

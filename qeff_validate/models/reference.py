@@ -52,31 +52,13 @@ def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
 
 @contextmanager
 def computing_in(body: nn.Module, dtype: str) -> Iterator[None]:
-    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit.
-
-    For float64 each module's own tensors are widened as it starts and narrowed as it ends, which loses nothing, so
-    that a large model never stands in memory twice.
-    """
+    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit."""
     if dtype == "float32":
         yield
         return
 
-    def own(module: nn.Module, to: torch.dtype) -> None:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(to)
-
-    def widen(module: nn.Module, _args: Any) -> None:
-        own(module, torch.float64)
-
-    def narrow(module: nn.Module, _args: Any, _out: Any) -> None:
-        own(module, torch.float32)
-
-    hooks = []
-    for module in body.modules():
-        hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow, always_call=True)]
+    body.double()
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        body.float()

@@ -2,52 +2,51 @@
 """Where a model's weights, config and tokenizer come from.
 
 A source is ``package:MODULE/SUBPATH`` (data of an installed package), ``path:DIR``, ``random:MODEL_TYPE`` (built
-from a config with a seed) or a hub id. Nothing is unpickled and no remote code is run. Frameworks are imported
-inside the functions that need them, so that a fingerprint costs no import of torch.
+from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from somebody's config, shrunk) or a hub id. Nothing is
+unpickled and no remote code is run. Frameworks are imported inside the functions that need them, so that a
+fingerprint costs no import of torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
-from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.models.loading import (
+    TOKENIZER,
+    Tokenize,
+    first_line,
+    foreign,
+    hashed_words,
+    quiet,
+    tokenize_with,
+    versions,
+    without_cache,
+)
+from qeff_validate.models.made import Random, Tiny
 
-Tokenize = Callable[[str], list[int]]
-"""Turns a text into token ids, special tokens included, nothing cut."""
+__all__ = [
+    "Folder",
+    "Given",
+    "Random",
+    "Source",
+    "Tiny",
+    "Tokenize",
+    "foreign",
+    "hashed_words",
+    "quiet",
+    "resolve",
+    "tokenize_with",
+    "versions",
+]
 
 WEIGHTS = (".safetensors",)
-TOKENIZER = (".json", ".txt", ".model")
-
-SMALL: Mapping[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "vocab_size": 1000,
-    "max_position_embeddings": 160,
-}
-"""What a ``random:`` body is built with where its config has such a key and the case says nothing else."""
-
-
-def versions(*names: str) -> dict[str, str | None]:
-    """Return installed versions without importing the packages; None where one is missing."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 class Source(Protocol):
@@ -102,7 +101,7 @@ class Folder:
                 f"the weights in {self.path} lack {len(missing)} tensors that config.json asks for, first"
                 f" {missing[0]!r}; they would be random numbers. Is it the right config.json?"
             )
-        return model.eval()
+        return without_cache(model)
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Load the tokenizer."""
@@ -114,58 +113,6 @@ class Folder:
 
     def _with(self, *suffixes: str) -> list[Path]:
         return [path for path in self.path.iterdir() if path.suffix in suffixes and path.is_file()]
-
-
-@dataclass(frozen=True, slots=True)
-class Random:
-    """An architecture with seeded random weights and a tokenizer that hashes words."""
-
-    model_type: str
-    config: Mapping[str, Any]
-    seed: int
-
-    def body_key(self) -> Mapping[str, Any]:
-        """Return what the weights are made from."""
-        made = {"random": self.model_type, "config": dict(self.config), "seed": self.seed}
-        return {**made, **versions("torch", "transformers")}
-
-    def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return what the token ids depend on."""
-        return {"words": self.model_type, "config": dict(self.config), **versions("transformers")}
-
-    def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        try:
-            default = AutoConfig.for_model(self.model_type)
-        except ValueError as exc:
-            raise ConfigError(f"random:{self.model_type}: transformers knows no such model type") from exc
-        small = {key: value for key, value in SMALL.items() if hasattr(default, key)}
-        for key in self.config:
-            if not hasattr(default, key):
-                raise ConfigError(f"random:{self.model_type} has no config key {key!r}")
-        with foreign(f"make a config for random:{self.model_type}"):
-            return AutoConfig.for_model(self.model_type, **{**small, **self.config})
-
-    def body(self) -> Any:
-        """Build the body; biases and norms are drawn too, so that losing one changes the output."""
-        import torch
-        from transformers import AutoModel
-
-        config = self._config()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
-            with foreign(f"build random:{self.model_type}"):
-                model = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        return model.eval()
-
-    def tokenizer(self) -> tuple[Tokenize, int]:
-        """Return a tokenizer that needs no file."""
-        config = self._config()
-        return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +148,7 @@ class Given:
         """Return a float32 copy in eval mode; the caller's model is left as it is."""
         import copy
 
-        return copy.deepcopy(self.model).float().eval()
+        return without_cache(copy.deepcopy(self.model).float())
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the caller's tokenizer, else one that hashes words."""
@@ -235,8 +182,12 @@ def resolve(case: Case) -> Source:
     prefix, _, rest = case.source.partition(":")
     if prefix == "random" and rest:
         return Random(rest, case.config, case.seed)
+    if prefix == "tiny" and rest:
+        return _tiny(rest, case)
     if case.config:
-        raise ConfigError(f"case {case.name!r}: config: overrides fit only a random: source, not {case.source!r}")
+        raise ConfigError(
+            f"case {case.name!r}: config: overrides fit only a random: or tiny: source, not {case.source!r}"
+        )
     if prefix == "package" and rest:
         return _folder(_package(rest), case)
     if prefix == "path" and rest:
@@ -244,10 +195,21 @@ def resolve(case: Case) -> Source:
     if ":" in case.source or not case.source:
         raise ConfigError(
             f"case {case.name!r}: {case.source!r} is no source:"
-            " wanted package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE or a hub id"
+            " wanted package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE, tiny:HUB_ID_OR_DIR or a hub id"
         )
     local = Path(case.source)
     return _folder(local if local.is_dir() else _hub(case.source, case.revision), case)
+
+
+def _tiny(rest: str, case: Case) -> Tiny:
+    folder = Path(rest).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"case {case.name!r}: {folder} holds no config.json, so it is no Hugging Face model")
+        return Tiny(rest, folder / "config.json", True, case.config, case.seed)
+    if folder.is_absolute() or rest.startswith((".", "~")):
+        raise ConfigError(f"case {case.name!r}: directory {folder} does not exist (source {case.source!r})")
+    return Tiny(rest, _hub(rest, case.revision, only="config.json"), False, case.config, case.seed)
 
 
 def _folder(path: Path, case: Case) -> Folder:
@@ -279,77 +241,20 @@ def _package(rest: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inside
 
 
-def _hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _hub(name: str, revision: str | None, *, only: str | None = None) -> Path:
+    """Return a model's folder in the local cache, fetched if need be, or one file of it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = [f"*{suffix}" for suffix in (*WEIGHTS, *TOKENIZER)]
     try:
+        if only is not None:
+            return Path(hf_hub_download(name, only, revision=revision))
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError as exc:
         raise ConfigError(f"{name!r} is neither a directory nor a hub id: {exc}") from exc
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as exc:
         raise Unavailable(
-            f"cannot get {name!r} (revision {revision or 'main'}) from the Hugging Face hub: {_first_line(exc)};"
+            f"cannot get {name!r} (revision {revision or 'main'}) from the Hugging Face hub: {first_line(exc)};"
             " fetch it where there is a network and use path:DIR, or set HF_HOME to a cache that holds it"
         ) from exc
-
-
-def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
-    """Wrap a transformers tokenizer; a padding id of 0 is a padding id."""
-    pad = tokenizer.pad_token_id
-    encode = tokenizer
-
-    def tokenize(text: str) -> list[int]:
-        return list(encode(text, truncation=False, verbose=False)["input_ids"])
-
-    return tokenize, 0 if pad is None else int(pad)
-
-
-def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
-    """Return a tokenizer for bodies without one: words and signs, hashed, between a first and a last token.
-
-    Raises:
-        ConfigError: the vocabulary is too small to be of use.
-    """
-    ids = [token for token in range(vocabulary) if token != pad]
-    if len(ids) < 8:
-        raise ConfigError(f"vocab_size {vocabulary} is too small: at least 9 are needed")
-    first, last, words = ids[0], ids[1], ids[3:]
-
-    def tokenize(text: str) -> list[int]:
-        found: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
-        return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in found), last]
-
-    return tokenize, pad
-
-
-@contextmanager
-def foreign(doing: str) -> Iterator[None]:
-    """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
-    try:
-        yield
-    except ValidateError:
-        raise
-    except Exception as exc:
-        raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {_first_line(exc)}") from exc
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports off the terminal: ours stand there."""
-    from transformers.utils import logging
-
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -59,6 +59,7 @@ def test_paths_are_relative_to_the_config(tmp_path: Path) -> None:
         ("defaults: {nme: 1}\ncases: []", "defaults.nme: unknown key"),
         ("defaults: 3\ncases: []", "defaults: is a mapping"),
         ("cases: {a: [}", "is no YAML"),
+        ("cases: &a [*a]", ":1: an alias stands inside what it stands for"),
         ("cases:\n  - !!python/object/apply:os.system ['true']", "is no YAML"),
         ("cases:\n  - just text", "valid dictionary"),
     ],

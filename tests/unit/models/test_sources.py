@@ -67,7 +67,7 @@ def test_weights_that_the_checkpoint_lacks_are_an_error_not_random_numbers(saved
 
 
 def test_config_overrides_fit_only_random_sources(saved: Path) -> None:
-    with pytest.raises(ConfigError, match="only a random: source"):
+    with pytest.raises(ConfigError, match="only a random: or tiny: source"):
         source(f"path:{saved}", config={"hidden_size": 8})
     with pytest.raises(ConfigError, match="no config key 'hiden_size'"):
         source("random:bert", config={"hiden_size": 8}).body()

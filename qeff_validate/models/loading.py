@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every source needs: tokenizers as functions, versions, and quiet, translated calls into transformers.
+
+Frameworks are imported inside the functions that need them, so that a fingerprint costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+
+Tokenize = Callable[[str], list[int]]
+"""Turns a text into token ids, special tokens included, nothing cut."""
+
+TOKENIZER = (".json", ".txt", ".model")
+"""Suffixes of the files that a tokenizer reads."""
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Return installed versions without importing the packages; None where one is missing."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
+    """Wrap a transformers tokenizer; a padding id of 0 is a padding id."""
+    pad = tokenizer.pad_token_id
+    encode = tokenizer
+
+    def tokenize(text: str) -> list[int]:
+        return list(encode(text, truncation=False, verbose=False)["input_ids"])
+
+    return tokenize, 0 if pad is None else int(pad)
+
+
+def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
+    """Return a tokenizer for bodies without one: words and signs, hashed, between a first and a last token.
+
+    Raises:
+        ConfigError: the vocabulary is too small to be of use.
+    """
+    ids = [token for token in range(vocabulary) if token != pad]
+    if len(ids) < 8:
+        raise ConfigError(f"vocab_size {vocabulary} is too small: at least 9 are needed")
+    first, last, words = ids[0], ids[1], ids[3:]
+
+    def tokenize(text: str) -> list[int]:
+        found: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
+        return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in found), last]
+
+    return tokenize, pad
+
+
+def without_cache(body: Any) -> Any:
+    """Return the body in eval mode, told not to return the keys and values of a decoder."""
+    config = getattr(body, "config", None)
+    if config is not None and getattr(config, "use_cache", False):
+        config.use_cache = False
+    return body.eval()
+
+
+@contextmanager
+def foreign(doing: str) -> Iterator[None]:
+    """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
+    try:
+        yield
+    except ValidateError:
+        raise
+    except Exception as exc:
+        raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {first_line(exc)}") from exc
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off the terminal: ours stand there."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an exception's text, or its class if it has none."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the config of a model to that of a small one of the same kind. Plain data in, plain data out.
+
+What makes an architecture special is kept: kinds of layers, windows (so small that texts reach beyond them), the
+ratio of query to key heads, head sizes that do not follow from the width, tied weights, norms, activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SMALL: Mapping[str, int] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 160,
+}
+"""Greatest sizes of a ``random:`` body where the case says nothing else."""
+
+WINDOW = 8
+"""Tokens that a window reaches, on each side where it has two: a few words."""
+
+CAPS: Mapping[str, int] = {
+    # feed-forward layers of families that do not say intermediate_size
+    **dict.fromkeys(("hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner"), 128),
+    # experts
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    # low-rank attention
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
+    # windows; those of two sides are named by their whole
+    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "position_buckets"), WINDOW),
+    **dict.fromkeys(("local_attention", "attention_window"), 2 * WINDOW),
+}
+"""Greatest values of keys that some families have; smaller ones are kept."""
+
+BASIC = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+"""Keys that others depend on."""
+
+
+def shrink(full: Mapping[str, Any], limits: Mapping[str, int], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a small config.
+
+    Args:
+        full: the whole config, width, layers and heads under the names of `SMALL`.
+        limits: greatest values of some of the keys of `SMALL`.
+        chosen: values that stand as they are; what depends on them follows.
+    """
+    small = {key: _capped(value, {**CAPS, **limits}.get(key)) for key, value in full.items()}
+    small.update({key: chosen[key] for key in BASIC if key in chosen})
+    for derive in (_layers, _heads, _widths, _rope):
+        small.update(derive(full, small))
+    if "initializer_range" in full:
+        # 0.02 suits widths around 1000; at 64 all scores would be near 0, attention uniform, its faults invisible
+        small["initializer_range"] = small["hidden_size"] ** -0.5
+    small.update(chosen)
+    return {**small, **{key: value for key, value in _special_ids(small).items() if key not in chosen}}
+
+
+def _capped(value: Any, limit: int | None) -> Any:
+    if limit is None or isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return [_capped(item, limit) for item in value]
+    return min(value, limit) if isinstance(value, int) else value
+
+
+def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose layers so that each kind of them is there, and cut every list that has one entry for each layer."""
+    count, wanted = full.get("num_hidden_layers"), small.get("num_hidden_layers")
+    lists = {
+        key: value
+        for key, value in full.items()
+        if isinstance(value, list) and len(value) == count and not key.endswith("_token_id")
+    }
+    if not lists or count is None or wanted is None:
+        return {}
+    kinds = [repr([value[layer] for value in lists.values()]) for layer in range(count)]
+    first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer]
+    rest = [layer for layer in range(max(count, wanted)) if layer not in first]
+    layers = sorted((first + rest)[: max(wanted, len(first))])
+    return {
+        "num_hidden_layers": len(layers),
+        **{key: [small[key][layer % count] for layer in layers] for key in lists},
+    }
+
+
+def _heads(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    heads = small.get("num_attention_heads")
+    if not isinstance(heads, int):
+        return {}
+    derived: dict[str, Any] = {}
+    for key in ("num_key_value_heads", "num_kv_heads"):
+        if isinstance(full.get(key), int):
+            grouped = 1 if full[key] == 1 else max(1, heads // 2)
+            derived[key] = heads if full[key] == full["num_attention_heads"] else grouped
+    plain = small["hidden_size"] // heads
+    for key in ("head_dim", "d_kv"):
+        if isinstance(full.get(key), int):
+            follows = full[key] * full["num_attention_heads"] == full["hidden_size"]
+            derived[key] = plain if follows else 2 * plain
+    return derived
+
+
+def _widths(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    hidden, derived = small.get("hidden_size"), {}
+    for key in ("embedding_size", "word_embed_proj_dim", "pooler_hidden_size"):
+        if isinstance(full.get(key), int) and hidden is not None:
+            derived[key] = hidden if full[key] == full["hidden_size"] else hidden // 2
+    if "num_hidden_groups" in full:
+        derived["num_hidden_groups"] = min(full["num_hidden_groups"], small["num_hidden_layers"])
+    return derived
+
+
+def _rope(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut the lists of a rotary embedding that have a factor for each pair of features."""
+
+    def size(config: Mapping[str, Any]) -> int:
+        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return value[: len(value) * size(small) // size(full)]
+        return value
+
+    return {key: cut(full[key]) for key in ("rope_parameters", "rope_scaling") if isinstance(full.get(key), dict)}
+
+
+def _special_ids(small: Mapping[str, Any]) -> dict[str, Any]:
+    """Give special tokens beyond the vocabulary ids within it; what was one token stays one, none becomes another."""
+    size = small.get("vocab_size")
+    if not isinstance(size, int):
+        return {}
+    special = {key: value for key, value in small.items() if key.endswith("_token_id")}
+    used = sorted({token for value in special.values() for token in _ids(value)})
+    free = iter([token for token in range(size) if token not in used])
+    new = {token: token if 0 <= token < size else next(free, 0) for token in used if token >= 0}
+    return {
+        key: [new.get(token) for token in value] if isinstance(value, list) else new.get(value)
+        for key, value in special.items()
+        if value is not None
+    }
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if isinstance(token, int)]
