@@ -155,12 +155,16 @@ class PooledModel(nn.Module):
         self.normalize = normalize
         self.truncate_dim = truncate_dim
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Return vectors ``[batch, hidden]`` (``none``: ``[batch, seq, hidden]``) in the dtype of the hidden states.
 
         Raises:
             ConfigError: a custom pooling returned something else than a float tensor with one row for each text.
         """
+        if token_type_ids is not None:  # by name in the signature, because the exporter wants to see every input there
+            kwargs["token_type_ids"] = token_type_ids
         out = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
         vectors = pooled(self.pool, self.pooling, hidden, attention_mask)
