@@ -79,14 +79,19 @@ def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> No
             output_names=[spec.name for spec in graph.outputs],
             opset_version=OPSET,
             dynamo=True,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
+        assert program is not None
+        weights = list(program.model.graph.initializers.values())
+        program.optimize()
+    weights += program.model.graph.initializers.values()
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
-    weights = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
-    program.save(path, external_data=weights > EXTERNAL_BYTES)
+    size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+    program.save(path, external_data=size > EXTERNAL_BYTES)
+    for value in weights:
+        value.const_value = None  # the optimizer's rules remember the last graph, and with it the module's weights
 
 
 def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from qeff_validate.errors import ConfigError
+from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.metrics import Floats
 from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
+
+LARGE = 512 << 20
+"""Bytes of float32 weights beyond which a body is widened layer by layer: slower, in half the memory."""
 
 
 def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[Floats | None]:
@@ -23,21 +26,22 @@ def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator
 
     Each row runs by itself at its natural length, so no padding and no neighbour can touch it.
     """
-    with torch.inference_mode(), computing_in(body, dtype):
+    with torch.inference_mode(), computing_in(body, dtype, probe=lambda: _states(body, max(ids, key=len)[:2])):
         for row in ids:
-            if row.size == 0:
-                yield None
-                continue
-            tokens = torch.from_numpy(np.ascontiguousarray(row))[None]
-            with foreign("run the Hugging Face model"):
-                out: Any = body(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-            hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
-            if hidden is None:
-                raise ConfigError(
-                    f"{type(body).__name__} returns no last_hidden_state but {', '.join(out.keys())}:"
-                    " give the body (AutoModel), not a model with a task head"
-                )
-            yield hidden[0].to(torch.float64).numpy()
+            yield None if row.size == 0 else _states(body, row)[0].to(torch.float64).numpy()
+
+
+def _states(body: nn.Module, row: Array) -> Any:
+    tokens = torch.from_numpy(np.ascontiguousarray(row))[None]
+    with foreign("run the Hugging Face model"):
+        out: Any = body(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
+    if hidden is None:
+        raise ConfigError(
+            f"{type(body).__name__} returns no last_hidden_state but {', '.join(out.keys())}:"
+            " give the body (AutoModel), not a model with a task head"
+        )
+    return hidden
 
 
 def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
@@ -51,14 +55,55 @@ def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
 
 
 @contextmanager
-def computing_in(body: nn.Module, dtype: str) -> Iterator[None]:
-    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit."""
+def computing_in(body: nn.Module, dtype: str, *, probe: Callable[[], object]) -> Iterator[None]:
+    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit.
+
+    A large body is widened to float64 one layer at a time, while that layer runs, so that its weights never stand in
+    memory twice. ``probe`` runs the body once: if its layers are used in another way than by calling them, all of it
+    is widened at once.
+    """
     if dtype == "float32":
         yield
         return
-
-    body.double()
     try:
-        yield
+        with ExitStack() as held:
+            if sum(p.nbytes for p in body.parameters()) > LARGE and _widened_by_layer(body, held, probe):
+                yield
+                return
+            held.close()
+            body.double()
+            yield
     finally:
         body.float()
+
+
+def _widened_by_layer(body: nn.Module, held: ExitStack, probe: Callable[[], object]) -> bool:
+    layers = _layers(body)
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in body.modules():
+        if module not in inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data
+    for layer in layers:
+        held.callback(layer.register_forward_pre_hook(_widen).remove)
+        held.callback(layer.register_forward_hook(_narrow).remove)
+    try:
+        probe()
+    except Unavailable:
+        return False
+    return True
+
+
+def _widen(layer: nn.Module, _: object) -> None:
+    layer.double()
+
+
+def _narrow(layer: nn.Module, *_: object) -> None:
+    layer.float()
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Return the members of the outermost module lists: what transformers stacks."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]

@@ -5,14 +5,20 @@ import numpy as np
 import pytest
 import torch
 
+from qeff_validate.models import reference
 from qeff_validate.models.reference import computing_in, hidden_states
 from qeff_validate.models.sources import Random
 
 IDS = (np.array([5, 6, 7, 8]), np.array([], dtype=np.int64), np.array([9]))
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
-def test_float64_equals_a_model_that_was_widened_whole(kind: str) -> None:
+KINDS = ("bert", "distilbert", "albert", "deberta-v2", "modernbert", "nomic_bert", "gpt2", "qwen3")
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["by layer", "at once"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_equals_a_model_that_was_widened_whole(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LARGE", 0 if large else 1 << 60)
     ours = list(hidden_states(Random(kind, {}, 0).body(), IDS, "float64"))
     whole = Random(kind, {}, 0).body().double()
     for row, got in zip(IDS, ours, strict=True):
@@ -27,10 +33,40 @@ def test_float64_equals_a_model_that_was_widened_whole(kind: str) -> None:
     assert np.abs(narrow[0] - ours[0]).max() > 1e-9, "float64 was not used"
 
 
-def test_the_body_is_float32_again_bit_for_bit_also_after_a_failure() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_layers_are_wide_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LARGE", 0)
+    body = Random(kind, {}, 0).body()
+    layers = reference._layers(body)
+    assert layers
+    most = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda *_: most.append(sum(next(one.parameters()).dtype == torch.float64 for one in {*layers}))
+        )
+    list(hidden_states(body, IDS, "float64"))
+    assert max(most) <= 1
+
+
+def test_a_body_that_reads_the_weights_of_its_layers_is_widened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LARGE", 0)
+    body = Random("bert", {}, 0).body()
+    body.encoder.layer[0].forward = lambda hidden, *_, **__: (
+        hidden @ body.encoder.layer[1].attention.output.dense.weight
+    )
+    found = list(hidden_states(body, IDS, "float64"))
+    assert found[0] is not None
+    assert found[0].dtype == np.float64
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["by layer", "at once"])
+def test_the_body_is_float32_again_bit_for_bit_also_after_a_failure(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "LARGE", 0 if large else 1 << 60)
     body = Random("bert", {}, 0).body()
     before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
-    with torch.inference_mode(), computing_in(body, "float64"):
+    with torch.inference_mode(), computing_in(body, "float64", probe=list):
         body(input_ids=torch.tensor([[5, 6]]))
         with pytest.raises(IndexError):
             body(input_ids=torch.tensor([[10**6]]))
