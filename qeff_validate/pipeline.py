@@ -21,7 +21,7 @@ from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fi
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case
 from qeff_validate.compare import Rows, bounds_for, compare
-from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
 from qeff_validate.metrics import row_errors
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, model_kind
@@ -140,10 +140,14 @@ class Pipeline:
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
         from qeff_validate.models.metamorphic import RELATIONS, with_tokens
 
-        rows = with_tokens(self.inputs())
-        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
-        with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
-            expected, actual, labels = RELATIONS[name](self.model(), session, rows)
+        try:
+            rows = with_tokens(self.inputs())
+            artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+            with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
+                expected, actual, labels = RELATIONS[name](self.model(), session, rows)
+        except IncomparableError as exc:
+            return Result(**base, status="not_run", reason=str(exc), stage=name)
+        with self._stage(name, adapter.name):
             bounds = bounds_for(base["precision"], floor=None, override=self.case.tolerance.get(adapter.name, {}))
             verdict = compare(expected, actual, bounds, rows=Rows(labels), seed=self.case.seed)
         return Result(

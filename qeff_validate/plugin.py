@@ -71,12 +71,24 @@ def _listed(config: pytest.Config, name: str) -> list[str]:
     return [part.strip() for part in (option(config, name) or "").split(",") if part.strip()]
 
 
+def _place(config: pytest.Config, name: str) -> Path | None:
+    """Return a directory: from the command line relative to where pytest was called, else to the ini file."""
+    given: str | None = config.getoption(f"--qv-{name}")
+    if given:
+        return config.invocation_params.dir / given
+    written: str = config.getini(f"qv_{name}")
+    return _ini_folder(config) / written if written else None
+
+
+def _ini_folder(config: pytest.Config) -> Path:
+    return config.inipath.parent if config.inipath else config.rootpath
+
+
 def _configs(config: pytest.Config) -> list[Path]:
     given = config.getoption("--qv-config")
     if given:
         return [config.invocation_params.dir / path for path in given]
-    base = config.inipath.parent if config.inipath else config.rootpath
-    found = [base / path for path in config.getini("qv_config")]
+    found = [_ini_folder(config) / path for path in config.getini("qv_config")]
     return found or [Path(__file__).parent / "suites" / "default.yaml"]
 
 
@@ -134,7 +146,7 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
     if not all(text.isdecimal() for text in ids):
         raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
     settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
-    return Runner(store=option(config, "store"), settings=settings)
+    return Runner(store=_place(config, "store"), settings=settings)
 
 
 @pytest.fixture
@@ -160,7 +172,8 @@ def _usable(request: pytest.FixtureRequest, result: Result) -> Result:
     properties += [("qv_status", result.status), ("qv_simulated", result.simulated)]
     properties += [(f"qv_{item.metric.name}", repr(item.metric.value)) for item in result.metrics]
     if result.status == "not_run":
-        if result.runtime in _listed(request.config, "require"):
+        unusable = result.stage is None  # else the runtime works, and the relation does not apply to this case
+        if unusable and result.runtime in _listed(request.config, "require"):
             pytest.fail(f"{result.runtime} is required and did not run: {result.reason}", pytrace=False)
         pytest.skip(result.reason)
     if result.expected is not None:
@@ -210,9 +223,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{summary['rows_compared']} rows compared: {counts}")
     for line in closing(plain):
         terminalreporter.write_line(line)
-    folder = option(config, "report")
-    if folder:
-        path = config.invocation_params.dir / folder
+    path = _place(config, "report")
+    if path:
         path.mkdir(parents=True, exist_ok=True)
         write_reports(plain, path)
         terminalreporter.write_line(f"report: {path / 'report.json'}")

@@ -24,6 +24,9 @@ Relation = Callable[[Any, Session, TokenRows], Pair]
 ALONE = 8
 """Rows that are run one by one."""
 
+SIDE_FREE = 1e-4
+"""Relative L2 of a body in float32 under left padding: rounding gives 1e-6, moved positions 1e-2 and more."""
+
 
 def subset(rows: TokenRows, picked: Sequence[int]) -> TokenRows:
     """Return some of the rows, in the given order."""
@@ -61,7 +64,7 @@ def greater_bucket(model: Any, session: Session, rows: TokenRows) -> Pair:
     base = model.infer(session, rows)
     for length in lengths:
         picked = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
-        found = _run_at(model, session, subset(rows, picked), length, garbage=False)
+        found = _run_at(model, session, subset(rows, picked), length)
         for name, array in found.items():
             expected.setdefault(name, []).append(base[name][picked])
             actual.setdefault(name, []).append(array)
@@ -72,7 +75,7 @@ def greater_bucket(model: Any, session: Session, rows: TokenRows) -> Pair:
 def garbage_in_padding(model: Any, session: Session, rows: TokenRows) -> Pair:
     """Whatever ids stand in masked positions, the vectors are the same."""
     length = max(length for _, length in _shapes(model, session))
-    clean = _run_at(model, session, rows, length, garbage=False)
+    clean = _run_at(model, session, rows, length)
     return clean, _run_at(model, session, rows, length, garbage=True), rows.texts
 
 
@@ -85,10 +88,36 @@ def duplicates(model: Any, session: Session, rows: TokenRows) -> Pair:
     return first, {name: array[n:][::-1] for name, array in twice.items()}, rows.texts
 
 
+def padding_sides(model: Any, session: Session, rows: TokenRows) -> Pair:
+    """Padding before a row gives what padding behind it gives, in each bucket.
+
+    Raises:
+        IncomparableError: the Hugging Face body itself gives something else, as with learned absolute positions.
+    """
+    from qeff_validate.models.reference import left_padding_shift
+
+    shift = left_padding_shift(model.source.body(), rows.ids, rows.pad)
+    if shift > SIDE_FREE:
+        raise IncomparableError(
+            f"padding before a row changes what the Hugging Face body itself returns (relative L2 {shift:.1e}):"
+            " its positions count from the first column"
+        )
+    sides: dict[str, dict[str, list[Array]]] = {"right": {}, "left": {}}
+    labels: list[str] = []
+    for length in sorted({length for _, length in _shapes(model, session)}):
+        picked = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
+        for side, parts in sides.items():
+            for name, array in _run_at(model, session, subset(rows, picked), length, side=side).items():
+                parts.setdefault(name, []).append(array)
+        labels += [f"{rows.texts[row]} [in {length}]" for row in picked]
+    return _joined(sides["right"]), _joined(sides["left"]), labels
+
+
 RELATIONS: Mapping[str, Relation] = {
     "duplicates": duplicates,
     "garbage_in_padding": garbage_in_padding,
     "greater_bucket": greater_bucket,
+    "padding_sides": padding_sides,
     "permutation": permutation,
     "single_row": single_row,
 }
@@ -111,10 +140,12 @@ def _shapes(model: Any, session: Session) -> list[tuple[int, int]]:
     return [(model.options.batch_size, length) for length in model.options.seq_len]
 
 
-def _run_at(model: Any, session: Session, rows: TokenRows, length: int, *, garbage: bool) -> dict[str, Array]:
-    """Run rows padded to one length, with other tokens in the masked positions if asked."""
+def _run_at(
+    model: Any, session: Session, rows: TokenRows, length: int, *, garbage: bool = False, side: str | None = None
+) -> dict[str, Array]:
+    """Run rows padded to one length, with other tokens in the masked positions if asked, on the case's side if none."""
     batch = max(size for size, at in _shapes(model, session) if at == length)
-    side, dtypes = model.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
+    side, dtypes = side or model.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
     words = np.unique(np.concatenate(rows.ids))
     generator = np.random.default_rng(1)
     parts: dict[str, list[Array]] = {}

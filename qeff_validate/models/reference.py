@@ -31,10 +31,24 @@ def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator
             yield None if row.size == 0 else _states(body, row)[0].to(torch.float64).numpy()
 
 
-def _states(body: nn.Module, row: Array) -> Any:
+def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
+    """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
+    by_length = sorted((row for row in ids if row.size), key=len)
+    worst = 0.0
+    with torch.inference_mode():
+        for row in (by_length[0], by_length[-1]):
+            padded = np.concatenate([np.full(5, pad), row])
+            moved = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
+            alone = _states(body, row)[0]
+            worst = max(worst, float((moved - alone).norm() / alone.norm()))
+    return worst
+
+
+def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
     tokens = torch.from_numpy(np.ascontiguousarray(row))[None]
+    attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(mask.astype(np.int64))[None]
     with foreign("run the Hugging Face model"):
-        out: Any = body(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        out: Any = body(input_ids=tokens, attention_mask=attended)
     hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
     if hidden is None:
         raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 
 from qeff_validate.report import Result
 
-RELATIONS = ("duplicates", "garbage_in_padding", "greater_bucket", "permutation", "single_row")
+RELATIONS = ("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row")
 
 
 @pytest.mark.embedding
