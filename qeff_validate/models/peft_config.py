@@ -52,7 +52,7 @@ METHODS: Mapping[str, type[PeftConfig]] = {
 ZERO_IS_OFF = frozenset({"boft_block_num", "boft_block_size", "oft_block_size", "r"})
 """Of these pairs BOFT and OFT want one, and 0 for the other."""
 
-INITS = frozenset({True, False, None, "gaussian", "orthogonal"})
+INITS = (True, False, None, "gaussian", "orthogonal")
 """Starts of LoRA that leave the base alone and need no data."""
 
 NOT_OPTIONS = frozenset({"runtime_config", *(field.name for field in dataclasses.fields(PeftConfig))})
@@ -174,20 +174,18 @@ def check_options(method: str, given: Mapping[str, Any], where: str) -> None:
             if owners:
                 raise ConfigError(f"{where}: {name} is an option of {', '.join(sorted(owners))}, not of {method}")
             raise ConfigError(f"{where}: {method} has no option {name!r}.{suggest(str(name), known)}")
+        reason = _unfit(name, value)
+        if reason:
+            raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
         wanted = _wrong(name, value, known[name], defaults[name])
         if wanted:
             quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())
             remedy = ": write it without quotes" if quoted else ""
             raise ConfigError(f"{where}: {name}: wanted {wanted}, got {value!r}{remedy}")
-        reason = _unfit(name, value)
-        if reason:
-            raise ConfigError(f"{where}: {name}: {value!r} {reason}")
 
 
 def _wrong(name: str, value: Any, hint: Any, default: Any) -> str | None:
     """Return what was wanted instead of a value, None if it is right."""
-    if name.startswith("init_") and isinstance(value, str) and not isinstance(default, (int, float)):
-        return None  # names of ways to start, some with a number in them: PEFT knows them, `_unfit` the harmful ones
     try:
         TypeAdapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
     except (ValidationError, TypeError, ValueError):
@@ -221,11 +219,11 @@ def _out_of_range(name: str, value: float, default: Any) -> str | None:
 def _unfit(name: str, value: Any) -> str | None:
     """Return why an option that PEFT has would break what is promised here: the base stays as it is."""
     if name == "bias" and value != "none":
-        return "would train the base's own biases, so that adapters could not be swapped: only 'none'"
+        return "wanted 'none': others train the base's own biases, and such adapters cannot be swapped"
     if name == "layer_replication" and value:
-        return "would give the base other layers: build such a base first"
+        return "this gives the base other layers: build such a base first"
     if name == "init_lora_weights" and value not in INITS:
-        return "changes weights of the base or needs data: wanted true, false, 'gaussian' or 'orthogonal'"
+        return "wanted true, false, 'gaussian' or 'orthogonal': others change weights of the base or need data"
     return None
 
 
