@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Unavailable,
         ValidateError,
     )
+    from qeff_validate.models.peft import apply_peft, generate_peft_config, load_model_and_tokenizer
     from qeff_validate.models.pooling import PooledModel
     from qeff_validate.protocols import Settings, runtime
     from qeff_validate.report import Report, Result
@@ -41,8 +42,11 @@ _HOMES = {
     "TensorSpec": "tensors",
     "Unavailable": "errors",
     "ValidateError": "errors",
+    "apply_peft": "models.peft",
     "build": "engine",
     "check_embed_model_pytorch_vs_onnx_vs_ai100": "suites.checks",
+    "generate_peft_config": "models.peft",
+    "load_model_and_tokenizer": "models.peft",
     "model": "engine",
     "runtime": "protocols",
     "validate": "engine",
@@ -62,8 +66,11 @@ __all__ = [
     "TensorSpec",
     "Unavailable",
     "ValidateError",
+    "apply_peft",
     "build",
     "check_embed_model_pytorch_vs_onnx_vs_ai100",
+    "generate_peft_config",
+    "load_model_and_tokenizer",
     "model",
     "runtime",
     "validate",

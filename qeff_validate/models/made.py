@@ -21,7 +21,7 @@ from qeff_validate.models.loading import (
     versions,
     without_cache,
 )
-from qeff_validate.models.shrink import SMALL, shrink
+from qeff_validate.models.shrink import SMALL, WINDOW, shrink
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # what the published models have and transformers' own defaults do not
@@ -34,10 +34,33 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "share_att_key": True,
     },
     "eurobert": {"num_key_value_heads": 2},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 2.0,
+        "num_key_value_heads": 2,
+        "residual_multiplier": 0.5,
+    },
     "llama": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
+    "qwen2": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_key_value_heads": 2,
+        "sliding_window": WINDOW,
+        "use_sliding_window": True,
+    },
     "qwen3": {"head_dim": 32, "num_key_value_heads": 2},
+    "qwen3_moe": {"head_dim": 32},
+    "stablelm": {"num_key_value_heads": 2},
+    "starcoder2": {"sliding_window": WINDOW},
 }
 """Config values of ``random:`` bodies, so that what sets a family apart is there to be tested."""
+
+TIED = 0.25
+"""Scale of token embeddings that are the head as well: at full size the likeliest next token is the last one again."""
 
 MOST_PARAMETERS = 32_000_000
 """A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
@@ -68,9 +91,16 @@ class Random:
         """Build the body."""
         return draw(self._config(), self.seed, f"random:{self.model_type}")
 
+    def causal_lm(self) -> Any:
+        """Build the body with a head that predicts the next token."""
+        return draw_causal(self._config(), self.seed, f"random:{self.model_type}")
+
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return a tokenizer that needs no file."""
         return words_for(self._config())
+
+    def pretrained_tokenizer(self) -> None:
+        """Return None: there is no transformers tokenizer."""
 
     def _config(self) -> Any:
         from transformers import CONFIG_MAPPING, AutoConfig
@@ -79,7 +109,7 @@ class Random:
         if self.model_type not in CONFIG_MAPPING:
             hint = suggest(self.model_type, CONFIG_MAPPING.keys())
             raise ConfigError(f"{name}: transformers knows no such model type.{hint if 'Did you mean' in hint else ''}")
-        with foreign(f"make a config for {name}"):
+        with foreign(f"make a config for {name}"), quiet():
             default = AutoConfig.for_model(self.model_type)
         return small_config(default, name, SMALL, self.config, special=SPECIAL.get(self.model_type, {}))
 
@@ -122,9 +152,15 @@ class Tiny:
         _refuse_large(config, f"tiny:{self.name}")
         return draw(config, self.seed, f"tiny:{self.name}")
 
+    def causal_lm(self) -> Any:
+        """Build the body with a head that predicts the next token; raises as `body` does."""
+        config = self._config()
+        _refuse_large(config, f"tiny:{self.name}")
+        return draw_causal(config, self.seed, f"tiny:{self.name}")
+
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the directory's tokenizer, else one that hashes words."""
-        loaded = self._load_tokenizer()
+        loaded = self.pretrained_tokenizer()
         return words_for(self._config()) if loaded is None else tokenize_with(loaded)
 
     def _content(self) -> Any:
@@ -143,7 +179,8 @@ class Tiny:
         found = [path for path in folder.iterdir() if path.suffix in TOKENIZER and path.is_file()]
         return digest_files((path for path in found if path.name != self.file.name), root=folder)
 
-    def _load_tokenizer(self) -> Any:
+    def pretrained_tokenizer(self) -> Any:
+        """Return the directory's transformers tokenizer, None if it has none."""
         if not self._tokenizer_files():
             return None
         from transformers import AutoTokenizer
@@ -162,7 +199,7 @@ class Tiny:
         with foreign(f"read the config of {name}"), quiet():
             full = CONFIG_MAPPING[kind].from_dict(data).get_text_config()
         limits = {key: value for key, value in SMALL.items() if key != "max_position_embeddings"}
-        loaded = self._load_tokenizer()
+        loaded = self.pretrained_tokenizer()
         if loaded is not None:
             ids = [*loaded.get_vocab().values(), *(_positive(full, key) for key in vars(full) if key.endswith("_id"))]
             limits["vocab_size"] = max(ids) + 1
@@ -204,17 +241,39 @@ def small_config(
 
 def draw(config: Any, seed: int, name: str) -> Any:
     """Build a body with weights from the seed; biases and norms are drawn too, so that losing one shows."""
-    import torch
     from transformers import AutoModel
+
+    return without_cache(_drawn(AutoModel, config, seed, name))
+
+
+def draw_causal(config: Any, seed: int, name: str) -> Any:
+    """Build a causal LM with weights from the seed, whose greedy texts are no repetition of one token.
+
+    Experts are computed by ``batched_mm``, the one of transformers' ways that exports.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
+    model.config.use_cache = True
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and embedding.weight is head.weight:
+        with torch.no_grad():
+            embedding.weight.mul_(TIED)
+    return model.eval()
+
+
+def _drawn(auto: Any, config: Any, seed: int, name: str, **more: Any) -> Any:
+    import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         with foreign(f"build {name}"), quiet():
-            model = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32, **more)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return without_cache(model)
+    return model
 
 
 def words_for(config: Any) -> tuple[Tokenize, int]:

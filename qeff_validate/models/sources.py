@@ -2,9 +2,9 @@
 """Where a model's weights, config and tokenizer come from.
 
 A source is ``package:MODULE/SUBPATH`` (data of an installed package), ``path:DIR``, ``random:MODEL_TYPE`` (built
-from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from somebody's config, shrunk) or a hub id. Nothing is
-unpickled and no remote code is run. Frameworks are imported inside the functions that need them, so that a
-fingerprint costs no import of torch.
+from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from somebody's config, shrunk) or a hub id; a package or
+a path may also name a ``.gguf`` file. Nothing is unpickled and no remote code is run. Frameworks are imported inside
+the functions that need them, so that a fingerprint costs no import of torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.models.gguf import Gguf
 from qeff_validate.models.loading import (
     TOKENIZER,
     Tokenize,
@@ -29,10 +30,11 @@ from qeff_validate.models.loading import (
     versions,
     without_cache,
 )
-from qeff_validate.models.made import Random, Tiny
+from qeff_validate.models.made import VOCABULARY, Random, Tiny
 
 __all__ = [
     "Folder",
+    "Gguf",
     "Given",
     "Random",
     "Source",
@@ -61,6 +63,12 @@ class Source(Protocol):
     def body(self) -> Any:
         """Load the float32 body in eval mode, as its authors publish it."""
 
+    def causal_lm(self) -> Any:
+        """Load the same with the head that predicts the next token."""
+
+    def pretrained_tokenizer(self) -> Any:
+        """Return the transformers tokenizer; None if there is none."""
+
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the tokenizer and the id of its padding token."""
 
@@ -82,11 +90,21 @@ class Folder:
 
     def body(self) -> Any:
         """Load the body from safetensors."""
-        import torch
         from transformers import AutoModel
 
+        return without_cache(self._load(AutoModel))
+
+    def causal_lm(self) -> Any:
+        """Load the causal LM from safetensors."""
+        from transformers import AutoModelForCausalLM
+
+        return self._load(AutoModelForCausalLM).eval()
+
+    def _load(self, auto: Any) -> Any:
+        import torch
+
         with foreign(f"load the model in {self.path}"), quiet():
-            model, info = AutoModel.from_pretrained(
+            model, info = auto.from_pretrained(
                 self.path,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -101,15 +119,21 @@ class Folder:
                 f"the weights in {self.path} lack {len(missing)} tensors that config.json asks for, first"
                 f" {missing[0]!r}; they would be random numbers. Is it the right config.json?"
             )
-        return without_cache(model)
+        return model
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Load the tokenizer."""
+        return tokenize_with(self._load_tokenizer())
+
+    def pretrained_tokenizer(self) -> Any:
+        """Load the transformers tokenizer, None if there are no files of one."""
+        return self._load_tokenizer() if any((self.path / name).is_file() for name in VOCABULARY) else None
+
+    def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         with foreign(f"load the tokenizer in {self.path}"):
-            loaded = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        return tokenize_with(loaded)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
     def _with(self, *suffixes: str) -> list[Path]:
         return [path for path in self.path.iterdir() if path.suffix in suffixes and path.is_file()]
@@ -150,6 +174,16 @@ class Given:
 
         return without_cache(copy.deepcopy(self.model).float())
 
+    def causal_lm(self) -> Any:
+        """Return the same, free to return keys and values."""
+        import copy
+
+        return copy.deepcopy(self.model).float().eval()
+
+    def pretrained_tokenizer(self) -> Any:
+        """Return the caller's tokenizer."""
+        return self.given_tokenizer
+
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the caller's tokenizer, else one that hashes words."""
         if self.given_tokenizer is not None:
@@ -188,10 +222,9 @@ def resolve(case: Case) -> Source:
         raise ConfigError(
             f"case {case.name!r}: config: overrides fit only a random: or tiny: source, not {case.source!r}"
         )
-    if prefix == "package" and rest:
-        return _folder(_package(rest), case)
-    if prefix == "path" and rest:
-        return _folder(Path(rest).expanduser(), case)
+    if prefix in {"package", "path"} and rest:
+        path = _package(rest) if prefix == "package" else Path(rest).expanduser()
+        return Gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path, case)
     if ":" in case.source or not case.source:
         raise ConfigError(
             f"case {case.name!r}: {case.source!r} is no source:"

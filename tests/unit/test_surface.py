@@ -47,7 +47,8 @@ def test_public_name_is_importable_and_lives_where_it_says(name: str) -> None:
 
 def test_names_of_the_seeds_and_of_the_notebook_are_public() -> None:
     wanted = {
-        "Case", "PooledModel", "build", "check_embed_model_pytorch_vs_onnx_vs_ai100", "model", "runtime", "validate",
+        "Case", "PooledModel", "apply_peft", "build", "check_embed_model_pytorch_vs_onnx_vs_ai100",
+        "generate_peft_config", "load_model_and_tokenizer", "model", "runtime", "validate",
     }  # fmt: skip
     assert wanted <= set(qeff_validate.__all__)
 
