@@ -25,6 +25,7 @@ class Artifact:
         digest: hex SHA-256 that identifies the content.
         provenance: how it was made: what went in, with versions.
         payload: the in-memory object of a module.
+        buckets: values of the symbols for which it is used; sizes of retained state that no fed input tells.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class Artifact:
     digest: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     payload: Any = None
+    buckets: tuple[Mapping[str, int], ...] = ()
 
 
 def digest_file(path: Path) -> str:

@@ -273,7 +273,8 @@ class Pipeline:
         self.seconds["export"] = entry.seconds
         if self._done.pop("module", None) is not None:
             gc.collect()  # a Hugging Face module holds cycles; its weights would stand beside ONNX Runtime's
-        return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance)
+        buckets = self.model().graph.buckets
+        return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance, buckets=buckets)
 
     def qpc(self, sdk: Sdk | None) -> Artifact:
         """Return the compiled QPC, stored by ONNX content, compile options and SDK."""

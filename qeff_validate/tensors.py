@@ -31,6 +31,24 @@ class TensorSpec:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
+RETAINED = "_RetainedState"
+"""Suffix of the output that becomes the next content of the input before it (qaic-contract §4.5)."""
+
+
+def retained(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Return the retained state of an interface: each input that has a twin among the outputs, with its twin."""
+    names = {spec.name for spec in outputs}
+    return {spec.name: f"{spec.name}{RETAINED}" for spec in inputs if f"{spec.name}{RETAINED}" in names}
+
+
+def undefined(shape: Sequence[int], dtype: str) -> Array:
+    """Return an array that shows if it is taken for a value: NaN, or the lowest integer."""
+    kind = np.dtype(dtype)
+    if kind.kind == "b":
+        return np.zeros(shape, dtype=kind)
+    return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, dtype=kind)
+
+
 def fits(shape: Sequence[int], spec: Sequence[int | str], symbols: dict[str, int]) -> bool:
     """Say whether a shape fits dims with symbols; each symbol takes its value from where it is met first."""
     if len(shape) != len(spec):
@@ -62,8 +80,8 @@ def check_names(what: str, given: Sequence[str], specs: Sequence[TensorSpec], op
         raise RunError(text)
 
 
-def check_feeds(feeds: Tensors, specs: Sequence[TensorSpec], *, optional: Sequence[str] = ()) -> None:
-    """Raise RunError unless the feeds have exactly the wanted names, dtypes and shapes.
+def check_feeds(feeds: Tensors, specs: Sequence[TensorSpec], *, optional: Sequence[str] = ()) -> dict[str, int]:
+    """Raise RunError unless the feeds have exactly the wanted names, dtypes and shapes; return the symbols' values.
 
     The dtype is checked here because a card cannot see it: only item size and dims travel (qaic-contract §4.2).
     """
@@ -81,6 +99,7 @@ def check_feeds(feeds: Tensors, specs: Sequence[TensorSpec], *, optional: Sequen
             )
         if not fits(array.shape, spec.shape, symbols):
             raise RunError(f"input {spec.name!r} has shape {list(array.shape)}, wanted {list(spec.shape)}")
+    return symbols
 
 
 def wanted_outputs(outputs: Sequence[TensorSpec], fetch: Sequence[str] | None) -> list[str]:

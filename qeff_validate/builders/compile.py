@@ -17,11 +17,13 @@ from typing import Any
 
 from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
+from qeff_validate.models.loading import first_line
 from qeff_validate.sdk.locate import Sdk
+from qeff_validate.tensors import RETAINED
 
 OWN_FLAGS = frozenset({
     "m", "model", "aic-hw", "aic-hw-version", "aic-num-cores", "convert-to-fp16", "compile-only", "aic-binary-dir",
-    "mos", "network-specialization-config",
+    "mos", "network-specialization-config", "retained-state", "custom-IO-list-file",
 })  # fmt: skip
 """Flags that come from the case's own keys and must not be given a second time."""
 
@@ -69,6 +71,7 @@ def compile_qpc(
     # the flat form: every SDK reads it, the named one only the newest (qaic-contract §6.2)
     flat = [{name: str(value) for name, value in bucket.items()} for bucket in buckets]
     config.write_text(json.dumps({"specializations": flat}, indent=1), encoding="utf-8")
+    state = retained_state(onnx)
     command += [
         "-aic-hw",
         f"-aic-hw-version={'2.0' if old else options.aic_hw_version}",
@@ -78,6 +81,8 @@ def compile_qpc(
         *(["-convert-to-fp16"] if precision.compute == "fp16" else []),
         *([f"-mos={options.mos}"] if options.mos is not None else []),
         f"-network-specialization-config={config}",
+        *(["-retained-state"] if state else []),
+        *_custom_io(state, precision, folder),
         f"-aic-binary-dir={folder / 'qpc'}",
         *_flags(options.flags),
     ]
@@ -87,6 +92,33 @@ def compile_qpc(
         raise BuildError(f"the compiler failed with exit code {code}: {_last(lines)}\n{_shown(command, lines)}")
     if not (folder / "qpc" / "programqpc.bin").is_file():
         raise BuildError(f"the compiler said success but wrote no programqpc.bin\n{_shown(command, lines)}")
+
+
+def retained_state(onnx: Path) -> dict[str, bool]:
+    """Return the retained state of an ONNX file: inputs with a twin, and whether they are float32."""
+    from onnx import TensorProto, load
+
+    try:
+        graph = load(str(onnx), load_external_data=False).graph
+    except Exception as exc:  # protobuf's errors depend on its implementation
+        raise BuildError(f"cannot read {onnx} as ONNX: {first_line(exc)}") from exc
+    twins = {value.name for value in graph.output}
+    return {
+        value.name: value.type.tensor_type.elem_type == TensorProto.FLOAT
+        for value in graph.input
+        if f"{value.name}{RETAINED}" in twins
+    }
+
+
+def _custom_io(state: Mapping[str, bool], precision: Precision, folder: Path) -> list[str]:
+    """Keep float state on the card in the precision that it computes in, as upstream does (qaic-contract §6.3)."""
+    names = [part for name, is_float in state.items() if is_float for part in (name, f"{name}{RETAINED}")]
+    if not names or precision.compute != "fp16":
+        return []
+    path = folder / "custom_io.yaml"
+    text = "\n".join(f" - IOName: {name}\n   Precision: float16" for name in names)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    return [f"-custom-IO-list-file={path}"]
 
 
 def _flags(flags: Mapping[str, str | int | bool]) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,16 +65,36 @@ def _axes(graph: Graph) -> dict[str, dict[int, str]]:
     }
 
 
+def _positional(module: Any, names: Sequence[str]) -> Any:
+    """Return the module with its inputs by place: tracing knows no others, and ``past_key.0`` is no Python name."""
+    import torch
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: Any) -> Any:
+            return self.module(**dict(zip(names, tensors, strict=True)))
+
+    return Positional()
+
+
 def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:
     import torch
 
     axes = _axes(graph)
     symbols = {dim: torch.export.Dim(dim) for named in axes.values() for dim in named.values()}
+    shapes = {name: {axis: symbols[dim] for axis, dim in named.items()} for name, named in axes.items()}
+    if all(name.isidentifier() for name in inputs):
+        given: dict[str, Any] = {"kwargs": inputs, "dynamic_shapes": shapes}
+    else:
+        module = _positional(module, list(inputs))
+        given = {"args": tuple(inputs.values()), "dynamic_shapes": (tuple(shapes[name] for name in inputs),)}
     with _translated():
         program = torch.onnx.export(
             module,
-            kwargs=inputs,
-            dynamic_shapes={name: {axis: symbols[dim] for axis, dim in named.items()} for name, named in axes.items()},
+            **given,
             input_names=list(inputs),
             output_names=[spec.name for spec in graph.outputs],
             opset_version=OPSET,
@@ -98,16 +118,6 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) 
     import onnx
     import torch
 
-    class Positional(torch.nn.Module):
-        """Tracing knows inputs by their place; a name that forward takes as ``**kwargs`` has none."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, *tensors: Any) -> Any:
-            return self.module(**dict(zip(inputs, tensors, strict=True)))
-
     symbols = _symbols(graph)
     outputs = {
         spec.name: {axis: str(dim) for axis, dim in enumerate(spec.shape) if dim in symbols} for spec in graph.outputs
@@ -116,7 +126,7 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) 
     raw.mkdir()
     with _translated(), _unlogged():
         torch.onnx.export(
-            Positional().eval(),
+            _positional(module, list(inputs)).eval(),
             tuple(inputs.values()),
             raw / path.name,
             input_names=list(inputs),

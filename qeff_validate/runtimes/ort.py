@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from qeff_validate.artifact import Artifact, Kind
-from qeff_validate.errors import RunError, Unavailable
+from qeff_validate.errors import RunError, Unavailable, ValidateError
 from qeff_validate.protocols import Session, Settings
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, wanted_outputs
+from qeff_validate.runtimes.state import Retained
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -55,31 +58,59 @@ class OrtRuntime:
             session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions share no base class that it exports
             raise Unavailable(f"ONNX Runtime cannot load {artifact.path}: {exc}") from exc
-        yield OrtSession(session)
+        yield OrtSession(session, artifact.buckets)
 
 
 class OrtSession:
-    """An ONNX Runtime session behind exact names, dtypes and shapes."""
+    """An ONNX Runtime session behind exact names, dtypes and shapes; retained state stays in it as OrtValues."""
 
     shapes: tuple[Shapes, ...] = ()
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, buckets: Sequence[Mapping[str, int]] = ()) -> None:
         self._session = session
         self.inputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_inputs())
         self.outputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_outputs())
+        self._state: Retained[Any] = Retained(
+            self.inputs, self.outputs, buckets, make=_undefined_value, shape=lambda value: value.shape()
+        )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run the graph once."""
-        check_feeds(feeds, self.inputs)
+        symbols = check_feeds(feeds, self.inputs, optional=tuple(self._state.twins))
         wanted = wanted_outputs(self.outputs, fetch)
         try:
+            if self._state.twins:
+                return self._with_state(feeds, self._state.values(feeds, symbols), wanted)
             found = self._session.run(wanted or [self.outputs[0].name], dict(feeds))  # an empty list means all to it
+        except ValidateError:
+            raise
         except Exception as exc:  # as in open
             raise RunError(f"ONNX Runtime failed: {exc}") from exc
         return dict(zip(wanted, found, strict=bool(wanted)))
 
+    def _with_state(self, feeds: Tensors, state: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Array]:
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in state.items():
+            binding.bind_ortvalue_input(name, value)
+        names = list(dict.fromkeys([*wanted, *self._state.twins.values()]))
+        for name in names:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        made = dict(zip(names, binding.get_outputs(), strict=True))
+        self._state.keep(made)
+        return {name: made[name].numpy().copy() for name in wanted}
+
     def reset(self) -> None:
-        """Forget retained state; this graph has none."""
+        """Forget retained state."""
+        self._state.reset()
+
+
+def _undefined_value(shape: tuple[int, ...], dtype: str) -> Any:
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(undefined(shape, dtype))
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -13,7 +13,8 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, Settings
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, wanted_outputs
+from qeff_validate.runtimes.state import Retained
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 
 class TorchRuntime:
@@ -50,14 +51,19 @@ class TorchSession:
         self.inputs: tuple[TensorSpec, ...] = graph.inputs
         self.outputs: tuple[TensorSpec, ...] = graph.outputs
         self._module = module
+        self._state: Retained[Any] = Retained(
+            self.inputs, self.outputs, graph.buckets, make=_undefined_tensor, shape=lambda tensor: tensor.shape
+        )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run the module once without gradients."""
         import torch
 
-        check_feeds(feeds, self.inputs)
+        symbols = check_feeds(feeds, self.inputs, optional=tuple(self._state.twins))
         wanted = wanted_outputs(self.outputs, fetch)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        tensors = self._state.values(feeds, symbols) | {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()
+        }
         with torch.inference_mode():
             try:
                 made = self._module(**tensors)
@@ -67,7 +73,17 @@ class TorchSession:
         if len(outputs) != len(self.outputs):
             raise RunError(f"the torch module returned {len(outputs)} outputs, wanted {len(self.outputs)}")
         found = {spec.name: out for spec, out in zip(self.outputs, outputs, strict=True)}
+        # a twin may be its input itself, unchanged, and so the caller's array
+        fed = {tensors[name].data_ptr() for name in self._state.twins if name in feeds}
+        self._state.keep({name: out.clone() if out.data_ptr() in fed else out for name, out in found.items()})
         return {name: found[name].numpy().copy() for name in wanted}
 
     def reset(self) -> None:
-        """Forget retained state; this graph has none."""
+        """Forget retained state."""
+        self._state.reset()
+
+
+def _undefined_tensor(shape: tuple[int, ...], dtype: str) -> Any:
+    import torch
+
+    return torch.from_numpy(undefined(shape, dtype))

@@ -21,7 +21,16 @@ from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.protocols import Session, Settings
 from qeff_validate.sdk.locate import Sdk, installed, simulated
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, wanted_outputs
+from qeff_validate.tensors import (
+    Array,
+    Shapes,
+    Tensors,
+    TensorSpec,
+    check_feeds,
+    retained,
+    undefined,
+    wanted_outputs,
+)
 
 TIMEOUT_MS = 60_000
 """What shipping clients set as data path timeout (qaic-contract §2.4)."""
@@ -38,6 +47,9 @@ DTYPES = {
     7: "int64",
     8: "int8",
 }
+
+_SKIPPED: Array = np.empty(0, dtype=np.uint8)
+"""No bytes, dims [0]: how a binding is skipped (qaic-contract §4.4)."""
 
 # what a failed step usually means and what to do (qaic-contract §8)
 ADVICE = {
@@ -194,6 +206,10 @@ class QaicSession:
         is_input = [binding.dir == 0 for binding in self._bindings]
         self.inputs: tuple[TensorSpec, ...] = tuple(s for s, inside in zip(specs, is_input, strict=True) if inside)
         self.outputs: tuple[TensorSpec, ...] = tuple(s for s, inside in zip(specs, is_input, strict=True) if not inside)
+        skippable = {binding.name for binding in self._bindings if binding.is_partial_buf_allowed}
+        pairs = retained(self.inputs, self.outputs)
+        self._twins = {name: twin for name, twin in pairs.items() if {name, twin} <= skippable}
+        self._reset = False
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run one inference: setData, enqueue, waitForCompletion, getData.
@@ -203,10 +219,14 @@ class QaicSession:
         """
         if self._execobj is None:
             raise RunError("this session is closed")
-        check_feeds(feeds, self.inputs)
+        check_feeds(feeds, self.inputs, optional=tuple(self._twins))
+        feeds = {**self._forgotten(feeds), **feeds}
         shapes = self._combination(feeds)
         wanted = wanted_outputs(self.outputs, fetch)
-        arrays = {name: _unwritten(shapes[name], spec.dtype) for name, spec in self._outputs().items()}
+        arrays = {spec.name: undefined(shapes[spec.name], spec.dtype) for spec in self.outputs}
+        # what is left out is skipped: the card reads its own copy, and keeps what it does not hand out (§4.4)
+        arrays.update({name: _SKIPPED for name in self._twins if name not in feeds})
+        arrays.update({name: _SKIPPED for name in self._twins.values() if name not in wanted})
         arrays.update({name: np.ascontiguousarray(array) for name, array in feeds.items()})
         order = [binding.name for binding in self._bindings]
         buffers = [self._rt.QBuffer(arrays[name].tobytes()) for name in order]
@@ -220,11 +240,20 @@ class QaicSession:
         data = call.value("getData", self._execobj.getData())
         if len(data) != len(order):
             raise RunError(f"getData returned {len(data)} buffers for {len(order)} bindings")
+        self._reset = False
         places = {name: index for index, name in enumerate(order)}
         return {name: _read(name, data[places[name]], arrays[name]) for name in wanted}
 
     def reset(self) -> None:
-        """Forget retained state; this graph has none."""
+        """Forget retained state: a card cannot, so the next run uploads an undefined content."""
+        self._reset = bool(self._twins)
+
+    def _forgotten(self, feeds: Tensors) -> dict[str, Array]:
+        if not self._reset:
+            return {}
+        state = {spec.name: spec for spec in self.inputs if spec.name in self._twins and spec.name not in feeds}
+        shapes = self._combination(feeds)
+        return {name: undefined(shapes[name], spec.dtype) for name, spec in state.items()}
 
     def start(self, execobj: Any) -> None:
         """Take the execution object; nobody else may hold it."""
@@ -233,9 +262,6 @@ class QaicSession:
     def close(self) -> None:
         """Drop the execution object."""
         self._execobj = None
-
-    def _outputs(self) -> dict[str, TensorSpec]:
-        return {spec.name: spec for spec in self.outputs}
 
     def _combination(self, feeds: Tensors) -> Shapes:
         for shapes in self.shapes:
@@ -258,12 +284,6 @@ def _symbolic(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int | str, 
         raise RunError(f"binding {name!r} has different ranks in the allowed shapes: {list(shapes)}")
     columns = list(zip(*shapes, strict=True))
     return tuple(sizes[0] if len(set(sizes)) == 1 else f"{name}.{axis}" for axis, sizes in enumerate(columns))
-
-
-def _unwritten(shape: tuple[int, ...], dtype: str) -> Array:
-    """Return a buffer that shows if nobody writes to it: NaN, or the lowest integer."""
-    kind = np.dtype(dtype)
-    return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, dtype=kind)
 
 
 def _read(name: str, buffer: Any, like: Array) -> Array:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformers cache of fixed size that lives outside the model: keys and values come in as inputs, go out as outputs.
+
+Each row writes its tokens at their own positions, so rows of one batch may stand at different places, and padding
+(position −1) writes nowhere. Slots that were never written may hold anything, NaN too: they are replaced before
+attention reads them, because 0 · NaN is NaN (DESIGN §5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class StateLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[batch, heads, ctx_len, head_dim]``.
+
+    Args:
+        keys: retained keys.
+        values: retained values.
+        position_ids: int64 ``[batch, seq_len]``, −1 for padding.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, position_ids: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self._positions = position_ids
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        self._seen = (slots <= position_ids.amax(dim=1, keepdim=True))[:, None, :, None]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the state is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
+        self.keys = written(self.keys, key_states, self._positions)
+        self.values = written(self.values, value_states, self._positions)
+        return torch.where(self._seen, self.keys, 0.0), torch.where(self._seen, self.values, 0.0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """Return the number of slots and the first of them."""
+        return int(self.keys.shape[2]), 0
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions are inputs."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return the number of slots."""
+        return int(self.keys.shape[2])
+
+
+def written(state: Tensor, new: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` at their positions ``[b, s]``.
+
+    Padding writes once more what the row's token at its greatest position writes, or, in a row of padding alone, what
+    slot 0 holds. So every index is in range, and equal indices carry equal values: no runtime can treat it otherwise.
+    """
+    last = position_ids.argmax(dim=1, keepdim=True)
+    tokens = torch.arange(position_ids.shape[1], device=new.device)[None]
+    source = torch.where(position_ids >= 0, tokens, last)
+    places = position_ids.gather(1, source)
+    empty = (places < 0)[:, None, :, None]
+    updates = new.gather(2, source[:, None, :, None].expand(new.shape))
+    updates = torch.where(empty, state[:, :, :1], updates)
+    batch = torch.arange(state.shape[0], device=new.device)[:, None, None]
+    heads = torch.arange(state.shape[1], device=new.device)[None, :, None]
+    return state.index_put((batch, heads, places.clamp(min=0)[:, None]), updates)
+
+
+def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Return the attention mask in the form that the architecture takes, additive ``[batch, 1, seq_len, slots]``.
+
+    A slot is seen by tokens at its position and behind it; a sliding window ends that after so many slots. One mask
+    where all layers are alike, else one for each type of layer by its name.
+    """
+    places = torch.arange(slots, device=position_ids.device)
+    full = places <= position_ids[..., None]
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if not types and window:
+        types = {"sliding_attention"}
+
+    def additive(allowed: Tensor) -> Tensor:
+        return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+    made = {"full_attention": additive(full)}
+    if "sliding_attention" in types:
+        made["sliding_attention"] = additive(full & (places > position_ids[..., None] - window))
+    if len(types) > 1:
+        return made
+    return made["sliding_attention" if types == {"sliding_attention"} else "full_attention"]
+
+
+def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
+    """Return a cache over the inputs ``past_key.i`` and ``past_value.i``."""
+    return Cache(
+        layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], position_ids) for i in range(layers)]
+    )
+
+
+def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return ``(heads, head_dim)`` of keys and of values for each layer, from a run of two tokens."""
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
+    found = []
+    for layer in out.past_key_values.layers:
+        keys, values = layer.keys.shape, layer.values.shape
+        found.append(((keys[1], keys[3]), (values[1], values[3])))
+    return found

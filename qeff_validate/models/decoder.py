@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch module of a causal language model with state and adapters as inputs, and its graph interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.cache import cache_for, masks
+from qeff_validate.protocols import Graph
+from qeff_validate.tensors import RETAINED, Tensors, TensorSpec
+
+StateDims = Sequence[tuple[tuple[int, int], tuple[int, int]]]
+"""For each layer ``(heads, head_dim)`` of its keys and of its values."""
+
+
+class Decoder(nn.Module):
+    """One step of a causal LM: tokens at positions in, logits at each row's last real token and the new state out.
+
+    Args:
+        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention, and its head
+            sees the last real token of each row alone.
+        layers: number of layers with keys and values.
+        adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
+    """
+
+    def __init__(self, model: Any, layers: int, adapter: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._layers = layers
+        self._adapter = dict(adapter or {})
+        self._last: Tensor | None = None
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.set_attn_implementation("eager")
+        head = base.get_output_embeddings()
+        if head is None:
+            raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
+        head.register_forward_pre_hook(self._only_last)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
+        """Run one step.
+
+        Args:
+            input_ids: int64 ``[batch, seq_len]``.
+            position_ids: int64 ``[batch, seq_len]``, −1 for padding.
+            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, and the adapter's
+                tensors by PEFT's saved names.
+
+        Returns:
+            ``logits [batch, 1, vocab]``, then the new content of each state in the order of the graph.
+        """
+        cache = cache_for(state, self._layers, position_ids)
+        slots = state["past_key.0"].shape[2]
+        self._last = position_ids.argmax(dim=1)
+        config = self.model.config.get_text_config()
+        out = functional_call(
+            self.model,
+            {live: state[saved] for saved, live in self._adapter.items()},
+            args=(),
+            kwargs={
+                "input_ids": input_ids,
+                "position_ids": position_ids.clamp(min=0),
+                "attention_mask": masks(position_ids, slots, config, state["past_key.0"].dtype),
+                "past_key_values": cache,
+                "use_cache": True,
+            },
+        )
+        kept = [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
+        return (out.logits, *kept, *(state[name] for name in self._adapter))
+
+    def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        hidden = inputs[0]
+        if self._last is None or hidden.ndim != 3:
+            return None
+        place = self._last[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return (hidden.gather(1, place), *inputs[1:])
+
+
+def decoder_graph(
+    dims: StateDims, vocabulary: int, adapter: Mapping[str, Sequence[int]], buckets: Sequence[Mapping[str, int]]
+) -> Graph:
+    """Return the graph interface (DESIGN §3): upstream's names, symbols ``batch_size``, ``seq_len``, ``ctx_len``.
+
+    Args:
+        dims: of keys and values in each layer.
+        vocabulary: number of logits.
+        adapter: shape of each adapter tensor by its saved name.
+        buckets: the sizes to compile for.
+    """
+    tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
+    state = [
+        TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
+        for layer, pair in enumerate(dims)
+        for name, (heads, size) in zip(("key", "value"), pair, strict=True)
+    ]
+    weights = [TensorSpec(name, "float32", tuple(shape)) for name, shape in adapter.items()]
+    twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
+    return Graph(
+        inputs=(*tokens, *state, *weights),
+        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, vocabulary)), *twins),
+        buckets=tuple(buckets),
+    )
+
+
+def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
+    """Return example inputs whose sizes differ from each other and from every usual bucket."""
+    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11}
+    made: dict[str, Any] = {}
+    for spec in graph.inputs:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+        if spec.dtype == "int64":
+            made[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
+        else:
+            made[spec.name] = np.zeros(shape, dtype=spec.dtype)
+    return {**made, **(adapter or {})}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode loop, once for every runtime: prefill in chunks, then a token a step, over any session with state. Numpy.
+
+The session keeps keys, values and adapter weights (retained state); the loop feeds tokens and positions, −1 where there
+is none. A row that has ended, and a place of the batch without a row, feed padding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qeff_validate.errors import RunError
+from qeff_validate.protocols import Session
+from qeff_validate.tensors import Array, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How rows are run.
+
+    Attributes:
+        batch_size: rows in a run, where the session does not fix it.
+        prefill_seq_len: tokens of a row in one run of the prefill, where the session does not fix it.
+        padding_side: where the padding of a shorter prompt stands: ``right`` or ``left``.
+        pad: the id fed where there is no token.
+        eos: ids that end a text.
+        max_new_tokens: steps at most.
+    """
+
+    batch_size: int
+    prefill_seq_len: int
+    padding_side: str
+    pad: int
+    eos: frozenset[int]
+    max_new_tokens: int
+
+
+def generate(
+    session: Session,
+    prompts: Sequence[Array],
+    plan: Plan,
+    *,
+    state: Tensors | None = None,
+    forced: Sequence[Array] | None = None,
+) -> list[Array]:
+    """Continue prompts, greedily or along given tokens.
+
+    Args:
+        session: open, with inputs ``input_ids``, ``position_ids`` and retained state.
+        prompts: token ids of each row, at least one.
+        plan: sizes and stop rule.
+        state: other retained inputs to set before the first token (the adapter's tensors); kept by the session.
+        forced: the tokens of each row's continuation, fed instead of the session's own choice (teacher forcing).
+
+    Returns:
+        For each row float32 ``[steps, vocab]``: the logits from which each token of its continuation is chosen. A row
+        ends with the step that chooses an end token, or after ``max_new_tokens``.
+
+    Raises:
+        RunError: the session refuses a run, or its logits have another shape.
+    """
+    made: list[Array] = []
+    dtypes = {spec.name: spec.dtype for spec in session.inputs}
+    given = {name: array.astype(dtypes[name]) for name, array in (state or {}).items()}
+    batch, chunk = _sizes(session, plan)
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        texts = None if forced is None else forced[start : start + batch]
+        made += _Batch(session, rows, plan, batch, chunk, dtypes).run(given, texts)
+        given = {}
+    return made
+
+
+def _sizes(session: Session, plan: Plan) -> tuple[int, int]:
+    if not session.shapes:
+        return plan.batch_size, plan.prefill_seq_len
+    batch, chunk = max((shapes["input_ids"][0], shapes["input_ids"][1]) for shapes in session.shapes)
+    return batch, chunk
+
+
+class _Batch:
+    """One batch on its way: what each row has and where it stands."""
+
+    def __init__(
+        self, session: Session, rows: Sequence[Array], plan: Plan, batch: int, chunk: int, dtypes: dict[str, str]
+    ) -> None:
+        self._session, self._rows, self._plan = session, rows, plan
+        self._batch, self._chunk, self._dtypes = batch, chunk, dtypes
+
+    def run(self, state: Tensors, forced: Sequence[Array] | None) -> list[Array]:
+        plan, logits = self._plan, self._prefill(state)
+        steps: list[list[Array]] = [[] for _ in self._rows]
+        for step in range(plan.max_new_tokens):
+            ids = np.full((self._batch, 1), plan.pad, dtype=np.int64)
+            places = np.full((self._batch, 1), -1, dtype=np.int64)
+            for row, at in enumerate(logits):
+                if at is None:
+                    continue
+                steps[row].append(at)
+                token = self._chosen(at, step, None if forced is None else forced[row])
+                if token is not None:
+                    ids[row, 0], places[row, 0] = token, self._rows[row].size + step
+            going = places[: len(self._rows), 0] >= 0
+            if step + 1 == plan.max_new_tokens or not going.any():
+                break
+            out = self._step(ids, places, {})
+            logits = [out[row] if going[row] else None for row in range(len(self._rows))]
+        return [np.stack(found) for found in steps]
+
+    def _chosen(self, logits: Array, step: int, forced: Array | None) -> int | None:
+        """Return the token to go on with; None ends the row."""
+        if forced is not None:
+            return int(forced[step]) if step + 1 < forced.size else None
+        token = int(np.argmax(logits))
+        return None if token in self._plan.eos else token
+
+    def _prefill(self, state: Tensors) -> list[Array | None]:
+        found: list[Array | None] = [None] * len(self._rows)
+        for ids, places in self._chunks():
+            out = self._step(ids, places, state)
+            state = {}
+            for row, tokens in enumerate(self._rows):
+                if tokens.size - 1 in places[row]:
+                    found[row] = out[row]
+        return found
+
+    def _chunks(self) -> Iterator[tuple[Array, Array]]:
+        width = -(-max(row.size for row in self._rows) // self._chunk) * self._chunk
+        ids = np.full((self._batch, width), self._plan.pad, dtype=np.int64)
+        places = np.full((self._batch, width), -1, dtype=np.int64)
+        for row, tokens in enumerate(self._rows):
+            where = slice(0, tokens.size) if self._plan.padding_side == "right" else slice(width - tokens.size, width)
+            ids[row, where], places[row, where] = tokens, np.arange(tokens.size)
+        for start in range(0, width, self._chunk):
+            yield ids[:, start : start + self._chunk], places[:, start : start + self._chunk]
+
+    def _step(self, ids: Array, places: Array, state: Tensors) -> Array:
+        feeds = {"input_ids": ids, "position_ids": places}
+        feeds = {name: array.astype(self._dtypes[name], copy=False) for name, array in feeds.items()}
+        logits = self._session.run({**feeds, **state}, fetch=["logits"])["logits"]
+        if logits.ndim == 3 and logits.shape[0] == self._batch:
+            if logits.shape[1] == 1:
+                return logits[:, 0]
+            if logits.shape[1] == ids.shape[1]:  # somebody else's graph hands out every position
+                return logits[np.arange(self._batch), places.argmax(axis=1)]
+        raise RunError(f"logits have shape {list(logits.shape)}, wanted [{self._batch}, 1 or {ids.shape[1]}, vocab]")
