@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 from collections.abc import Collection
 from contextlib import suppress
@@ -86,6 +87,7 @@ def missing_properties() -> set[str]:
 
 
 def crash() -> None:
-    """Ends the process as a fault in native code does."""
-    os.kill(os.getpid(), signal.SIGSEGV)
-    os._exit(128 + signal.SIGSEGV)
+    """Ends the process as a fault in native code does, without a core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    signal.raise_signal(signal.SIGSEGV)
+    os._exit(128 + signal.SIGSEGV)  # somebody handles the signal
