@@ -44,7 +44,8 @@ class TestStates:
         """§4.1: load is idempotent; each step needs the one before."""
         p = program(summing)
         assert [p.activate(), p.deactivate(), p.unload()] == [INVAL] * 3
-        assert [p.load(), p.load(), p.activate(), p.unload()] == [OK, OK, OK, INVAL]
+        assert [p.load(), p.load(), p.activate(), p.load(), p.unload()] == [OK, OK, OK, OK, INVAL]
+        assert p.state == rt.QProgramState.FULLY_ACTIVATED
         assert [p.deactivate(), p.deactivate(), p.unload(), p.activate()] == [OK, INVAL, OK, INVAL]
 
     def test_another_hardware_generation_does_not_load(self, summing, tmp_path, capsys):
@@ -108,6 +109,13 @@ class TestStates:
                      "Failed to Activate program", "9 NSPs are needed, 7 of 16 are free"):  # fmt: skip
             assert text in err
         assert first.deactivate() == second.activate() == OK
+
+    def test_a_pair_takes_its_memory_once(self, compiled):
+        """§4.1, §4.5: x, total and y of 1,044,000 bytes each are 2.99 MiB."""
+        client = Client(compiled(counter(rows=87_000), "-retained-state"))
+        resources = rt.Util().getResourceInfo(0)[1]
+        assert resources.dramTotal - resources.dramFree == 3
+        del client
 
     def test_an_ignored_activation_failure_shows_at_the_exec_obj(self, compiled):
         """§8"""
@@ -219,8 +227,8 @@ class TestShapes:
         client = Client(compiled(model, "-retained-state", specs=[{"n": "2"}, {"n": "3"}]))
         assert client.status() == INVAL
         assert "more than one specialization fits" in capsys.readouterr().err
-        client.set({"s": np.ones(3, np.float32)})
-        assert client.status() == OK
+        for length in (3, 2):
+            assert client.run({"s": np.ones(length, np.float32)}, s_RetainedState=(length,))["s_RetainedState"].all()
 
 
 class TestSeveralDevices:

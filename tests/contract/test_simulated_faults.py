@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from simulated_client import OK, Client
-from simulated_graphs import counter, scaled
+from simulated_graphs import altered, counter, scaled
 
 from qeff_validate.sdk.simulated import faults, tools
 from qeff_validate.sdk.simulated import qaicrt as rt
@@ -207,6 +207,14 @@ class TestInferences:
         fault("device-lost=1")
         assert [zero.status(), one.status()] == [OK, LOST]
         assert rt.Util().getDeviceInfo(0)[1].devStatus == rt.QDevStatus.QDS_READY
+
+    def test_of_several_devices_the_named_one_is_in_error(self, doubling, fault, monkeypatch, tmp_path):
+        monkeypatch.setenv("QAIC_SIM_DEVICES", "2")
+        client = Client(altered(doubling, tmp_path / "both", num_devices=2), qid=None)
+        fault("device-lost=1")
+        assert client.status() == LOST
+        states = [rt.Util().getDeviceInfo(qid)[1].devStatus for qid in (0, 1)]
+        assert states == [rt.QDevStatus.QDS_READY, rt.QDevStatus.QDS_ERROR]
 
     def test_a_crash_ends_the_process(self, doubling, tmp_path):
         """As a fault in native code does: no exception, no clean-up."""

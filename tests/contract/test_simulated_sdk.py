@@ -167,6 +167,26 @@ class TestInferenceSet:
         assert places.waitForCompletion() == OK
         assert results == {number: (OK, ((X + number) * 2).tobytes()) for number in range(8)}
 
+    def test_waiting_for_all_and_for_a_place(self, compiled):
+        """§2.6"""
+        qpc = rt.Qpc(compiled(scaled()))
+        places, vectors = rt.InferenceSet(rt.Context(), qpc, 0, 2, 1), []
+        for number in range(3):
+            vectors.append(rt.InferenceVector(qpc.getBufferMappings()))
+            vectors[-1].getVector()[0] = rt.QBuffer(X + number)
+        [activation] = {handle.execObj()._program.activation for handle in places._available}
+        third = threading.Thread(target=places.submit, args=(vectors[2], 2))
+        with activation.lock:  # nothing can finish
+            assert [places.submit(vectors[number], number) for number in (0, 1)] == [OK, OK]
+            third.start()
+        assert places.waitForCompletion() == OK
+        for number in (0, 1):
+            assert bytes(vectors[number].getVector()[1]) == ((X + number) * 2).tobytes()
+        assert places.putCompleted(places.getCompletedId(0)[1]) == OK
+        third.join()
+        assert places.getCompletedId(2)[0] == OK
+        assert bytes(vectors[2].getVector()[1]) == ((X + 2) * 2).tobytes()
+
     def test_wrong_ids_and_handles_are_refused(self, compiled):
         """§2.6"""
         places = rt.InferenceSet(rt.Context(), rt.Qpc(compiled(scaled())), 0, 2, 1)

@@ -7,6 +7,7 @@ See test_simulated_sdk.py for how these tests are named and where their expectat
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -68,8 +69,9 @@ class TestPartial:
     def test_part_of_a_buffer_is_a_prefix_or_no_match(self, summing):
         """§4.4: bytes are copied from the start, so columns are not a part."""
         client = Client(summing)
-        client.set({"total": np.zeros((2, 2), np.float32)})
-        assert client.status() == INVAL
+        for shape in [(2, 2), (1, 2), (3,), (1, 3, 1)]:
+            client.set({"total": np.zeros(shape, np.float32)})
+            assert client.status() == INVAL
 
     def test_part_of_a_buffer_without_dims(self, summing):
         """§2.2, §4.4: the size says which part."""
@@ -111,7 +113,8 @@ class TestRetainedState:
     def test_an_unknown_mode_is_an_error(self, summing, monkeypatch, capsys):
         """A typo must not pass for a mode."""
         monkeypatch.setenv("QAIC_SIM_STATE", "zeros")
-        assert Client(summing).status() == FAILED
+        client = Client(summing)
+        assert client.status() == client.execobj.run() == FAILED
         assert "QAIC_SIM_STATE is strict or lenient, not 'zeros'" in capsys.readouterr().err
 
     def test_an_upload_becomes_the_state(self, summing):
@@ -149,6 +152,23 @@ class TestRetainedState:
         decode = Client(decoder, program=prefill.program)
         for client, ids, at in [(prefill, [[3, 1, 4, 1]], [[0, 1, 2, 3]]), (decode, [[5]], [[4]])]:
             assert np.array_equal(step(client, ids, at), want.step(np.array(ids), np.array(at)))
+
+    def test_an_activation_runs_one_inference_at_a_time(self, summing):
+        """§4.5, §4.6: two queues, and no update of the state is lost."""
+        first = Client(summing)
+        first.run({"x": X * 0, "total": X * 0})
+        clients = [Client(summing, program=first.program) for _ in range(2)]
+
+        def add(client: Client) -> None:
+            for _ in range(40):
+                client.run({"x": X})
+
+        threads = [threading.Thread(target=add, args=(client,)) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert np.array_equal(clients[0].run({"x": X * 0})["y"], X * 80)
 
     def test_each_activation_has_its_own(self, summing):
         """§4.5"""
@@ -231,6 +251,16 @@ class TestSparse:
             assert client.execobj.setData(self.arrays(client, x=wrong, total=X)) == OK
             assert client.execobj.run() == INVAL
 
+    def test_an_empty_array_means_skipped(self, summing):
+        """§4.4, §4.8"""
+        client, y = Client(summing), np.zeros((2, 3), np.float32)
+        client.run({"x": X, "total": X * 0})
+        nothing = np.array([])
+        arrays = self.arrays(client, x=X, total=nothing, y=y, total_RetainedState=nothing)
+        assert client.execobj.setData(arrays) == OK
+        assert client.execobj.run() == OK
+        assert np.array_equal(y, X * 2)
+
     def test_arrays_that_can_not_be_used_in_place_are_refused(self, summing):
         """§4.6: C-contiguous, and writable for outputs."""
         client = Client(summing)
@@ -271,7 +301,8 @@ class TestSlices:
         assert status == OK
         inside = [(rows.index["past_key.0_RetainedState"], out)]
         assert rows.execobj.setDataWithSlices(inside, spec, [("batch_index", 1), ("ctx_start", 2)])[0] == OK
-        assert rows.execobj.setData([(0, ids), (1, at), (rows.index["logits"], logits)]) == OK
+        assert rows.execobj.setDataWithSlices([(0, ids), (1, at)], spec, [])[0] == OK
+        assert rows.execobj.setData([(rows.index["logits"], logits)]) == OK
         assert rows.execobj.run() == OK
         want = Cache(2)
         want.slots[1, :3] = 7

@@ -60,7 +60,7 @@ class Activation:
             faults.crash()
         if fault and fault.name == "device-lost":
             for card in self._cards:
-                card.lost = card.lost or fault.concerns([card.qid])
+                card.lost = True
         self._lost = self._lost or any(card.status != READY for card in self._cards)
         name = "device-lost" if self._lost else fault.name if fault else ""
         status, text = _FAILURES.get(name, (QStatus.QS_SUCCESS, ""))

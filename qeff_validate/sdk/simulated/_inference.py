@@ -70,29 +70,32 @@ class Inference:
     slots: Sequence[Slot]
 
     def run(self) -> QStatus:
-        """Chooses the specialization, runs, keeps the state, and writes the outputs into the client's memory."""
-        with self.activation.lock:
-            if (status := self.activation.begin()) != QStatus.QS_SUCCESS:
-                return status
-            shapes = self._shapes()
-            if shapes is None:
-                return QStatus.QS_INVAL
-            parts = list(zip(self.activation.bindings, self.slots, shapes, strict=True))
-            feeds = {b.name: self._feed(b, slot, dims) for b, slot, dims in parts if b.is_input}
-            wanted = [part for part in parts if not part[0].is_input and not part[1].skipped]
-            try:
-                outputs = self.activation.run(feeds, [binding.name for binding, _, _ in wanted])
-            except Exception as error:  # ONNX Runtime has no public base class for its errors
-                log(f"QAIC_ERROR_EXECOBJ_RUNTIME Error running program: {error}")
+        """Runs, keeps the state, and writes the outputs into the client's memory; says why it can not."""
+        try:
+            with self.activation.lock:
+                return self._run()
+        except Exception as error:  # a status is all that a client of the real binding would get
+            log(f"QAIC_ERROR_EXECOBJ_RUNTIME Error running program: {error}")
+            return QStatus.QS_ERROR
+
+    def _run(self) -> QStatus:
+        if (status := self.activation.begin()) != QStatus.QS_SUCCESS:
+            return status
+        shapes = self._shapes()
+        if shapes is None:
+            return QStatus.QS_INVAL
+        parts = list(zip(self.activation.bindings, self.slots, shapes, strict=True))
+        feeds = {b.name: self._feed(b, slot, dims) for b, slot, dims in parts if b.is_input}
+        wanted = [(b, slot) for b, slot, _ in parts if not b.is_input and not slot.skipped]
+        outputs = self.activation.run(feeds, [binding.name for binding, _ in wanted])
+        for binding, _, dims in parts:
+            value = outputs.get(binding.name)
+            if value is not None and rank1(value.shape()) != rank1(dims):
+                log(f"Output {binding.name} is {list(value.shape())}, not {list(dims)}")
                 return QStatus.QS_ERROR
-            for binding, _, dims in parts:
-                value = outputs.get(binding.name)
-                if value is not None and rank1(value.shape()) != rank1(dims):
-                    log(f"Output {binding.name} is {list(value.shape())}, not {list(dims)}")
-                    return QStatus.QS_ERROR
-            for binding, slot, _ in wanted:
-                _receive(binding, slot, outputs[binding.name].numpy())
-            self.activation.retain(outputs)
+        for binding, slot in wanted:
+            _receive(binding, slot, outputs[binding.name].numpy())
+        self.activation.retain(outputs)
         return QStatus.QS_SUCCESS
 
     def _feed(self, binding: Binding, slot: Slot, dims: Dims) -> ort.OrtValue:
