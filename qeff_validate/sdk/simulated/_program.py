@@ -1,52 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context, Qpc and Program of the `qaicrt` API: from a QPC to a card (qaic-contract §2.2, §4.1)."""
+"""Context and Program of the `qaicrt` API: from a QPC to one or more cards (qaic-contract §2.4, §4.1, §4.7)."""
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
+from . import device, faults
+from ._activation import Activation
+from ._description import Qpc
+from ._slices import SlicingSpec
+from ._values import QIDList, QLogLevel, QProgramState, QStatus, log
 
-from . import QAicApi_pb2 as aicapi
-from . import device, qpc
-from ._values import (
-    BufferDataTypeEnum,
-    BufferIoTypeEnum,
-    BufferMapping,
-    QBuffer,
-    QIDList,
-    QLogLevel,
-    QStatus,
-    log,
-)
-from .boundary import Dims
-from .errors import QpcError
-
-_DTYPES: dict[int, np.dtype[Any]] = {
-    aicapi.FLOAT_TYPE: np.dtype(np.float32),
-    aicapi.FLOAT_16_TYPE: np.dtype(np.float16),
-    aicapi.INT8_TYPE: np.dtype(np.int8),
-    aicapi.UINT8_Q_TYPE: np.dtype(np.uint8),
-    aicapi.INT32_I_TYPE: np.dtype(np.int32),
-    aicapi.INT64_I_TYPE: np.dtype(np.int64),
-}
 _AUTO_LOAD_ACTIVATE = 0x04
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """What an inference needs to know of one binding."""
-
-    name: str
-    is_input: bool
-    dtype: np.dtype[Any]
-    dims: Dims
+_LOADED = (QProgramState.LOADED, QProgramState.FULLY_ACTIVATED, QProgramState.ACTIVATE_ERROR)
 
 
 class Context:
@@ -67,151 +35,154 @@ class Context:
         return QStatus.QS_SUCCESS if isinstance(level, QLogLevel) else QStatus.QS_INVAL
 
 
-class Qpc:
-    """A compiled program, given by the directory that holds programqpc.bin, as str."""
-
-    def __init__(self, directory: str) -> None:
-        if not isinstance(directory, str):
-            raise TypeError(f"Qpc(): incompatible constructor arguments: {type(directory).__name__}")
-        try:
-            self.program = qpc.read(Path(directory))
-            desc = aicapi.IoDesc.FromString(self.program.io_desc)
-        except (QpcError, ValueError) as error:
-            raise RuntimeError(f"Failed to create Qpc: {error}") from error
-        self._wire = list(desc.selected_set.bindings)
-        self.bindings = tuple(
-            Binding(b.name, b.dir == aicapi.BUFFER_IO_TYPE_INPUT, _DTYPES[b.type], tuple(b.dims)) for b in self._wire
-        )
-        self.allowed: tuple[tuple[Dims, ...], ...] = tuple(
-            tuple(tuple(shape.dims) for shape in entry.shapes) for entry in desc.allowed_shapes
-        )
-
-    def getIoDescriptor(self) -> tuple[QStatus, QBuffer]:
-        """Returns the serialized IoDesc."""
-        return QStatus.QS_SUCCESS, QBuffer(self.program.io_desc)
-
-    def getBufferMappings(self) -> list[BufferMapping]:
-        """Returns one mapping per binding, in binding order."""
-        return [
-            BufferMapping(
-                bufferName=b.name,
-                index=b.index,
-                ioType=BufferIoTypeEnum(b.dir + 1),
-                size=b.size,
-                isPartialBufferAllowed=b.is_partial_buf_allowed,
-                dataType=BufferDataTypeEnum(b.type),
-            )
-            for b in self._wire
-        ]
-
-
 class QAicProgramProperties:
     """Properties of a Program; an unknown attribute raises AttributeError (qaic-contract §2.4)."""
 
     __slots__ = ("dataPathTimeoutMs", "devMapping", "selectMask", "submitNumRetries")
 
     def __init__(self) -> None:
-        self.dataPathTimeoutMs = 0
-        self.devMapping = ""
-        self.selectMask = _AUTO_LOAD_ACTIVATE
-        self.submitNumRetries = 5
+        defaults = {
+            "dataPathTimeoutMs": 0,
+            "devMapping": "",
+            "selectMask": _AUTO_LOAD_ACTIVATE,
+            "submitNumRetries": 5,
+        }
+        for name in defaults.keys() - faults.missing_properties():
+            setattr(self, name, defaults[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in faults.missing_properties():
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        object.__setattr__(self, name, value)
 
 
 class Program:
-    """A QPC on its way to a card: created, load(), activate(), then inferences, deactivate(), unload()."""
+    """A QPC on its way to the cards: created, load(), activate(), then inferences, deactivate(), unload()."""
 
     def __init__(self, context: Context, qid: int | None, qpc: Qpc, props: QAicProgramProperties) -> None:
         if qid is not None and qid not in context.qids:
             raise RuntimeError(f"Failed to create Program: device {qid} is not in the context {context.qids}")
         self.context, self.qpc = context, qpc
-        self.auto_activates = bool(props.selectMask & _AUTO_LOAD_ACTIVATE)
+        self.auto_activates = bool(getattr(props, "selectMask", _AUTO_LOAD_ACTIVATE) & _AUTO_LOAD_ACTIVATE)
         self.exec_objs: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.session: ort.InferenceSession | None = None
-        self._qid, self._mapping = qid, props.devMapping
-        self._loaded = False
+        self.state = QProgramState.INIT
+        self.activation: Activation | None = None
+        self._qid, self._mapping = qid, str(getattr(props, "devMapping", ""))
         self._release: Callable[[], Any] | None = None
 
     def load(self) -> QStatus:
-        """Checks that the program fits the card's generation; may be repeated."""
-        program = self.qpc.program
-        needs, has = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[device.CARD_GENERATION]
-        if needs != has:
-            log(
-                "Failed to initialize program, HW Version incompatible, program expects:"
-                f"Major Version {needs} ({program.hw_version}), device has {has} ({device.CARD_GENERATION})"
-            )
-            return QStatus.QS_UNSUPPORTED
-        given = len(self._candidates())
-        if given != program.num_devices and (self._mapping or program.num_devices > 1):
-            log(f"Failed to initialize program, it needs {program.num_devices} devices, {given} are given")
-            return QStatus.QS_INVAL
-        self._loaded = True
-        return QStatus.QS_SUCCESS
+        """Checks that the program fits its cards, and that they are ready; may be repeated."""
+        if self.state in _LOADED:
+            return QStatus.QS_SUCCESS
+        status, text = self._unfit()
+        if text:
+            log(f"Failed to initialize program, {text}")
+        self.state = QProgramState.LOAD_ERROR if text else QProgramState.LOADED
+        return status
 
     def activate(self) -> QStatus:
-        """Takes NSPs and memory on a card and makes the program ready to run."""
-        if self.session is not None:
+        """Takes NSPs and memory on the cards and makes the program ready to run."""
+        if self.activation is not None:
             return QStatus.QS_SUCCESS
-        if not self._loaded:
+        if self.state not in _LOADED:
             log("Failed to Activate program: it is not loaded")
             return QStatus.QS_INVAL
-        nsps, memory = self.qpc.program.num_cores, self._memory_mb()
-        reserved = self._reserve(nsps, memory)
-        if reserved is None:
+        self.state = QProgramState.ACTIVATE_ERROR
+        needs = self.qpc.program.num_cores, self.qpc.memory_mb()
+        cards = self._reserve(*needs)
+        if not cards:
+            log("Failed to Activate program")
             return QStatus.QS_DEV_ERROR
         try:
-            session = qpc.open_session(self.qpc.program)
+            self.activation = Activation(self.qpc, cards)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
-            reserved.release(nsps, memory)
+            _release(cards, *needs)
             log(f"Failed to Activate program: {error}")
             return QStatus.QS_ERROR
         # A program that is dropped without deactivate() must not keep its NSPs.
-        self._release = weakref.finalize(self, reserved.release, nsps, memory)
-        self.session = session
+        self._release = weakref.finalize(self, _release, cards, *needs)
+        self.state = QProgramState.FULLY_ACTIVATED
         # From now on only the client activates: an ExecObj after deactivate() is an error (§4.1).
         self.auto_activates = False
         return QStatus.QS_SUCCESS
 
     def deactivate(self) -> QStatus:
-        """Frees the card; refused while an ExecObj is alive."""
-        if self.session is None or self._release is None:
+        """Frees the cards, which lose the retained state; refused while an ExecObj is alive."""
+        if self.activation is None or self._release is None:
             log("Failed to deactivate program: it is not active")
             return QStatus.QS_INVAL
         if len(self.exec_objs):
             log("Cannot deactivate program, it has active ExecObj")
             return QStatus.QS_INVAL
-        self.session = None
+        self.activation = None
         self._release()
+        self.state = QProgramState.LOADED
         return QStatus.QS_SUCCESS
 
     def unload(self) -> QStatus:
         """Undoes load(); refused while the program is active."""
-        if self.session is not None or not self._loaded:
-            log(f"Failed to unload program: it is {'active' if self._loaded else 'not loaded'}")
+        if self.activation is not None or self.state not in _LOADED:
+            log(f"Failed to unload program: it is {'active' if self.activation else 'not loaded'}")
             return QStatus.QS_INVAL
-        self._loaded = False
+        self.state = QProgramState.INIT
         return QStatus.QS_SUCCESS
 
-    def _candidates(self) -> list[int]:
+    def createSlicingSpecHandle(self, spec: str) -> tuple[QStatus, SlicingSpec | None]:
+        """Reads a slicing spec in JSON for `ExecObj.setDataWithSlices` (§4.8)."""
+        try:
+            return QStatus.QS_SUCCESS, SlicingSpec.parse(spec)
+        except ValueError as error:
+            log(f"createSlicingSpecHandle: {error}")
+            return QStatus.QS_INVAL, None
+
+    def _unfit(self) -> tuple[QStatus, str]:
+        """Returns why the program can not be loaded, with its status; an empty text if it can."""
+        program, qids = self.qpc.program, self._candidates()
+        needs, has = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[device.CARD_GENERATION]
+        if needs != has:
+            return QStatus.QS_UNSUPPORTED, (
+                "HW Version incompatible, program expects:"
+                f"Major Version {needs} ({program.hw_version}), device has {has} ({device.CARD_GENERATION})"
+            )
+        if unknown := [qid for qid in qids if qid not in self.context.qids]:
+            return QStatus.QS_INVAL, f"devMapping {self._mapping!r} has {unknown}, the context {self.context.qids}"
+        if len(qids) != program.num_devices and (self._mapping or program.num_devices > 1):
+            return QStatus.QS_INVAL, f"it needs {program.num_devices} devices, {len(qids)} are given"
+        ready = [qid for qid in qids if _is_ready(qid)]
+        if len(ready) < program.num_devices:
+            return QStatus.QS_DEV_ERROR, f"device no in Ready state (QID {', '.join(map(str, qids))})"
+        return QStatus.QS_SUCCESS, ""
+
+    def _candidates(self) -> Sequence[Any]:
         if self._qid is not None:
             return [self._qid]
-        return [int(qid) for qid in self._mapping.split(":")] if self._mapping else self.context.qids
+        if not self._mapping:
+            return self.context.qids
+        return [int(qid) if qid.isdecimal() else qid for qid in self._mapping.split(":")]
 
-    def _reserve(self, nsps: int, memory_mb: int) -> device.Card | None:
-        """Takes the first card that has enough left."""
+    def _reserve(self, nsps: int, memory_mb: int) -> list[device.Card]:
+        """Takes all the cards that the program needs, the first that have enough left, or none."""
+        taken: list[device.Card] = []
         for qid in self._candidates():
             try:
                 card = device.card(qid)
+                if card.status != device.READY:
+                    raise RuntimeError(f"device no in Ready state but {card.status}")
                 card.reserve(nsps, memory_mb)
-                return card
+                taken.append(card)
             except (device.NotEnough, RuntimeError) as error:
-                log(f"Device {qid} activate failed: Memory resource exhausted: {error}")
+                log(f"Device {qid} activate failed: {error}")
                 log(f"Dev {qid} activate failed status {int(QStatus.QS_DEV_ERROR)}")
-        log("Failed to Activate program")
-        return None
+            if len(taken) == self.qpc.program.num_devices:
+                return taken
+        _release(taken, nsps, memory_mb)
+        return []
 
-    def _memory_mb(self) -> int:
-        """The file, which is mostly weights, and one set of buffers."""
-        size = self.qpc.program.path.stat().st_size
-        size += sum(b.dtype.itemsize * math.prod(d or 1 for d in b.dims) for b in self.qpc.bindings)
-        return -(-size // 2**20)
+
+def _is_ready(qid: int) -> bool:
+    return qid in device.device_ids() and device.card(qid).status == device.READY
+
+
+def _release(cards: Sequence[device.Card], nsps: int, memory_mb: int) -> None:
+    for card in cards:
+        card.release(nsps, memory_mb)

@@ -50,12 +50,29 @@ class QDevStatus(enum.IntEnum):
     QDS_ERROR = 2
 
 
+class QProgramState(enum.IntEnum):
+    """State of a Program."""
+
+    INIT = 0
+    LOADED = 1
+    FULLY_ACTIVATED = 2
+    ERROR = 100
+    LOAD_ERROR = 101
+    ACTIVATE_ERROR = 102
+
+
 class BufferIoTypeEnum(enum.IntEnum):
-    """Direction of a buffer mapping; its numbers are not those of the protobuf's direction."""
+    """Direction of a buffer mapping; its numbers are not those of the protobuf's direction.
+
+    Samples use the long names.
+    """
 
     INVALID = 0
     INPUT = 1
     OUTPUT = 2
+    BUFFER_IO_TYPE_INVALID = 0
+    BUFFER_IO_TYPE_INPUT = 1
+    BUFFER_IO_TYPE_OUTPUT = 2
 
 
 class BufferDataTypeEnum(enum.IntEnum):

@@ -52,7 +52,11 @@ def _compile(options: Options) -> None:
     assignments = _assignments(options, model.graph)
     ports = boundary.ports(model.graph, _custom_io(options.custom_io))
     shapes = concrete_shapes(model, assignments, options.batch)
-    desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None)
+    retained = boundary.retained_pairs(ports, shapes) if options.retained_state else {}
+    if options.retained_state and not retained:
+        print("warning: -retained-state: no output X_RetainedState has an input X", file=sys.stderr)
+    partial = {*retained, *retained.values()}
+    desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None, partial=partial)
     print("Compile started ...............")
     if options.fp16:
         print("Compiling model with FP16 precision.")
@@ -67,6 +71,7 @@ def _compile(options: Options) -> None:
         "hw_version": options.hw_version,
         "precision": "fp16" if options.fp16 else "fp32",
         "sdk_version": base_version(),
+        "retained": retained,
     }
 
     def verify(program: qpc.Program) -> None:

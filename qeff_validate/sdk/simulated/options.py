@@ -22,6 +22,7 @@ Simulated compiler: writes <dir>/programqpc.bin, which runs on the simulated car
   -aic-binary-dir=<dir>                 where programqpc.bin goes; must not hold one yet
   -aic-num-cores=<n>                    NSPs per activation, 1 to 16 (default 1)
   -convert-to-fp16                      round all float32 values to fp16
+  -retained-state                       keep input X on the card, updated by output X_RetainedState
   -network-specialization-config=<json> values of the symbolic dims, one entry per allowed set of shapes
   -onnx-define-symbol=<symbol>,<value>  value of one symbolic dim; repeatable
   -batchsize=<n>                        value of leading dims that nothing else fixes
@@ -47,12 +48,12 @@ WITHOUT_EFFECT = frozenset(
         "operators-supported", "percentile-calibration-value", "profiling-threads",
         "quantization-calibration", "quantization-precision", "quantization-precision-bias",
         "quantization-schema-activations", "quantization-schema-constants", "register-custom-op",
-        "retained-state", "sdp-cluster-sizes", "size-split-granularity", "split-model-io",
+        "sdp-cluster-sizes", "size-split-granularity", "split-model-io",
         "split-retained-state-io", "stats-batchsize", "sub-functions", "time-passes", "use-producer-dma",
         "v", "vtcm-working-set-limit-ratio",
     }
 )  # fmt: skip
-_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "usage", "version"}
+_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "retained-state", "usage", "version"}
 _VALUES = {
     "m", "model", "aic-hw-version", "aic-binary-dir", "aic-num-cores", "network-specialization-config",
     "custom-IO-list-file", "onnx-define-symbol", "batchsize",
@@ -69,6 +70,7 @@ class Options:
     hw_version: str = "ai100"
     num_cores: int = 1
     fp16: bool = False
+    retained_state: bool = False
     specializations: Path | None = None
     custom_io: Path | None = None
     symbols: dict[str, int] = field(default_factory=dict)
@@ -108,6 +110,8 @@ def _switch(options: Options, name: str, on: bool) -> None:
         options.hw = on
     elif name == "convert-to-fp16":
         options.fp16 = on
+    elif name == "retained-state":
+        options.retained_state = on
     elif on:
         options.show = "version" if name == "version" else "usage"
 

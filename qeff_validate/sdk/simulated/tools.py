@@ -50,27 +50,39 @@ def _query(qids: Sequence[int]) -> int:
 
 def record(card: device.Card) -> str:
     """Returns one device's record: the QID line, then tab-indented `Key:Value` lines."""
-    version = base_version("platform")
+    version, status = base_version("platform"), card.status
     values = {
-        "Status": "Ready",
+        "Status": status,
         "MHI ID": card.qid,
         "PCI Address": f"0000:{card.qid + 1:02x}:00.0",
         "PCI Info": "Simulated Qualcomm AIC100",
         "Dev Link": f"/dev/accel/accel{card.qid} ",
-        "HW Version": device.HW_VERSION,
-        "HW Serial": f"0.0.0.{card.qid}",
-        "FW Version": version,
-        "FW QC_IMAGE_VERSION": version,
-        "FW IMAGE_VARIANT": "AIC100.SIMULATED",
-        "Dram Total": f"{device.DRAM_TOTAL_MB} MB",
-        "Dram Free": f"{card.dram_free_mb} MB",
-        "Nsp Total": device.NSP_TOTAL,
-        "Nsp Free": card.nsp_free,
-        "Networks Active": card.networks_active,
-        "Sku Type": device.SKU_NAME,
-        "Board serial": "SIMULATED",
-        "Device Capabilities": "HybridBoot+,MDP+",
     }
+    if status == device.READY:
+        values |= {
+            "HW Version": device.HW_VERSION,
+            "HW Serial": f"0.0.0.{card.qid}",
+            "FW Version": version,
+            "FW QC_IMAGE_VERSION": version,
+            "FW IMAGE_VARIANT": "AIC100.SIMULATED",
+            "Dram Total": f"{device.DRAM_TOTAL_MB} MB",
+            "Dram Free": f"{card.dram_free_mb} MB",
+            "Vc Total": device.VC_TOTAL,
+            "Vc Free": card.vc_free,
+            "Pc Total": device.PC_TOTAL,
+            "Pc Free": device.PC_TOTAL,
+            "MCID Total": device.MCID_TOTAL,
+            "MCID Free": device.MCID_TOTAL,
+            "Semaphore Total": device.SEM_TOTAL,
+            "Semaphore Free": device.SEM_TOTAL,
+            "Nsp Total": device.NSP_TOTAL,
+            "Nsp Free": card.nsp_free,
+            "Networks Active": card.networks_active,
+            **{f"{name} Frequency(Mhz)": mhz for name, mhz in device.FREQUENCIES_MHZ.items()},
+            "Sku Type": device.SKU_NAME,
+            "Board serial": "SIMULATED",
+            "Device Capabilities": "HybridBoot+,MDP+",
+        }
     return "\n".join([f"QID {card.qid}", *(f"\t{key}:{value}" for key, value in values.items())])
 
 

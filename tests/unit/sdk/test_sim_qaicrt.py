@@ -52,21 +52,6 @@ class TestValues:
     def test_it_says_that_it_is_a_simulation(self):
         assert rt.SIMULATED is True
 
-    def test_numbers(self):
-        assert (rt.QStatus.QS_SUCCESS, rt.QStatus.QS_INVAL, rt.QStatus.QS_DEV_ERROR, rt.QStatus.QS_ERROR) == (
-            0,
-            6,
-            300,
-            500,
-        )
-        assert (rt.BufferIoTypeEnum.INPUT, rt.BufferIoTypeEnum.OUTPUT) == (1, 2)
-        assert (rt.BufferDataTypeEnum.FLOAT16, rt.BufferDataTypeEnum.INT64I, rt.BufferDataTypeEnum.INVAL) == (
-            1,
-            7,
-            9,
-        )
-        assert (rt.QLogLevel.QL_ERROR, rt.QDevStatus.QDS_READY) == (3, 1)
-
     @pytest.mark.parametrize("data", [b"\x01\x02\x03\x04", np.array([[0x0201], [0x0403]], np.int16).T])
     def test_buffers(self, data):
         buffer = rt.QBuffer(data)
@@ -95,13 +80,6 @@ class TestValues:
         with pytest.raises(TypeError):
             dims[0] = (4, [1.5])
 
-    def test_unknown_properties(self):
-        props = rt.QAicProgramProperties()
-        props.dataPathTimeoutMs, props.submitNumRetries = 60000, 3
-        assert not hasattr(props, "SubmitRetryTimeoutMs")
-        with pytest.raises(AttributeError):
-            props.SubmitRetryTimeoutMs = 1  # type: ignore[attr-defined]
-
     def test_constructors_raise(self, static, tmp_path):
         with pytest.raises(RuntimeError, match="7"):
             rt.Context(rt.QIDList([0, 7]))
@@ -129,34 +107,8 @@ class TestValues:
         assert context.setLogLevel(rt.QLogLevel.QL_WARN) == OK
         assert rt.Queue(context, 0).initProperties(rt.QAicQueueProperties()) == OK
 
-    def test_buffer_mappings(self, buckets):
-        first, _, last = rt.Qpc(str(buckets)).getBufferMappings()
-        assert (first.bufferName, first.index, first.ioType, first.size, first.dataType) == (
-            "ids",
-            0,
-            1,
-            192,
-            7,
-        )
-        assert (last.bufferName, last.index, last.ioType, last.isPartialBufferAllowed) == ("z", 2, 2, False)
-
 
 class TestStates:
-    def test_order(self, static):
-        p = program(static)
-        assert p.activate() == INVAL
-        assert p.deactivate() == INVAL
-        assert p.unload() == INVAL
-        assert p.load() == OK
-        assert p.load() == OK
-        assert p.deactivate() == INVAL
-        assert p.activate() == OK
-        assert p.activate() == OK
-        assert p.unload() == INVAL
-        assert p.deactivate() == OK
-        assert p.unload() == OK
-        assert p.activate() == INVAL
-
     def test_cores_and_memory_are_taken_and_given_back(self, make_linear, compile_onnx):
         directory = compile_onnx(make_linear(2), "-aic-num-cores=6").directory
         p = program(directory)
@@ -171,21 +123,6 @@ class TestStates:
         gc.collect()
         assert free() == (16, 32768), "a dropped program gives back what it holds"
 
-    def test_too_few_cores(self, make_linear, compile_onnx, capsys):
-        directory = compile_onnx(make_linear(2), "-aic-num-cores=10").directory
-        first, second = program(directory), program(directory)
-        assert first.load() == second.load() == first.activate() == OK
-        assert second.activate() != OK
-        err = capsys.readouterr().err
-        assert "Device 0 activate failed: Memory resource exhausted" in err
-        assert "10 NSPs are needed, 6" in err
-        assert "Failed to Activate program" in err
-        with pytest.raises(RuntimeError, match="Failed to create ExecObj: Error activating program"):
-            rt.ExecObj(second.context, second)
-        assert free()[0] == 6
-        assert first.deactivate() == OK
-        assert second.activate() == OK
-
     def test_too_little_memory(self, static, monkeypatch, capsys):
         device.card(0).dram_free_mb = 0
         p = program(static)
@@ -193,59 +130,6 @@ class TestStates:
         assert p.activate() != OK
         assert "1 MB are needed, 0 of 32768 MB" in capsys.readouterr().err
         assert free() == (16, 0)
-
-    def test_exec_obj_activates_by_itself(self, static):
-        p = program(static)
-        execobj = rt.ExecObj(p.context, p)
-        assert free()[0] == 15
-        del execobj
-        assert p.deactivate() == OK
-
-    def test_exec_obj_does_not_activate_what_the_client_deactivated(self, static):
-        p = program(static)
-        assert p.load() == p.activate() == p.deactivate() == OK
-        with pytest.raises(RuntimeError, match="program is not active"):
-            rt.ExecObj(p.context, p)
-
-    def test_exec_obj_does_not_activate_when_it_must_not(self, static):
-        props = rt.QAicProgramProperties()
-        props.selectMask = 0
-        p = program(static, props=props)
-        assert p.load() == OK
-        with pytest.raises(RuntimeError, match="program is not active"):
-            rt.ExecObj(p.context, p)
-
-    def test_live_exec_obj_blocks_deactivation(self, static, client, capsys):
-        c = client(static)
-        c.run(x=np.ones((2, 32), np.float32))
-        assert c.program.deactivate() == INVAL
-        assert "Cannot deactivate program, it has active ExecObj" in capsys.readouterr().err
-        del c.execobj
-        assert c.program.deactivate() == OK
-
-    def test_programs_take_turns_on_a_card(self, make_linear, compile_onnx, client):
-        directories = [compile_onnx(make_linear(n), "-aic-num-cores=16", name=f"q{n}").directory for n in (2, 3)]
-        clients = [client(directory, activate=False) for directory in directories]
-        for _ in range(2):
-            for c, n in zip(clients, (2, 3), strict=True):
-                assert c.program.load() == c.program.activate() == OK
-                c.execobj = rt.ExecObj(c.context, c.program)
-                assert c.run(x=np.ones((n, 32), np.float32))["y"].shape == (n, 32)
-                c.execobj = None
-                assert c.program.deactivate() == OK
-
-    def test_several_devices(self, static, make_linear, compile_onnx, monkeypatch, capsys):
-        monkeypatch.setenv("QAIC_SIM_DEVICES", "2")
-        assert list(rt.Util().getDeviceIds()[1]) == [0, 1]
-        directory = compile_onnx(make_linear(2), "-aic-num-cores=16", name="all").directory
-        anywhere = [program(directory, qid=None) for _ in range(3)]
-        assert [p.load() for p in anywhere] == [OK] * 3
-        assert [p.activate() == OK for p in anywhere] == [True, True, False]
-        assert device.card(0).nsp_free == device.card(1).nsp_free == 0
-        props = rt.QAicProgramProperties()
-        props.devMapping = "0:1"
-        assert program(static, qid=None, props=props).load() == INVAL
-        assert "needs 1 devices, 2 are given" in capsys.readouterr().err
 
     def test_an_exec_obj_needs_its_programs_context(self, static):
         with pytest.raises(RuntimeError, match="another context"):
@@ -290,34 +174,6 @@ class TestRun:
         assert c.status() == INVAL
         assert "No matching dimension found" in capsys.readouterr().err
 
-    def test_itemsize_is_checked_and_the_type_is_not(self, static, client):
-        c = client(static)
-        bits = np.ones((2, 32), np.float32).view(np.int32)
-        want = c.run(x=np.ones((2, 32), np.float32))["y"].copy()
-        assert np.array_equal(c.run(x=bits)["y"], want), "the same bytes as another type can not be noticed"
-        c.set(x=np.ones((2, 32), np.float16))
-        assert c.status() == INVAL
-
-    def test_bytes_must_fit_the_dims(self, static, client, capsys):
-        c = client(static)
-        c.buffers[0] = rt.QBuffer(bytes(252))
-        assert c.execobj.setData(c.buffers, c.dims) == rt.QStatus.QS_ERROR
-        assert "Unexpected buffer size at index 0" in capsys.readouterr().err
-
-    def test_one_entry_per_binding(self, static, client):
-        c = client(static)
-        assert c.execobj.setData(c.buffers[:1], c.dims) == INVAL
-        assert c.execobj.setData(c.buffers, rt.BufferDimensionsVecRef([(4, [2, 32])])) == INVAL
-        with pytest.raises(TypeError):
-            c.execobj.setData([b"", b""], c.dims)
-
-    def test_dims_may_be_left_out_without_specializations_only(self, static, buckets, client):
-        c = client(static)
-        c.set(x=np.ones((2, 32), np.float32))
-        assert c.execobj.run(c.buffers) == OK
-        other = client(buckets)
-        assert other.execobj.setData(other.buffers) == INVAL
-
     def test_skipped_outputs(self, buckets, client):
         c = client(buckets)
         c.set(y=np.array([]), z=np.zeros((3, 8), np.int64))
@@ -327,12 +183,6 @@ class TestRun:
         c.set(z=np.array([]))
         assert c.run(ids=np.ones((3, 8), np.int64)) == {}
 
-    def test_skipped_inputs_are_an_error(self, buckets, client, capsys):
-        c = client(buckets)
-        c.set(ids=np.array([]))
-        assert c.status() == INVAL
-        assert "Input ids is skipped" in capsys.readouterr().err
-
     def test_outputs_land_in_the_clients_buffers(self, static, client):
         c = client(static)
         c.run(x=np.ones((2, 32), np.float32))
@@ -340,15 +190,6 @@ class TestRun:
         assert status == OK
         assert all(a is b for a, b in zip(buffers, c.buffers, strict=True))
         assert np.frombuffer(c.buffers[1], np.float32).any()
-
-    def test_scalars_travel_as_one_element(self, make_model, compile_onnx, client):
-        nodes = [
-            helper.make_node("ReduceSum", ["x"], ["r"], keepdims=0),
-            helper.make_node("Add", ["r", "s"], ["y"]),
-        ]
-        m = make_model(nodes, {"x": (F, [3]), "s": (F, [])}, {"y": (F, [])})
-        got = client(compile_onnx(m).directory).run(x=np.ones(3, np.float32), s=np.float32(4), y=np.float32(0))
-        assert got["y"].tolist() == [7]
 
     def test_scalars_reach_the_graph_as_scalars(self, make_model, compile_onnx, client):
         nodes = [helper.make_node("Gather", ["x", "i"], ["y"])]
@@ -378,7 +219,7 @@ class TestRun:
         assert c.run(x=x, keep=np.array([1, 0, 1, 0], np.int8))["y"].tolist() == [0, 2]
         c.set(keep=np.array([1, 1, 1, 0], np.int8))
         assert c.status() == rt.QStatus.QS_ERROR
-        assert "Output y is float32[3], not float32[2]" in capsys.readouterr().err
+        assert "Output y is [3], not [2]" in capsys.readouterr().err
 
     def test_wait_and_get_without_a_run(self, static, client):
         c = client(static)
@@ -389,63 +230,18 @@ class TestRun:
 
     def test_inactive_programs_take_no_data(self, static, client):
         c = client(static)
-        c.program.session = None
+        c.program.activation = None
         assert c.execobj.setData(c.buffers, c.dims) == INVAL
 
 
-class Blocked:
-    """A session that runs only when it may."""
-
-    def __init__(self, session):
-        self.session, self.may, self.started = session, threading.Event(), threading.Event()
-
-    def run(self, names, feeds):
-        self.started.set()
-        assert self.may.wait(10)
-        return self.session.run(names, feeds)
-
-
 class TestAsync:
-    def test_enqueue_returns_at_once_and_one_inference_is_in_flight(self, static, client):
-        c = client(static)
-        c.program.session = blocked = Blocked(c.program.session)
-        c.set(x=np.ones((2, 32), np.float32))
-        assert c.execobj.setData(c.buffers, c.dims) == OK
-        assert c.queue.enqueue(c.execobj) == OK
-        assert blocked.started.wait(10)
-        assert not np.frombuffer(c.buffers[1], np.float32).any()
-        assert c.queue.enqueue(c.execobj) == BUSY
-        assert c.execobj.setData(c.buffers, c.dims) == BUSY
-        assert c.execobj.getData() == (BUSY, [])
-        assert c.execobj.run() == BUSY
-        blocked.may.set()
-        assert c.execobj.waitForCompletion() == OK
-        assert np.frombuffer(c.buffers[1], np.float32).any()
-        assert c.queue.enqueue(c.execobj) == OK
-        assert c.execobj.waitForCompletion() == OK
-
-    def test_exec_objs_share_a_queue_in_order(self, static, client):
-        c = client(static)
-        pairs = []
-        for i in range(8):
-            execobj = rt.ExecObj(c.context, c.program)
-            buffers = [rt.QBuffer(np.full((2, 32), i, np.float32)), rt.QBuffer(bytes(256))]
-            assert execobj.setData(buffers, c.dims) == OK
-            pairs.append((execobj, buffers, i))
-        assert all(c.queue.enqueue(execobj) == OK for execobj, _, _ in pairs)
-        for execobj, buffers, i in reversed(pairs):
-            assert execobj.waitForCompletion() == OK
-            want = c.run(x=np.full((2, 32), i, np.float32))["y"]
-            assert np.array_equal(np.frombuffer(buffers[1], np.float32).reshape(2, 32), want)
-
     def test_an_exec_obj_may_be_deleted_while_it_runs(self, static, client):
         c = client(static)
-        c.program.session = blocked = Blocked(c.program.session)
         assert c.execobj.setData(c.buffers, c.dims) == OK
-        assert c.queue.enqueue(c.execobj) == OK
-        c.execobj = None
-        assert c.program.deactivate() == OK
-        blocked.may.set()
+        with c.program.activation.lock:
+            assert c.queue.enqueue(c.execobj) == OK
+            c.execobj = None
+            assert c.program.deactivate() == OK
 
     def test_cards_count_under_threads(self, static):
         card = device.card(0)
@@ -461,22 +257,6 @@ class TestAsync:
         for thread in threads:
             thread.join()
         assert (card.nsp_free, card.dram_free_mb, card.networks_active) == (16, 32768, 0)
-
-
-class TestUtil:
-    def test_versions(self):
-        assert rt.Util().getAicVersion() == (OK, 1, 22, "0.120", "simulated")
-        assert rt.Util().checkLibraryVersion() == OK
-
-    def test_devices(self):
-        status, info = rt.Util().getDeviceInfo(0)
-        assert status == OK
-        assert info is not None
-        assert info.devStatus == rt.QDevStatus.QDS_READY
-        assert info.devData.resourceInfo.nspTotal == 16
-        assert "Simulated" in info.name
-        assert rt.Util().getDeviceInfo(3) == (rt.QStatus.QS_NODEV, None)
-        assert rt.Util().getResourceInfo(3) == (rt.QStatus.QS_NODEV, None)
 
 
 def test_specialized_batches(make_linear, compile_onnx, client):
