@@ -3,7 +3,8 @@
 
 A node in float32 reads unrounded values where there are some, and hands its own on unrounded to others in
 float32; nodes in fp16 read the rounded value. Names of nodes decide before types of operators do, and both
-before `-convert-to-fp16`.
+before `-convert-to-fp16`. A weight that is too large to stay in the graph is rounded as soon as one node in fp16
+reads it, and so is what a branch of an If or a Loop hands out.
 """
 
 from __future__ import annotations

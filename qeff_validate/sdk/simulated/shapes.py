@@ -47,14 +47,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _symbols(entry: Any, path: Path) -> Symbols:
     if not isinstance(entry, dict):
         raise CompileError(f"{path}: symbols must be an object, not {entry!r}")
-    symbols = {}
     for name, value in entry.items():
         if isinstance(value, dict | list):
             kind = "object" if isinstance(value, dict) else "array"
             text = f"[json.exception.type_error.302] type must be string, but is {kind}"
             raise CompileError(f"{text} ({path}: {name})")
-        symbols[name] = positive(value, f"{path}: {name}")
-    return symbols
+    return {name: positive(value, f"{path}: {name}") for name, value in entry.items()}
 
 
 def positive(value: Any, what: str) -> int:
