@@ -44,8 +44,8 @@ def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]
 
 def supported_operators() -> list[str]:
     """Returns the names of the operators that the importer takes: those of ONNX up to the highest opset."""
-    schemas = onnx.defs.get_all_schemas_with_history()
-    return sorted({s.name for s in schemas if s.domain == "" and s.since_version <= MAX_OPSET and not s.deprecated})
+    names = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
+    return sorted(name for name in names if _has(name, MAX_OPSET))
 
 
 def doubles(graph: Any) -> str | None:
@@ -106,5 +106,9 @@ def _unsupported(model: Any) -> Iterator[str]:
         opset = max((entry.version for entry in imports if entry.domain in STANDARD), default=opset_of(model))
         for node in nodes_of(part):
             standard = node.domain in STANDARD and (node.domain, node.op_type) not in local
-            if standard and not onnx.defs.has(node.op_type, opset, ""):
+            if standard and not _has(node.op_type, opset):
                 yield node.op_type
+
+
+def _has(operator: str, opset: int) -> bool:
+    return onnx.defs.has(operator, opset, "") and not onnx.defs.get_schema(operator, opset, "").deprecated
