@@ -90,6 +90,7 @@ def _rewrite(model: Any, weights: list[Weight], plan: precision.Plan, ports: Seq
         exact = plan.unrounded_weights(model.graph)
         numerics.round_graph(model.graph, types, plan)
         weights[:] = [weight if weight.name in exact else numerics.round_weight(weight) for weight in weights]
+    numerics.compute_halves_in_float(model.graph, types)
     indices.guard(model, types, weights)
     boundary.apply(model.graph, ports, fp16=plan.rounds)
     # ONNX Runtime infers these itself.

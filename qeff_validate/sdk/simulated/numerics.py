@@ -14,8 +14,8 @@ The graph stays a float32 graph, so ONNX Runtime has a kernel for every node. Ro
 * **Nodes in float32** (`precision.py` says which) read what is not rounded, where there is such a thing: inputs,
   constants, and what other nodes in float32 hand on. All others read the rounded value next to it.
 
-Attributes (an epsilon) are not rounded. Values of other types, float64 and the
-float16 of a model exported in half precision included, are left as they are.
+Attributes (an epsilon) are not rounded. A model exported in half precision computes in fp32 and rounds each value as
+well, whatever the flags. Values of other types, float64 included, are left as they are.
 
 What is not known of the card, and so may differ: the width of its accumulators (fp32 is assumed), whether it
 flushes subnormals, which nodes it fuses and thus does not round between, its approximations of exp, erf, tanh
@@ -50,6 +50,13 @@ _MOVES = frozenset(
         "Floor", "Gather", "GatherElements", "GatherND", "Identity", "If", "Loop", "Max", "MaxPool", "Min", "Neg",
         "OneHot", "Pad", "ReduceMax", "ReduceMin", "Relu", "Reshape", "ReverseSequence", "Round", "Scan", "Sign",
         "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
+    }
+)  # fmt: skip
+# Operators whose types their attributes or other inputs decide about.
+_TYPED = frozenset(
+    {
+        "Bernoulli", "Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Multinomial", "RandomNormal",
+        "RandomNormalLike", "RandomUniform", "RandomUniformLike",
     }
 )  # fmt: skip
 
@@ -130,6 +137,28 @@ def _constants(node: Any, readable: AbstractSet[str]) -> Iterator[Any]:
         yield copy
     _round_constant(node)
     yield node
+
+
+def compute_halves_in_float(graph: Any, types: Mapping[str, int]) -> None:
+    """Makes nodes of a graph in half precision compute in fp32 and round what they hand on, in place.
+
+    ONNX Runtime has few kernels for fp16. It runs chains of such nodes in fp32 and rounds at the end of the chain.
+    """
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        for subgraph in subgraphs(node):
+            compute_halves_in_float(subgraph, value_types(subgraph, types))
+        halves = [name for name in node.output if types.get(name) == FLOAT16]
+        if not halves or _moves(node) or node.domain not in STANDARD or node.op_type in _TYPED:
+            graph.node.append(node)
+            continue
+        renamed = {name: f"{name}/sim.float.{halves[0]}" for name in node.input if types.get(name) == FLOAT16}
+        graph.node.extend(cast(name, wide, FLOAT) for name, wide in renamed.items())
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [exact(name) if name in halves else name for name in node.output]
+        graph.node.append(node)
+        graph.node.extend(cast(exact(name), name, FLOAT16) for name in halves)
 
 
 def value_types(graph: Any, outer: Mapping[str, int] | None = None) -> dict[str, int]:

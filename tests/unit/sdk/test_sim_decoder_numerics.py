@@ -244,3 +244,31 @@ def test_gated_feed_forward_and_norm(make_model, check):
     m = make_model(nodes, {"x": (F, [40, 32])}, {"y": (F, [40, 32])}, weights)
     got = check(m, {"x": rng.normal(size=(40, 32)).astype(np.float32)})
     assert np.array_equal(got["clipped"], half(got["clipped"]))
+
+
+@pytest.mark.parametrize("flags", [(), ("-convert-to-fp16",)], ids=["plain", "fp16"])
+def test_models_in_half_precision_round_between_nodes(flags, make_model, compile_onnx, client):
+    rng = np.random.default_rng(5)
+    x, w = rng.normal(size=(4, 64)).astype(np.float16), (rng.normal(size=(64, 64)) / 8).astype(np.float16)
+    nodes = [
+        node("MatMul", ["x", "W"], ["m"]),
+        node("Mul", ["m", "m"], ["s"]),
+        node("Exp", ["s"], ["e"]),
+        node("Sqrt", ["e"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=[1, 0]),
+        node("Sub", ["t", "one"], ["y"]),
+        node("Cast", ["y"], ["z"], to=F),
+    ]
+    half_type = TensorProto.FLOAT16
+    m = make_model(nodes, {"x": (half_type, [4, 64])}, {"y": (half_type, [64, 4]), "z": (F, [64, 4])},
+                   {"W": w, "one": np.float16(1)})  # fmt: skip
+    compiled = compile_onnx(m, *flags)
+    got = client(compiled.directory).run(x=x)
+    product = half(x.astype(np.float32) @ w.astype(np.float32))
+    want = half(half(np.sqrt(half(np.exp(half(product * product))))) - 1).T
+    assert np.mean(got["y"] != want) < 0.02
+    assert np.array_equal(got["y"], got["z"])
+    exact = half(np.sqrt(np.exp(product * product)) - 1).T
+    assert np.mean(exact != want) > 0.2, "rounding between nodes must matter"
+    # A weight in half precision stays one in the file.
+    assert compiled.file.stat().st_size < 1.1 * w.nbytes + 16384
