@@ -110,7 +110,7 @@ def attention(make_model):
         "split": np.array([1, S, H, D]), "halves": np.array([D // 2, D // 2]), "zero": np.array(0),
         "none": np.array(NONE), "line": np.array([1, 1, S, 1]), "cube": np.array([1, H, S, D]),
         "slots": np.arange(C), "scale": np.float32(D**-0.5), "low": np.float32(-np.inf), "ok": np.float32(0),
-        "lowest": np.float32(np.finfo(np.float32).min),
+        "lowest": np.float32(np.finfo(np.float32).min), "third": np.float32(1 / 3),
     }  # fmt: skip
     nodes = [
         node("Cast", ["position_ids"], ["at"], to=F),
@@ -156,7 +156,7 @@ def attention(make_model):
         node("Cast", ["real"], ["ones"], to=I64),
         node("Cast", ["real"], ["ones_f"], to=F),
         node("CumSum", ["ones", "axis"], ["count"]),
-        node("Mul", ["ones_f", "scale"], ["parts"]),
+        node("Mul", ["ones_f", "third"], ["parts"]),
         node("CumSum", ["parts", "axis"], ["sums"]),
     ]
     inputs = {"x": (F, [1, S, H * D]), "position_ids": (I64, [1, S])}
