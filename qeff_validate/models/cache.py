@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers cache of fixed size that lives outside the model: keys and values come in as inputs, go out as outputs.
+"""A transformers cache of fixed size outside the model: keys and values come in as inputs and go out as outputs.
 
 Each row writes its tokens at their own positions, so rows of one batch may stand at different places, and padding
 (position −1) writes nowhere. Slots that were never written may hold anything, NaN too: they are replaced before
@@ -83,7 +83,7 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     """
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
     if not types and window:
         types = {"sliding_attention"}
@@ -92,7 +92,7 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
         return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
     made = {"full_attention": additive(full)}
-    if "sliding_attention" in types:
+    if "sliding_attention" in types and window:
         made["sliding_attention"] = additive(full & (places > position_ids[..., None] - window))
     if len(types) > 1:
         return made

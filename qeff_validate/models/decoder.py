@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -24,8 +23,8 @@ class Decoder(nn.Module):
     """One step of a causal LM: tokens at positions in, logits at each row's last real token and the new state out.
 
     Args:
-        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention, and its head
-            sees the last real token of each row alone.
+        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention, and its
+            head sees the last real token of each row alone.
         layers: number of layers with keys and values.
         adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
     """

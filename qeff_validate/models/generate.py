@@ -145,5 +145,6 @@ class _Batch:
             if logits.shape[1] == 1:
                 return logits[:, 0]
             if logits.shape[1] == ids.shape[1]:  # somebody else's graph hands out every position
-                return logits[np.arange(self._batch), places.argmax(axis=1)]
+                found: Array = logits[np.arange(self._batch), places.argmax(axis=1)]
+                return found
         raise RunError(f"logits have shape {list(logits.shape)}, wanted [{self._batch}, 1 or {ids.shape[1]}, vocab]")

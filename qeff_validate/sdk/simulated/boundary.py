@@ -15,7 +15,8 @@ import onnx
 
 from . import QAicApi_pb2 as aicapi
 from .errors import CompileError
-from .numerics import FLOAT, FLOAT16, cast
+from .numerics import FLOAT, FLOAT16, cast, exact
+from .static import rename
 
 Dims = tuple[int, ...]
 T = onnx.TensorProto
@@ -108,25 +109,15 @@ def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
         else:
             leave.append(cast(inner, port.name, port.border_type))
         renamed[port.name] = inner
-    _rename(graph, renamed)
+        if port.is_input:
+            # What nodes in float32 read.
+            renamed[exact(port.name)] = port.name if rounds else inner
+    rename(graph, renamed)
     nodes = [*entry, *graph.node, *leave]
     del graph.node[:]
     graph.node.extend(nodes)
     for info in (*graph.input, *graph.output):
         info.type.tensor_type.elem_type = border[info.name]
-
-
-def _rename(graph: Any, names: Mapping[str, str]) -> None:
-    """Renames values wherever nodes of the graph, or of its subgraphs, mention them."""
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                # ONNX forbids a subgraph to redefine an outer name, so what it calls so is the outer value.
-                _rename(subgraph, names)
-                for info in subgraph.output:
-                    info.name = names.get(info.name, info.name)
 
 
 def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:

@@ -8,11 +8,14 @@ The graph stays a float32 graph, so ONNX Runtime has a kernel for every node. Ro
   QEfficient does before it compiles for a card. NaN stays NaN: a damaged weight must show.
 * **Computed values** go through Cast(float16), Cast(float) after each node with a float32 output. This rounds
   to nearest-even, keeps subnormals, and overflows to infinity: nothing is clipped, so overflow shows too.
-* **Moved values** (Reshape, Gather, Where, Max, …: each output element is an input element) need none.
+* **Moved values** (Reshape, Gather, Where, Max, …: each output element is an input element, or exact as Neg's is)
+  need none.
 * **Inputs** of type float are rounded at entry, by `boundary.py`. Outputs keep their type, with fp16 values.
+* **Nodes in float32** (`precision.py` says which) read what is not rounded, where there is such a thing: inputs,
+  constants, and what other nodes in float32 hand on. All others read the rounded value next to it.
 
-Attributes (an epsilon, a Clip bound before opset 11) are not rounded. Values of other types, float64 and the
-float16 of a model exported in half precision included, are left as they are.
+Attributes (an epsilon) are not rounded. A model exported in half precision computes in fp32 and rounds each value as
+well, whatever the flags. Values of other types, float64 included, are left as they are.
 
 What is not known of the card, and so may differ: the width of its accumulators (fp32 is assumed), whether it
 flushes subnormals, which nodes it fuses and thus does not round between, its approximations of exp, erf, tanh
@@ -22,6 +25,7 @@ and the like, and the precision inside LayerNormalization and Softmax (fp32 insi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -30,20 +34,29 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from .errors import CompileError
+from .errors import STANDARD, CompileError
+from .precision import Plan
+from .static import rename, subgraphs
 from .weights import Weight
 
 FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
 FP16_MAX = 65504.0
 
-# Each element of an output is an element of an input, so it is rounded already. Control flow hands on what
-# its subgraphs, which are rounded themselves, hand out.
+# Each element of an output is an element of an input, or exact in fp16 if that is, so it is rounded already.
+# Control flow hands on what its subgraphs, which are rounded themselves, hand out.
 _MOVES = frozenset(
     {
-        "Compress", "Concat", "ConcatFromSequence", "DepthToSpace", "Expand", "Flatten", "Gather",
-        "GatherElements", "GatherND", "Identity", "If", "Loop", "Max", "MaxPool", "Min", "OneHot", "Pad",
-        "Relu", "Reshape", "ReverseSequence", "Scan", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
-        "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
+        "Abs", "Ceil", "Clip", "Compress", "Concat", "ConcatFromSequence", "DepthToSpace", "Expand", "Flatten",
+        "Floor", "Gather", "GatherElements", "GatherND", "Identity", "If", "Loop", "Max", "MaxPool", "Min", "Neg",
+        "OneHot", "Pad", "ReduceMax", "ReduceMin", "Relu", "Reshape", "ReverseSequence", "Round", "Scan", "Sign",
+        "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
+    }
+)  # fmt: skip
+# Operators whose types their attributes or other inputs decide about.
+_TYPED = frozenset(
+    {
+        "Bernoulli", "Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Multinomial", "RandomNormal",
+        "RandomNormalLike", "RandomUniform", "RandomUniformLike",
     }
 )  # fmt: skip
 
@@ -65,28 +78,87 @@ def round_weight(weight: Weight) -> Weight:
     return replace(weight, chunks=chunks)
 
 
-def round_graph(graph: Any, types: Mapping[str, int]) -> None:
+def exact(name: str) -> str:
+    """Returns the name under which the value before its rounding is known."""
+    return f"{name}/sim.exact"
+
+
+def round_graph(graph: Any, types: Mapping[str, int], plan: Plan | None = None) -> None:
     """Makes a float32 graph round like fp16, in place and with its subgraphs; stubs of weights are left.
 
     Args:
         graph: GraphProto.
         types: Element type of every value that is visible in the graph, as `value_types` returns it.
+        plan: Which nodes compute in float32; by default none.
     """
-    for tensor in graph.initializer:
+    plan = plan or Plan()
+    kept = {name for name in plan.kept(graph) if types.get(name) == FLOAT}
+    _round(graph, types, plan, plan.readable(graph))
+    # An output is what its node hands on.
+    for name in kept & {info.name for info in graph.output}:
+        rename(graph, {name: f"{name}/sim.rounded", exact(name): name})
+
+
+def _round(graph: Any, types: Mapping[str, int], plan: Plan, readable: AbstractSet[str]) -> None:
+    for tensor in list(graph.initializer):
+        if tensor.name in readable and tensor.data_type == FLOAT:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = exact(tensor.name)
         _round_tensor(tensor)
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        for attribute in node.attribute:
-            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                round_graph(subgraph, value_types(subgraph, types))
+        wide = plan.is_wide(node)
+        if wide:
+            node.input[:] = [exact(n) if n in readable and types.get(n) == FLOAT else n for n in node.input]
+        for subgraph in subgraphs(node):
+            _round(subgraph, value_types(subgraph, types), plan, readable)
         if node.op_type in ("Constant", "ConstantOfShape"):
-            _round_constant(node)
-            graph.node.append(node)
-        elif node.op_type in _MOVES and node.domain in ("", "ai.onnx"):
+            graph.node.extend(_constants(node, readable))
+        elif not wide and _moves(node):
             graph.node.append(node)
         else:
             graph.node.extend(_rounded(node, types))
+
+
+def _moves(node: Any) -> bool:
+    if node.domain not in STANDARD:
+        return False
+    if node.op_type in ("ScatterElements", "ScatterND"):
+        return all(a.name != "reduction" or a.s == b"none" for a in node.attribute)
+    return node.op_type in _MOVES
+
+
+def _constants(node: Any, readable: AbstractSet[str]) -> Iterator[Any]:
+    if node.output[0] in readable:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.output[0] = exact(node.output[0])
+        yield copy
+    _round_constant(node)
+    yield node
+
+
+def compute_halves_in_float(graph: Any, types: Mapping[str, int]) -> None:
+    """Makes nodes of a graph in half precision compute in fp32 and round what they hand on, in place.
+
+    ONNX Runtime has few kernels for fp16. It runs chains of such nodes in fp32 and rounds at the end of the chain.
+    """
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        for subgraph in subgraphs(node):
+            compute_halves_in_float(subgraph, value_types(subgraph, types))
+        halves = [name for name in node.output if types.get(name) == FLOAT16]
+        if not halves or _moves(node) or node.domain not in STANDARD or node.op_type in _TYPED:
+            graph.node.append(node)
+            continue
+        renamed = {name: f"{name}/sim.float.{halves[0]}" for name in node.input if types.get(name) == FLOAT16}
+        graph.node.extend(cast(name, wide, FLOAT) for name, wide in renamed.items())
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [exact(name) if name in halves else name for name in node.output]
+        graph.node.append(node)
+        graph.node.extend(cast(exact(name), name, FLOAT16) for name in halves)
 
 
 def value_types(graph: Any, outer: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -117,9 +189,9 @@ def _rounded(node: Any, types: Mapping[str, int]) -> list[Any]:
                 "is not known from shape inference, so it can not be rounded; give it a value_info"
             )
         if types[name] == FLOAT:
-            exact, half = f"{name}/sim.exact", f"{name}/sim.half"
-            node.output[index] = exact
-            casts += [cast(exact, half, FLOAT16), cast(half, name, FLOAT)]
+            before, half = exact(name), f"{name}/sim.half"
+            node.output[index] = before
+            casts += [cast(before, half, FLOAT16), cast(half, name, FLOAT)]
     return [node, *casts]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -15,3 +16,9 @@ def base_version(image: str = "apps") -> str:
     if element is None or not element.text:
         raise RuntimeError(f"{VERSIONS / image}.xml has no base_version; reinstall the simulated SDK")
     return element.text.strip()
+
+
+def at_least(*version: int) -> bool:
+    """Tells whether the compiler behaves as that of SDK `version` or newer; QAIC_SIM_COMPILER claims another one."""
+    claimed = os.environ.get("QAIC_SIM_COMPILER") or base_version()
+    return tuple(int(part) for part in claimed.split(".")) >= version

@@ -13,6 +13,8 @@ from onnx import shape_inference
 
 from .boundary import Dims
 from .errors import CompileError
+from .release import at_least
+from .static import check_static
 
 Symbols = dict[str, int]
 
@@ -20,7 +22,7 @@ Symbols = dict[str, int]
 def read_specializations(path: Path) -> list[Symbols]:
     """Reads the flat form, `{"batch_size": "1", …}`, and the named, `{"name": "Prefill", "symbols": {…}}`."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["specializations"]
+        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["specializations"]
     except FileNotFoundError as error:
         raise CompileError(f"Failed to open file{path}: network specialization config is missing") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -30,20 +32,27 @@ def read_specializations(path: Path) -> list[Symbols]:
     names = [entry["name"] for entry in entries if "symbols" in entry and "name" in entry]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise CompileError(f"{path}: the specialization name {repeated[0]} is not unique")
-    return [_symbols(entry.get("symbols", entry), path) for entry in entries]
+    # A compiler that does not know the named form takes its object for the value of a symbol.
+    named = at_least(1, 22)
+    return [_symbols(entry.get("symbols", entry) if named else entry, path) for entry in entries]
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {repeated[0]} is there twice")
+    return dict(pairs)
 
 
 def _symbols(entry: Any, path: Path) -> Symbols:
     if not isinstance(entry, dict):
         raise CompileError(f"{path}: symbols must be an object, not {entry!r}")
-    symbols = {}
     for name, value in entry.items():
         if isinstance(value, dict | list):
             kind = "object" if isinstance(value, dict) else "array"
             text = f"[json.exception.type_error.302] type must be string, but is {kind}"
             raise CompileError(f"{text} ({path}: {name})")
-        symbols[name] = positive(value, f"{path}: {name}")
-    return symbols
+    return {name: positive(value, f"{path}: {name}") for name, value in entry.items()}
 
 
 def positive(value: Any, what: str) -> int:
@@ -63,7 +72,9 @@ def concrete_shapes(model: Any, assignments: Sequence[Symbols], batch: int | Non
     shapes = []
     for symbols in assignments:
         inputs = [_input_dims(info, symbols, batch) for info in model.graph.input]
-        shapes.append(inputs + _output_dims(model, symbols, inputs))
+        inferred = _infer(model, inputs)
+        check_static(inferred)
+        shapes.append(inputs + _output_dims(model, inferred, symbols, inputs))
     count, seen = len(model.graph.input), set()
     for entry in shapes:
         if tuple(entry[:count]) in seen:
@@ -98,27 +109,25 @@ def _input_dims(info: Any, symbols: Mapping[str, int], batch: int | None) -> Dim
     return tuple(dims)
 
 
-def _output_dims(model: Any, symbols: Mapping[str, int], inputs: Sequence[Dims]) -> list[Dims]:
-    declared = [_substituted(info, symbols) for info in model.graph.output]
-    if all(dims is not None and None not in dims for dims in declared):
-        return [_complete(dims) for dims in declared]
-    inferred = [_substituted(info, {}) for info in _infer(model, inputs).graph.output]
+def _output_dims(model: Any, inferred: Any, symbols: Mapping[str, int], inputs: Sequence[Dims]) -> list[Dims]:
     results = []
-    for info, ours, theirs in zip(model.graph.output, declared, inferred, strict=True):
-        dims = theirs if ours is None else ours
-        if ours is not None and theirs is not None and len(ours) == len(theirs):
+    for info, computed in zip(model.graph.output, inferred.graph.output, strict=True):
+        ours, theirs = _substituted(info, symbols), _substituted(computed, {})
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            dims = theirs if ours is None else ours
+        else:
             dims = [b if a is None else a for a, b in zip(ours, theirs, strict=True)]
         if dims is None or None in dims:
+            left = {d.dim_param for d in info.type.tensor_type.shape.dim if d.dim_param} - set(symbols)
             raise CompileError(
                 f"All dims must be static: output '{info.name}' is {dims} for the input shapes "
-                f"{[list(d) for d in inputs]}, by its symbols and by shape inference; name its dims"
+                f"{[list(d) for d in inputs]}, by shape inference and by its symbols; "
+                f"{f'symbol {min(left)} has no value' if left else 'name its dims'}"
             )
-        results.append(_complete(dims))
+        if theirs is not None and any(b not in (None, a) for a, b in zip(dims, theirs, strict=True)):
+            raise CompileError(f"Output '{info.name}' is declared as {dims}, but computed as {theirs}")
+        results.append(tuple(int(dim) for dim in dims if dim is not None))
     return results
-
-
-def _complete(dims: Sequence[int | None] | None) -> Dims:
-    return tuple(int(dim) for dim in dims or () if dim is not None)
 
 
 def _substituted(info: Any, symbols: Mapping[str, int]) -> list[int | None] | None:

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from .errors import CompileError
+from .static import nodes_of, subgraphs
 
 # Up to this size a tensor stays in the graph, where shape inference can read it; shapes are tiny.
 SMALL = 1024
@@ -48,6 +49,8 @@ def size_in_bytes(tensor: Any) -> int:
 def detach(model: Any, folder: Path) -> list[Weight]:
     """Replaces every large initializer of the main graph by a stub, and returns the weights.
 
+    Other tensors (in nodes, subgraphs and functions) are rarely large; their external data is read in.
+
     Args:
         model: ModelProto, loaded without its external data; changed in place.
         folder: Where external data locations are relative to.
@@ -64,7 +67,22 @@ def detach(model: Any, folder: Path) -> list[Weight]:
         else:
             kept.data_location = onnx.TensorProto.EXTERNAL
             weights.append(weight)
+    for part in (model.graph, *model.functions):
+        for tensor in _inner_tensors(part):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor.raw_data = b"".join(_weight(tensor, folder).chunks())
+                del tensor.external_data[:]
+                tensor.data_location = onnx.TensorProto.DEFAULT
     return weights
+
+
+def _inner_tensors(part: Any) -> Iterator[Any]:
+    for node in nodes_of(part):
+        for attribute in node.attribute:
+            yield from [attribute.t] if attribute.HasField("t") else []
+            yield from attribute.tensors
+        for inner in subgraphs(node):
+            yield from inner.initializer
 
 
 def _weight(tensor: Any, folder: Path) -> Weight:
@@ -99,20 +117,25 @@ def _slices(data: bytes) -> Iterator[bytes]:
 
 
 def _external(tensor: Any, nbytes: int, folder: Path) -> Weight:
-    info = external_data_helper.ExternalDataInfo(tensor)
-    relative = PurePosixPath(info.location)
-    if not info.location or relative.is_absolute() or ".." in relative.parts:
+    info = {entry.key: entry.value for entry in tensor.external_data}
+    location = info.get("location", "")
+    relative = PurePosixPath(location)
+    if not location or relative.is_absolute() or ".." in relative.parts:
         raise CompileError(
-            f"External data location '{info.location}' of initializer '{tensor.name}' leaves the "
+            f"External data location '{location}' of initializer '{tensor.name}' leaves the "
             "model's folder; save the data beside the model"
         )
-    path, offset, length = folder / relative, int(info.offset or 0), int(info.length or nbytes)
+    path = folder / relative
     if not path.is_file():
         raise CompileError(
             f"Failed to open file{path}: external data of initializer '{tensor.name}' is missing; copy "
-            f"{info.location} along with the model"
+            f"{location} along with the model"
         )
-    if length != nbytes or path.stat().st_size < offset + length:
+    try:
+        offset, length = int(info.get("offset") or 0), int(info.get("length") or nbytes)
+    except ValueError:
+        offset, length = -1, 0
+    if offset < 0 or length != nbytes or path.stat().st_size < offset + length:
         raise CompileError(
             f"External data of initializer '{tensor.name}' does not fit: {nbytes} bytes are needed at offset "
             f"{offset}, but {path} has {path.stat().st_size} bytes and the model says {length}"

@@ -85,7 +85,7 @@ def test_information_flags(flag, capsys):
         "-mos=2",
         "-ols=1",
         "-v",
-        "-mdp-load-partition-config=x",
+        "-split-model-io",
     ],
 )
 def test_known_flags_give_no_warning(flag, make_linear, compile_onnx):

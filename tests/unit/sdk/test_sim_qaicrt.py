@@ -212,12 +212,18 @@ class TestRun:
         assert c.run(ids=np.ones((3, 8), np.int64))
 
     def test_an_output_of_another_shape_is_never_reshaped(self, make_model, compile_onnx, client, capsys):
-        nodes = [helper.make_node("Compress", ["x", "keep"], ["y"], axis=0)]
-        m = make_model(nodes, {"x": (F, [4]), "keep": (TensorProto.BOOL, [4])}, {"y": (F, [2])})
-        c = client(compile_onnx(m).directory)
-        x = np.arange(4, dtype=np.float32)
-        assert c.run(x=x, keep=np.array([1, 0, 1, 0], np.int8))["y"].tolist() == [0, 2]
-        c.set(keep=np.array([1, 1, 1, 0], np.int8))
+        def branch(name, weight):
+            info = helper.make_tensor_value_info(name, F, None)
+            return helper.make_graph([helper.make_node("Mul", [weight, weight], [name])], name, [], [info])
+
+        branches = {"then_branch": branch("two", "a"), "else_branch": branch("three", "b")}
+        nodes = [helper.make_node("If", ["flag"], ["y"], **branches)]
+        weights = {"a": np.array([1, 2], np.float32), "b": np.ones(3, np.float32)}
+        c = client(
+            compile_onnx(make_model(nodes, {"flag": (TensorProto.BOOL, [])}, {"y": (F, [2])}, weights)).directory
+        )
+        assert c.run(flag=np.array([1], np.int8))["y"].tolist() == [1, 4]
+        c.set(flag=np.array([0], np.int8))
         assert c.status() == rt.QStatus.QS_ERROR
         assert "Output y is [3], not [2]" in capsys.readouterr().err
 

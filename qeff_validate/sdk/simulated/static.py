@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuses dims that depend on data: a program for the card has one fixed shape per value (qaic-contract §6.7).
+
+A value is known when the model is compiled if only constants and shapes go into it. Operands that decide about
+dims must be known; what is known is not computed here, ONNX Runtime folds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import rejected
+
+# Inputs that decide about the output's dims, by position.
+_OPERANDS: dict[str, dict[int, str]] = {
+    "CenterCropPad": {1: "shape"},
+    "ConstantOfShape": {0: "input"},
+    "Expand": {1: "shape"},
+    "OneHot": {1: "depth"},
+    "Pad": {1: "pads", 3: "axes"},
+    "Range": {0: "start", 1: "limit", 2: "delta"},
+    "Reshape": {1: "shape"},
+    "Resize": {2: "scales", 3: "sizes"},
+    "Slice": {1: "starts", 2: "ends", 3: "axes", 4: "steps"},
+    "Split": {1: "split"},
+    "Squeeze": {1: "axes"},
+    "Tile": {1: "repeats"},
+    "TopK": {1: "K"},
+    "Trilu": {1: "diagonal"},
+    "Unsqueeze": {1: "axes"},
+}
+# Operators whose output has as many elements as the data makes them find.
+_SEARCHES = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+_Shapes = Mapping[str, tuple[int | None, ...]]
+
+
+def check_static(model: Any) -> None:
+    """Raises CompileError if a dim depends on data, or if operands' concrete shapes do not fit (§8).
+
+    Args:
+        model: ModelProto with inlined functions, on which shape inference has run for concrete input shapes.
+    """
+    known = {tensor.name for tensor in model.graph.initializer}
+    _check(model, model.graph, known, _shapes(model.graph))
+
+
+def check_function(model: Any, function: Any) -> None:
+    """Raises CompileError for an Expand or Tile that is not constant inside of a function that is kept as a unit."""
+    for node, name in _undecided(function.node, set()):
+        if node.op_type in ("Expand", "Tile"):
+            why = f"non-constant {name} for {node.op_type} in sub-function {function.name}; leave out -sub-functions"
+            raise rejected(model, why, node.op_type)
+
+
+def subgraphs(node: Any) -> list[Any]:
+    """Returns the graphs among a node's attributes."""
+    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
+
+
+def rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Renames values wherever nodes of a graph, or of its subgraphs, mention them."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for inner in subgraphs(node):
+            # ONNX forbids a subgraph to redefine an outer name, so what it calls so is the outer value.
+            rename(inner, names)
+            for info in inner.output:
+                info.name = names.get(info.name, info.name)
+
+
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """Yields the nodes of a graph, or of a function, and of the graphs inside."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from nodes_of(inner)
+
+
+def _check(model: Any, graph: Any, known: set[str], shapes: _Shapes) -> None:
+    for node in graph.node:
+        _check_shapes(model, node, shapes)
+    for node, name in _undecided(graph.node, known):
+        if node.op_type in _SEARCHES:
+            why = f"All dims must be static: those of '{node.output[0]}' depend on data"
+        else:
+            why = f"{node.op_type}: '{name}' input must be a constant tensor"
+        raise rejected(model, f"{why} (node '{node.name or node.output[0]}')", node.op_type)
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **_shapes(inner)})
+
+
+def _undecided(nodes: Any, known: set[str]) -> Iterator[tuple[Any, str]]:
+    """Yields the nodes whose output dims depend on data, and the input that does it; adds to `known` on the way."""
+    for node in nodes:
+        if node.domain in ("", "ai.onnx"):
+            for index, name in _OPERANDS.get(node.op_type, {}).items():
+                if index < len(node.input) and node.input[index] and node.input[index] not in known:
+                    yield node, name
+        if node.op_type in ("Shape", "Size") or _computed_once(node, known):
+            known.update(node.output)
+        elif node.op_type in _SEARCHES:
+            yield node, ""
+
+
+def _computed_once(node: Any, known: set[str]) -> bool:
+    if node.op_type in _RANDOM or subgraphs(node):
+        return False
+    return all(not name or name in known for name in node.input)
+
+
+def _check_shapes(model: Any, node: Any, shapes: _Shapes) -> None:
+    found = [shapes.get(name) for name in node.input]
+    if node.op_type == "Trilu" and len(found) > 1 and found[1]:
+        raise rejected(model, "Diagonal must be scalar\nFunction verification failed", "Trilu")
+    if node.op_type not in ("ScatterND", "ScatterElements"):
+        return
+    data, indices, updates = found
+    if data is None or updates is None or not indices or None in (*data, *indices, *updates):
+        return
+    count = int(indices[-1] or 0)
+    want = indices if node.op_type == "ScatterElements" else (*indices[:-1], *data[count:])
+    if updates != want:
+        why = f"Indices and updates must have same lengths! Updates have shape {list(updates)}, not {list(want)}"
+        raise rejected(model, why, node.op_type)
+
+
+def _shapes(graph: Any) -> dict[str, tuple[int | None, ...]]:
+    found: dict[str, tuple[int | None, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        if info.type.tensor_type.HasField("shape"):
+            dims = info.type.tensor_type.shape.dim
+            found[info.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    for node in graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value":
+                found[node.output[0]] = tuple(attribute.t.dims)
+    return found
