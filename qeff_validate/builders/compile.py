@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def compile_qpc(
     # the flat form: every SDK reads it, the named one only the newest (qaic-contract §6.2)
     flat = [{name: str(value) for name, value in bucket.items()} for bucket in buckets]
     config.write_text(json.dumps({"specializations": flat}, indent=1), encoding="utf-8")
-    state = retained_state(onnx)
+    found = intake(onnx)
     command += [
         "-aic-hw",
         f"-aic-hw-version={'2.0' if old else options.aic_hw_version}",
@@ -81,8 +82,13 @@ def compile_qpc(
         *(["-convert-to-fp16"] if precision.compute == "fp16" else []),
         *([f"-mos={options.mos}"] if options.mos is not None else []),
         f"-network-specialization-config={config}",
-        *(["-retained-state"] if state else []),
-        *_custom_io(state, precision, folder),
+        *(["-retained-state"] if found.state else []),
+        *_custom_io(found.state, precision, folder),
+        *(
+            []
+            if "node-precision-info" in map(_flag_name, options.flags)
+            else _node_precision(found.angles, precision, folder)
+        ),
         f"-aic-binary-dir={folder / 'qpc'}",
         *_flags(options.flags),
     ]
@@ -94,8 +100,25 @@ def compile_qpc(
         raise BuildError(f"the compiler said success but wrote no programqpc.bin\n{_shown(command, lines)}")
 
 
-def retained_state(onnx: Path) -> dict[str, bool]:
-    """Return the retained state of an ONNX file: inputs with a twin, and whether they are float32."""
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What the compiler's options depend on in an ONNX file.
+
+    Attributes:
+        state: retained state, inputs with a twin, and whether they are float32.
+        angles: first outputs of the float nodes between positions and the sines and cosines of rotary embeddings.
+    """
+
+    state: Mapping[str, bool]
+    angles: Sequence[str]
+
+
+def intake(onnx: Path) -> Intake:
+    """Read the interface and the rotary nodes of an ONNX file, without its weights.
+
+    Raises:
+        BuildError: it is no ONNX file.
+    """
     from onnx import TensorProto, load
 
     try:
@@ -103,11 +126,37 @@ def retained_state(onnx: Path) -> dict[str, bool]:
     except Exception as exc:  # protobuf's errors depend on its implementation
         raise BuildError(f"cannot read {onnx} as ONNX: {first_line(exc)}") from exc
     twins = {value.name for value in graph.output}
-    return {
+    state = {
         value.name: value.type.tensor_type.elem_type == TensorProto.FLOAT
         for value in graph.input
         if f"{value.name}{RETAINED}" in twins
     }
+    made_by = {name: node for node in graph.node for name in node.output}
+    found: dict[str, None] = {}
+    pending = [node for node in graph.node if node.op_type in ("Sin", "Cos")]
+    while pending:
+        node = pending.pop()
+        if node.output[0] not in found and not (node.op_type == "Cast" and _to_integer(node)):
+            found[node.output[0]] = None
+            pending += [made_by[name] for name in node.input if name in made_by]
+    return Intake(state, tuple(found))
+
+
+def _to_integer(node: Any) -> bool:
+    from onnx import TensorProto
+
+    integers = (TensorProto.INT64, TensorProto.INT32)
+    return any(attribute.name == "to" and attribute.i in integers for attribute in node.attribute)
+
+
+def _node_precision(angles: Sequence[str], precision: Precision, folder: Path) -> list[str]:
+    """Keep rotary angles in float32: position 2049 is none in fp16, and a sine of a rounded angle is another sine."""
+    if not angles or precision.compute != "fp16":
+        return []
+    path = folder / "node_precision.yaml"
+    names = "".join(f"\n  - {json.dumps(name)}" for name in angles)
+    path.write_text(f"FP32NodeInstanceNames:{names}\n", encoding="utf-8")
+    return [f"-node-precision-info={path}"]
 
 
 def _custom_io(state: Mapping[str, bool], precision: Precision, folder: Path) -> list[str]:
@@ -124,7 +173,7 @@ def _custom_io(state: Mapping[str, bool], precision: Precision, folder: Path) ->
 def _flags(flags: Mapping[str, str | int | bool]) -> list[str]:
     made = []
     for key, value in flags.items():
-        name = key.lstrip("-").replace("_", "-")
+        name = _flag_name(key)
         if name in OWN_FLAGS:
             raise ConfigError(f"compile.flags.{key}: this flag is set from the case's own keys; leave it out")
         if value is True:
@@ -132,6 +181,10 @@ def _flags(flags: Mapping[str, str | int | bool]) -> list[str]:
         elif value is not False:
             made.append(f"-{name}={value}")
     return made
+
+
+def _flag_name(key: str) -> str:
+    return key.lstrip("-").replace("_", "-")
 
 
 def _last(lines: Sequence[str]) -> str:

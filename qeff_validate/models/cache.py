@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any to mypy here
     """Keys and values of one layer, ``[batch, heads, ctx_len, head_dim]``.
 
     Args:
