@@ -7,7 +7,7 @@ The stored graph has exactly the bindings' types at its border, so the runtime n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ ITEMSIZE = {
     aicapi.UINT8_Q_TYPE: 1,
 }
 _PRECISIONS = {"float": FLOAT, "float16": FLOAT16}
+_RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,46 @@ def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
         info.type.tensor_type.elem_type = border[info.name]
 
 
-def io_desc(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]], *, specialized: bool) -> bytes:
+def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:
+    """Returns input X -> output X_RetainedState or X_InternalRetainedState, by name alone (qaic-contract §4.5).
+
+    Raises:
+        CompileError: The two of a pair differ in type or dims, so they can not share memory.
+    """
+    inputs = {port.name: index for index, port in enumerate(all_ports) if port.is_input}
+    pairs: dict[str, str] = {}
+    for index, port in enumerate(all_ports):
+        name = next((port.name[: -len(end)] for end in _RETAINED if port.name.endswith(end)), None)
+        if port.is_input or name not in inputs:
+            continue
+        if name in pairs:
+            raise CompileError(f"'{name}' has two retained outputs, '{pairs[name]}' and '{port.name}'")
+        if port.binding_type != all_ports[inputs[name]].binding_type:
+            raise CompileError(
+                f"'{name}' and '{port.name}' are one retained state and must have one type; "
+                "give a custom IO precision for both or for neither"
+            )
+        for entry in shapes:
+            if (before := entry[inputs[name]]) != (after := entry[index]):
+                raise CompileError(f"'{name}' {list(before)} is retained as '{port.name}' {list(after)}")
+        pairs[name] = port.name
+    return pairs
+
+
+def io_desc(
+    all_ports: Sequence[Port],
+    shapes: Sequence[Sequence[Dims]],
+    *,
+    specialized: bool,
+    partial: Collection[str] = (),
+) -> bytes:
     """Returns the serialized IoDesc (qaic-contract §3.3).
 
     Args:
         all_ports: Inputs, then outputs.
         shapes: Per specialization the dims of every port; one entry if there are no specializations.
         specialized: Whether the shapes become `allowed_shapes`, which are empty otherwise.
+        partial: Names of the bindings that a client may skip or fill in part.
     """
     desc = aicapi.IoDesc()
     desc.selected_set.name = "default"
@@ -142,6 +176,7 @@ def io_desc(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]], *, spec
             dir=direction,
             dims=dims,
             size=size,
+            is_partial_buf_allowed=port.name in partial,
             is_valid=True,
         )
     desc.io_sets.add().CopyFrom(desc.selected_set)

@@ -55,7 +55,11 @@ def _compile(options: Options) -> None:
     assignments = _assignments(options, model.graph)
     ports = boundary.ports(model.graph, _custom_io(options.custom_io))
     shapes = concrete_shapes(model, assignments, options.batch)
-    desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None)
+    retained = boundary.retained_pairs(ports, shapes) if options.retained_state else {}
+    if options.retained_state and not retained:
+        _warn("-retained-state: no output X_RetainedState has an input X")
+    partial = {*retained, *retained.values()}
+    desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None, partial=partial)
     plan = precision.plan(options.fp16, options.node_precision, options.fp16_ops, options.fp32_ops)
     _warn(doubles(model.graph), *precision.unknown(plan, model.graph))
     print("Compile started ...............")
@@ -68,6 +72,7 @@ def _compile(options: Options) -> None:
         "hw_version": options.hw_version,
         "precision": "fp16" if options.fp16 else "fp32",
         "sdk_version": base_version(),
+        "retained": retained,
     }
 
     def verify(program: qpc.Program) -> None:

@@ -23,6 +23,7 @@ Simulated compiler: writes <dir>/programqpc.bin, which runs on the simulated car
   -aic-binary-dir=<dir>                 where programqpc.bin goes; must not hold one yet
   -aic-num-cores=<n>                    NSPs per activation, 1 to 16 (default 1)
   -convert-to-fp16                      round all float32 values to fp16
+  -retained-state                       keep input X on the card, updated by output X_RetainedState
   -network-specialization-config=<json> values of the symbolic dims, one entry per allowed set of shapes
   -onnx-define-symbol=<symbol>,<value>  value of one symbolic dim; repeatable
   -batchsize=<n>                        value of leading dims that nothing else fixes
@@ -49,7 +50,7 @@ WITHOUT_EFFECT = frozenset(
         "compile-only", "compile-threads", "ddr-stats", "dump-embedding-tables", "dump-profile", "dynamic-shape-input",
         "enable-channelwise", "enable-debug", "enable-rowwise", "host-preproc", "input-list-file", "io-crc",
         "io-crc-stride", "io-encrypt", "mdp-dump-partition-config", "multicast-weights", "mxfp6-matmul",
-        "profiling-threads", "retained-state", "sdp-cluster-sizes", "split-model-io", "split-retained-state-io",
+        "profiling-threads", "sdp-cluster-sizes", "split-model-io", "split-retained-state-io",
         "stats-batchsize", "time-passes", "use-producer-dma", "v",
     }
 )  # fmt: skip
@@ -75,7 +76,7 @@ CHOICES = {
     "quantization-schema-activations": _SCHEMAS,
     "quantization-schema-constants": _SCHEMAS,
 }
-_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "sub-functions", "usage", "version"}
+_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "retained-state", "sub-functions", "usage", "version"}
 _VALUES = {
     "m", "model", "aic-hw-version", "aic-binary-dir", "aic-num-cores", "network-specialization-config",
     "custom-IO-list-file", "onnx-define-symbol", "batchsize", "dump-custom-IO-config-template",
@@ -99,6 +100,7 @@ class Options:
     hw_version: str = "ai100"
     num_cores: int = 1
     fp16: bool = False
+    retained_state: bool = False
     specializations: Path | None = None
     custom_io: Path | None = None
     io_template: Path | None = None
@@ -168,6 +170,8 @@ def _switch(options: Options, name: str, on: bool) -> None:
         options.hw = on
     elif name == "convert-to-fp16":
         options.fp16 = on
+    elif name == "retained-state":
+        options.retained_state = on
     elif name == "sub-functions":
         options.sub_functions = on
     elif on:

@@ -81,8 +81,6 @@ def test_information_flags(flag, capsys):
 @pytest.mark.parametrize(
     "flag",
     [
-        "-retained-state",
-        "-retained-state=true",
         "-mxfp6-matmul",
         "-mos=2",
         "-ols=1",
