@@ -9,6 +9,7 @@ SDK samples) never ask for it.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -57,7 +58,7 @@ def _compile(options: Options) -> None:
     shapes = concrete_shapes(model, assignments, options.batch)
     retained = boundary.retained_pairs(ports, shapes) if options.retained_state else {}
     if options.retained_state and not retained:
-        print("warning: -retained-state: no output X_RetainedState has an input X", file=sys.stderr)
+        _warn("-retained-state: no output X_RetainedState has an input X")
     partial = {*retained, *retained.values()}
     desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None, partial=partial)
     plan = precision.plan(options.fp16, options.node_precision, options.fp16_ops, options.fp32_ops)
@@ -75,17 +76,19 @@ def _compile(options: Options) -> None:
         "retained": retained,
     }
 
-    def verify(program: qpc.Program) -> None:
-        try:
-            qpc.open_session(program, check_only=True)
-        except Exception as error:  # ONNX Runtime has no public base class for its errors
-            raise rejected(model, str(error)) from error
-
     if os.environ.get("QAIC_SIM_COMPILER_FAULT") == "no-file":
         directory.mkdir(parents=True, exist_ok=True)
         return
+    verify = functools.partial(_verify, model)
     qpc.write(directory, model=model, weights=weights, io_desc=desc, facts=facts, verify=verify)
     print(f"Generated binary is present at {directory}")
+
+
+def _verify(model: Any, program: qpc.Program) -> None:
+    try:
+        qpc.open_session(program, check_only=True)
+    except Exception as error:  # ONNX Runtime has no public base class for its errors
+        raise rejected(model, str(error)) from error
 
 
 def _rewrite(model: Any, weights: list[Weight], plan: precision.Plan, ports: Sequence[boundary.Port]) -> None:

@@ -36,6 +36,7 @@ def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]
         if info.type.WhichOneof("value") == "tensor_type":
             # Types help inference; shapes recorded for the exporter's example would pass for those of every run.
             info.type.tensor_type.ClearField("shape")
+    _declare_quantized_products(model.graph)
     try:
         return shape_inference.infer_shapes(model), weights
     except Exception as error:  # onnx raises plain RuntimeError and its own types, depending on the version
@@ -73,6 +74,16 @@ def _read(path: Path) -> Any:
     if not model.graph.node:
         raise CompileError(f"QAIC_ERROR: Error message: protobuf parse failure of {path}: it has no graph with nodes")
     return model
+
+
+def _declare_quantized_products(graph: Any) -> None:
+    """Gives the outputs of MatMulNBits, of which ONNX knows nothing, the type of its scales."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    known = {info.name for info in (*graph.value_info, *graph.output)}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits" and node.output[0] not in known and node.input[2] in types:
+            info = onnx.helper.make_tensor_value_info(node.output[0], types[node.input[2]], None)
+            graph.value_info.append(info)
 
 
 def _check(model: Any) -> None:

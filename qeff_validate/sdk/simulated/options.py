@@ -76,10 +76,7 @@ CHOICES = {
     "quantization-schema-activations": _SCHEMAS,
     "quantization-schema-constants": _SCHEMAS,
 }
-_FLAGS = {
-    "aic-hw": "hw", "convert-to-fp16": "fp16", "retained-state": "retained_state", "sub-functions": "sub_functions",
-}  # fmt: skip
-_SWITCHES = {*_FLAGS, "h", "usage", "version"}
+_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "retained-state", "sub-functions", "usage", "version"}
 _VALUES = {
     "m", "model", "aic-hw-version", "aic-binary-dir", "aic-num-cores", "network-specialization-config",
     "custom-IO-list-file", "onnx-define-symbol", "batchsize", "dump-custom-IO-config-template",
@@ -169,8 +166,14 @@ def _boolean(name: str, argument: str) -> bool:
 
 
 def _switch(options: Options, name: str, on: bool) -> None:
-    if name in _FLAGS:
-        setattr(options, _FLAGS[name], on)
+    if name == "aic-hw":
+        options.hw = on
+    elif name == "convert-to-fp16":
+        options.fp16 = on
+    elif name == "retained-state":
+        options.retained_state = on
+    elif name == "sub-functions":
+        options.sub_functions = on
     elif on:
         options.show = "version" if name == "version" else "usage"
 

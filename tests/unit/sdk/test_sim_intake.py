@@ -405,3 +405,21 @@ def test_missed_flags_are_warnings(flag, make_linear, compile_onnx):
     compiled = compile_onnx(make_linear(2), flag)
     assert compiled.code == 0
     assert f"warning: option {flag} has no effect here" in compiled.err
+
+
+def test_weights_of_four_bits(make_model, compile_onnx, client):
+    """MatMulNBits, as AWQ and GPTQ checkpoints are exported, against the dequantized product."""
+    rng = np.random.default_rng(0)
+    levels, scales = rng.integers(0, 16, (8, 32)), rng.uniform(0.01, 0.1, 8).astype(np.float16).astype(np.float32)
+    packed = (levels[:, 0::2] | levels[:, 1::2] << 4).astype(np.uint8).reshape(8, 1, 16)
+    attributes = {"K": 32, "N": 8, "bits": 4, "block_size": 32}
+    nodes = [
+        node("MatMulNBits", ["x", "q", "s"], ["h"], domain="com.microsoft", **attributes),
+        node("Neg", ["h"], ["y"]),
+    ]
+    m = make_model(nodes, {"x": (F, ["n", 32])}, {"y": (F, ["n", 8])}, {"q": packed, "s": scales})
+    x = rng.normal(size=(2, 32)).astype(np.float16).astype(np.float32)
+    got = client(compile_onnx(m, "-convert-to-fp16", specs=[{"n": "2"}]).directory).run(x=x)["y"]
+    want = -(x @ ((levels - 8) * scales[:, None]).T)
+    assert np.array_equal(got, got.astype(np.float16))
+    assert np.allclose(got, want, rtol=2e-3, atol=2e-3)
