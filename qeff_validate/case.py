@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qeff_validate.compare import check_tolerance
+from qeff_validate.compare import MOST, check_tolerance
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.logits import MOST as LOGIT_MOST
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -111,7 +112,7 @@ class Case(Strict):
     def _bounds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for runtime, bounds in value.items():
             try:
-                check_tolerance(runtime, bounds)
+                check_tolerance(runtime, bounds, {**MOST, **LOGIT_MOST})
             except ConfigError as exc:
                 raise ValueError(str(exc)) from exc
         return value

@@ -79,19 +79,25 @@ class Rows:
     tokenless: frozenset[int] = field(default_factory=frozenset)
 
 
-def check_tolerance(where: str, values: Mapping[str, Any]) -> None:
+def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
     """Refuse a tolerance that names no metric, gives no reason, or has a bound that gates nothing.
+
+    Args:
+        where: what to call it in an error.
+        values: metric to bound, and ``why``.
+        most: the metrics that there are, with what a bound must stay below.
 
     Raises:
         ConfigError: an unknown metric, a bound that is NaN, infinite, negative or absurdly wide, or no ``why``.
     """
     bounds = {name: value for name, value in values.items() if name != "why"}
     for name, value in bounds.items():
-        if name not in GATES:
-            raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, GATES)}")
-        most = MOST[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < most):
-            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {most:g}")
+        if name not in most:
+            raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, most)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < most[name]):
+            raise ConfigError(
+                f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {most[name]:g}"
+            )
     if bounds and not str(values.get("why") or "").strip():
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 
@@ -139,10 +145,10 @@ def compare(
         seed: draws rows for pairwise metrics.
     """
     planned = len(reference) * len(rows.labels)
-    problem = _structure(reference, actual, len(rows.labels))
+    problem = structure_problem(reference, actual, len(rows.labels))
     if problem:
         return Verdict("fail", problem, planned=planned)
-    bad = _non_finite(actual, rows)
+    bad = non_finite(actual, rows)
     if bad:
         return Verdict("fail", bad[0], (bad[1],), planned=planned)
     if not math.isfinite(sum(float(np.sum(array, dtype=np.float64)) for array in reference.values())):
@@ -160,7 +166,8 @@ def compare(
     return _conclude(judged, planned, compared=len(reference) * len(rows.labels))
 
 
-def _structure(reference: Tensors, actual: Tensors, n: int) -> str | None:
+def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None:
+    """Say in what names, dtypes or shapes differ; None if they are alike and have n rows."""
     if set(reference) != set(actual):
         missing, extra = sorted(set(reference) - set(actual)), sorted(set(actual) - set(reference))
         return f"outputs differ: wanted {sorted(reference)}, got {sorted(actual)}; missing {missing}, extra {extra}"
@@ -175,7 +182,8 @@ def _structure(reference: Tensors, actual: Tensors, n: int) -> str | None:
     return None
 
 
-def _non_finite(actual: Tensors, rows: Rows) -> tuple[str, Judged] | None:
+def non_finite(actual: Tensors, rows: Rows) -> tuple[str, Judged] | None:
+    """Say where NaN or infinity stands first, with the gate that it breaks; None if all values are finite."""
     for name, array in actual.items():
         # a sum over a row is NaN or infinite if any element is; in float64 it cannot overflow by itself
         finite = np.isfinite(np.sum(array, axis=1, dtype=np.float64))
@@ -237,7 +245,7 @@ def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
     gates = {item.metric.name.rpartition(".")[2] for item in judged if item.bound is not None}
     if failed:
         status: Status = "fail"
-        reason = "; ".join(_sentence(item) for item in failed)
+        reason = "; ".join(sentence(item) for item in failed)
     elif not gates.issuperset(GATES):
         status = "inconclusive"
         reason = f"not measured: {', '.join(sorted(set(GATES) - gates))} (at least 3 rows with a token are needed)"
@@ -248,7 +256,8 @@ def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
     return Verdict(status, reason, tuple(judged), planned, compared)
 
 
-def _sentence(item: Judged) -> str:
+def sentence(item: Judged) -> str:
+    """Say of a gate that failed: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail
     text = f"{item.metric.name} {item.metric.value:.3g}, allowed {item.bound.value:.3g} ({item.bound.source})"
     return f"{text}, worst row {item.metric.worst['row']} ({item.metric.worst['text']!r})"

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case, explain, load_cases
+from qeff_validate.compare import check_tolerance
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
@@ -75,8 +76,11 @@ def check(case: Case) -> Any:
             raise ConfigError(
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
             )
+    kind = model_kind(case)
+    for name, bounds in case.tolerance.items():
+        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, kind.bounds)
     try:
-        return model_kind(case).options.model_validate(case.options)
+        return kind.options.model_validate(case.options)
     except ValidationError as exc:
         raise ConfigError(explain(exc, f"case {case.name!r}: options")) from exc
 

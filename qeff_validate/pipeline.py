@@ -22,9 +22,8 @@ from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case
 from qeff_validate.compare import Rows, bounds_for, compare
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
-from qeff_validate.metrics import row_errors
 from qeff_validate.models.sources import versions
-from qeff_validate.protocols import Model, Runtime, Session, model_kind
+from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
 from qeff_validate.report import Result
 from qeff_validate.runtimes.foreign import Foreign
 from qeff_validate.sdk.locate import Sdk
@@ -33,7 +32,12 @@ from qeff_validate.tensors import Shapes, Tensors, TensorSpec, load_tensors, sav
 T = TypeVar("T")
 
 INPUTS = ("ids", "lengths", "texts")
-"""Names of the inputs in a recorded file; every other name but ``floor`` is an output."""
+"""Names of inputs in a recorded file, beside those that start with ``inputs.``; all else but ``floor`` is output."""
+
+
+def is_input(name: str) -> bool:
+    """Say whether a tensor of a recorded file is an input."""
+    return name in INPUTS or name.startswith("inputs.")
 
 
 class Progress(Protocol):
@@ -108,12 +112,11 @@ class Pipeline:
                 session = Timed(held.enter_context(self._opened(adapter, artifact)))
             loaded = time.perf_counter() - start
             with self._stage("run", adapter.name):
-                actual = self.model().infer(session, inputs)
+                actual = self.model().infer(session, inputs, reference)
         with self._stage("compare", adapter.name):
             override = self.case.tolerance.get(adapter.name, {})
-            bounds = bounds_for(base["precision"], floor=floor, override=override)
-            rows = Rows(inputs.labels, inputs.tokenless)
-            verdict = compare(reference, actual, bounds, rows=rows, floor=floor, seed=self.case.seed)
+            terms = Terms(base["precision"], floor, override, self.case.seed)
+            verdict = self.model().judge(reference, actual, inputs, terms)
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         times = {name: self.seconds[name] for name in stages if name in self.seconds}
         return Result(
@@ -194,7 +197,7 @@ class Pipeline:
         extra = {} if floor is None else {"floor": np.array([floor])}
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
-            save_tensors(temporary, {**{name: stored[name] for name in INPUTS}, **self.reference(), **extra})
+            save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -220,19 +223,17 @@ class Pipeline:
             return self.model().reference(self.inputs(), dtype="float32")
 
         if self.case.artifacts.reference is not None:
-            return {name: array for name, array in self._recorded().items() if name not in (*INPUTS, "floor")}
+            return {name: array for name, array in self._recorded().items() if not is_input(name) and name != "floor"}
         return self._once(
             "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
         )
 
     def floor(self) -> float | None:
-        """Return the noise of the reference: its worst relative L2 in float32 against float64; None if unknown."""
+        """Return the noise of the reference in float32 against float64; None if unknown."""
 
         def make() -> Tensors:
-            inputs, exact = self.inputs(), self.model().reference(self.inputs(), dtype="float64")
-            kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
-            worst = [np.max(row_errors(exact[name][kept], self.reference()[name][kept]).rel_l2) for name in exact]
-            return {"floor": np.array([np.max(worst)])}
+            exact = self.model().reference(self.inputs(), dtype="float64")
+            return {"floor": np.array([self.model().noise(exact, self.reference(), self.inputs())])}
 
         def get() -> float:
             stored, _ = self.store.tensors("floor", self._reference_key("float64"), make)

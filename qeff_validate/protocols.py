@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from qeff_validate.case import Case
+    from qeff_validate.compare import Verdict
 
 
 class Session(Protocol):
@@ -86,6 +87,23 @@ class Graph:
     buckets: tuple[Mapping[str, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms outputs are compared.
+
+    Attributes:
+        precision: profile of what computed them: ``fp32``, ``fp16``, ….
+        floor: the reference's own noise, from `Model.noise`; None if it is not known.
+        override: the case's own bounds for this runtime, with ``why``.
+        seed: draws rows for metrics of pairs.
+    """
+
+    precision: str
+    floor: float | None
+    override: Mapping[str, Any]
+    seed: int
+
+
 class Inputs(Protocol):
     """Model inputs that are ready for every runtime."""
 
@@ -105,7 +123,9 @@ class Inputs(Protocol):
 class Model(Protocol):
     """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
 
-    graph: Graph
+    @property
+    def graph(self) -> Graph:
+        """The interface of the exported graph."""
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return plain data that changes with everything a graph depends on: weights, config, options."""
@@ -125,8 +145,21 @@ class Model(Protocol):
     def reference(self, inputs: Any, *, dtype: str) -> Tensors:
         """Run the original model, each row by itself; ``dtype`` is ``float32`` or ``float64``."""
 
-    def infer(self, session: Session, inputs: Any) -> Tensors:
-        """Run a session on all rows and return outputs in the order of the rows."""
+    def infer(self, session: Session, inputs: Any, reference: Tensors) -> Tensors:
+        """Run a session on all rows and return outputs in the order of the rows.
+
+        Args:
+            session: open.
+            inputs: from `inputs`.
+            reference: from `reference`; a language model is fed its tokens, so that each step is compared in the same
+                context. Nothing else of it may be used.
+        """
+
+    def noise(self, exact: Tensors, reference: Tensors, inputs: Any) -> float:
+        """Return the worst relative L2 of the float32 reference against the float64 one."""
+
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
+        """Compare what a runtime gave with the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +170,13 @@ class ModelKind:
         options: pydantic class of the case's ``options``; importing it loads no framework.
         create: makes the wrapper from a case, validated options and an in-memory model or None.
         suite: the pytest mark of its cases.
+        bounds: the metrics that a case's tolerance may bound, with what a bound must stay below.
     """
 
     options: type[BaseModel]
     create: Callable[..., Model]
     suite: str
+    bounds: Mapping[str, float]
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

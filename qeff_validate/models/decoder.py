@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch module of a causal language model with state and adapters as inputs, and its graph interface."""
+"""The torch module of a causal language model with state and adapters as inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,7 @@ from torch.func import functional_call
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.cache import cache_for, masks
 from qeff_validate.protocols import Graph
-from qeff_validate.tensors import RETAINED, Tensors, TensorSpec
-
-StateDims = Sequence[tuple[tuple[int, int], tuple[int, int]]]
-"""For each layer ``(heads, head_dim)`` of its keys and of its values."""
+from qeff_validate.tensors import Tensors
 
 
 class Decoder(nn.Module):
@@ -71,7 +68,8 @@ class Decoder(nn.Module):
             },
         )
         kept = [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
-        return (out.logits, *kept, *(state[name] for name in self._adapter))
+        # a clone, because the exporter renames an input that is an output as it stands
+        return (out.logits, *kept, *(state[name].clone() for name in self._adapter))
 
     def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         hidden = inputs[0]
@@ -79,32 +77,6 @@ class Decoder(nn.Module):
             return None
         place = self._last[:, None, None].expand(-1, 1, hidden.shape[-1])
         return (hidden.gather(1, place), *inputs[1:])
-
-
-def decoder_graph(
-    dims: StateDims, vocabulary: int, adapter: Mapping[str, Sequence[int]], buckets: Sequence[Mapping[str, int]]
-) -> Graph:
-    """Return the graph interface (DESIGN §3): upstream's names, symbols ``batch_size``, ``seq_len``, ``ctx_len``.
-
-    Args:
-        dims: of keys and values in each layer.
-        vocabulary: number of logits.
-        adapter: shape of each adapter tensor by its saved name.
-        buckets: the sizes to compile for.
-    """
-    tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
-    state = [
-        TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
-        for layer, pair in enumerate(dims)
-        for name, (heads, size) in zip(("key", "value"), pair, strict=True)
-    ]
-    weights = [TensorSpec(name, "float32", tuple(shape)) for name, shape in adapter.items()]
-    twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
-    return Graph(
-        inputs=(*tokens, *state, *weights),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, vocabulary)), *twins),
-        buckets=tuple(buckets),
-    )
 
 
 def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.case import Case
+from qeff_validate.compare import Rows, Verdict, bounds_for, compare
 from qeff_validate.errors import ConfigError, RunError
-from qeff_validate.metrics import Floats
+from qeff_validate.metrics import Floats, row_errors
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.head import Head, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
 from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, padded
 from qeff_validate.models.sources import Given, Source, foreign, resolve
-from qeff_validate.protocols import Graph, Session
+from qeff_validate.protocols import Graph, Session, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 
@@ -175,7 +176,18 @@ class PooledEmbedding:
         empty = np.zeros_like(found[0])
         return {"output": np.stack([empty if row is None else row for row in rows]).astype(dtype)}
 
-    def infer(self, session: Session, inputs: TokenRows) -> Tensors:
+    def noise(self, exact: Tensors, reference: Tensors, inputs: TokenRows) -> float:
+        """Return the worst relative L2 over the rows that hold a token."""
+        kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
+        return float(np.max(row_errors(exact["output"][kept], reference["output"][kept]).rel_l2))
+
+    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
+        """Compare vectors row by row."""
+        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
+        rows = Rows(inputs.labels, inputs.tokenless)
+        return compare(reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed)
+
+    def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.
 
         Raises:

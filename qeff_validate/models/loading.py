@@ -7,6 +7,7 @@ Frameworks are imported inside the functions that need them, so that a fingerpri
 from __future__ import annotations
 
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,14 +84,16 @@ def foreign(doing: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports off the terminal: ours stand there."""
+    """Keep transformers' progress bars, load reports and deprecations off the terminal: ours stand there."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT, none of our business
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:

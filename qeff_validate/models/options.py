@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qeff_validate.case import Case, Strict
+from qeff_validate.compare import MOST
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.logits import MOST as LOGIT_MOST
 from qeff_validate.protocols import Model, ModelKind
 
 Bucket = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -16,6 +18,10 @@ Bucket = Annotated[int, Field(ge=1, le=1 << 20)]
 
 POOLINGS = ("avg", "cls", "last", "max", "mean", "none", "weighted_mean")
 """Names that `models.pooling` and `models.oracle` implement; a test compares the three."""
+
+
+BASE = "base"
+"""What the model without an adapter is called."""
 
 
 class EmbeddingOptions(Strict):
@@ -77,4 +83,59 @@ def _embedding(case: Case, options: EmbeddingOptions, given: Any = None, tokeniz
     return PooledEmbedding(case, options, given=given, tokenizer=tokenizer)
 
 
-EMBEDDING = ModelKind(options=EmbeddingOptions, create=_embedding, suite="embedding")
+EMBEDDING = ModelKind(options=EmbeddingOptions, create=_embedding, suite="embedding", bounds=MOST)
+
+
+class PeftCausalLMOptions(Strict):
+    """Options of the model kind ``peft-causal-lm``."""
+
+    adapters: dict[str, str | dict[str, Any]] = Field(
+        {},
+        description="{name: directory of a saved adapter, or {peft_method: lora, r: 4, seed: 1, …} for one with seeded"
+        " random weights}; all of one method, rank and target modules, because they share a graph",
+    )
+    peft_method: str | None = Field(
+        None, description="two seeded random adapters a and b of this method, where no adapters are named"
+    )
+    peft: dict[str, Any] = Field({}, description="options of peft_method: {r: 4, target_modules: [q_proj, v_proj]}")
+    prompts: list[str] | None = Field(None, description="texts to continue; null: built in, with boundary lengths")
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="tokens of each continuation")
+    prefill_seq_len: Bucket = Field(16, description="tokens of a prompt that one run takes")
+    ctx_len: Bucket = Field(64, description="slots for keys and values: prompt and continuation must fit")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="rows of a run")
+    padding_side: Literal["right", "left"] = Field("right", description="where the padding of a prompt stands")
+
+    @field_validator("adapters")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if BASE in value:
+            raise ValueError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> PeftCausalLMOptions:
+        if self.prefill_seq_len > self.ctx_len:
+            raise ValueError(f"prefill_seq_len {self.prefill_seq_len} exceeds ctx_len {self.ctx_len}")
+        if self.peft and self.peft_method is None:
+            raise ValueError("peft holds the options of peft_method, which is missing")
+        if self.adapters and self.peft_method is not None:
+            raise ValueError("give adapters, or peft_method for two random ones, not both")
+        return self
+
+    def named(self) -> dict[str, str | dict[str, Any]]:
+        """Return the adapters by name, the two random ones of ``peft_method`` among them."""
+        if self.peft_method is None:
+            return dict(self.adapters)
+        return {
+            name: {"peft_method": self.peft_method, "init": "random", "seed": seed, **self.peft}
+            for seed, name in enumerate(("a", "b"), start=1)
+        }
+
+
+def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.causal_lm import PeftCausalLM
+
+    return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
+
+
+PEFT_CAUSAL_LM = ModelKind(options=PeftCausalLMOptions, create=_causal, suite="peft", bounds=LOGIT_MOST)

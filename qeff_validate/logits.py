@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements and verdict for a language model's logits under teacher forcing (validation-methods §14.2, §14.3).
+
+A row holds the logits from which one token of a continuation is chosen; both sides have read the same tokens before it.
+All work is on log-probabilities ℓ = z − logsumexp(z) in float64, which removes a constant shift exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.compare import Bound, Judged
+from qeff_validate.metrics import Floats, Metric, worst_row
+from qeff_validate.tensors import Array
+
+TIERS = (1, 5, 50, 1000)
+"""Numbers of likeliest tokens of the reference in which a log-probability may not be off; ``all`` comes after them."""
+
+ERRORS = (*(f"top{k}_error" for k in TIERS), "all_error")
+
+LOGIT_GATES = ("kl_p99", "kl_max", *ERRORS, "flips", "tie_flips")
+"""What a verdict on logits needs, beside adapters."""
+
+FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "fp32": {"kl_p99": 1e-9, "kl_max": 1e-8, **dict(zip(ERRORS, (2e-5, 5e-5, 1e-4, 2e-4, 5e-4), strict=True))},
+        "fp16": {"kl_p99": 1e-3, "kl_max": 1e-2, **dict(zip(ERRORS, (0.02, 0.05, 0.1, 0.2, 0.5), strict=True))},
+        "bf16": {"kl_p99": 5e-3, "kl_max": 5e-2, **dict(zip(ERRORS, (0.05, 0.12, 0.25, 0.5, 1.2), strict=True))},
+    }
+)
+"""Bounds by precision. KL is from §14.2, the tiers of fp16 too; those of fp32 and bf16 are scaled by √KL."""
+
+MOST = {"kl_p99": 0.1, "kl_max": 1.0, **dict.fromkeys(ERRORS, 5.0), "flips": 1.0, "tie_flips": 1e6}
+"""A bound that reaches this accepts another distribution; no flip beyond a tie is ever accepted."""
+
+FLOOR_FACTOR = 10.0
+"""Errors of single log-probabilities may reach so many times the noise of the reference itself."""
+
+SIGMAS = 4.0
+"""A reference margin within so many standard deviations of the logits' noise is a tie (validation-methods §12.4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One continuation: the label of its prompt, and its rows."""
+
+    label: str
+    rows: range
+
+
+def log_softmax(logits: Array) -> Floats:
+    """Return log-probabilities in float64 over the last axis."""
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(axis=-1, keepdims=True)
+    found: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return found
+
+
+def logit_bounds(precision: str, *, noise: float | None, override: Mapping[str, Any]) -> dict[str, Bound]:
+    """Return the bound of each gate; empty if the precision has none.
+
+    Args:
+        precision: profile of what computes.
+        noise: standard deviation of the reference's own rounding in a logit; None if it was not measured.
+        override: the case's own bounds, with ``why``.
+    """
+    bounds = {
+        name: Bound(value, "fallback", f"{precision} profile") for name, value in FALLBACK.get(precision, {}).items()
+    }
+    if bounds and precision == "fp32" and noise is not None:
+        for name in ERRORS:
+            floor = FLOOR_FACTOR * noise
+            if floor > bounds[name].value:
+                why = f"{FLOOR_FACTOR:g} x the reference's own rounding, {noise:.1e} in a logit"
+                bounds[name] = Bound(min(floor, 20 * bounds[name].value), "floor", why)
+    if bounds:
+        bounds["flips"] = Bound(0.0, "exact", "no token changes but between two that are level within the noise")
+    for name, value in override.items():
+        if name != "why" and name in LOGIT_GATES:
+            bounds[name] = Bound(float(value), "case", str(override["why"]))
+    return bounds
+
+
+def judge_logits(
+    reference: Array,
+    actual: Array,
+    bounds: Mapping[str, Bound],
+    *,
+    labels: Sequence[str],
+    texts: Sequence[Text],
+    eos: frozenset[int],
+) -> list[Judged]:
+    """Measure logits ``[n, vocab]`` of the same continuations against their bounds.
+
+    Args:
+        reference: of the reference, finite.
+        actual: finite, of the same shape.
+        bounds: from `logit_bounds`.
+        labels: one for each row.
+        texts: the rows of each continuation.
+        eos: ids that end a text.
+
+    Returns:
+        Gates, and what is shown: ``kl_p50``, ``same_top1`` and the first divergent token.
+    """
+    wanted, got = log_softmax(reference), log_softmax(actual)
+    error = np.abs(got - wanted)
+    kl = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
+    order = np.argsort(-wanted, axis=-1)
+    found = [
+        Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
+        worst_row("kl_max", kl),
+        Metric("kl_p50", float(np.median(kl)), {"row": int(np.argmax(kl))}),
+    ]
+    for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
+        tier = np.take_along_axis(error, order[:, : min(k, wanted.shape[1])], axis=-1)
+        found.append(worst_row(name, tier.max(axis=-1)))
+    judged = [_placed(metric, bounds.get(metric.name), labels) for metric in found]
+    return judged + _flips(wanted, got, kl, bounds, labels, texts, eos)
+
+
+def _flips(
+    wanted: Floats,
+    got: Floats,
+    kl: Floats,
+    bounds: Mapping[str, Bound],
+    labels: Sequence[str],
+    texts: Sequence[Text],
+    eos: frozenset[int],
+) -> list[Judged]:
+    """Judge changed choices: none beyond a tie, and ties within the budget that the noise gives."""
+    ours, theirs = wanted.argmax(axis=-1), got.argmax(axis=-1)
+    rows = np.arange(len(ours))
+    margin = wanted[rows, ours] - wanted[rows, theirs]
+    allowed = bounds["kl_p99"].value if "kl_p99" in bounds else 0.0
+    sigma = np.sqrt(2 * np.minimum(kl, allowed))  # a worse row does not excuse itself
+    changed = ours != theirs
+    tie = changed & (margin <= SIGMAS * sigma)
+    runner_up = np.sort(wanted, axis=-1)[:, -2]
+    gap = wanted[rows, ours] - runner_up
+    spread = max(float(np.sqrt(2 * min(float(np.median(kl)), allowed))), 1e-300)
+    expected = float(sum(0.5 * math.erfc(value / spread / 2) for value in gap))  # two logits of noise `spread` each
+    budget = Bound(math.ceil(1 + 3 * expected), "floor", f"{expected:.2g} ties are expected to flip by the noise")
+    beyond = np.flatnonzero(changed & ~tie)
+    place = {"row": int(beyond[0] if beyond.size else np.argmax(changed))}
+    return [
+        _placed(
+            Metric("flips", float(beyond.size), {**place, **_divergence(ours, theirs, tie, texts, eos)}),
+            bounds.get("flips"),
+            labels,
+        ),
+        _placed(
+            Metric("tie_flips", float(tie.sum()), {"row": int(np.argmax(tie))}), budget if bounds else None, labels
+        ),
+        _placed(Metric("same_top1", float(np.mean(~changed)), place), None, labels),
+    ]
+
+
+def _divergence(ours: Array, theirs: Array, tie: Array, texts: Sequence[Text], eos: frozenset[int]) -> dict[str, Any]:
+    """Describe the first divergent token of the first text that has one, by its kind: tie, stop rule or neither."""
+    for text in texts:
+        for step, row in enumerate(text.rows):
+            if ours[row] == theirs[row]:
+                continue
+            ends = (int(ours[row]) in eos) != (int(theirs[row]) in eos)
+            kind = "stop" if ends else "tie" if tie[row] else "non-tie"
+            return {"prompt": text.label, "step": step, "kind": kind, "tokens": [int(ours[row]), int(theirs[row])]}
+    return {}
+
+
+def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str]) -> Judged:
+    place = {**metric.worst, "text": labels[metric.worst["row"]]}
+    return Judged(Metric(f"logits.{metric.name}", metric.value, place), bound)

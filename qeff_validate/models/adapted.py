@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A causal LM with a fresh adapter on it, and the tensors of every adapter of a case in its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.adapter import NOT_CONTENT
+from qeff_validate.models.cache import state_shapes
+from qeff_validate.models.loading import foreign
+from qeff_validate.models.options import BASE
+from qeff_validate.models.peft import adapter_tensors, apply_peft, generate_peft_config, load_adapter_tensors
+from qeff_validate.models.sources import Source
+from qeff_validate.tensors import Array, Tensors
+
+OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
+"""Options by which PEFT makes a fresh adapter without effect when they are true."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready to be wrapped.
+
+    Attributes:
+        model: float32, eval mode, with a fresh adapter if there are adapters.
+        dims: for each layer ``(heads, head_dim)`` of keys and of values.
+        live: saved name of each adapter tensor and its name in ``model``.
+        adapters: tensors of ``base`` and of each adapter, by saved names.
+        eos: ids that end a text.
+    """
+
+    model: Any
+    dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    live: Mapping[str, str]
+    adapters: Mapping[str, Tensors]
+    eos: frozenset[int]
+
+    def interface(self) -> dict[str, Any]:
+        """Return what the graph's interface is made from, as plain data."""
+        return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
+
+
+def load(source: Source, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
+    """Load the model, make every adapter's tensors, and put a fresh adapter on it.
+
+    Args:
+        source: of the model; a PeftModel in memory brings its own adapters.
+        named: the case's adapters.
+
+    Raises:
+        ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
+    """
+    model = source.causal_lm()
+    if isinstance(model, PeftModel):
+        if named:
+            raise ConfigError("a PeftModel brings its own adapters: leave out options.adapters and peft_method")
+        configs, tensors, model = _taken_off(model)
+    else:
+        configs, tensors = _made(model, named)
+    with foreign(f"run {type(model).__name__} with keys and values kept"):
+        dims = state_shapes(model)
+    eos = _eos(model)
+    if not configs:
+        return Loaded(model, dims, {}, {BASE: {}}, eos)
+    _alike(configs, tensors)
+    adapted = apply_peft(model, fresh(next(iter(configs.values()))))
+    off = adapter_tensors(adapted)
+    _same_shapes(off, tensors)
+    return Loaded(adapted, dims, live_names(adapted), {BASE: off, **tensors}, eos)
+
+
+def fresh(config: PeftConfig) -> PeftConfig:
+    """Return a config whose adapter starts without effect."""
+    made = copy.deepcopy(config)
+    for option in OFF:
+        if hasattr(made, option):
+            setattr(made, option, True)
+    return made
+
+
+def live_names(model: Any, adapter: str = "default") -> dict[str, str]:
+    """Return the name in the model of each tensor that PEFT would save, found by its storage.
+
+    Raises:
+        ConfigError: PEFT saves a tensor that is none of the model's own.
+    """
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    own = {tensor.data_ptr(): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    found = {}
+    for name, tensor in saved.items():
+        if tensor.data_ptr() not in own:
+            raise ConfigError(f"adapter tensor {name!r} is no parameter of the model, so it cannot become an input")
+        found[name] = own[tensor.data_ptr()]
+    return found
+
+
+def _made(
+    model: Any, named: Mapping[str, str | Mapping[str, Any]]
+) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]]]:
+    """Read saved adapters; make the others with seeded noise on a structure of the model alone."""
+    configs: dict[str, PeftConfig] = {}
+    tensors: dict[str, dict[str, Array]] = {}
+    for name, made in named.items():
+        if isinstance(made, str):
+            configs[name], tensors[name] = load_adapter_tensors(made)
+            continue
+        options = {"init": "random", **made}
+        configs[name] = generate_peft_config(made)
+        adapted = apply_peft(model, options)
+        tensors[name] = adapter_tensors(adapted)
+        model = adapted.unload()
+    return configs, tensors
+
+
+def _taken_off(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]], Any]:
+    """Return the adapters of a PeftModel and its base."""
+    configs = dict(model.peft_config)
+    tensors = {name: adapter_tensors(model, name) for name in configs}
+    if BASE in configs:
+        raise ConfigError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+    return configs, tensors, model.unload()
+
+
+def _alike(configs: Mapping[str, PeftConfig], tensors: Mapping[str, Tensors]) -> None:
+    first, *others = configs
+    wanted = _content(configs[first])
+    for name in others:
+        got = _content(configs[name])
+        differing = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
+        if differing:
+            said = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
+            raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}")
+    _same_shapes(tensors[first], {name: tensors[name] for name in others})
+
+
+def _content(config: PeftConfig) -> dict[str, Any]:
+    plain = config.to_dict()
+    kept = {key: value for key, value in plain.items() if key not in NOT_CONTENT and key not in OFF}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+
+
+def _same_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
+    shapes = {name: array.shape for name, array in wanted.items()}
+    for adapter, tensors in others.items():
+        got = {name: array.shape for name, array in tensors.items()}
+        for name in sorted(shapes.keys() | got.keys()):
+            if shapes.get(name) != got.get(name):
+                raise ConfigError(
+                    f"adapter {adapter!r} has {got.get(name, 'nothing')} for {name}, and its graph {shapes.get(name)}:"
+                    " another rank, other target modules, or an adapter of another base"
+                )
+
+
+def _eos(model: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        value = getattr(config, "eos_token_id", None)
+        found |= {int(one) for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None}
+        if found:
+            break
+    return frozenset(found)
+
+
+def set_tensors(model: Any, tensors: Tensors, live: Mapping[str, str]) -> None:
+    """Copy adapter tensors into a model."""
+    state = dict((*model.named_parameters(), *model.named_buffers()))
+    with torch.no_grad():
+        for name, array in tensors.items():
+            state[live[name]].copy_(torch.from_numpy(np.ascontiguousarray(array)))

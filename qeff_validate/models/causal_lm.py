@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal language models with adapters: prompts to token ids, the reference, and the decode loop over any session.
+
+The model without an adapter is called ``base``: the graph is the same, and its adapter tensors are those of a fresh
+adapter, which PEFT makes without effect. Frameworks are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.artifact import digest_files
+from qeff_validate.case import Case
+from qeff_validate.compare import Verdict
+from qeff_validate.errors import ConfigError
+from qeff_validate.metrics import row_errors
+from qeff_validate.models.adapter import CONFIG, WEIGHTS
+from qeff_validate.models.continuations import judge_continuations
+from qeff_validate.models.generate import Plan, generate
+from qeff_validate.models.options import BASE, PeftCausalLMOptions
+from qeff_validate.models.prompts import LONG, TEXTS
+from qeff_validate.models.sources import Given, Source, resolve
+from qeff_validate.protocols import Graph, Session, Terms
+from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
+
+FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
+"""Greatest finite half, and half of the smallest: what rounds to infinity, and to zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is continued, and with which adapters.
+
+    Attributes:
+        ids: token ids of each prompt.
+        texts: for messages.
+        pad: the id of the padding token.
+        eos: ids that end a text.
+        adapters: tensors of ``base`` and of each adapter, by PEFT's saved names; empty tensors if there is none.
+        notes: what a reader of the report should know.
+    """
+
+    ids: tuple[Array, ...]
+    texts: tuple[str, ...]
+    pad: int
+    eos: frozenset[int]
+    adapters: Mapping[str, Tensors]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The prompts."""
+        return self.texts
+
+    @property
+    def tokenless(self) -> frozenset[int]:
+        """None: a prompt has a token."""
+        return frozenset()
+
+
+class PeftCausalLM:
+    """The model kind ``peft-causal-lm`` (graph interface: DESIGN §3).
+
+    Args:
+        case: the case.
+        options: validated options.
+        given: an in-memory causal LM, or a `peft.PeftModel`, instead of the source; it is left unchanged.
+        tokenizer: the tokenizer of ``given``.
+    """
+
+    def __init__(self, case: Case, options: PeftCausalLMOptions, *, given: Any = None, tokenizer: Any = None) -> None:
+        self.case, self.options = case, options
+        self._given = None if given is None else Given(given, tokenizer)
+        self._graph: Graph | None = None
+
+    @cached_property
+    def source(self) -> Source:
+        """Where weights and tokenizer come from."""
+        return self._given or resolve(self.case)
+
+    @property
+    def graph(self) -> Graph:
+        """The interface of the exported graph; the model is loaded for it if inputs have not been read before."""
+        if self._graph is None:
+            self._load()
+        assert self._graph is not None
+        return self._graph
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what the graph depends on: not the adapters' weights, which are inputs, but what they are made by."""
+        return {"kind": "peft-causal-lm", "body": self.source.body_key(), "adapters": self._adapter_keys(weights=False)}
+
+    def inputs_key(self) -> Mapping[str, Any]:
+        """Return what prompts and adapter tensors depend on."""
+        options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
+        texts = {"texts": self._texts(), "tokenizer": self.source.tokenizer_key()}
+        adapters = self._adapter_keys(weights=True)
+        return {**texts, "options": options, "model": self.fingerprint(), "adapters": adapters}
+
+    def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
+        """Return what each adapter is made from; without weights, only what shapes the graph."""
+        keys: dict[str, Any] = {}
+        for name, made in self.options.named().items():
+            if isinstance(made, str):
+                folder = Path(made).expanduser()
+                files = (WEIGHTS, CONFIG) if weights else (CONFIG,)
+                found = [folder / file for file in files if (folder / file).is_file()]
+                keys[name] = digest_files(found, root=folder)
+            else:
+                keys[name] = {k: v for k, v in made.items() if weights or k not in ("seed", "init")}
+        return keys
+
+    def _texts(self) -> list[str] | None:
+        return self.options.prompts if self.options.prompts is not None else self.case.inputs.texts
+
+    def tokenize(self) -> Tensors:
+        """Turn prompts into token ids, and adapters into tensors.
+
+        Raises:
+            ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
+        """
+        tokenize, pad = self.source.tokenizer()
+        loaded = self._load()
+        given = self._texts()
+        texts = [*(TEXTS if given is None else given)]
+        ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
+        if given is None:
+            boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
+            texts += [text for text, _ in boundary]
+            ids += [tokens for _, tokens in boundary]
+        room = self.options.ctx_len - self.options.max_new_tokens
+        for text, tokens in zip(texts, ids, strict=True):
+            if not 1 <= tokens.size <= room:
+                raise ConfigError(
+                    f"case {self.case.name!r}: prompt {text[:60]!r} has {tokens.size} tokens, and 1 to {room}"
+                    f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}"
+                )
+        notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
+        about = {"texts": texts, "notes": notes, "pad": pad, "eos": sorted(loaded.eos)}
+        about |= {"interface": loaded.interface(), "adapters": list(loaded.adapters)}
+        weights = {
+            f"inputs.{name}/{key}": array for name, tensors in loaded.adapters.items() for key, array in tensors.items()
+        }
+        return {
+            "ids": np.concatenate(ids),
+            "lengths": np.array([tokens.size for tokens in ids], dtype=np.int64),
+            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+            **weights,
+        }
+
+    def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
+        """Yield prompts that end just before, on and behind the border of a chunk, as far as they fit."""
+        chunk, room = self.options.prefill_seq_len, self.options.ctx_len - self.options.max_new_tokens
+        for length in sorted({1, chunk - 1, chunk, chunk + 1, room}):
+            if 1 <= length <= min(room, long.size):
+                yield f"(the first {length} tokens of a long text)", long[:length]
+
+    def inputs(self, stored: Tensors) -> Prompts:
+        """Return prompts and adapters from their stored form."""
+        about = json.loads(stored["texts"].tobytes())
+        ids = tuple(np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1]))
+        adapters: dict[str, dict[str, Array]] = {name: {} for name in about["adapters"]}
+        for key, array in stored.items():
+            if key.startswith("inputs."):
+                name, _, tensor = key.removeprefix("inputs.").partition("/")
+                adapters[name][tensor] = array
+        self._graph = _graph(about["interface"], adapters[BASE], self.options)
+        eos = frozenset(about["eos"])
+        return Prompts(ids, tuple(about["texts"]), about["pad"], eos, adapters, tuple(about["notes"]))
+
+    def _load(self) -> Any:
+        """Load the model and its adapters, and settle the graph."""
+        from qeff_validate.models.adapted import load
+
+        loaded = load(self.source, self.options.named())
+        self._graph = _graph(loaded.interface(), loaded.adapters[BASE], self.options)
+        return loaded
+
+    def module(self) -> tuple[Any, Tensors]:
+        """Load the model, put a fresh adapter on it and wrap it."""
+        from qeff_validate.models.decoder import Decoder, decoder_examples
+
+        loaded = self._load()
+        module = Decoder(loaded.model, len(loaded.dims), loaded.live).eval()
+        return module, decoder_examples(self.graph, loaded.adapters[BASE])
+
+    def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
+        """Continue each prompt greedily with the original model, by itself, with each adapter as PEFT applies it.
+
+        Returns:
+            ``logits`` ``[n, vocab]`` from one forward pass over each whole text without our cache, in ``dtype``;
+            ``tokens`` int64 ``[n]``, those that float32 chose; ``steps`` int64, how many each text has.
+        """
+        from qeff_validate.models.lm_reference import continuations
+
+        return continuations(self.source, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+
+    def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:
+        """Run every prompt with every adapter, one after the other on the same session, and then the first two again.
+
+        The tokens of the reference are fed, so each row of ``logits`` has its context. ``again`` holds what the second
+        visits gave: state that was left from others must not be seen.
+        """
+        forced = _split(reference["tokens"], reference["steps"])
+        plan = self._plan(inputs)
+        first: dict[str, list[Array]] = {}
+        again: list[Array] = []
+        names = list(inputs.adapters)
+        for name in [*names, *names[:2]]:
+            at = names.index(name) * len(inputs.ids)
+            texts = forced[at : at + len(inputs.ids)]
+            found = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
+            if name in first:
+                again += found
+            else:
+                first[name] = found
+        logits = [array for name in names for array in first[name]]
+        return {"logits": np.concatenate(logits), "again": np.concatenate(again)}
+
+    def _plan(self, inputs: Prompts) -> Plan:
+        options = self.options
+        sizes = (options.batch_size, options.prefill_seq_len, options.padding_side)
+        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens)
+
+    def noise(self, exact: Tensors, reference: Tensors, inputs: Prompts) -> float:  # noqa: ARG002
+        """Return the worst relative L2 of the logits."""
+        return float(np.max(row_errors(exact["logits"], reference["logits"]).rel_l2))
+
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
+        """Compare logits, choices, adapters' effects and second visits."""
+        return judge_continuations(reference, actual, terms, adapters=list(inputs.adapters), inputs=inputs)
+
+
+def _split(values: Array, steps: Array) -> list[Array]:
+    return np.split(values, np.cumsum(steps)[:-1])
+
+
+def _graph(interface: Mapping[str, Any], adapter: Tensors, options: PeftCausalLMOptions) -> Graph:
+    tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
+    state = [
+        TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
+        for layer, pair in enumerate(interface["dims"])
+        for name, (heads, size) in zip(("key", "value"), pair, strict=True)
+    ]
+    weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
+    twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
+    sizes = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    lengths = dict.fromkeys((options.prefill_seq_len, 1))
+    return Graph(
+        inputs=(*tokens, *state, *weights),
+        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface["vocab"])), *twins),
+        buckets=tuple({"seq_len": length, **sizes} for length in lengths),
+    )
+
+
+def _fp16_notes(name: str, tensors: Tensors) -> Iterator[str]:
+    """Say what of an adapter does not survive half precision."""
+    over = [key for key, array in tensors.items() if (np.abs(array) > FP16_MOST).any()]
+    under = sum(int(((np.abs(array) < FP16_LEAST) & (array != 0)).sum()) for array in tensors.values())
+    if over:
+        yield f"adapter {name}: {len(over)} tensors have values beyond fp16 (65504), first {over[0]}"
+    if under:
+        yield f"adapter {name}: {under} values are so small that fp16 makes them zero"
