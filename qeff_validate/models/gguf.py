@@ -23,7 +23,7 @@ class Gguf:
 
     def body_key(self) -> Mapping[str, Any]:
         """Return the digest of the file; what is made of it depends on who reads it."""
-        return {"gguf": digest_file(self.path), **versions("transformers", "gguf")}
+        return {"file": digest_file(self.path), **versions("transformers", "gguf")}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return the same with the version of the tokenizers."""

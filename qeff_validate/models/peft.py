@@ -117,13 +117,10 @@ def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | 
         return model
     seed = _seed(given.get("seed", 0) if seed is None else seed)
     noise = _noise(given.get("init", "peft") if init is None else init)
-    if given.get("adapter") is not None:
-        if noise:
-            raise ConfigError("init: an adapter that is loaded has weights already: leave init out")
-        generate_peft_config(given)  # no other option may stand beside it
-        wanted, tensors = load_adapter_tensors(given["adapter"])
-    else:
-        wanted, tensors = generate_peft_config(config), None
+    wanted, folder = generate_peft_config(given), given.get("adapter")
+    if folder is not None and noise:
+        raise ConfigError("init: an adapter that is loaded has weights already: leave init out")
+    tensors = None if folder is None else read_adapter(folder)[1]
     _refuse_adapted(model)
     _check_names(model, wanted)
     wanted.base_model_name_or_path = None  # PEFT writes the model's own
@@ -135,7 +132,7 @@ def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | 
         _check_layers(adapted, wanted)
         _only_adapter_trains(adapted, base)
         if tensors is not None:
-            _load(adapted, tensors, given["adapter"])
+            _load(adapted, tensors, folder)
         if noise:
             _add_noise(adapted, noise)
         return adapted.train(model.training)

@@ -35,7 +35,7 @@ IDS = torch.tensor([[5, 9, 200, 44, 120, 12, 81, 3, 99, 10]])
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "adalora": {"init_r": 4, "target_r": 2, "total_step": 10},
-    "adamss": {"r": 4, "num_subspaces": 2},
+    "adamss": {"r": 4, "num_subspaces": 2, "layers_to_transform": [0]},  # it clusters weights, which takes time
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 16},
     "fourierft": {"n_frequency": 32},
