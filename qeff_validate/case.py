@@ -230,6 +230,10 @@ def _absolute(case: Case, folder: Path) -> Case:
     given = {name: place(path) for name, path in files.items() if path is not None}
     if given:
         update["artifacts"] = case.artifacts.model_copy(update=given)
+    adapters = case.options.get("adapters")
+    if isinstance(adapters, dict):
+        found = {name: place(made) if isinstance(made, str) else made for name, made in adapters.items()}
+        update["options"] = {**case.options, "adapters": found}
     return case.model_copy(update=update)
 
 

@@ -19,7 +19,6 @@ from qeff_validate.models.cache import state_shapes
 from qeff_validate.models.loading import foreign
 from qeff_validate.models.options import BASE
 from qeff_validate.models.peft import adapter_tensors, apply_peft, generate_peft_config, load_adapter_tensors
-from qeff_validate.models.sources import Source
 from qeff_validate.tensors import Array, Tensors
 
 OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
@@ -44,22 +43,25 @@ class Loaded:
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
 
+    def off(self) -> Any:
+        """Return the model with no adapter on it; this object's ``model`` is of no use afterwards."""
+        return self.model.unload() if self.live else self.model
+
     def interface(self) -> dict[str, Any]:
         """Return what the graph's interface is made from, as plain data."""
         return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
 
 
-def load(source: Source, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
-    """Load the model, make every adapter's tensors, and put a fresh adapter on it.
+def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
+    """Make every adapter's tensors, and put a fresh adapter on a model.
 
     Args:
-        source: of the model; a PeftModel in memory brings its own adapters.
+        model: a causal LM, changed in place; a PeftModel brings its own adapters.
         named: the case's adapters.
 
     Raises:
         ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
     """
-    model = source.causal_lm()
     if isinstance(model, PeftModel):
         if named:
             raise ConfigError("a PeftModel brings its own adapters: leave out options.adapters and peft_method")

@@ -79,6 +79,7 @@ class PeftCausalLM:
         self.case, self.options = case, options
         self._given = None if given is None else Given(given, tokenizer)
         self._graph: Graph | None = None
+        self._loaded: Any = None
 
     @cached_property
     def source(self) -> Source:
@@ -89,7 +90,7 @@ class PeftCausalLM:
     def graph(self) -> Graph:
         """The interface of the exported graph; the model is loaded for it if inputs have not been read before."""
         if self._graph is None:
-            self._load()
+            self._loaded = self._adapted().off()
         assert self._graph is not None
         return self._graph
 
@@ -127,7 +128,8 @@ class PeftCausalLM:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
         tokenize, pad = self.source.tokenizer()
-        loaded = self._load()
+        loaded = self._adapted()
+        self._loaded = loaded.off()
         given = self._texts()
         texts = [*(TEXTS if given is None else given)]
         ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
@@ -175,11 +177,16 @@ class PeftCausalLM:
         eos = frozenset(about["eos"])
         return Prompts(ids, tuple(about["texts"]), about["pad"], eos, adapters, tuple(about["notes"]))
 
-    def _load(self) -> Any:
-        """Load the model and its adapters, and settle the graph."""
-        from qeff_validate.models.adapted import load
+    def _taken(self) -> Any:
+        """Return the model without adapters. Loading takes long, so who has used it puts it back into `_loaded`."""
+        model, self._loaded = self._loaded or self.source.causal_lm(), None
+        return model
 
-        loaded = load(self.source, self.options.named())
+    def _adapted(self) -> Any:
+        """Put a fresh adapter on the model, and settle the graph."""
+        from qeff_validate.models.adapted import adapt
+
+        loaded = adapt(self._taken(), self.options.named())
         self._graph = _graph(loaded.interface(), loaded.adapters[BASE], self.options)
         return loaded
 
@@ -187,7 +194,7 @@ class PeftCausalLM:
         """Load the model, put a fresh adapter on it and wrap it."""
         from qeff_validate.models.decoder import Decoder, decoder_examples
 
-        loaded = self._load()
+        loaded = self._adapted()
         module = Decoder(loaded.model, len(loaded.dims), loaded.live).eval()
         return module, decoder_examples(self.graph, loaded.adapters[BASE])
 
@@ -200,7 +207,10 @@ class PeftCausalLM:
         """
         from qeff_validate.models.lm_reference import continuations
 
-        return continuations(self.source, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+        model = self._taken()
+        found = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+        self._loaded = model
+        return found
 
     def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:
         """Run every prompt with every adapter, one after the other on the same session, and then the first two again.

@@ -23,12 +23,11 @@ from qeff_validate.models.loading import foreign, quiet
 from qeff_validate.models.options import BASE
 from qeff_validate.models.peft import generate_peft_config
 from qeff_validate.models.reference import computing_in
-from qeff_validate.models.sources import Source
 from qeff_validate.tensors import Array, Tensors
 
 
 def continuations(
-    source: Source,
+    model: Any,
     named: Mapping[str, str | Mapping[str, Any]],
     inputs: Any,
     steps: int,
@@ -37,11 +36,11 @@ def continuations(
     """Continue every prompt with the base and with each adapter; see `PeftCausalLM.reference`."""
     logits: list[Array] = []
     tokens: list[Array] = []
-    for model in _models(source, named, inputs.adapters):
+    for adapted in _models(model, named, inputs.adapters):
         for prompt in inputs.ids:
             with foreign("run the Hugging Face model"), torch.inference_mode():
-                text = _greedy(model, prompt, steps, inputs.eos)
-                logits.append(_logits(model, text, prompt.size, dtype))
+                text = _greedy(adapted, prompt, steps, inputs.eos)
+                logits.append(_logits(adapted, text, prompt.size, dtype))
                 tokens.append(text[prompt.size :])
     return {
         "logits": np.concatenate(logits),
@@ -50,11 +49,8 @@ def continuations(
     }
 
 
-def _models(
-    source: Source, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]
-) -> Iterator[Any]:
-    """Yield the model as it is, then with each adapter."""
-    model = source.causal_lm()
+def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:
+    """Yield the model as it is, then with each adapter; afterwards it is as it was."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield model

@@ -17,7 +17,7 @@ from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
 
-LARGE = 512 << 20
+LARGE = 1 << 30
 """Bytes of float32 weights beyond which a body is widened layer by layer: slower, in half the memory."""
 
 
@@ -85,10 +85,10 @@ def computing_in(body: nn.Module, dtype: str, *, probe: Callable[[], object]) ->
                 yield
                 return
             held.close()
-            body.double()
+            nn.Module.double(body)  # transformers' own refuses models that came from a quantized file
             yield
     finally:
-        body.float()
+        nn.Module.float(body)
 
 
 def _widened_by_layer(body: nn.Module, held: ExitStack, probe: Callable[[], object]) -> bool:

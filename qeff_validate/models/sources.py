@@ -178,7 +178,9 @@ class Given:
         """Return the same, free to return keys and values."""
         import copy
 
-        return copy.deepcopy(self.model).float().eval()
+        import torch
+
+        return torch.nn.Module.float(copy.deepcopy(self.model)).eval()
 
     def pretrained_tokenizer(self) -> Any:
         """Return the caller's tokenizer."""
