@@ -15,7 +15,7 @@ import onnx
 
 from . import QAicApi_pb2 as aicapi
 from .errors import CompileError
-from .numerics import FLOAT, FLOAT16, cast, exact
+from .numerics import FLOAT, FLOAT16, cast, exact, moves
 from .static import rename
 
 Dims = tuple[int, ...]
@@ -113,11 +113,35 @@ def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
             # What nodes in float32 read.
             renamed[exact(port.name)] = port.name if rounds else inner
     rename(graph, renamed)
+    if fp16:
+        leave = _scatter_halves(graph, entry, leave)
     nodes = [*entry, *graph.node, *leave]
     del graph.node[:]
     graph.node.extend(nodes)
     for info in (*graph.input, *graph.output):
         info.type.tensor_type.elem_type = border[info.name]
+
+
+def _scatter_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
+    """Lets a cache that is fp16 on both sides be written as such, and returns the casts that are left.
+
+    Without this, each step would cast the whole cache twice for the sake of a few new slots.
+    """
+    arriving = {node.output[0]: node.input[0] for node in entry if node.attribute[0].i == FLOAT}
+    leaving = {node.input[0]: node for node in leave if node.attribute[0].i == FLOAT16}
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        scatters = node.op_type in ("ScatterElements", "ScatterND") and moves(node)
+        if not scatters or node.input[0] not in arriving or node.output[0] not in leaving:
+            graph.node.append(node)
+            continue
+        wide, target = node.output[0], leaving.pop(node.output[0]).output[0]
+        updates = f"{target}/sim.updates"
+        graph.node.append(cast(node.input[2], updates, FLOAT16))
+        node.input[0], node.input[2], node.output[0] = arriving[node.input[0]], updates, target
+        graph.node.extend([node, cast(target, wide, FLOAT)])
+    return [node for node in leave if node.input[0] in leaving or node.attribute[0].i != FLOAT16]
 
 
 def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:

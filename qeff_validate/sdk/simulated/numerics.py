@@ -115,13 +115,14 @@ def _round(graph: Any, types: Mapping[str, int], plan: Plan, readable: AbstractS
             _round(subgraph, value_types(subgraph, types), plan, readable)
         if node.op_type in ("Constant", "ConstantOfShape"):
             graph.node.extend(_constants(node, readable))
-        elif not wide and _moves(node):
+        elif not wide and moves(node):
             graph.node.append(node)
         else:
             graph.node.extend(_rounded(node, types))
 
 
-def _moves(node: Any) -> bool:
+def moves(node: Any) -> bool:
+    """Tells whether all that a node hands on is rounded already if its inputs are."""
     if node.domain not in STANDARD:
         return False
     if node.op_type in ("ScatterElements", "ScatterND"):
@@ -150,7 +151,7 @@ def compute_halves_in_float(graph: Any, types: Mapping[str, int]) -> None:
         for subgraph in subgraphs(node):
             compute_halves_in_float(subgraph, value_types(subgraph, types))
         halves = [name for name in node.output if types.get(name) == FLOAT16]
-        if not halves or _moves(node) or node.domain not in STANDARD or node.op_type in _TYPED:
+        if not halves or moves(node) or node.domain not in STANDARD or node.op_type in _TYPED:
             graph.node.append(node)
             continue
         renamed = {name: f"{name}/sim.float.{halves[0]}" for name in node.input if types.get(name) == FLOAT16}

@@ -313,6 +313,40 @@ def test_custom_io_of_a_cache(make_model, compile_onnx, client):
     assert np.array_equal(got["past_value.0_RetainedState"], np.float16(3) - state)
 
 
+@pytest.mark.parametrize("operator", ["ScatterND", "ScatterElements"])
+@pytest.mark.parametrize("flags", [("-convert-to-fp16",), ()], ids=["fp16", "fp32"])
+def test_a_cache_in_fp16_is_written_as_such(flags, operator, make_model, compile_onnx, client):
+    """In fp16 mode new slots go into the cache that the client sees; the sum must read them from there as well."""
+    elements = operator == "ScatterElements"
+    nodes = [
+        node("Mul", ["new", "k"], ["updates"]),
+        node(operator, ["past", "slots", "updates"], ["past_RetainedState"], **({"axis": 0} if elements else {})),
+        node("ReduceSum", ["past_RetainedState"], ["y"], keepdims=0),
+        node("ReduceSum", ["past"], ["before"], keepdims=0),
+    ]
+    shape = [2, 4]
+    inputs = {"new": (F, shape), "past": (F, [8, 4]), "slots": (I64, shape if elements else [2, 1])}
+    outputs = {"past_RetainedState": (F, [8, 4]), "y": (F, []), "before": (F, [])}
+    m = make_model(nodes, inputs, outputs, {"k": np.float32(1 / 3)})
+    text = "- {IOName: past, Precision: float16}\n- {IOName: past_RetainedState, Precision: float16}\n"
+    compiled = compile_onnx(m, *flags, custom_io=text)
+    rng = np.random.default_rng(0)
+    past, new = rng.normal(size=(8, 4)).astype(np.float16), rng.normal(size=shape).astype(np.float32)
+    slots = np.array([[5], [2**31 - 1]])
+    c = client(compiled.directory)
+    got = c.run(new=new, past=past, slots=np.broadcast_to(slots, shape).copy() if elements else slots)
+    want = past.copy()
+    row = new[0].astype(np.float16).astype(np.float32) * np.float32(np.float16(1 / 3)) if flags else new[0] / 3
+    want[5] = row.astype(np.float16)
+    assert np.array_equal(got["past_RetainedState"], want)
+    assert np.allclose(got["y"], want.sum(dtype=np.float64), atol=2e-3)
+    assert np.allclose(got["before"], past.sum(dtype=np.float64), atol=2e-3)
+    graph = onnx.load_from_string(qpc.read(compiled.directory).network).graph
+    (scatter,) = [entry for entry in graph.node if entry.op_type == "ScatterND"]
+    straight = scatter.input[0] == "past" and scatter.output[0] == "past_RetainedState"
+    assert straight == bool(flags)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
