@@ -9,6 +9,11 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores: threads of two torch processes that wait for each other cost many times their work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("QAIC_SIM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -78,7 +78,7 @@ class Retained(Generic[V]):
         for dim in spec.shape:
             if isinstance(dim, str) and dim not in symbols:
                 agreeing = [b for b in self._buckets if all(b.get(k, v) == v for k, v in symbols.items())]
-                sizes = {bucket[dim] for bucket in agreeing if dim in bucket}
+                sizes = {bucket[dim] for bucket in agreeing or self._buckets if dim in bucket}
                 if len(sizes) != 1:
                     told = f"the buckets allow {sorted(sizes)}" if sizes else "nothing tells its size"
                     raise RunError(
