@@ -20,7 +20,6 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case
-from qeff_validate.compare import Rows, bounds_for, compare
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
@@ -141,18 +140,13 @@ class Pipeline:
         return self._guarded(adapter, lambda base: self._related(adapter, name, {**base, "reference": "itself"}))
 
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
-        from qeff_validate.models.metamorphic import RELATIONS, with_tokens
-
+        inputs, artifact = self.inputs(), self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        terms = Terms(base["precision"], None, self.case.tolerance.get(adapter.name, {}), self.case.seed)
         try:
-            rows = with_tokens(self.inputs())
-            artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
             with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
-                expected, actual, labels = RELATIONS[name](self.model(), session, rows)
+                verdict = self.model().relate(name, session, inputs, terms)
         except IncomparableError as exc:
             return Result(**base, status="not_run", reason=str(exc), stage=name)
-        with self._stage(name, adapter.name):
-            bounds = bounds_for(base["precision"], floor=None, override=self.case.tolerance.get(adapter.name, {}))
-            verdict = compare(expected, actual, bounds, rows=Rows(labels), seed=self.case.seed)
         return Result(
             **base,
             status=verdict.status,
@@ -162,6 +156,14 @@ class Pipeline:
             planned=verdict.planned,
             compared=verdict.compared,
         )
+
+    @contextmanager
+    def session(self, adapter: Runtime) -> Iterator[Session]:
+        """Open what a runtime runs for the case."""
+        self.inputs()
+        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        with self._opened(adapter, artifact) as session:
+            yield session
 
     @contextmanager
     def _opened(self, adapter: Runtime, artifact: Artifact) -> Iterator[Session]:

@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from qeff_validate.case import Case
     from qeff_validate.engine import Runner
+    from qeff_validate.protocols import Session
     from qeff_validate.report import Result
 
 pytest.register_assert_rewrite("qeff_validate.suites")
@@ -164,6 +165,29 @@ def qv_relation(
     case, name = qv_target
     adapter = qv_runner.adapter(name)
     return lambda relation: _usable(request, qv_runner.pipeline(case).relation(adapter, relation))
+
+
+@pytest.fixture
+def qv_session(
+    request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]
+) -> Generator[Session, None, None]:
+    """What a runtime opens for a case; skips with the reason if the runtime is not usable here."""
+    case, name = qv_target
+    adapter = qv_runner.adapter(name)
+    missing = adapter.probe()
+    if missing:
+        if name in _listed(request.config, "require"):
+            pytest.fail(f"{name} is required and did not run: {missing}", pytrace=False)
+        pytest.skip(missing)
+    with qv_runner.pipeline(case).session(adapter) as session:
+        yield session
+
+
+@pytest.fixture
+def qv_adapters(qv_runner: Runner, qv_target: tuple[Case, str]) -> frozenset[str]:
+    """The names of the tensors that the adapters of a case have."""
+    adapters = qv_runner.pipeline(qv_target[0]).inputs().adapters
+    return frozenset(name for tensors in adapters.values() for name in tensors)
 
 
 def _usable(request: pytest.FixtureRequest, result: Result) -> Result:

@@ -161,6 +161,13 @@ class Model(Protocol):
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
         """Compare what a runtime gave with the reference."""
 
+    def relate(self, name: str, session: Session, inputs: Any, terms: Terms) -> Verdict:
+        """Compare two ways of running the same inputs on one session; no reference is needed.
+
+        Raises:
+            IncomparableError: the relation does not apply here; the text says why.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:

@@ -247,6 +247,12 @@ class PeftCausalLM:
         """Compare logits, choices, adapters' effects and second visits."""
         return judge_continuations(reference, actual, terms, adapters=list(inputs.adapters), inputs=inputs)
 
+    def relate(self, name: str, session: Session, inputs: Prompts, terms: Terms) -> Verdict:
+        """Judge one of `lm_relations.RELATIONS`."""
+        from qeff_validate.models.lm_relations import relate
+
+        return relate(name, session, inputs, self._plan(inputs), terms)
+
 
 def _split(values: Array, steps: Array) -> list[Array]:
     return np.split(values, np.cumsum(steps)[:-1])

@@ -187,6 +187,14 @@ class PooledEmbedding:
         rows = Rows(inputs.labels, inputs.tokenless)
         return compare(reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed)
 
+    def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
+        """Judge one of `metamorphic.RELATIONS` on the rows that hold a token."""
+        from qeff_validate.models.metamorphic import RELATIONS, with_tokens
+
+        expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
+        bounds = bounds_for(terms.precision, floor=None, override=terms.override)
+        return compare(expected, actual, bounds, rows=Rows(labels), seed=terms.seed)
+
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.
 

@@ -45,6 +45,7 @@ def generate(
     *,
     state: Tensors | None = None,
     forced: Sequence[Array] | None = None,
+    chunk: int | None = None,
 ) -> list[Array]:
     """Continue prompts, greedily or along given tokens.
 
@@ -54,6 +55,7 @@ def generate(
         plan: sizes and stop rule.
         state: other retained inputs to set before the first token (the adapter's tensors); kept by the session.
         forced: the tokens of each row's continuation, fed instead of the session's own choice (teacher forcing).
+        chunk: tokens of a prompt in one run; None: as many as the session allows.
 
     Returns:
         For each row float32 ``[steps, vocab]``: the logits from which each token of its continuation is chosen. A row
@@ -65,7 +67,8 @@ def generate(
     made: list[Array] = []
     dtypes = {spec.name: spec.dtype for spec in session.inputs}
     given = {name: array.astype(dtypes[name]) for name, array in (state or {}).items()}
-    batch, chunk = _sizes(session, plan)
+    batch, greatest = _sizes(session, plan)
+    chunk = chunk or greatest
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
         texts = None if forced is None else forced[start : start + batch]

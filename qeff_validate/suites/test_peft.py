@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal language models with adapters: every case of the config on every runtime, against Hugging Face and PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qeff_validate.protocols import Session
+from qeff_validate.report import Result
+
+RELATIONS = ("other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone")
+
+
+@pytest.mark.peft
+def test_auto_peft_model_for_causal_lm_export(qv_session: Session, qv_adapters: frozenset[str]) -> None:
+    """Every adapter tensor is an input of what the runtime opens, with a retained twin: none is folded or merged."""
+    inputs, outputs = {spec.name for spec in qv_session.inputs}, {spec.name for spec in qv_session.outputs}
+    assert {"input_ids", "position_ids", "past_key.0", "past_value.0"} <= inputs
+    assert "logits" in outputs
+    assert qv_adapters <= inputs, f"no inputs: {sorted(qv_adapters - inputs)}"
+    lost = {name for name in inputs - {"input_ids", "position_ids"} if f"{name}_RetainedState" not in outputs}
+    assert not lost, f"not retained: {sorted(lost)}"
+
+
+@pytest.mark.peft
+def test_peft_model_pytorch_vs_onnx_vs_ai100(qv_result: Result) -> None:
+    """Logits and choices agree with PEFT for the base and each adapter, and adapters can be swapped back."""
+    assert qv_result.status == "pass", f"{qv_result.status}: {qv_result.reason}"
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_causal_lm_relation(relation: str, qv_relation: Callable[[str], Result]) -> None:
+    """The same continuations, run in another way, have the same logits within the bounds of the runtime's precision."""
+    result = qv_relation(relation)
+    assert result.status == "pass", f"{relation}: {result.status}: {result.reason}"
