@@ -76,24 +76,27 @@ class Calls:
             when: such as `` in run 3``.
             facts: if it fails, say what the QPC needs and what the cards have free.
         """
-        self._expect(what, self._called(what, method, args, when), when, facts)
+        status, problem = self._called(method, args)
+        del method, args  # a traceback that holds an ExecObj keeps its card from being released
+        self._expect(what, status, problem, when, facts=facts)
 
     def value(self, what: str, method: Callable[..., Any], *args: Any, when: str = "") -> Any:
         """Call a method that returns a status and a value, and return the value."""
-        result = self._called(what, method, args, when)
-        self._expect(what, result[0], when, facts=False)
+        result, problem = self._called(method, args)
+        del method, args
+        self._expect(what, problem or result[0], problem, when)
         return result[1]
 
-    def _called(self, what: str, method: Callable[..., Any], args: Sequence[Any], when: str) -> Any:
+    def _called(self, method: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, str]:
+        """Return what a call returns, or the text of what it raises instead of a status."""
         try:
-            return method(*args)
+            return method(*args), ""
         except Exception as exc:
-            problem = f"{what} failed{when} for {self}: {exc}{_advice(what)}"
-        # outside of the except clause and without the method: a traceback that holds an ExecObj keeps its card busy
-        del method, args
-        raise RunError(problem)
+            return None, str(exc) or type(exc).__name__
 
-    def _expect(self, what: str, status: Any, when: str, facts: bool) -> None:
+    def _expect(self, what: str, status: Any, problem: str, when: str, *, facts: bool = False) -> None:
+        if problem:
+            raise RunError(f"{what} failed{when} for {self}: {problem}{_advice(what)}")
         if status == self.rt.QStatus.QS_SUCCESS:
             return
         name = getattr(status, "name", str(status))
