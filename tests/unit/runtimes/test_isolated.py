@@ -242,11 +242,12 @@ def test_run_that_hangs_is_ended(counting: Artifact, tmp_path: Path) -> None:
     double = Double(tmp_path, run_timeout_s=0.3)
     with pytest.raises(RunError) as caught, double.runtime.open(counting) as session:  # noqa: PT012 (killed between)
         double.does("hang")
-        pid = process(session).pid
-        session.run(FEEDS)
+        try:
+            session.run(FEEDS)
+        finally:
+            assert process(session).returncode == -signal.SIGKILL, "and not later, when the session is left"
     assert f"ai100 did not answer for 0.3 s in run 1 of {counting.path}, so its process was killed" in str(caught.value)
     assert str(caught.value).endswith("  | still waiting")
-    assert not alive(pid)
     double.stops("hang")
     with double.runtime.open(counting) as session:
         pass
