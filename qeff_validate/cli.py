@@ -63,6 +63,9 @@ def run(
     runtimes: Annotated[str | None, typer.Option(help="instead of the cases' own, e.g. torch,ort,sim,ai100")] = None,
     require: Annotated[str, typer.Option(help="runtimes that must run; 'not run' is then an error")] = "",
     device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
+    run_timeout: Annotated[
+        float, typer.Option(min=0.001, help="seconds after which a run without an answer is ended (ai100, sim)")
+    ] = 600,
     sdk: Sdk = None,
     report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
     record: Annotated[
@@ -92,7 +95,8 @@ def run(
     names = _split(runtimes) if runtimes is not None else None
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
-    settings = Settings(sdk=sdk, device_ids=tuple(_number(text) for text in _split(device_ids)))
+    ids = tuple(_number(text) for text in _split(device_ids))
+    settings = Settings(sdk=sdk, device_ids=ids, run_timeout_s=run_timeout)
     required = _known_runtimes(_split(require))
     if report.exists() and not report.is_dir():
         raise ConfigError(f"--report: {report} is a file; name a directory")

@@ -24,6 +24,7 @@ from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
 from qeff_validate.report import Report, Result
+from qeff_validate.runtimes.isolated import Isolated
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
 
@@ -191,9 +192,10 @@ class Runner:
         self._pipeline: Pipeline | None = None
 
     def adapter(self, name: str) -> Runtime:
-        """Return the runtime adapter of this name, made once."""
+        """Return the runtime adapter of this name, made once; one with native bindings opens in a child process."""
         if name not in self._adapters:
-            self._adapters[name] = runtime(name, self.settings)
+            made = runtime(name, self.settings)
+            self._adapters[name] = Isolated(made, name, self.settings) if made.kind == "qpc" else made
         return self._adapters[name]
 
     def result(self, case: Case, name: str) -> Result:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,7 @@ OPTIONS = {
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
+    "run-timeout": "seconds after which a run without an answer is ended (ai100, sim)",
 }
 
 _CASES: pytest.StashKey[Any] = pytest.StashKey()
@@ -147,6 +149,12 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
     if not all(text.isdecimal() for text in ids):
         raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
     settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
+    limit = option(config, "run-timeout")
+    if limit is not None:
+        try:
+            settings = replace(settings, run_timeout_s=float(limit))
+        except ValueError as exc:
+            raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}") from exc
     return Runner(store=_place(config, "store"), settings=settings)
 
 

@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +15,7 @@ from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
 from qeff_validate.models.loading import first_line
 from qeff_validate.sdk.locate import Sdk
+from qeff_validate.sdk.processes import die_with_parent, kill
 from qeff_validate.tensors import RETAINED
 
 OWN_FLAGS = frozenset({
@@ -216,7 +212,7 @@ def run_child(
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent if _LIBC is not None else None,  # noqa: PLW1509 (one system call, no lock)
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (one system call, no lock)
         )
     except OSError as exc:
         raise BuildError(f"cannot start the compiler {command[0]}: {exc.strerror}") from exc
@@ -226,13 +222,13 @@ def run_child(
     try:
         code = child.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired as exc:
-        _kill(child)
+        kill(child)
         raise BuildError(
             f"the compiler did not finish within {timeout_s:g} s and was killed; raise compile.timeout_s if it"
             f" needs longer\n{_shown(command, lines)}"
         ) from exc
     except BaseException:
-        _kill(child)
+        kill(child)
         raise
     finally:
         reader.join(timeout=5)
@@ -246,19 +242,3 @@ def _read(child: subprocess.Popen[str], lines: list[str], say: Callable[[str], N
             lines.append(line.rstrip("\n"))
             if say is not None:
                 say(lines[-1])
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill the child when its parent dies, however it dies (prctl(2))."""
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

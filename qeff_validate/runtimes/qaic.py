@@ -8,11 +8,8 @@ shapes before the call, and whether an output was written at all (buffers start 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.protocols import Session, Settings
+from qeff_validate.runtimes.card import Calls, check_count, devices, held
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 from qeff_validate.tensors import (
     Array,
@@ -50,15 +48,6 @@ DTYPES = {
 
 _SKIPPED: Array = np.empty(0, dtype=np.uint8)
 """No bytes, dims [0]: how a binding is skipped (qaic-contract §4.4)."""
-
-# what a failed step usually means and what to do (qaic-contract §8)
-ADVICE = {
-    "activate": "the card has too few free cores or too little memory for this QPC: see 'Nsp Free' and 'Dram Free' in"
-    " qaic-util -q, stop other programs, or compile with fewer num_cores",
-    "load": "the card must be Ready (qaic-util -q) and of the hardware version that the QPC was compiled for",
-    "waitForCompletion": "dims that match no specialization, a time-out or a lost card end up here: the runtime's own"
-    " log says which; qaic-util -q shows the card's state",
-}
 
 
 class QaicRuntime:
@@ -97,40 +86,51 @@ class QaicRuntime:
         rt, aicapi = self.sdk.bindings()
         if getattr(rt, "SIMULATED", False) != self.sdk.built_in:
             raise Unavailable(f"{rt.__file__} says that it is simulated, and {self.name} means a real card: use sim")
-        device = self._device()
-        call = _Calls(rt)
-        with ExitStack() as held:
+        qids = self._cards(artifact)
+        with ExitStack() as locks:
             if not self.sdk.built_in:
-                held.enter_context(_card_lock(device))
-            with self._active(rt, aicapi, call, device, artifact) as session:
+                locks.enter_context(held(qids))
+            with self._active(rt, aicapi, qids, artifact) as session:
                 yield session
 
     @contextmanager
-    def _active(self, rt: Any, aicapi: Any, call: _Calls, device: int, artifact: Artifact) -> Iterator[Session]:
-        context = call.make("Context", lambda: rt.Context(rt.QIDList([device])))
-        queue = call.make("Queue", lambda: rt.Queue(context, device))
+    def _active(self, rt: Any, aicapi: Any, qids: tuple[int, ...], artifact: Artifact) -> Iterator[Session]:
+        call = Calls(rt, artifact, qids)
+        context = call.make("Context", lambda: rt.Context(rt.QIDList(list(qids))))
+        queue = call.make("Queue", lambda: rt.Queue(context, qids[0]))
         qpc = call.make("Qpc", lambda: rt.Qpc(str(artifact.path)))
-        description = aicapi.IoDesc.FromString(bytes(call.value("getIoDescriptor", qpc.getIoDescriptor())))
+        data = bytes(call.value("getIoDescriptor", qpc.getIoDescriptor))
+        description = call.make("Qpc", lambda: aicapi.IoDesc.FromString(data))
         session = QaicSession(rt, call, queue, description)  # may refuse, so before the card is taken
-        program = call.make("Program", lambda: rt.Program(context, device, qpc, _properties(rt)))
+        properties = _properties(rt, qids)
+        one = qids[0] if len(qids) == 1 else None
+        program = call.make("Program", lambda: rt.Program(context, one, qpc, properties))
+        undo: list[tuple[str, Any]] = []
         try:
-            call.ok("load", program.load())
-            call.ok("activate", program.activate())
+            call.ok("load", program.load, facts=True)
+            undo.append(("unload", program.unload))
+            call.ok("activate", program.activate, facts=True)
+            undo.append(("deactivate", program.deactivate))
             session.start(call.make("ExecObj", lambda: rt.ExecObj(context, program)))
             yield session
-        finally:
-            session.close()  # the ExecObj must be gone before deactivate (§2.5)
-            released = program.deactivate()
-            program.unload()
-        call.ok("deactivate", released)
+        except BaseException:
+            _released(call, session, undo)  # what comes out of it is less than what went wrong first
+            raise
+        problem = _released(call, session, undo)
+        if problem is not None:
+            raise problem
 
-    def _device(self) -> int:
+    def _cards(self, artifact: Artifact) -> tuple[int, ...]:
+        """Return the cards to use: those that are named, else as many as needed of those with most free cores."""
         if self.settings.device_ids:
-            return self.settings.device_ids[0]
-        ready = [card for card in self.sdk.cards() if card.ready]
-        if not ready:
-            raise Unavailable(self.sdk.why_not() or "no card is Ready: see qaic-util -q")
-        return max(ready, key=lambda card: card.free_cores).qid
+            check_count(artifact, self.settings.device_ids)
+            return self.settings.device_ids
+        wanted, ready = devices(artifact) or 1, self.sdk.ready()
+        if len(ready) < wanted:
+            raise Unavailable(
+                f"{artifact.path} is compiled for {wanted} cards, and {len(ready)} are Ready: qaic-util -q"
+            )
+        return tuple(card.qid for card in ready[:wanted])
 
 
 def ai100(settings: Settings) -> QaicRuntime:
@@ -143,55 +143,40 @@ def sim(settings: Settings) -> QaicRuntime:
     return QaicRuntime("sim", simulated(), settings)
 
 
-@contextmanager
-def _card_lock(device: int) -> Iterator[None]:
-    """Hold a card for this process alone; others wait. The lock dies with its holder."""
-    from filelock import FileLock
-
-    with FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{device}.lock", mode=0o666):
-        yield
-
-
-def _properties(rt: Any) -> Any:
+def _properties(rt: Any, qids: Sequence[int]) -> Any:
     properties = rt.QAicProgramProperties()
     # attributes come and go between SDK versions, and setting an unknown one raises (§2.4)
     if hasattr(properties, "dataPathTimeoutMs"):
         properties.dataPathTimeoutMs = TIMEOUT_MS
+    if len(qids) > 1:
+        if not hasattr(properties, "devMapping"):
+            raise RunError(
+                "QAicProgramProperties of this SDK has no attribute devMapping, so it runs no QPC on several cards:"
+                " name one card, or install another Platform SDK"
+            )
+        properties.devMapping = ":".join(map(str, qids))
     return properties
 
 
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """Translates constructors that raise and methods that return a status."""
-
-    rt: Any
-
-    def make(self, what: str, build: Any) -> Any:
+def _released(call: Calls, session: QaicSession, undo: Sequence[tuple[str, Any]]) -> RunError | None:
+    """Undo every step, last first, and return the first error."""
+    session.close()  # the ExecObj must be gone before deactivate (§2.5)
+    problems = []
+    for what, method in reversed(undo):
         try:
-            return build()
-        except Exception as exc:  # which type the extension raises is not documented (§11, question 1)
-            raise RunError(f"qaicrt.{what} failed: {exc}{_advice(what)}") from exc
-
-    def ok(self, what: str, status: Any) -> None:
-        if status != self.rt.QStatus.QS_SUCCESS:
-            raise RunError(f"{what} failed with {getattr(status, 'name', status)}{_advice(what)}")
-
-    def value(self, what: str, result: Any) -> Any:
-        status, value = result
-        self.ok(what, status)
-        return value
-
-
-def _advice(what: str) -> str:
-    return f"; {ADVICE[what]}" if what in ADVICE else ""
+            call.ok(what, method)
+        except RunError as exc:
+            problems.append(exc)
+    return problems[0] if problems else None
 
 
 class QaicSession:
     """An active program with one execution object, from `start` to `close`."""
 
-    def __init__(self, rt: Any, call: _Calls, queue: Any, description: Any) -> None:
+    def __init__(self, rt: Any, call: Calls, queue: Any, description: Any) -> None:
         self._rt, self._call, self._queue = rt, call, queue
         self._execobj: Any = None
+        self._runs = 0
         self.simulated = bool(getattr(rt, "SIMULATED", False))
         self._bindings = sorted(description.selected_set.bindings, key=lambda binding: binding.index)
         names = [binding.name for binding in self._bindings]
@@ -227,17 +212,18 @@ class QaicSession:
         # what is left out is skipped: the card reads its own copy, and keeps what it does not hand out (§4.4)
         arrays.update({name: _SKIPPED for name in self._twins if name not in feeds})
         arrays.update({name: _SKIPPED for name in self._twins.values() if name not in wanted})
-        arrays.update({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+        arrays.update({name: np.ascontiguousarray(a, a.dtype.newbyteorder("=")) for name, a in feeds.items()})
         order = [binding.name for binding in self._bindings]
         buffers = [self._rt.QBuffer(arrays[name].tobytes()) for name in order]
         dims = self._rt.BufferDimensionsVecRef(
             [(arrays[name].itemsize, list(arrays[name].shape) or [1]) for name in order]
         )
-        call = self._call
-        call.ok("setData", self._execobj.setData(buffers, dims))
-        call.ok("enqueue", self._queue.enqueue(self._execobj))
-        call.ok("waitForCompletion", self._execobj.waitForCompletion())
-        data = call.value("getData", self._execobj.getData())
+        self._runs += 1
+        call, when = self._call, f" in run {self._runs}"
+        call.ok("setData", self._execobj.setData, buffers, dims, when=when)
+        call.ok("enqueue", self._queue.enqueue, self._execobj, when=when)
+        call.ok("waitForCompletion", self._execobj.waitForCompletion, when=when)
+        data = call.value("getData", self._execobj.getData, when=when)
         if len(data) != len(order):
             raise RunError(f"getData returned {len(data)} buffers for {len(order)} bindings")
         self._reset = False

@@ -26,6 +26,7 @@ from qeff_validate.errors import Unavailable
 
 DEFAULT_PREFIX = "/opt/qti-aic"
 SIMULATED = Path(__file__).resolve().parent / "simulated"
+_PACKAGE = "qeff_validate.sdk.simulated"
 QUERY_SECONDS = 10
 
 
@@ -81,7 +82,7 @@ class Sdk:
             Unavailable: neither is installed.
         """
         if self.built_in:
-            return [sys.executable, "-m", "qeff_validate.sdk.simulated.compiler"], False
+            return [sys.executable, "-m", f"{_PACKAGE}.compiler"], False
         for name in ("qaic-compile", "qaic-exec"):
             path = self.prefix / "exec" / name
             if os.access(path, os.X_OK) and path.is_file():
@@ -91,18 +92,54 @@ class Sdk:
             " install the Apps SDK (x86-64 only), or point --sdk or QEFF_VALIDATE_SDK at another prefix"
         )
 
-    def cards(self) -> list[Card]:
-        """Return the cards that ``qaic-util -q`` lists; none if the tool is missing, fails or hangs."""
-        command = [str(self.prefix / "tools" / "qaic-util")]
+    def query(self) -> list[Card]:
+        """Return the cards that ``qaic-util -q`` lists.
+
+        Raises:
+            Unavailable: it lists none, or it is missing, fails or hangs.
+        """
+        tool = f"{self.prefix}/tools/qaic-util"
+        command = [tool]
         if self.built_in:
-            command = [sys.executable, "-m", "qeff_validate.sdk.simulated.tools", "qaic-util"]
+            tool, command = "the simulated qaic-util", [sys.executable, "-m", f"{_PACKAGE}.tools", "qaic-util"]
         try:
             done = subprocess.run(
                 [*command, "-q"], capture_output=True, text=True, timeout=QUERY_SECONDS, check=False, errors="replace"
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired as exc:
+            raise Unavailable(f"{tool} -q did not answer within {QUERY_SECONDS} s: is the driver stuck?") from exc
+        except OSError as exc:
+            raise Unavailable(f"{tool} cannot be started ({exc.strerror}): install the Platform SDK") from exc
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip() or "it printed nothing"
+            raise Unavailable(f"{tool} -q failed with exit code {done.returncode}: {said[-500:]}")
+        cards = parse_cards(done.stdout)
+        if not cards:
+            raise Unavailable(f"{tool} lists no card: is one fitted, and is the driver loaded?")
+        return cards
+
+    def ready(self) -> list[Card]:
+        """Return the cards that are Ready, the one with the most free cores first.
+
+        Raises:
+            Unavailable: there is none; the text says which there are.
+        """
+        cards = self.query()
+        ready = sorted((card for card in cards if card.ready), key=lambda card: -card.free_cores)
+        if not ready:
+            states = ", ".join(f"QID {card.qid} {card.values.get('Status')}" for card in cards)
+            raise Unavailable(
+                f"no card is Ready ({states}): wait for one that is Initializing; for one in Error, join the group"
+                " qaic, or reset it with qaic-util -s"
+            )
+        return ready
+
+    def cards(self) -> list[Card]:
+        """Return the cards that ``qaic-util -q`` lists; none if it cannot tell. `query` says why."""
+        try:
+            return self.query()
+        except Unavailable:
             return []
-        return parse_cards(done.stdout) if done.returncode == 0 else []
 
     def why_not(self) -> str | None:
         """Return None if programs can be run, else what is missing and what to do. Imports nothing."""
@@ -117,12 +154,10 @@ class Sdk:
             return f"the SDK at {self.prefix} is simulated, and ai100 means a real card: ask for the runtime sim"
         if not self._library().is_dir():
             return f"no qaicrt at {self._library()}: install the Platform SDK for {platform.machine()}"
-        cards = self.cards()
-        if not cards:
-            return f"{self.prefix}/tools/qaic-util lists no card: is one fitted, and is the driver loaded?"
-        if not any(card.ready for card in cards):
-            states = ", ".join(f"QID {card.qid} {card.values.get('Status')}" for card in cards)
-            return f"no card is Ready ({states}): join the group qaic, or reset with qaic-util -s"
+        try:
+            self.ready()
+        except Unavailable as exc:
+            return str(exc)
         return None
 
     def bindings(self) -> tuple[Any, Any]:
@@ -132,15 +167,14 @@ class Sdk:
             Unavailable: one of them cannot be imported, or this process has another SDK's loaded already.
         """
         if self.built_in:
-            name = "qeff_validate.sdk.simulated"
-            return importlib.import_module(f"{name}.qaicrt"), importlib.import_module(f"{name}.QAicApi_pb2")
+            return importlib.import_module(f"{_PACKAGE}.qaicrt"), importlib.import_module(f"{_PACKAGE}.QAicApi_pb2")
         found = []
         # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (DESIGN §5)
         for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):
             with _on_path(folder):
                 try:
                     found.append(importlib.import_module(module))
-                except ImportError as exc:
+                except (ImportError, OSError) as exc:  # OSError: a library that it needs is missing
                     raise Unavailable(
                         f"cannot import {module} from {folder} with Python {platform.python_version()}: {exc};"
                         " the SDK's extension is built for one Python version, and libQAic.so must be found"

@@ -21,9 +21,12 @@ from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.models import oracle
 from qeff_validate.models.options import POOLINGS
 from qeff_validate.pipeline import Pipeline, Silent
-from qeff_validate.protocols import Session, registered, runtime
+from qeff_validate.protocols import Runtime, Session, Settings, registered, runtime
+from qeff_validate.runtimes.isolated import Isolated
 
 RUNTIMES = sorted(registered("runtimes"))
+ISOLATED = [f"isolated-{name}" for name in RUNTIMES if runtime(name).kind == "qpc"]
+"""What the engine does with native bindings: the same runtimes in a process of their own."""
 KINDS = sorted(registered("models"))
 SMALL: dict[str, dict[str, Any]] = {
     "embedding": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
@@ -49,8 +52,14 @@ def pipeline(kind: str, **options: Any) -> Pipeline:
     return Pipeline(case, check(case), Store(), Silent())
 
 
+def adapter_of(name: str) -> Runtime:
+    entry = name.removeprefix("isolated-")
+    adapter = runtime(entry)
+    return Isolated(adapter, entry, Settings()) if name in ISOLATED else adapter
+
+
 def opened(name: str, made: Pipeline) -> Any:
-    adapter = runtime(name)
+    adapter = adapter_of(name)
     missing = adapter.probe()
     if missing:
         pytest.skip(missing)
@@ -61,7 +70,7 @@ def test_every_model_kind_has_a_small_case_here() -> None:
     assert sorted(SMALL) == KINDS
 
 
-@pytest.fixture(params=[(name, kind) for name in RUNTIMES for kind in KINDS], ids="-".join)
+@pytest.fixture(params=[(name, kind) for name in RUNTIMES + ISOLATED for kind in KINDS], ids="-".join)
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     name, kind = request.param
     with opened(name, pipeline(kind)) as made:
@@ -265,9 +274,9 @@ def test_every_pooling_has_an_oracle() -> None:
     assert sorted(oracle.POOLINGS) == sorted(POOLINGS) == sorted(pooling.POOLINGS)
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", RUNTIMES + ISOLATED)
 def test_a_broken_artifact_is_an_error_that_names_it(name: str, tmp_path: Any) -> None:
-    adapter = runtime(name)
+    adapter = adapter_of(name)
     if adapter.kind == "module":
         pytest.skip("a module lives in memory, it has no file that can break")
     missing = adapter.probe()

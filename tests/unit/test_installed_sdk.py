@@ -297,26 +297,35 @@ def test_cards_that_are_not_ready_are_the_reason_not_to_run(tmp_path: Path) -> N
 
 
 QUERIES = {
-    "fails": f"cat <<'EOF'\n{sdk_prefix.cards('Ready')}EOF\nexit 1\n",
-    "prints nothing": "exit 0\n",
-    "hangs": "exec sleep 600\n",
+    "fails": (f"cat <<'EOF'\n{sdk_prefix.cards('Ready')}EOF\necho no driver >&2\nexit 7\n", "exit code 7: no driver"),
+    "fails silently": ("exit 1\n", "exit code 1: it printed nothing"),
+    "prints nothing": ("exit 0\n", "lists no card: is one fitted"),
+    "hangs": ("exec sleep 600\n", "did not answer within 0.2 s"),
 }
 
 
 @pytest.mark.parametrize("what", QUERIES)
-def test_query_tool_that_misbehaves_means_no_card(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "QUERY_SECONDS", 0.2)
+def test_query_tool_that_misbehaves_means_no_card_and_says_why(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix = sdk_prefix.prefix(tmp_path)
     assert len(Sdk(prefix).cards()) == 1
-    sdk_prefix.set_query(prefix, QUERIES[what])
+    monkeypatch.setattr(locate, "QUERY_SECONDS", 0.2 if what == "hangs" else 30)
+    body, words = QUERIES[what]
+    sdk_prefix.set_query(prefix, body)
     assert Sdk(prefix).cards() == []
-    assert f"{prefix}/tools/qaic-util lists no card" in str(Sdk(prefix).why_not())
+    reason = str(Sdk(prefix).why_not())
+    assert reason.startswith(f"{prefix}/tools/qaic-util ")
+    assert words in reason
 
 
-def test_missing_query_tool_means_no_card(tmp_path: Path) -> None:
+def test_missing_query_tool_means_no_card_and_is_named(tmp_path: Path) -> None:
     prefix = sdk_prefix.prefix(tmp_path)
     (prefix / "tools" / "qaic-util").unlink()
     assert Sdk(prefix).cards() == []
+    assert str(Sdk(prefix).why_not()) == (
+        f"{prefix}/tools/qaic-util cannot be started (No such file or directory): install the Platform SDK"
+    )
 
 
 # --- import of the bindings ------------------------------------------------------------------------

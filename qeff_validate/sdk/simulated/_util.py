@@ -92,11 +92,12 @@ class Util:
         if (status := _usable(qid)) != QStatus.QS_SUCCESS:
             return status, None
         card = device.card(qid)
+        nsp_free, dram_free = card.free()
         return QStatus.QS_SUCCESS, ResourceInfo(
             dramTotal=device.DRAM_TOTAL_MB,
-            dramFree=card.dram_free_mb,
+            dramFree=dram_free,
             nspTotal=device.NSP_TOTAL,
-            nspFree=card.nsp_free,
+            nspFree=nsp_free,
             vcTotal=device.VC_TOTAL,
             vcFree=card.vc_free,
             mcidTotal=device.MCID_TOTAL,

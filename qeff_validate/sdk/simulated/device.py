@@ -51,11 +51,15 @@ class Card:
             return ERROR
         return INITIALIZING if faults.active("device-initializing", self.qid) else READY
 
+    def free(self) -> tuple[int, int]:
+        """NSPs and MB of memory that are free; none while that fault is asked for."""
+        nsps = 0 if faults.active("activate-nsp", self.qid) else self.nsp_free
+        return nsps, 0 if faults.active("activate-dram", self.qid) else self.dram_free_mb
+
     def reserve(self, nsps: int, dram_mb: int) -> None:
         """Takes NSPs and memory for one activation, or raises NotEnough and takes nothing."""
         with self._lock:
-            nsp_free = 0 if faults.active("activate-nsp", self.qid) else self.nsp_free
-            dram_free = 0 if faults.active("activate-dram", self.qid) else self.dram_free_mb
+            nsp_free, dram_free = self.free()
             if nsps > nsp_free:
                 raise NotEnough(
                     f"Memory resource exhausted: {nsps} NSPs are needed, {nsp_free} of {NSP_TOTAL} are free"

@@ -59,6 +59,7 @@ def record(card: device.Card) -> str:
         "Dev Link": f"/dev/accel/accel{card.qid} ",
     }
     if status == device.READY:
+        nsp_free, dram_free = card.free()
         values |= {
             "HW Version": device.HW_VERSION,
             "HW Serial": f"0.0.0.{card.qid}",
@@ -66,7 +67,7 @@ def record(card: device.Card) -> str:
             "FW QC_IMAGE_VERSION": version,
             "FW IMAGE_VARIANT": "AIC100.SIMULATED",
             "Dram Total": f"{device.DRAM_TOTAL_MB} MB",
-            "Dram Free": f"{card.dram_free_mb} MB",
+            "Dram Free": f"{dram_free} MB",
             "Vc Total": device.VC_TOTAL,
             "Vc Free": card.vc_free,
             "Pc Total": device.PC_TOTAL,
@@ -76,7 +77,7 @@ def record(card: device.Card) -> str:
             "Semaphore Total": device.SEM_TOTAL,
             "Semaphore Free": device.SEM_TOTAL,
             "Nsp Total": device.NSP_TOTAL,
-            "Nsp Free": card.nsp_free,
+            "Nsp Free": nsp_free,
             "Networks Active": card.networks_active,
             **{f"{name} Frequency(Mhz)": mhz for name, mhz in device.FREQUENCIES_MHZ.items()},
             "Sku Type": device.SKU_NAME,
