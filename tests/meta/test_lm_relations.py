@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each relation of language models passes on a healthy session and fails on one that breaks just it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qeff_validate.artifact import Artifact
+from qeff_validate.builders.store import Store
+from qeff_validate.case import Case
+from qeff_validate.engine import check
+from qeff_validate.models.lm_relations import RELATIONS
+from qeff_validate.pipeline import Pipeline, Silent
+from qeff_validate.protocols import Runtime, Session, runtime
+from qeff_validate.tensors import Tensors
+
+Symptom = Callable[[Tensors], bool]
+
+
+class Damaged:
+    """A session whose logits are off from the moment on in which a run shows the symptom, until a text begins anew."""
+
+    def __init__(self, session: Session, symptom: Symptom) -> None:
+        self._session, self._symptom, self._off = session, symptom, False
+        self.inputs, self.outputs, self.shapes = session.inputs, session.outputs, session.shapes
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        found = dict(self._session.run(feeds, fetch=fetch))
+        begins = bool((feeds["position_ids"] == 0).any())
+        self._off = self._symptom(feeds) or (self._off and not begins)
+        if "logits" in found and self._off:
+            found["logits"] = np.roll(found["logits"], 1, axis=-1)
+        return found
+
+    def reset(self) -> None:
+        self._session.reset()
+
+
+class Faulty:
+    """ONNX Runtime with a fault; its name and kind are those of the real one."""
+
+    def __init__(self, symptom: Symptom) -> None:
+        self._inner, self._symptom = runtime("ort"), symptom
+        self.name, self.kind = self._inner.name, self._inner.kind
+
+    def probe(self) -> str | None:
+        return None
+
+    @contextmanager
+    def open(self, artifact: Artifact) -> Iterator[Any]:
+        with self._inner.open(artifact) as session:
+            yield Damaged(session, self._symptom)
+
+
+class Slots:
+    """Remembers the first token of slot 0, so that a text that comes to another slot is noticed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+
+    def __call__(self, feeds: Tensors) -> bool:
+        ids, places = feeds["input_ids"], feeds["position_ids"]
+        moved = False
+        for slot, column in zip(*np.nonzero(places == 0), strict=True):
+            moved |= self._seen.setdefault(int(ids[slot, column : column + 2].sum()), int(slot)) != slot
+        return moved
+
+
+class Poison:
+    """Notices that keys were fed, and that a text began after that."""
+
+    def __init__(self) -> None:
+        self._fed = False
+
+    def __call__(self, feeds: Tensors) -> bool:
+        self._fed |= "past_key.0" in feeds
+        return self._fed
+
+
+SYMPTOMS: dict[str, Callable[[], Symptom]] = {
+    "other_chunks": lambda: lambda feeds: feeds["input_ids"].shape[1] == 1 and bool((feeds["position_ids"] == 0).any()),
+    "other_padding": lambda: (
+        lambda feeds: bool(((feeds["position_ids"][:, 0] < 0) & (feeds["position_ids"][:, -1] >= 0)).any())
+    ),
+    "other_slots": Slots,
+    "poisoned_state": Poison,
+    "row_alone": lambda: (
+        lambda feeds: bool((feeds["position_ids"][0] == 0).any() and (feeds["position_ids"][1] < 0).all())
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    options = {
+        "peft_method": "lora",
+        "peft": {"r": 4},
+        "prompts": ["one two three four five", "six", "seven eight nine", "ten eleven"],
+        "max_new_tokens": 3,
+        "prefill_seq_len": 4,
+        "ctx_len": 16,
+    }
+    case = Case(name="relations", model="peft-causal-lm", source="random:llama", options=options)
+    return Pipeline(case, check(case), Store(), Silent())
+
+
+def related(pipeline: Pipeline, adapter: Any, name: str) -> Any:
+    typed: Runtime = adapter
+    return pipeline.relation(typed, name)
+
+
+def test_a_symptom_is_known_for_every_relation() -> None:
+    assert sorted(SYMPTOMS) == sorted(RELATIONS)
+
+
+@pytest.mark.parametrize("name", sorted(RELATIONS))
+def test_a_healthy_session_keeps_the_relation(name: str, pipeline: Pipeline) -> None:
+    result = related(pipeline, runtime("ort"), name)
+    assert result.status == "pass", result.reason
+    assert result.compared == result.planned > 8
+
+
+@pytest.mark.parametrize("name", sorted(RELATIONS))
+def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str, pipeline: Pipeline) -> None:
+    result = related(pipeline, Faulty(SYMPTOMS[name]()), name)
+    assert result.status == "fail", result.reason
+    assert "worst row" in result.reason
