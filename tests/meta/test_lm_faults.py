@@ -35,7 +35,7 @@ VISITS = ("base", "a", "b", "base", "a")
 """The order in which `PeftCausalLM.infer` feeds adapters."""
 
 LENGTHS = (3, 13, 6, 1, 17, 7)
-"""Words; with a first and a last token short and long ones stand beside each other, 8 and 9 fill a chunk and one more."""
+"""Words; with a first and a last token, short and long ones stand side by side; 8 and 9 are a chunk and one more."""
 
 EOS = list(range(0, 1000, 8))
 """One token in eight ends a text, so that continuations end at different steps."""
@@ -49,7 +49,7 @@ def words(start: int, count: int) -> str:
     return " ".join(LONG.replace(".", "").replace(",", "").replace(";", "").split()[start : start + count])
 
 
-def lm(source: str = "random:llama", method: str = "lora", exporter: Any = "dynamo", **options: Any) -> Case:
+def lm(source: str = "random:llama", method: str = "lora", **options: Any) -> Case:
     given = {
         "peft_method": method,
         "peft": LORA,
@@ -61,7 +61,7 @@ def lm(source: str = "random:llama", method: str = "lora", exporter: Any = "dyna
     if "adapters" in options:
         del options["peft_method"], options["peft"]
     return Case(
-        name="faults", model="peft-causal-lm", source=source, exporter=exporter, options=options,
+        name="faults", model="peft-causal-lm", source=source, options=options,
         config={"eos_token_id": EOS},
     )  # fmt: skip
 
@@ -221,6 +221,12 @@ def goes_on(session: Damaged, feeds: Feeds) -> Feeds:
     return {**feeds, "position_ids": np.where(places >= 0, places + session.ends[:, None], -1)}
 
 
+def starts_again(_: Damaged, feeds: Feeds) -> Feeds:
+    """Give later chunks the positions of the first one."""
+    places = feeds["position_ids"]
+    return {**feeds, "position_ids": np.where(places >= 0, places % CHUNK, -1)} if places.shape[1] > 1 else feeds
+
+
 def one_further(session: Damaged, feeds: Feeds) -> Feeds:
     places = feeds["position_ids"]
     return {**feeds, "position_ids": np.where(places >= 0, places + 1, -1)} if session.decoding else feeds
@@ -275,6 +281,7 @@ SESSIONS: dict[str, Fault] = {
     "an adapter stays on": Fault(["second visit to base gives the outputs of 'b': an adapter stays on"], stays_on),
     "a row sees its neighbour's slot": Fault(["decode steps only", "only prompts 2, "], leaks),
     "keys and values are not reset": Fault(["the second visit to base differs", "b last, is still seen"], goes_on),
+    "last chunk at the first one's positions": Fault(["only prompts of 9 tokens and more"], starts_again, zeroed=True),
     "position + 1 at decode, NaN beyond": Fault(["NaN or infinite", "decode steps only"], one_further),
     "position + 1 at decode": Fault(["decode steps only"], one_further, zeroed=True),
     "early end": Fault(["logits.flips", "first divergent token: base: ", "one of them ends the text"], out=ends_early),
@@ -308,33 +315,12 @@ def of_the_last_chunk(self: Any, state: Tensors) -> list[Array]:
     return [out[row] for row in range(len(self._rows))]
 
 
-def chunks_with(change: Callable[[Array, Array], Any]) -> Callable[[Any], Iterator[tuple[Array, Array]]]:
-    original = _Batch._chunks
-
-    def chunks(self: Any) -> Iterator[tuple[Array, Array]]:
-        made = [(ids.copy(), places.copy()) for ids, places in original(self)]
-        if len(made) > 1:
-            change(*made[-1])
-        yield from made
-
-    return chunks
-
-
-def restarted(_: Array, places: Array) -> None:
-    places[places >= 0] %= CHUNK
-
-
 def one_short(self: Any, logits: Array, step: int, forced: Array) -> int | None:
     return int(forced[step]) if step + 2 < forced.size else None
 
 
 LOOPS: dict[str, tuple[str, Any, Sequence[str]]] = {
     "first token from the last chunk": ("_prefill", of_the_last_chunk, ["first tokens only", "only prompts "]),
-    "last chunk at the first one's positions": (
-        "_chunks",
-        chunks_with(restarted),
-        ["only prompts of 9 tokens and more"],
-    ),
     "a continuation that ends early": ("_chosen", one_short, ["a continuation ended early", "wanted "]),
 }
 
@@ -484,13 +470,11 @@ def test_adapter_that_cannot_be_told_from_another_is_inconclusive(second: dict[s
 # --- legitimate variants ---------------------------------------------------------------------------
 
 
-def variant(made: Pipeline, exporter: Any = "dynamo", **options: Any) -> Pipeline:
+def variant(made: Pipeline, **options: Any) -> Pipeline:
     """Return a pipeline of the same model and prompts in which what does not change is not made again."""
-    case = made.case.model_copy(update={"exporter": exporter, "options": {**made.case.options, **options}})
-    found = pipeline(case)
+    found = pipeline(made.case.model_copy(update={"options": {**made.case.options, **options}}))
     made.floor(), made.onnx()
-    same = ("tokenize", "reference", "floor", *(["export"] if exporter == made.case.exporter else []))
-    found._done.update({name: made._done[name] for name in same})
+    found._done.update({name: made._done[name] for name in ("tokenize", "reference", "floor", "export")})
     return found
 
 
@@ -503,7 +487,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "left padding in chunks of 3": {"padding_side": "left", "prefill_seq_len": 3, "batch_size": 3},
     "a greater context": {"ctx_len": 80},
     "a context that just fits": {"ctx_len": max(LENGTHS) + 2 + 4},
-    "the other exporter": {"exporter": "torchscript"},
 }
 
 
