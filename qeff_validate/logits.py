@@ -8,12 +8,14 @@ All work is on log-probabilities ℓ = z − logsumexp(z) in float64, which remo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.compare import Bound, Judged
 from qeff_validate.metrics import Floats, Metric, worst_row
@@ -147,11 +149,11 @@ def _flips(
     spread = max(float(np.sqrt(2 * min(float(np.median(kl)), allowed))), 1e-300)
     expected = float(sum(0.5 * math.erfc(value / spread / 2) for value in gap))  # two logits of noise `spread` each
     budget = Bound(math.ceil(1 + 3 * expected), "floor", f"{expected:.2g} ties are expected to flip by the noise")
-    beyond = np.flatnonzero(changed & ~tie)
-    place = {"row": int(beyond[0] if beyond.size else np.argmax(changed))}
+    beyond, kinds = changed & ~tie, _kinds(ours, theirs, tie, eos)
+    place = {"row": int(np.argmax(beyond if beyond.any() else changed))}
     return [
         _placed(
-            Metric("flips", float(beyond.size), {**place, **_divergence(ours, theirs, tie, texts, eos)}),
+            Metric("flips", float(beyond.sum()), {**place, **_divergence(ours, theirs, beyond, kinds, texts)}),
             bounds.get("flips"),
             labels,
         ),
@@ -162,16 +164,41 @@ def _flips(
     ]
 
 
-def _divergence(ours: Array, theirs: Array, tie: Array, texts: Sequence[Text], eos: frozenset[int]) -> dict[str, Any]:
-    """Describe the first divergent token of the first text that has one, by its kind: tie, stop rule or neither."""
-    for text in texts:
-        for step, row in enumerate(text.rows):
-            if ours[row] == theirs[row]:
-                continue
-            ends = (int(ours[row]) in eos) != (int(theirs[row]) in eos)
-            kind = "stop" if ends else "tie" if tie[row] else "non-tie"
-            return {"prompt": text.label, "step": step, "kind": kind, "tokens": [int(ours[row]), int(theirs[row])]}
-    return {}
+def _kinds(ours: Array, theirs: Array, tie: Array, eos: frozenset[int]) -> list[str]:
+    """Name the kind of each row's change: a token that ends the text on one side alone, a tie, or neither."""
+    ends = np.isin(ours, list(eos)) != np.isin(theirs, list(eos))
+    return ["stop" if end else "tie" if level else "non-tie" for end, level in zip(ends, tie, strict=True)]
+
+
+def _divergence(
+    ours: Array, theirs: Array, beyond: Array, kinds: Sequence[str], texts: Sequence[Text]
+) -> dict[str, Any]:
+    """Describe the first divergent token, of those beyond a tie if there are any; count texts by the kind of theirs."""
+    changed = np.flatnonzero(ours != theirs)
+    if not changed.size:
+        return {}
+    row = int(np.argmax(beyond) if beyond.any() else changed[0])
+    text = next(text for text in texts if row in text.rows)
+    first = [min(rows) for text in texts if (rows := set(text.rows).intersection(changed.tolist()))]
+    return {
+        "prompt": text.label,
+        "step": row - text.rows.start,
+        "kind": kinds[row],
+        "tokens": [int(ours[row]), int(theirs[row])],
+        "texts": dict(Counter(kinds[at] for at in first)),
+    }
+
+
+def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) -> NDArray[np.bool_]:
+    """Say of each row whether an error or the KL is beyond its bound; a row that is not finite is."""
+    with np.errstate(invalid="ignore"):
+        wanted, got = log_softmax(reference), log_softmax(actual)
+        kl = (np.exp(wanted) * (wanted - got)).sum(axis=-1)
+        error = np.take_along_axis(np.abs(got - wanted), np.argsort(-wanted, axis=-1), axis=-1)
+    fine: NDArray[np.bool_] = kl <= bounds["kl_max"].value
+    for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
+        fine &= error[:, :k].max(axis=-1) <= bounds[name].value
+    return ~fine
 
 
 def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str]) -> Judged:

@@ -89,7 +89,7 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
         types = {"sliding_attention"}
 
     def additive(allowed: Tensor) -> Tensor:
-        return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
     made = {"full_attention": additive(full)}
     if "sliding_attention" in types and window:

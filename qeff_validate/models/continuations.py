@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qeff_validate.compare import Bound, Judged, Rows, Status, Verdict, non_finite, sentence, structure_problem
-from qeff_validate.logits import FALLBACK, LOGIT_GATES, Text, judge_logits, log_softmax, logit_bounds
+from qeff_validate.logits import FALLBACK, LOGIT_GATES, Text, judge_logits, logit_bounds, rows_beyond
 from qeff_validate.metrics import Metric
+from qeff_validate.models.symptoms import FirstTokens, pattern
 from qeff_validate.protocols import Terms
 from qeff_validate.tensors import Array, Tensors
 
@@ -19,6 +21,9 @@ EFFECT = 20.0
 
 DELTA_COSINE, DELTA_NORM = 0.01, 0.05
 """The change that an adapter makes has the reference's direction (cosine ≥ 0.99) and size (within 5 %), §14.2."""
+
+SAID = 3
+"""So many gates that failed are put into words; of the others the names are enough, the report has the numbers."""
 
 
 def judge_continuations(
@@ -31,20 +36,20 @@ def judge_continuations(
         actual: ``logits`` of the same rows, and ``again``: those of the first two visits once more.
         terms: precision, floor, the case's bounds.
         adapters: ``base`` and the adapters' names.
-        inputs: labels of the prompts and end tokens.
+        inputs: labels and token ids of the prompts, and end tokens.
     """
     texts = _texts(reference["steps"], adapters, inputs.labels)
     labels = [f"{text.label} +{step}" for text in texts for step in range(len(text.rows))]
     again = sum(len(text.rows) for text in texts[: 2 * len(inputs.labels)]) if len(adapters) > 1 else len(labels)
     planned = len(labels) + again
-    problem = structure_problem({"logits": reference["logits"]}, {"logits": actual["logits"]}, len(labels))
-    if problem is None and len(actual["again"]) != again:
-        problem = f"second visits gave {len(actual['again'])} rows, wanted {again}"
+    problem = _structure(reference, actual, len(labels), again)
     if problem:
         return Verdict("fail", problem, planned=planned)
+    lengths = [tokens.size for tokens in inputs.ids]
     bad = non_finite({"logits": actual["logits"]}, Rows(labels))
     if bad:
-        return Verdict("fail", bad[0], (bad[1],), planned=planned)
+        where = pattern(~np.isfinite(actual["logits"]).all(axis=1), texts, adapters, lengths)
+        return Verdict("fail", f"{bad[0]}; {where}", (bad[1],), planned=planned)
     if not np.isfinite(reference["logits"]).all():
         return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
     noise = (
@@ -56,9 +61,15 @@ def judge_continuations(
         reason = f"no sound bound for {', '.join(missing)}: give one with its reason in the case's tolerance"
         return Verdict("inconclusive", reason, planned=planned)
     judged = judge_logits(reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos)
-    effects, weak = _effects(reference["logits"], actual["logits"], texts, adapters, terms.precision, noise)
+    first = FirstTokens.of(reference["logits"], actual, texts, adapters)
+    effects, weak = _effects(first, terms.precision, noise)
     judged += [*effects, _revisits(actual, labels, again)]
-    return _conclude(judged, weak, planned)
+    verdict = _conclude(judged, weak, planned)
+    if verdict.status != "fail":
+        return verdict
+    beyond = rows_beyond(reference["logits"], actual["logits"], bounds)
+    told = [*first.told(beyond), pattern(beyond, texts, adapters, lengths), _divergence(judged), verdict.reason]
+    return replace(verdict, reason="; ".join(filter(None, told)))
 
 
 def _texts(steps: Array, adapters: Sequence[str], prompts: Sequence[str]) -> list[Text]:
@@ -67,26 +78,24 @@ def _texts(steps: Array, adapters: Sequence[str], prompts: Sequence[str]) -> lis
     return [Text(name, range(int(end - count), int(end))) for name, end, count in zip(names, ends, steps, strict=True)]
 
 
-def _effects(
-    reference: Array,
-    actual: Array,
-    texts: Sequence[Text],
-    adapters: Sequence[str],
-    precision: str,
-    noise: float | None,
-) -> tuple[list[Judged], list[str]]:
-    """Judge what each adapter changes at the first token after each prompt, where all have read the same text."""
-    count = len(texts) // len(adapters)
-    first = np.array([text.rows.start for text in texts]).reshape(len(adapters), count)
+def _structure(reference: Tensors, actual: Tensors, rows: int, again: int) -> str | None:
+    for what, wanted in (("logits", rows), ("again", again)):
+        found = len(actual[what])
+        if found != wanted:
+            ended = "a continuation ended early" if found < wanted else "a continuation went on behind its end"
+            return f"{'second visits' if what == 'again' else what} have {found} rows, wanted {wanted}: {ended}"
+    return structure_problem({"logits": reference["logits"]}, {"logits": actual["logits"]}, rows)
+
+
+def _effects(first: FirstTokens, precision: str, noise: float | None) -> tuple[list[Judged], list[str]]:
+    """Judge what each adapter changes, and whether that, and the difference between two, can be told from noise."""
     profile = float(np.sqrt(2 * FALLBACK[precision]["kl_p99"])) / 5 if precision in FALLBACK else np.inf
     level = noise if precision == "fp32" and noise is not None else profile
     judged: list[Judged] = []
     weak: list[str] = []
-    base = log_softmax(reference[first[0]]), log_softmax(actual[first[0]])
-    for at, name in enumerate(adapters[1:], start=1):
-        wanted, got = log_softmax(reference[first[at]]) - base[0], log_softmax(actual[first[at]]) - base[1]
-        size = float(np.sqrt(np.mean(wanted**2)))
-        place = {"row": int(first[at][0]), "text": texts[at * count].label}
+    for at, name in enumerate(first.adapters[1:], start=1):
+        place = {"row": first.rows[at], "text": first.labels[at]}
+        size = first.apart(0, at)
         ratio = size / level if level > 0 else np.inf
         judged.append(Judged(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
         if not ratio >= EFFECT:
@@ -95,13 +104,13 @@ def _effects(
                 f" and {EFFECT:g} are needed to tell it from the base: is it trained?"
             )
             continue
-        norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
-        with np.errstate(all="ignore"):
-            cosine = float(np.sum(wanted * got)) / (norms[0] * norms[1])
-        for metric, value, bound in (
-            ("delta_cosine", 1 - cosine, DELTA_COSINE),
-            ("delta_norm", abs(norms[1] / norms[0] - 1), DELTA_NORM),
-        ):
+        weak += [
+            f"adapters {first.adapters[other]!r} and {name!r} say the same, so a swap would not be seen"
+            for other in range(1, at)
+            if not first.apart(other, at) >= EFFECT * level
+        ]
+        cosine, norm = first.change(at)
+        for metric, value, bound in (("delta_cosine", cosine, DELTA_COSINE), ("delta_norm", norm, DELTA_NORM)):
             why = "the adapter's change against the reference's"
             judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), Bound(bound, "fallback", why)))
     return judged, weak
@@ -115,8 +124,22 @@ def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:
     return Judged(metric, Bound(0.0, "exact", "a second visit gives the same bits: no state is left over"))
 
 
+def _divergence(judged: Sequence[Judged]) -> str:
+    """Say where a choice changed beyond a tie first."""
+    flips = next(item for item in judged if item.metric.name == "logits.flips")
+    place = flips.metric.worst
+    if flips.passed:
+        return ""
+    wanted, got = place["tokens"]
+    kind = {"stop": "one of them ends the text", "non-tie": "no tie"}.get(place["kind"], place["kind"])
+    return f"first divergent token: {place['prompt']} at step {place['step']}, {got} instead of {wanted}, {kind}"
+
+
 def _conclude(judged: list[Judged], weak: Sequence[str], planned: int) -> Verdict:
     failed = [item for item in judged if not item.passed]
     status: Status = "fail" if failed else "inconclusive" if weak else "pass"
-    reason = "; ".join([*map(sentence, failed), *weak])
+    said = [sentence(item) for item in failed[:SAID]]
+    if failed[SAID:]:
+        said.append(f"and {', '.join(item.metric.name for item in failed[SAID:])}")
+    reason = "; ".join([*said, *weak])
     return Verdict(status, reason, tuple(judged), planned, planned)

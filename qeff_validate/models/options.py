@@ -135,6 +135,11 @@ class PeftCausalLMOptions(Strict):
 def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokenizer: Any = None) -> Model:
     from qeff_validate.models.causal_lm import PeftCausalLM
 
+    if case.exporter == "torchscript":
+        raise ConfigError(
+            f"case {case.name!r}: exporter torchscript cannot trace weights that are inputs: leave exporter out, or"
+            " say dynamo"
+        )
     return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
 
 
