@@ -11,13 +11,20 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = "cases:\n  - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}}\n"
+CONFIG = """
+cases:
+  - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}}
+  - name: lora
+    model: peft-causal-lm
+    source: random:llama
+    options: {peft_method: lora, peft: {r: 4}, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a b c, d e]}
+"""
 
 JUDGE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "onnxscript"}:
+        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "onnxscript", "peft"}:
             raise ImportError(f"{name} is not on this host")
 sys.meta_path.insert(0, Refuse())
 import qeff_validate.builders.compile as compile
@@ -57,9 +64,11 @@ def copied(built: Path, tmp_path: Path) -> Path:
 def test_another_host_needs_no_framework_and_no_compiler(copied: Path, tmp_path: Path) -> None:
     done = judge(copied, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
-    assert (result["status"], result["reference"], result["simulated"]) == ("pass", "recorded", True)
-    assert result["coverage"]["compared"] >= 24
+    results = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
+    assert [result["case"] for result in results] == ["bert", "lora"]
+    for result in results:
+        assert (result["status"], result["reference"], result["simulated"]) == ("pass", "recorded", True)
+        assert result["coverage"]["compared"] >= 24
     assert not (tmp_path / "empty").exists(), "nothing had to be built"
 
 
