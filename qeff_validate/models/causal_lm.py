@@ -19,7 +19,7 @@ import numpy as np
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
 from qeff_validate.compare import Verdict
-from qeff_validate.errors import ConfigError
+from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.metrics import row_errors
 from qeff_validate.models.adapter import CONFIG, WEIGHTS
 from qeff_validate.models.continuations import judge_continuations
@@ -251,7 +251,16 @@ class PeftCausalLM:
         """Judge one of `lm_relations.RELATIONS`."""
         from qeff_validate.models.lm_relations import relate
 
-        return relate(name, session, inputs, self._plan(inputs), terms)
+        def merge(adapter: str, forced: list[Array]) -> list[Array]:
+            from qeff_validate.models.lm_reference import merged
+
+            named = self.options.named()
+            if adapter not in named:
+                raise IncomparableError("the adapters of a model in memory are not merged: it is left unchanged")
+            tensors = inputs.adapters[adapter]
+            return merged(self.source.causal_lm(), named[adapter], tensors, inputs.ids, forced)
+
+        return relate(name, session, inputs, self._plan(inputs), terms, merge)
 
 
 def _split(values: Array, steps: Array) -> list[Array]:

@@ -9,7 +9,7 @@ our cache, wrapper, decode loop or names of adapter tensors is used.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import save_file
 
+from qeff_validate.errors import IncomparableError
 from qeff_validate.models.adapter import WEIGHTS
-from qeff_validate.models.loading import foreign, quiet
+from qeff_validate.models.loading import first_line, foreign, quiet
 from qeff_validate.models.options import BASE
 from qeff_validate.models.peft import generate_peft_config
 from qeff_validate.models.reference import computing_in
@@ -47,6 +48,38 @@ def continuations(
         "tokens": np.concatenate(tokens),
         "steps": np.array([text.size for text in tokens], dtype=np.int64),
     }
+
+
+def merged(
+    model: Any,
+    made: str | Mapping[str, Any],
+    tensors: Tensors,
+    prompts: Sequence[Array],
+    forced: Sequence[Array],
+) -> list[Array]:
+    """Return the logits of given continuations by the model with an adapter merged into its weights, as PEFT merges it.
+
+    Args:
+        model: the base; it is of no use afterwards.
+        made: directory of the adapter, or what it is made from.
+        tensors: its tensors by saved names.
+        prompts: token ids.
+        forced: the continuation of each.
+
+    Raises:
+        IncomparableError: PEFT cannot merge this method.
+    """
+    with _folder(made, tensors) as folder, foreign("load the adapter with PEFT"), quiet():
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+    try:
+        whole = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError, TypeError) as exc:
+        raise IncomparableError(f"PEFT cannot merge this adapter: {first_line(exc)}") from exc
+    with foreign("run the merged model"), torch.inference_mode():
+        return [
+            _logits(whole, np.concatenate([prompt, text]), prompt.size, "float32")
+            for prompt, text in zip(prompts, forced, strict=True)
+        ]
 
 
 def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:

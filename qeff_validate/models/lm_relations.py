@@ -26,6 +26,9 @@ POISON = 1e4
 Way = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
 """Runs all prompts along given tokens in some way, and returns their logits in the order of the prompts."""
 
+Merge = Callable[[str, list[Array]], list[Array]]
+"""Returns the logits of given continuations by the model with the named adapter merged into its weights."""
+
 
 def other_chunks(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
     """Take prompts one token a run, so that prefill is done by what decodes."""
@@ -68,7 +71,7 @@ def poisoned_state(session: Session, inputs: Any, plan: Plan, state: Tensors, fo
     return generate(session, inputs.ids, plan, state=state, forced=forced)
 
 
-RELATIONS: Mapping[str, Way] = {
+WAYS: Mapping[str, Way] = {
     "other_chunks": other_chunks,
     "other_padding": other_padding,
     "other_slots": other_slots,
@@ -76,8 +79,11 @@ RELATIONS: Mapping[str, Way] = {
     "row_alone": row_alone,
 }
 
+RELATIONS = ("merged", *WAYS)
+"""The ways, and ``merged``: the adapter as inputs against the same adapter merged into the weights by PEFT."""
 
-def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms) -> Verdict:
+
+def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, merge: Merge) -> Verdict:
     """Judge a relation with the first adapter, or with the base if there is none.
 
     Args:
@@ -86,12 +92,21 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms) -
         inputs: prompts, end tokens and adapters.
         plan: the usual way.
         terms: precision and the case's bounds.
+        merge: for the relation ``merged``.
+
+    Raises:
+        IncomparableError: the relation does not apply here.
     """
     adapter = list(inputs.adapters)[min(1, len(inputs.adapters) - 1)]
     state = inputs.adapters[adapter]
     usual = generate(session, inputs.ids, plan, state=state)
     forced = [logits.argmax(axis=-1) for logits in usual]
-    found = RELATIONS[name](session, inputs, plan, state, forced)
+    if name != "merged":
+        found = WAYS[name](session, inputs, plan, state, forced)
+    elif state:
+        found = merge(adapter, forced)
+    else:
+        raise IncomparableError("there is no adapter to merge")
     expected, actual = np.concatenate(usual), np.concatenate(found)
     texts = _texts(inputs.labels, usual)
     labels = [f"{text.label!r} +{step}" for text in texts for step in range(len(text.rows))]

@@ -10,7 +10,7 @@ import pytest
 from qeff_validate.protocols import Session
 from qeff_validate.report import Result
 
-RELATIONS = ("other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone")
+RELATIONS = ("merged", "other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone")
 
 
 @pytest.mark.peft

@@ -83,6 +83,7 @@ class Poison:
 
 
 SYMPTOMS: dict[str, Callable[[], Symptom]] = {
+    "merged": lambda: lambda feeds: bool((feeds["position_ids"] == 0).any()),
     "other_chunks": lambda: lambda feeds: feeds["input_ids"].shape[1] == 1 and bool((feeds["position_ids"] == 0).any()),
     "other_padding": lambda: (
         lambda feeds: bool(((feeds["position_ids"][:, 0] < 0) & (feeds["position_ids"][:, -1] >= 0)).any())

@@ -17,7 +17,7 @@ cases:
   - name: lora
     model: peft-causal-lm
     source: random:llama
-    options: {peft_method: lora, peft: {r: 4}, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a b c, d e]}
+    options: {peft_method: lora, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a b c, d e]}
 """
 
 JUDGE = """
@@ -37,13 +37,13 @@ sys.exit(main(sys.argv[1:]))
 
 def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def judge(bundle: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     places = ["--store", str(tmp_path / "empty"), "--report", str(tmp_path / "report")]
     command = [sys.executable, "-c", JUDGE, "run", "--bundle", str(bundle), *places]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
