@@ -200,7 +200,7 @@ def test_error_on_one_runtime_does_not_lose_the_result_of_another(first, store: 
         (("--require", "ai10"), "--require: no runtime is called 'ai10'. Did you mean 'ai100'?"),
         (("--device-ids", "0,x"), "--device-ids: 'x' is no card id; give numbers such as 0,1"),
         (("--report", "cases.yaml"), "--report: cases.yaml is a file; name a directory"),
-        (("--runtmes", "ort"), "No such option: --runtmes (Possible options: --runtimes)"),
+        (("--runtmes", "ort"), "No such option: --runtmes (Possible options: --run-timeout, --runtimes)"),
         (("nowhere.yaml",), "cannot read config nowhere.yaml: [Errno 2] No such file"),
     ],
 )
