@@ -48,7 +48,7 @@ def judge_continuations(
     lengths = [tokens.size for tokens in inputs.ids]
     bad = non_finite({"logits": actual["logits"]}, Rows(labels))
     if bad:
-        where = pattern(~np.isfinite(actual["logits"]).all(axis=1), texts, adapters, lengths)
+        where = pattern(np.asarray(~np.isfinite(actual["logits"]).all(axis=1)), texts, adapters, lengths)
         return Verdict("fail", f"{bad[0]}; {where}", (bad[1],), planned=planned)
     if not np.isfinite(reference["logits"]).all():
         return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
