@@ -248,7 +248,7 @@ def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
     for error in exc.errors():
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
         name = _case_name(data, error["loc"])
-        head = f"{where}: {place}{f' (case {name!r})' if name else ''}"
+        head = f"{where}: {place}{f' (case {name!r})' if name else ''}" if place else where
         if error["type"] == "extra_forbidden":
             fields = _fields(known, error["loc"][:-1]) if known else exc_fields(exc)
             yield f"{head}: unknown key.{suggest(str(error['loc'][-1]), fields)}"
@@ -256,7 +256,9 @@ def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
             yield f"{head}: is missing"
         else:
             message = error["msg"].removeprefix("Value error, ")
-            yield f"{head}: {message} (got {error['input']!r})" if "got" not in message else f"{head}: {message}"
+            # what has no place of its own is about several keys, and the message names them
+            told = "got" in message or not place
+            yield f"{head}: {message}" if told else f"{head}: {message} (got {error['input']!r})"
 
 
 def exc_fields(exc: ValidationError) -> list[str]:

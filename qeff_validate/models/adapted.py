@@ -140,7 +140,7 @@ def _alike(configs: Mapping[str, PeftConfig], tensors: Mapping[str, Tensors]) ->
         differing = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
         if differing:
             said = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
-            raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}")
+            raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}; give each a case")
     _same_shapes(tensors[first], {name: tensors[name] for name in others})
 
 
@@ -156,9 +156,10 @@ def _same_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
         got = {name: array.shape for name, array in tensors.items()}
         for name in sorted(shapes.keys() | got.keys()):
             if shapes.get(name) != got.get(name):
+                theirs, ours = (list(found[name]) if name in found else "nothing" for found in (got, shapes))
                 raise ConfigError(
-                    f"adapter {adapter!r} has {got.get(name, 'nothing')} for {name}, and its graph {shapes.get(name)}:"
-                    " another rank, other target modules, or an adapter of another base"
+                    f"adapter {adapter!r}: {name}: the adapter has {theirs}, this model has {ours}: another rank, other"
+                    " target modules, or an adapter of another base"
                 )
 
 

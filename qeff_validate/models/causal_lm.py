@@ -142,7 +142,8 @@ class PeftCausalLM:
             if not 1 <= tokens.size <= room:
                 raise ConfigError(
                     f"case {self.case.name!r}: prompt {text[:60]!r} has {tokens.size} tokens, and 1 to {room}"
-                    f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}"
+                    f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}:"
+                    " shorten it, or raise ctx_len"
                 )
         notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": texts, "notes": notes, "pad": pad, "eos": sorted(loaded.eos)}
@@ -171,7 +172,7 @@ class PeftCausalLM:
         adapters: dict[str, dict[str, Array]] = {name: {} for name in about["adapters"]}
         for key, array in stored.items():
             if key.startswith("inputs."):
-                name, _, tensor = key.removeprefix("inputs.").partition("/")
+                name, _, tensor = key.removeprefix("inputs.").rpartition("/")
                 adapters[name][tensor] = array
         self._graph = _graph(about["interface"], adapters[BASE], self.options)
         eos = frozenset(about["eos"])

@@ -98,24 +98,37 @@ class PeftCausalLMOptions(Strict):
         None, description="two seeded random adapters a and b of this method, where no adapters are named"
     )
     peft: dict[str, Any] = Field({}, description="options of peft_method: {r: 4, target_modules: [q_proj, v_proj]}")
-    prompts: list[str] | None = Field(None, description="texts to continue; null: built in, with boundary lengths")
+    prompts: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="texts to continue; null: built in, with boundary lengths"
+    )
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="tokens of each continuation")
     prefill_seq_len: Bucket = Field(16, description="tokens of a prompt that one run takes")
     ctx_len: Bucket = Field(64, description="slots for keys and values: prompt and continuation must fit")
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="rows of a run")
     padding_side: Literal["right", "left"] = Field("right", description="where the padding of a prompt stands")
 
-    @field_validator("adapters")
+    @field_validator("adapters", mode="before")
     @classmethod
-    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if BASE in value:
-            raise ValueError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+    def _named(cls, value: Any) -> Any:
+        for name, made in value.items() if isinstance(value, dict) else ():
+            if name == BASE:
+                raise ValueError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+            if not isinstance(made, str) and not (
+                isinstance(made, dict) and made.keys() & {"peft_method", "peft_type"}
+            ):
+                raise ValueError(
+                    f"adapter {name!r}: give the directory of a saved one, or {{peft_method: lora, …}}, got {made!r}"
+                )
         return value
 
     @model_validator(mode="after")
     def _fits(self) -> PeftCausalLMOptions:
         if self.prefill_seq_len > self.ctx_len:
             raise ValueError(f"prefill_seq_len {self.prefill_seq_len} exceeds ctx_len {self.ctx_len}")
+        if self.max_new_tokens >= self.ctx_len:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in ctx_len {self.ctx_len}"
+            )
         if self.peft and self.peft_method is None:
             raise ValueError("peft holds the options of peft_method, which is missing")
         if self.adapters and self.peft_method is not None:

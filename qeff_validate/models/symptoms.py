@@ -47,7 +47,8 @@ class FirstTokens:
         at = np.array([text.rows.start for text in texts]).reshape(len(adapters), -1)
         with np.errstate(invalid="ignore"):  # second visits may hold anything
             again = log_softmax(actual["again"][at[:2]])
-            apart = np.abs(np.subtract(actual["again"], actual["logits"][: len(actual["again"])])).max(axis=1)
+            second = actual["again"].astype(np.float64)
+            apart = np.abs(second - actual["logits"][: len(second)].astype(np.float64)).max(axis=1)
         moved = [float(part.max()) for part in np.split(apart, at[1:2, 0])]
         labels = [texts[int(i * at.shape[1])].label for i in range(len(adapters))]
         rows = [int(row) for row in at[:, 0]]
