@@ -23,6 +23,9 @@ SMALL: Mapping[str, int] = {
 WINDOW = 8
 """Tokens that a window reaches, on each side where it has two: a few words."""
 
+MOST_KINDS = 4
+"""Kinds of layers that a shrunk body keeps at most; one more layer each is all that they cost."""
+
 CAPS: Mapping[str, int] = {
     # feed-forward layers of families that do not say intermediate_size
     **dict.fromkeys(("hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner"), 128),
@@ -81,8 +84,10 @@ def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]
     }
     if not lists or count is None or wanted is None:
         return {}
-    kinds = [repr([value[layer] for value in lists.values()]) for layer in range(count)]
-    first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer]
+    # a list of layer numbers says nothing of kinds
+    telling = [value for value in lists.values() if value != list(range(count))]
+    kinds = [repr([value[layer] for value in telling]) for layer in range(count)]
+    first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer][:MOST_KINDS]
     rest = [layer for layer in range(max(count, wanted)) if layer not in first]
     layers = sorted((first + rest)[: max(wanted, len(first))])
     return {
