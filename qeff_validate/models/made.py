@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 
 TIED = 0.25
 """Scale of token embeddings that are the head as well: at full size the likeliest next token is the last one again."""
+
+DECISIVE = 8.0
+"""Scale of routers: drawn as they come, two experts are often level within fp16, and a flip changes the text. With this
+factor the last expert that is chosen has so little weight that it matters to fp32 alone which one it is."""
+
+ROUTER = re.compile(r"\.(gate|router)\.weight$")
+"""Names of router weights, of all families that transformers has today."""
 
 MOST_PARAMETERS = 32_000_000
 """A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
@@ -247,7 +255,7 @@ def draw(config: Any, seed: int, name: str) -> Any:
 
 
 def draw_causal(config: Any, seed: int, name: str) -> Any:
-    """Build a causal LM with weights from the seed, whose greedy texts are no repetition of one token.
+    """Build a causal LM with weights from the seed that repeats no token for ever and routes decisively.
 
     Experts are computed by ``batched_mm``, the one of transformers' ways that exports.
     """
@@ -257,9 +265,12 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
     model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and embedding.weight is head.weight:
-        with torch.no_grad():
+    with torch.no_grad():
+        if head is not None and embedding.weight is head.weight:
             embedding.weight.mul_(TIED)
+        for key, parameter in model.named_parameters():
+            if ROUTER.search(key):
+                parameter.mul_(DECISIVE)
     return model.eval()
 
 
