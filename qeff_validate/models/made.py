@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +61,6 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 
 TIED = 0.25
 """Scale of token embeddings that are the head as well: at full size the likeliest next token is the last one again."""
-
-DECISIVE = 8.0
-"""Scale of routers: drawn as they come, two experts are often level within fp16, and a flip changes the text. With this
-factor the last expert that is chosen has so little weight that it matters to fp32 alone which one it is."""
-
-ROUTER = re.compile(r"\.(gate|router)\.weight$")
-"""Names of router weights, of all families that transformers has today."""
 
 MOST_PARAMETERS = 32_000_000
 """A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
@@ -262,15 +254,15 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qeff_validate.models.routers import make_decisive
+
     model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
+        make_decisive(model)
         if head is not None and embedding.weight is head.weight:
             embedding.weight.mul_(TIED)
-        for key, parameter in model.named_parameters():
-            if ROUTER.search(key):
-                parameter.mul_(DECISIVE)
     return model.eval()
 
 
