@@ -36,12 +36,14 @@ class Architecture:
         targets: projections of attention.
         scaled: modules of IA3.
         inputs: those of them whose input IA3 scales, not the output.
+    layers: how many kinds of layers there are.
     """
 
     source: str
     targets: Sequence[str] = ("q_proj", "v_proj")
     scaled: Sequence[str] = ("k_proj", "v_proj", "down_proj")
     inputs: Sequence[str] = ("down_proj",)
+    layers: int = 1
 
 
 EXPERTS = {"scaled": ("k_proj", "v_proj", "o_proj"), "inputs": ("o_proj",)}
@@ -50,13 +52,13 @@ EXPERTS = {"scaled": ("k_proj", "v_proj", "o_proj"), "inputs": ("o_proj",)}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "Llama": Architecture("llama"),
     "Mistral": Architecture("mistral"),
-    "Qwen2": Architecture("qwen2"),
+    "Qwen2": Architecture("qwen2", layers=2),
     "Qwen3": Architecture("qwen3"),
     "Qwen3-MoE": Architecture("qwen3_moe", **EXPERTS),
     "GPT-2": Architecture("gpt2", ("c_attn",), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     "Phi-3": Architecture("phi3", ("qkv_proj",), ("qkv_proj", "down_proj")),
-    "Gemma-2": Architecture("gemma2"),
-    "Gemma-3": Architecture("gemma3_text"),
+    "Gemma-2": Architecture("gemma2", layers=2),
+    "Gemma-3": Architecture("gemma3_text", layers=2),
     "Granite": Architecture("granite"),
     "GPT-NeoX": Architecture(
         "gpt_neox", ("query_key_value",), ("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)
@@ -96,6 +98,9 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 }
 """The rest of PEFT's methods, on Llama alone, where their own defaults do not fit a small model."""
 
+SHARED = ("vera", "randlora", *OTHERS)
+"""Methods that share, or may share, tensors between layers: they get two."""
+
 ELSEWHERE = ("ln_tuning", "trainable_tokens")
 """Methods whose modules are not projections; PEFT's default for Llama is taken."""
 
@@ -126,8 +131,9 @@ TEMPLATE = """\
 Written by `make support`: **{passed} of {all} pairs pass** on ONNX Runtime and on the simulated AI 100 in fp16
 ({tested}).
 
-Each pair is a small random model with two random adapters, run as base, a, b, base and a again on one session; prompts
-are uneven, run in chunks, and reach beyond every sliding window. A number is the worst metric over its bound, so 1 is
+Each pair is a small random model, one layer of each kind (two where a method shares tensors between layers), with two
+random adapters, run as base, a, b, base and a again on one session; prompts are uneven, run in chunks, and reach beyond
+every sliding window. A number is the worst metric over its bound, so 1 is
 the limit; a number in brackets is a note below. Random weights say that a graph is right, not how much fp16 costs a
 trained model.
 
@@ -156,6 +162,7 @@ def case_for(method: str, name: str) -> Case:
         name=f"{name}-{method}".lower(),
         model="peft-causal-lm",
         source=f"random:{architecture.source}",
+        config={"num_hidden_layers": max(architecture.layers, 2 if method in SHARED else 1)},
         runtimes=list(RUNTIMES),
         options={"peft_method": method, "peft": options, **SIZES},
     )

@@ -11,7 +11,7 @@ import torch
 ROUTER = re.compile(r"\.(gate|router)\.weight$")
 """Names of router weights, in all families of transformers that were looked at."""
 
-SIDE, PULL = 4.0, 2.0
+SIDE, PULL = 6.0, 3.0
 """First element of each token's embedding beside others of deviation 1, and a router's weight for it."""
 
 
@@ -28,7 +28,7 @@ def make_decisive(model: Any) -> None:
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding.div_(embedding.std())
-        embedding[:, 0] = embedding[:, 0].sign() * SIDE
+        embedding[:, 0] = torch.where(embedding[:, 0] < 0, -SIDE, SIDE)  # padding is drawn as zeros
         for router in routers:
             half = len(router) // 2
             router[:half, 0], router[half:, 0] = PULL, -PULL
