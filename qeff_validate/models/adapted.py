@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,10 @@ from qeff_validate.models.peft import adapter_tensors, apply_peft, generate_peft
 from qeff_validate.tensors import Array, Tensors
 
 OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
-"""Options by which PEFT makes a fresh adapter without effect when they are true."""
+"""Options that say how an adapter starts; PEFT's default mostly is a start without effect."""
+
+SAME = 1e-5
+"""Greatest relative L2 of logits with an adapter that has no effect: DoRA and OFT round, others change no bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +78,47 @@ def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
     if not configs:
         return Loaded(model, dims, {}, {BASE: {}}, eos)
     _alike(configs, tensors)
+    plain = _probe(model)
     adapted = apply_peft(model, fresh(next(iter(configs.values()))))
+    _take_out_effect(adapted, plain)
     off = adapter_tensors(adapted)
     _same_shapes(off, tensors)
     return Loaded(adapted, dims, live_names(adapted), {BASE: off, **tensors}, eos)
 
 
 def fresh(config: PeftConfig) -> PeftConfig:
-    """Return a config whose adapter starts without effect."""
+    """Return a config whose adapter starts as PEFT starts one by default, mostly without effect."""
     made = copy.deepcopy(config)
-    for option in OFF:
-        if hasattr(made, option):
-            setattr(made, option, True)
+    for field in dataclasses.fields(made):
+        if field.name in OFF:
+            setattr(made, field.name, field.default)
     return made
+
+
+def _probe(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=torch.tensor([[0, 1]])).logits
+    return found
+
+
+def _take_out_effect(adapted: Any, plain: torch.Tensor) -> None:
+    """Make a fresh adapter one without effect: it is the model that is called base.
+
+    Raises:
+        ConfigError: neither PEFT's start nor zeros are without effect.
+    """
+    for zero in (False, True):
+        if zero:
+            with torch.no_grad():
+                for parameter in adapted.parameters():
+                    if parameter.requires_grad:
+                        parameter.zero_()
+        if (_probe(adapted) - plain).norm() <= SAME * plain.norm():
+            return
+    raise ConfigError(
+        f"neither a fresh adapter of {type(adapted.active_peft_config).__name__} nor one of zeros is without effect, so"
+        " the graph cannot be the model without an adapter"
+    )
 
 
 def live_names(model: Any, adapter: str = "default") -> dict[str, str]:

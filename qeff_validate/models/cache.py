@@ -9,11 +9,50 @@ attention reads them, because 0 · NaN is NaN (DESIGN §5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tokens of a run are written, and which slots may be read; made once for all layers.
+
+    Padding writes once more what the row's token at its greatest position writes, or, in a row of padding alone, what
+    slot 0 holds. So every index is in range, and equal indices carry equal values: no runtime can treat it otherwise.
+
+    Attributes:
+        source: int64 ``[batch, 1, seq_len, 1]``, the token that is written in each token's stead.
+        slot: int64 ``[batch, 1, seq_len]``, where.
+        row: int64 ``[batch, 1, 1]``.
+        empty: bool ``[batch, 1, seq_len, 1]``, rows of padding alone.
+        seen: bool ``[batch, 1, ctx_len, 1]``, slots that have been written.
+    """
+
+    source: Tensor
+    slot: Tensor
+    row: Tensor
+    empty: Tensor
+    seen: Tensor
+
+
+def places_for(position_ids: Tensor, slots: int) -> Places:
+    """Return the places of tokens at positions ``[batch, seq_len]``, −1 for padding, in a cache with so many slots."""
+    batch, length = position_ids.shape
+    device = position_ids.device
+    last = position_ids.argmax(dim=1, keepdim=True)
+    source = torch.where(position_ids >= 0, torch.arange(length, device=device), last)
+    places = position_ids.gather(1, source).reshape(batch, 1, length)
+    return Places(
+        source=source.reshape(batch, 1, length, 1),
+        slot=places.clamp(min=0),
+        row=torch.arange(batch, device=device).reshape(batch, 1, 1),
+        empty=(places < 0).reshape(batch, 1, length, 1),
+        seen=(torch.arange(slots, device=device) <= position_ids.amax(dim=1, keepdim=True)).reshape(batch, 1, slots, 1),
+    )
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any to mypy here
@@ -22,27 +61,26 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
     Args:
         keys: retained keys.
         values: retained values.
-        position_ids: int64 ``[batch, seq_len]``, −1 for padding.
+        places: where new tokens are written.
     """
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, position_ids: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, places: Places) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
-        self._positions = position_ids
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        self._seen = (slots <= position_ids.amax(dim=1, keepdim=True))[:, None, :, None]
+        self._places = places
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the state is there."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
-        self.keys = written(self.keys, key_states, self._positions)
-        self.values = written(self.values, value_states, self._positions)
-        return torch.where(self._seen, self.keys, 0.0), torch.where(self._seen, self.values, 0.0)
+        self.keys = written(self.keys, key_states, self._places)
+        self.values = written(self.values, value_states, self._places)
+        seen = self._places.seen
+        return torch.where(seen, self.keys, 0.0), torch.where(seen, self.values, 0.0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of slots and the first of them."""
@@ -57,22 +95,12 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         return int(self.keys.shape[2])
 
 
-def written(state: Tensor, new: Tensor, position_ids: Tensor) -> Tensor:
-    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` at their positions ``[b, s]``.
-
-    Padding writes once more what the row's token at its greatest position writes, or, in a row of padding alone, what
-    slot 0 holds. So every index is in range, and equal indices carry equal values: no runtime can treat it otherwise.
-    """
-    last = position_ids.argmax(dim=1, keepdim=True)
-    tokens = torch.arange(position_ids.shape[1], device=new.device)[None]
-    source = torch.where(position_ids >= 0, tokens, last)
-    places = position_ids.gather(1, source)
-    empty = (places < 0)[:, None, :, None]
-    updates = new.gather(2, source[:, None, :, None].expand(new.shape))
-    updates = torch.where(empty, state[:, :, :1], updates)
-    batch = torch.arange(state.shape[0], device=new.device)[:, None, None]
-    heads = torch.arange(state.shape[1], device=new.device)[None, :, None]
-    return state.index_put((batch, heads, places.clamp(min=0)[:, None]), updates)
+def written(state: Tensor, new: Tensor, places: Places) -> Tensor:
+    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` at their places."""
+    updates = new.gather(2, places.source.expand(new.shape))
+    updates = torch.where(places.empty, state.narrow(2, 0, 1), updates)
+    heads = torch.arange(state.shape[1], device=new.device).reshape(1, -1, 1)
+    return state.index_put((places.row, heads, places.slot), updates)
 
 
 def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -101,9 +129,8 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
 
 def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
     """Return a cache over the inputs ``past_key.i`` and ``past_value.i``."""
-    return Cache(
-        layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], position_ids) for i in range(layers)]
-    )
+    places = places_for(position_ids, state["past_key.0"].shape[2])
+    return Cache(layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], places) for i in range(layers)])
 
 
 def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:

@@ -85,7 +85,7 @@ def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
     made: dict[str, Any] = {}
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-        if spec.dtype == "int64":
+        if spec.name in ("input_ids", "position_ids"):
             made[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
         else:
             made[spec.name] = np.zeros(shape, dtype=spec.dtype)

@@ -9,6 +9,7 @@ our cache, wrapper, decode loop or names of adapter tensors is used.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,8 @@ def continuations(
     tokens: list[Array] = []
     for adapted in _models(model, named, inputs.adapters):
         for prompt in inputs.ids:
-            with foreign("run the Hugging Face model"), torch.inference_mode():
+            # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
+            with foreign("run the Hugging Face model"), torch.no_grad():
                 text = _greedy(adapted, prompt, steps, inputs.eos)
                 logits.append(_logits(adapted, text, prompt.size, dtype))
                 tokens.append(text[prompt.size :])
@@ -94,10 +96,18 @@ def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: 
         return
     yield model
     for name, made in named.items():
-        with _folder(made, adapters[name]) as folder, foreign(f"load adapter {name} with PEFT"), quiet():
+        with _folder(made, adapters[name]) as folder, foreign(f"load adapter {name} with PEFT"), _silent():
             adapted = PeftModel.from_pretrained(model, folder).eval()
         yield adapted
         model = adapted.unload()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Ignore warnings: `apply_peft` has logged what PEFT has to say of the same config."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -247,18 +247,21 @@ def draw(config: Any, seed: int, name: str) -> Any:
 
 
 def draw_causal(config: Any, seed: int, name: str) -> Any:
-    """Build a causal LM with weights from the seed, whose greedy texts are no repetition of one token.
+    """Build a causal LM with weights from the seed that repeats no token for ever and routes decisively.
 
     Experts are computed by ``batched_mm``, the one of transformers' ways that exports.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qeff_validate.models.routers import make_decisive
+
     model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and embedding.weight is head.weight:
-        with torch.no_grad():
+    with torch.no_grad():
+        make_decisive(model)
+        if head is not None and embedding.weight is head.weight:
             embedding.weight.mul_(TIED)
     return model.eval()
 

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which PEFT methods work on which architectures: ``make support`` tries every pair and writes docs/support.md.
+
+Each pair is a case of its own with two random adapters, run on ONNX Runtime and on the simulated AI 100. Graphs and
+QPCs are in the store, so a run that was broken off goes on where it was. ``--only lora,llama`` writes no page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qeff_validate.case import Case
+from qeff_validate.engine import Runner, environment
+from qeff_validate.models.peft_config import METHODS as KNOWN
+from qeff_validate.models.peft_config import REFUSED
+from qeff_validate.protocols import Settings
+from qeff_validate.report import Result
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+RUNTIMES = ("ort", "sim")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where adapters go; PEFT knows no modules for a third of these architectures, so they are named for all.
+
+    Attributes:
+        source: model type of the ``random:`` source.
+        targets: projections of attention.
+        scaled: modules of IA3.
+        inputs: those of them whose input IA3 scales, not the output.
+    layers: how many kinds of layers there are.
+    """
+
+    source: str
+    targets: Sequence[str] = ("q_proj", "v_proj")
+    scaled: Sequence[str] = ("k_proj", "v_proj", "down_proj")
+    inputs: Sequence[str] = ("down_proj",)
+    layers: int = 1
+
+
+EXPERTS = {"scaled": ("k_proj", "v_proj", "o_proj"), "inputs": ("o_proj",)}
+"""IA3 where experts are tensors of three dims, which are no modules that PEFT could scale."""
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "Llama": Architecture("llama"),
+    "Mistral": Architecture("mistral"),
+    "Qwen2": Architecture("qwen2", layers=2),
+    "Qwen3": Architecture("qwen3"),
+    "Qwen3-MoE": Architecture("qwen3_moe", **EXPERTS),
+    "GPT-2": Architecture("gpt2", ("c_attn",), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "Phi-3": Architecture("phi3", ("qkv_proj",), ("qkv_proj", "down_proj")),
+    "Gemma-2": Architecture("gemma2", layers=2),
+    "Gemma-3": Architecture("gemma3_text", layers=2),
+    "Granite": Architecture("granite"),
+    "GPT-NeoX": Architecture(
+        "gpt_neox", ("query_key_value",), ("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)
+    ),
+    "Mixtral": Architecture("mixtral", **EXPERTS),
+    "StableLM": Architecture("stablelm"),
+    "OLMo-2": Architecture("olmo2"),
+    "StarCoder2": Architecture("starcoder2", scaled=("k_proj", "v_proj", "c_proj"), inputs=("c_proj",)),
+}
+
+# init: noise so strong that each adapter's effect stands out of fp16
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {"r": 4, "init": 0.1},
+    "rslora": {"r": 4, "init": 0.1},
+    "dora": {"r": 4, "init": 0.1},
+    "ia3": {"init": 0.2},
+    "adalora": {"init_r": 6, "target_r": 4, "total_step": 100, "init": 0.3},
+    "loha": {"r": 4, "init": 0.2},
+    "lokr": {"r": 4, "init": 0.1},
+    "vera": {"r": 8, "init": 0.6},
+    "oft": {"oft_block_size": 8, "init": 0.1},
+    "randlora": {"r": 4, "init": 0.15},
+}
+
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {} for name in sorted(KNOWN) if name not in METHODS},
+    "c3a": {"block_size": 8, "init": 0.2},
+    "hira": {"init": 0.2},
+    "pvera": {"init": 0.6},
+    "road": {"group_size": 8},
+    "shira": {"r": 4, "random_seed": 1},
+    "supertuning": {"init": 0.2},
+    "trainable_tokens": {"token_indices": [150, 310, 705]},
+    "unilora": {"init": 0.5},
+    "vblora": {"vector_length": 16, "num_vectors": 32, "init": 0.3},
+    "waveft": {"n_frequency": 64},
+}
+"""The rest of PEFT's methods, on Llama alone, where their own defaults do not fit a small model."""
+
+SHARED = ("vera", "randlora", *OTHERS)
+"""Methods that share, or may share, tensors between layers: they get two."""
+
+ELSEWHERE = ("ln_tuning", "trainable_tokens")
+"""Methods whose modules are not projections; PEFT's default for Llama is taken."""
+
+PROMPTS = (  # the first and second make one uneven batch; two are longer than every window
+    "Once",
+    "def add(a, b): return a + b # and so on",
+    "A river begins in the hills, where rain gathers in small streams that nobody",
+)
+SIZES: Mapping[str, Any] = {"prefill_seq_len": 8, "ctx_len": 24, "max_new_tokens": 4, "prompts": list(PROMPTS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a pair: the worst value over its bound on each runtime, or why there is none."""
+
+    worst: Mapping[str, float] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True if it passed on every runtime."""
+        return set(self.worst) == set(RUNTIMES)
+
+
+TEMPLATE = """\
+# PEFT methods and architectures
+
+Written by `make support`: **{passed} of {all} pairs pass** on ONNX Runtime and on the simulated AI 100 in fp16
+({tested}).
+
+Each pair is a small random model, one layer of each kind (two where a method shares tensors between layers), with two
+random adapters, run as base, a, b, base and a again on one session; prompts are uneven, run in chunks, and reach beyond
+every sliding window. A number is the worst metric over its bound, so 1 is
+the limit; a number in brackets is a note below. Random weights say that a graph is right, not how much fp16 costs a
+trained model.
+
+{tables}
+## Notes
+
+{notes}
+
+## Other methods, on Llama
+
+| method | ort | sim |
+|---|---|---|
+{others}
+"""
+
+
+def case_for(method: str, name: str) -> Case:
+    """Return the case of a method on an architecture."""
+    architecture = ARCHITECTURES[name]
+    options = {"init": 0.1, **{**METHODS, **OTHERS}[method]}
+    if method == "ia3":
+        options |= {"target_modules": list(architecture.scaled), "feedforward_modules": list(architecture.inputs)}
+    elif method not in ELSEWHERE:
+        options["target_modules"] = list(architecture.targets)
+    return Case(
+        name=f"{name}-{method}".lower(),
+        model="peft-causal-lm",
+        source=f"random:{architecture.source}",
+        config={"num_hidden_layers": max(architecture.layers, 2 if method in SHARED else 1)},
+        runtimes=list(RUNTIMES),
+        options={"peft_method": method, "peft": options, **SIZES},
+    )
+
+
+def pairs(only: str | None) -> list[tuple[str, str]]:
+    """Return (method, architecture) in the order of the page; ``only``: METHOD, ARCHITECTURE or both, with a comma."""
+    every = [(method, name) for name in ARCHITECTURES for method in METHODS] + [(method, "Llama") for method in OTHERS]
+    wanted = {word.strip().lower() for word in (only or "").split(",") if word.strip()}
+    unknown = wanted - {word.lower() for pair in every for word in pair}
+    if unknown:
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: no method and no architecture of the matrix")
+    methods, names = wanted & {*METHODS, *OTHERS}, wanted & {name.lower() for name in ARCHITECTURES}
+    return [
+        (method, name)
+        for method, name in every
+        if (not methods or method in methods) and (not names or name.lower() in names)
+    ]
+
+
+def tried(runner: Runner, method: str, name: str) -> Outcome:
+    """Run one pair on every runtime."""
+    case = case_for(method, name)
+    results = {runtime: runner.result(case, runtime) for runtime in RUNTIMES}
+    return Outcome(
+        {runtime: worst(result) for runtime, result in results.items() if result.status == "pass"},
+        {runtime: reason(result) for runtime, result in results.items() if result.status != "pass"},
+    )
+
+
+def worst(result: Result) -> float:
+    """Return the greatest value over its bound; gates that allow nothing are passed, so they are 0."""
+    return max(item.metric.value / item.bound.value for item in result.metrics if item.bound and item.bound.value > 0)
+
+
+def reason(result: Result) -> str:
+    """Return status, stage and the start of the reason, in one line that can stand in a table."""
+    text = " ".join(result.reason.split()).replace("|", "/")
+    first = text if result.status == "error" else text.split("; ")[0]
+    return f"{result.status} in {result.stage}: {first[:300]}"
+
+
+def page(outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str]) -> str:
+    """Return docs/support.md."""
+    passed = sum(outcomes[method, name].passed for name in ARCHITECTURES for method in METHODS)
+    tested = ", ".join(f"{name} {versions[name]}" for name in ("peft", "transformers", "torch", "onnxruntime"))
+    notes: dict[str, int] = {}
+    tables = [line for runtime in RUNTIMES for line in table(outcomes, runtime, notes)]
+    others = [other_row(method, outcomes[method, "Llama"]) for method in OTHERS]
+    others += [f"| {method} | refused: {why} | |" for method, why in sorted(REFUSED.items())]
+    notes_list = [f"{number}. {text}" for text, number in notes.items()]
+    return TEMPLATE.format(
+        passed=passed,
+        all=len(METHODS) * len(ARCHITECTURES),
+        tested=tested,
+        tables="\n".join(tables),
+        notes="\n".join(notes_list),
+        others="\n".join(others),
+    )
+
+
+def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict[str, int]) -> Iterator[str]:
+    """Yield the table of a runtime; reasons become numbered notes."""
+    yield f"## {runtime}"
+    yield ""
+    yield f"| | {' | '.join(METHODS)} |"
+    yield f"|---|{'---|' * len(METHODS)}"
+    for name in ARCHITECTURES:
+        cells = []
+        for method in METHODS:
+            outcome = outcomes[method, name]
+            if runtime in outcome.worst:
+                cells.append(f"{outcome.worst[runtime]:.2f}")
+            else:
+                cells.append(f"[{notes.setdefault(outcome.reasons[runtime], len(notes) + 1)}]")
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+
+
+def other_row(method: str, outcome: Outcome) -> str:
+    """Return the row of a method that is tried on Llama alone."""
+    cells = [
+        f"{outcome.worst[runtime]:.2f}" if runtime in outcome.worst else outcome.reasons[runtime]
+        for runtime in RUNTIMES
+    ]
+    return f"| {method} | {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try pairs and write the page; with ``--only``, print alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="METHOD,ARCH", help="try these, and leave docs/support.md as it is")
+    parser.add_argument("--store", help="directory of the artifact store; default: as qeff-validate")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/support.md)")
+    given = parser.parse_args(arguments)
+    runner, outcomes, wanted = Runner(store=given.store), {}, pairs(given.only)
+    gc.disable()  # collecting during an export costs a fifth of it; here memory is freed between pairs
+    for count, (method, name) in enumerate(wanted, start=1):
+        start = time.perf_counter()
+        outcomes[method, name] = outcome = tried(runner, method, name)
+        said = " ".join(
+            [
+                *(f"{runtime} {value:.2f}" for runtime, value in outcome.worst.items()),
+                *(f"{runtime} {text}" for runtime, text in outcome.reasons.items()),
+            ]
+        )
+        print(f"[{count}/{len(wanted)}] {method} on {name}: {said} ({time.perf_counter() - start:.0f} s)", flush=True)
+        gc.collect()
+    if not given.only:
+        given.output.write_text(page(outcomes, environment(Settings())["versions"]), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
