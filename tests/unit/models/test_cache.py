@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.models.cache import StateLayer, masks, state_shapes, written
+from qeff_validate.models.cache import StateLayer, masks, places_for, state_shapes, written
 from qeff_validate.models.decoder import Decoder
 from qeff_validate.models.generate import Plan, generate
 from qeff_validate.models.sources import Random
@@ -67,7 +67,8 @@ def test_tokens_are_written_at_their_places_and_padding_writes_nothing(given: An
     state = rng.standard_normal((len(places), HEADS, slots, WIDTH)).astype(np.float32)
     state[:, :, rng.integers(slots)] = np.nan
     new = rng.standard_normal((len(places), HEADS, places.shape[1], WIDTH)).astype(np.float32)
-    found = written(torch.from_numpy(state), torch.from_numpy(new), torch.from_numpy(places)).numpy()
+    at = places_for(torch.from_numpy(places), slots)
+    found = written(torch.from_numpy(state), torch.from_numpy(new), at).numpy()
     np.testing.assert_array_equal(found, written_by_a_loop(state, new, places))
 
 
@@ -77,7 +78,7 @@ def test_what_attention_reads_is_what_was_written_and_zeros_behind_it(given: Any
     places, slots = given
     state = np.full((len(places), HEADS, slots, WIDTH), np.nan, np.float32)
     new = np.ones((len(places), HEADS, places.shape[1], WIDTH), np.float32)
-    layer = StateLayer(*(torch.from_numpy(state.copy()) for _ in range(2)), torch.from_numpy(places))
+    layer = StateLayer(*(torch.from_numpy(state.copy()) for _ in range(2)), places_for(torch.from_numpy(places), slots))
     for found in layer.update(torch.from_numpy(new), torch.from_numpy(new)):
         for row, at in zip(found.numpy(), places, strict=True):
             assert not row[:, at.max() + 1 :].any(), "a slot behind the last place is not zero"
