@@ -76,7 +76,7 @@ class FirstTokens:
             twin = self._alike(self.got[i], i)
             if twin is not None:
                 yield _impostor(name, twin)
-            elif i and not beyond[self.at[0]].any():
+            elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
                 yield from self._weakened(i)
         for visit, moved in enumerate(self.moved):
             if moved != 0:
@@ -106,7 +106,7 @@ class FirstTokens:
         if twin is not None:
             return f"the second visit to {name} gives the outputs of {twin!r}: an adapter stays on"
         said = f"the second visit to {name} differs from the first by up to {self.moved[visit]:.1e}"
-        return f"{said}: what came between, {before} last, is still seen"
+        return f"{said}: what came between, {before} last, is still seen, or runs are not repeatable"
 
 
 def _far(one: Floats, other: Floats) -> float:

@@ -209,6 +209,13 @@ def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_wea
     assert "is it trained?" in verdict.reason
 
 
+def test_adapter_without_any_effect_that_fails_all_the_same_is_no_crash() -> None:
+    wanted = reference(effect=0.0)
+    verdict = judge(wanted, actual(wanted, lambda found: found["logits"].__setitem__((of("b"), 3), 9.0)))
+    assert verdict.status == "fail"
+    assert "6 of 18 rows fail, with b only" in verdict.reason
+
+
 # --- which rows --------------------------------------------------------------------------------------
 
 # adapter, prompt, step of each row; prompts have 3, 9 and 5 tokens and 2, 3 and 1 steps
