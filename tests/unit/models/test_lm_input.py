@@ -113,7 +113,8 @@ UNFIT: Mapping[str, tuple[dict[str, str], list[str]]] = {
     "missing directory": ({"a": "none"}, ["adapter: directory ", "none does not exist"]),
     "a pickle": ({"a": "pickle"}, ["adapter_model.bin is a pickle, which may run code", "save_pretrained(NEW_DIR)"]),
     "a wider base": (
-        {"a": "wide"}, ["adapter 'a': ", "the adapter has [4, 96], this model has [4, 64]", "of another base"],
+        {"a": "wide"},
+        ["adapter 'a': ", "the adapter has [4, 96], this model has [4, 64]", "an adapter of another base"],
     ),
     "a deeper base": ({"a": "deep"}, ["layers.2.", "this model has nothing: ", "an adapter of another base"]),
     "another family": ({"a": "gpt2"}, ["LlamaForCausalLM has no module 'c_attn'", "Another base?"]),
