@@ -76,7 +76,7 @@ class FirstTokens:
             twin = self._alike(self.got[i], i)
             if twin is not None:
                 yield _impostor(name, twin)
-            elif i and not beyond[self.at[0]].any():
+            elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
                 yield from self._weakened(i)
         for visit, moved in enumerate(self.moved):
             if moved != 0:
@@ -86,7 +86,7 @@ class FirstTokens:
         """Return the name of the adapter whose outputs these are; None if they are nobody else's."""
         far = [_far(found, wanted) for wanted in self.wanted]
         nearest = int(np.argmin(far))
-        return self.adapters[nearest] if nearest != own and far[nearest] < ALIKE * far[own] else None
+        return self.adapters[nearest] if far[nearest] < ALIKE * far[own] else None
 
     def _weakened(self, adapter: int) -> Iterator[str]:
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
@@ -101,12 +101,12 @@ class FirstTokens:
             yield f"adapter {name!r} changes other things than in the reference (cosine {cosine:.2g})"
 
     def _left_over(self, visit: int) -> str:
-        name, before = self.adapters[visit], self.adapters[-1 if visit == 0 else visit - 1]
+        name, before = self.adapters[visit], self.adapters[0 if visit else -1]
         twin = self._alike(self.again[visit], visit)
         if twin is not None:
             return f"the second visit to {name} gives the outputs of {twin!r}: an adapter stays on"
         said = f"the second visit to {name} differs from the first by up to {self.moved[visit]:.1e}"
-        return f"{said}: what came between, {before} last, is still seen"
+        return f"{said}: what came between, {before} last, is still seen, or runs are not repeatable"
 
 
 def _far(one: Floats, other: Floats) -> float:

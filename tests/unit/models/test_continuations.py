@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict on continuations and what it says of a fault, on drawn logits of two adapters and three prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qeff_validate.compare import Verdict
+from qeff_validate.logits import ERRORS, Text
+from qeff_validate.models.continuations import judge_continuations
+from qeff_validate.models.symptoms import pattern
+from qeff_validate.protocols import Terms
+
+NAMES, LENGTHS, STEPS, VOCAB = ("base", "a", "b"), (3, 9, 5), (2, 3, 1), 40
+ROWS = sum(STEPS)
+INPUTS = SimpleNamespace(
+    labels=("p", "q", "r"), ids=tuple(np.zeros(length, np.int64) for length in LENGTHS), eos=frozenset({1})
+)
+WIDE = {"kl_p99": 0.09, "kl_max": 0.9, **dict.fromkeys(ERRORS, 4.9), "why": "a test"}
+
+Rows = dict[str, np.ndarray]
+
+
+def reference(effect: float = 0.3, names: Sequence[str] = NAMES, **alike: str) -> Rows:
+    """Return logits in which each adapter adds noise of its own, or another's, to the base."""
+    base = 3 * np.random.default_rng(0).standard_normal((ROWS, VOCAB))
+    base[np.arange(ROWS), base.argmax(axis=1)] += 3  # far from any tie
+    parts = [base]
+    for name in names[1:]:
+        seed = names.index(alike.get(name, name))
+        parts.append(base + effect * np.random.default_rng(seed).standard_normal(base.shape))
+    rows = np.concatenate(parts).astype(np.float32)
+    return {"logits": rows, "tokens": rows.argmax(axis=1), "steps": np.array(STEPS * len(names))}
+
+
+def actual(wanted: Rows, change: Callable[[Rows], Any] = lambda _: None, names: Sequence[str] = NAMES) -> Rows:
+    found = {"logits": wanted["logits"].copy()}
+    found["again"] = found["logits"][: ROWS * min(2, len(names))].copy()
+    change(found)
+    return found
+
+
+def judge(wanted: Rows, found: Rows, precision: str = "fp16", names: Sequence[str] = NAMES, **more: Any) -> Verdict:
+    terms = Terms(precision, more.get("floor"), more.get("override", {}), 0)
+    return judge_continuations(wanted, found, terms, adapters=list(names), inputs=INPUTS)
+
+
+def failed(verdict: Verdict) -> set[str]:
+    return {item.metric.name for item in verdict.metrics if not item.passed}
+
+
+def of(name: str) -> slice:
+    return slice(NAMES.index(name) * ROWS, (NAMES.index(name) + 1) * ROWS)
+
+
+def halved(found: Rows) -> None:
+    """Let each adapter act half as strongly, in all visits."""
+    base = found["logits"][of("base")]
+    for name in ("a", "b"):
+        found["logits"][of(name)] = base + 0.5 * (found["logits"][of(name)] - base)
+    found["again"][:] = found["logits"][: 2 * ROWS]
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[:2], NAMES[:1]], ids=len)
+def test_equal_logits_pass_with_every_row_compared_twice_where_it_was_visited_twice(names: Sequence[str]) -> None:
+    wanted = reference(names=names)
+    verdict = judge(wanted, actual(wanted, names=names), names=names)
+    assert (verdict.status, verdict.reason) == ("pass", "")
+    assert verdict.planned == verdict.compared == ROWS * (len(names) + min(2, len(names)))
+
+
+def test_the_adapters_change_alone_sees_what_widened_bounds_of_logits_let_through() -> None:
+    wanted = reference()
+    verdict = judge(wanted, actual(wanted, halved), override=WIDE)
+    assert failed(verdict) == {"adapter.a.delta_norm", "adapter.b.delta_norm"}, verdict.reason
+    turned = actual(wanted)
+    noise = np.random.default_rng(9).standard_normal((ROWS, VOCAB))
+    for name in ("a", "b"):
+        turned["logits"][of(name)] += (0.06 * noise).astype(np.float32)
+    turned["again"][:] = turned["logits"][: 2 * ROWS]
+    assert failed(judge(wanted, turned, override=WIDE)) == {"adapter.a.delta_cosine", "adapter.b.delta_cosine"}
+
+
+def test_strength_of_an_adapter_is_told_as_a_number() -> None:
+    wanted = reference()
+    reason = judge(wanted, actual(wanted, halved)).reason
+    for name in ("a", "b"):
+        assert f"adapter {name!r} acts 0.5 times as strongly as in the reference (cosine 1)" in reason
+
+
+def swapped(found: Rows) -> None:
+    a = found["logits"][of("a")].copy()
+    found["logits"][of("a")], found["logits"][of("b")] = found["logits"][of("b")], a
+    found["again"][ROWS:] = found["logits"][of("a")]
+
+
+def served(name: str, other: str) -> Callable[[Rows], None]:
+    def change(found: Rows) -> None:
+        found["logits"][of(name)] = found["logits"][of(other)]
+        found["again"][:] = found["logits"][: 2 * ROWS]
+
+    return change
+
+
+def again(row: int, value: Any) -> Callable[[Rows], None]:
+    def change(found: Rows) -> None:
+        found["again"][row] = value if not callable(value) else value(found)
+
+    return change
+
+
+FAULTS: Mapping[str, tuple[Callable[[Rows], Any], Sequence[str]]] = {
+    "swapped": (swapped, ["adapter 'a' gives the outputs of 'b'", "adapter 'b' gives the outputs of 'a'", "with a, b"]),
+    "base for b": (served("b", "base"), ["adapter 'b' behaves as base", "6 of 18 rows fail, with b only"]),
+    "a for base": (served("base", "a"), ["base gives the outputs of adapter 'a'", "with base only"]),
+    "b stays": (
+        again(slice(0, ROWS), lambda found: found["logits"][of("b")]),
+        ["the second visit to base gives the outputs of 'b': an adapter stays on", "revisit 6"],
+    ),
+    "one bit": (
+        again((8, 3), lambda found: np.nextafter(found["logits"][8, 3], np.float32(99))),
+        ["the second visit to a differs from the first by up to ", "base last, is still seen", "revisit 1, allowed 0"],
+    ),
+    "NaN in a second visit": (
+        again((0, 0), np.nan),
+        ["second visit to base differs from the first by up to nan: what came between, b last, is"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_fails_and_is_named_and_the_others_are_not(name: str) -> None:
+    change, words = FAULTS[name]
+    wanted = reference()
+    verdict = judge(wanted, actual(wanted, change))
+    assert verdict.status == "fail"
+    assert [text for text in words if text not in verdict.reason] == [], verdict.reason
+    told = {other for other, (_, texts) in FAULTS.items() if texts[0] in verdict.reason}
+    assert told == {name}
+
+
+def test_reason_begins_with_what_is_likely_and_names_every_gate_that_failed() -> None:
+    wanted = reference()
+    verdict = judge(wanted, actual(wanted, served("a", "b")))
+    assert verdict.reason.startswith("adapter 'a' gives the outputs of 'b'; 6 of 18 rows fail, with a only; ")
+    assert [name for name in failed(verdict) if name not in verdict.reason] == []
+    assert verdict.reason.count("allowed") == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: found.update(logits=found["logits"][:-2]), "logits have 16 rows, wanted 18: a cont"),
+        (lambda found: found.update(again=found["again"][:-1]), "second visits have 11 rows, wanted 12: a cont"),
+        (lambda found: found.update(logits=np.pad(found["logits"], ((0, 1), (0, 0)))), "went on behind its end"),
+        (lambda found: found.update(logits=found["logits"][:, 1:]), "has shape [18, 39], the reference [18, 40]"),
+        (lambda found: found.update(logits=found["logits"].astype(float)), "has dtype float64, the reference float32"),
+    ],
+    ids=["fewer rows", "fewer second visits", "more rows", "fewer columns", "another dtype"],
+)  # fmt: skip
+def test_other_rows_columns_or_dtypes_fail_before_any_number(change: Callable[[Rows], Any], words: str) -> None:
+    wanted = reference()
+    verdict = judge(wanted, actual(wanted, change))
+    assert (verdict.status, verdict.compared, words in verdict.reason) == ("fail", 0, True), verdict.reason
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_fails_with_its_place(bad: float) -> None:
+    wanted = reference()
+    found = actual(wanted)
+    found["logits"][of("b")][1, 7] = bad
+    verdict = judge(wanted, found)
+    assert verdict.status == "fail"
+    for words in ("first at row 13, column 7", "1 of 18 rows fail, with b only, no first token, so decode steps only"):
+        assert words in verdict.reason
+
+
+INCONCLUSIVE: Mapping[str, tuple[Rows, dict[str, Any], str]] = {
+    "no bounds": (reference(), {"precision": "mxfp6"}, "no sound bound for kl_p99, "),
+    "a weak adapter": (reference(effect=0.01), {}, "adapter 'a' changes log-probabilities by 9.3e-03, 1.0 times"),
+    "a weak adapter beside a noisy reference": (
+        reference(effect=1e-4), {"precision": "fp32", "floor": 1e-5}, "times the noise of fp32, and 20 are needed",
+    ),
+    "equal adapters": (reference(b="a"), {}, "adapters 'a' and 'b' say the same, so a swap would not be seen"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INCONCLUSIVE)
+def test_what_cannot_be_told_is_inconclusive(name: str) -> None:
+    wanted, terms, words = INCONCLUSIVE[name]
+    verdict = judge(wanted, actual(wanted), **terms)
+    assert (verdict.status, words in verdict.reason) == ("inconclusive", True), verdict.reason
+
+
+def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_weak_adapter_is_one() -> None:
+    wanted = reference()
+    wanted["logits"][4, 4] = np.inf
+    found = actual(wanted)
+    found["logits"][4, 4] = found["again"][4, 4] = 1.0
+    assert judge(wanted, found).reason == "the reference itself holds NaN or infinity"
+    weak = reference(effect=0.01)
+    verdict = judge(weak, actual(weak, again((0, 0), 5.0)))
+    assert verdict.status == "fail"
+    assert "is it trained?" in verdict.reason
+
+
+def test_adapter_without_any_effect_that_fails_all_the_same_is_no_crash() -> None:
+    wanted = reference(effect=0.0)
+    verdict = judge(wanted, actual(wanted, lambda found: found["logits"].__setitem__((of("b"), 3), 9.0)))
+    assert verdict.status == "fail"
+    assert "6 of 18 rows fail, with b only" in verdict.reason
+
+
+# --- which rows --------------------------------------------------------------------------------------
+
+# adapter, prompt, step of each row; prompts have 3, 9 and 5 tokens and 2, 3 and 1 steps
+PLACES = [(at, prompt, step) for at in NAMES for prompt in range(3) for step in range(STEPS[prompt])]
+TEXTS = [
+    Text(f"{at}: {prompt}", range(start, start + STEPS[prompt]))
+    for at, first in zip(NAMES, range(0, 18, 6), strict=True)
+    for prompt, start in enumerate((first, first + 2, first + 5))
+]
+
+
+@pytest.mark.parametrize(
+    ("hit", "wanted"),
+    [
+        (lambda *_: False, ""),
+        (lambda *_: True, "18 of 18 rows fail"),
+        (lambda at, *_: at != "base", "12 of 18 rows fail, with a, b only"),
+        (lambda at, prompt, step: step == 0, "9 of 18 rows fail, first tokens only, which the prefill gives"),
+        (lambda at, prompt, step: step > 0,
+         "9 of 18 rows fail, no first token, so decode steps only, only prompts 1, 2 of 3"),
+        (lambda at, prompt, step: LENGTHS[prompt] + step >= 5,
+         "12 of 18 rows fail, only where 5 tokens or more are read"),
+        (lambda at, prompt, step: prompt == 1 and step < 2, "6 of 18 rows fail, only prompts of 9 tokens and more"),
+        (lambda at, prompt, step: prompt == 0, "6 of 18 rows fail, only prompts of up to 3 tokens"),
+        (lambda at, prompt, step: prompt == 2, "3 of 18 rows fail, first tokens only, which the prefill gives, only"
+         " prompts 3 of 3"),
+        (lambda at, prompt, step: at == "b" and prompt == 1 and step == 2,
+         "1 of 18 rows fail, with b only, no first token, so decode steps only, only prompts of 9 tokens and more"),
+    ],
+)  # fmt: skip
+def test_rows_that_fail_are_told_by_what_sets_them_apart(hit: Callable[..., bool], wanted: str) -> None:
+    bad = np.array([hit(*place) for place in PLACES])
+    assert pattern(bad, TEXTS, NAMES, LENGTHS) == wanted
