@@ -57,6 +57,8 @@ def shrink(full: Mapping[str, Any], limits: Mapping[str, int], chosen: Mapping[s
     """
     small = {key: _capped(value, {**CAPS, **limits}.get(key)) for key, value in full.items()}
     small.update({key: chosen[key] for key in BASIC if key in chosen})
+    if not all(isinstance(small.get(key, 0), int) for key in BASIC):
+        return {**small, **chosen}  # transformers says what is wrong with it
     for derive in (_layers, _heads, _widths, _rope):
         small.update(derive(full, small))
     if "initializer_range" in full:
