@@ -12,7 +12,9 @@ import gc
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -251,26 +253,53 @@ def other_row(method: str, outcome: Outcome) -> str:
     return f"| {method} | {' | '.join(cells)} |"
 
 
+_OWN: list[Runner] = []
+"""This process's runner, from `start` on."""
+
+
+def start(store: str | None) -> None:
+    """Set a process up: its runner, one thread, and no garbage collection but between pairs.
+
+    An export makes millions of objects and hardly any garbage; looking for it is a fifth of the time.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    gc.disable()
+    _OWN.append(Runner(store=store))
+
+
+def timed(pair: tuple[str, str]) -> tuple[Outcome, float]:
+    """Try a pair in this process; return its outcome and the seconds."""
+    began = time.perf_counter()
+    outcome = tried(_OWN[0], *pair)
+    gc.collect()
+    return outcome, time.perf_counter() - began
+
+
+def try_all(
+    wanted: Sequence[tuple[str, str]], jobs: int, store: str | None
+) -> Iterator[tuple[tuple[str, str], Outcome]]:
+    """Try pairs in so many processes, and print a line of each."""
+    context = get_context("spawn")  # a fork would take torch's threads along
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start, initargs=(store,)) as pool:
+        found = zip(wanted, pool.map(timed, wanted), strict=True)
+        for count, (pair, (outcome, seconds)) in enumerate(found, start=1):
+            said = [f"{runtime} {value:.2f}" for runtime, value in outcome.worst.items()]
+            said += [f"{runtime} {text}" for runtime, text in outcome.reasons.items()]
+            print(f"[{count}/{len(wanted)}] {' on '.join(pair)}: {' '.join(said)} ({seconds:.0f} s)", flush=True)
+            yield pair, outcome
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try pairs and write the page; with ``--only``, print alone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="METHOD,ARCH", help="try these, and leave docs/support.md as it is")
     parser.add_argument("--store", help="directory of the artifact store; default: as qeff-validate")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/support.md)")
     given = parser.parse_args(arguments)
-    runner, outcomes, wanted = Runner(store=given.store), {}, pairs(given.only)
-    gc.disable()  # collecting during an export costs a fifth of it; here memory is freed between pairs
-    for count, (method, name) in enumerate(wanted, start=1):
-        start = time.perf_counter()
-        outcomes[method, name] = outcome = tried(runner, method, name)
-        said = " ".join(
-            [
-                *(f"{runtime} {value:.2f}" for runtime, value in outcome.worst.items()),
-                *(f"{runtime} {text}" for runtime, text in outcome.reasons.items()),
-            ]
-        )
-        print(f"[{count}/{len(wanted)}] {method} on {name}: {said} ({time.perf_counter() - start:.0f} s)", flush=True)
-        gc.collect()
+    outcomes = dict(try_all(pairs(given.only), given.jobs, given.store))
     if not given.only:
         given.output.write_text(page(outcomes, environment(Settings())["versions"]), encoding="utf-8")
     return 0
