@@ -400,11 +400,10 @@ def without_window(_: Pipeline) -> Iterator[None]:
 @contextmanager
 def stale_slots(_: Pipeline) -> Iterator[None]:
     """Let each token see the two slots behind it, which hold what was there before."""
-    original = decoder.masks
+    original, write = decoder.masks, cache.StateLayer.update
 
     def update(self: Any, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
-        self.keys = cache.written(self.keys, keys, self._positions)
-        self.values = cache.written(self.values, values, self._positions)
+        write(self, keys, values)
         return self.keys, self.values
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.models.cache import StateLayer, masks, places_for, state_shapes, written
+from qeff_validate.models.cache import cache_for, masks, state_shapes
 from qeff_validate.models.decoder import Decoder
 from qeff_validate.models.generate import Plan, generate
 from qeff_validate.models.sources import Random
@@ -59,17 +59,23 @@ def positions(draw: Any) -> tuple[np.ndarray, int]:
     return np.array(rows), slots
 
 
+def layer_of(keys: np.ndarray, values: np.ndarray, places: np.ndarray) -> Any:
+    state = {"past_key.0": torch.from_numpy(keys), "past_value.0": torch.from_numpy(values)}
+    return cache_for(state, 1, torch.from_numpy(places)).layers[0]
+
+
 @settings(max_examples=80, deadline=None)
 @given(positions(), st.integers(0, 9))
 def test_tokens_are_written_at_their_places_and_padding_writes_nothing(given: Any, seed: int) -> None:
     places, slots = given
     rng = np.random.default_rng(seed)
-    state = rng.standard_normal((len(places), HEADS, slots, WIDTH)).astype(np.float32)
-    state[:, :, rng.integers(slots)] = np.nan
-    new = rng.standard_normal((len(places), HEADS, places.shape[1], WIDTH)).astype(np.float32)
-    at = places_for(torch.from_numpy(places), slots)
-    found = written(torch.from_numpy(state), torch.from_numpy(new), at).numpy()
-    np.testing.assert_array_equal(found, written_by_a_loop(state, new, places))
+    state, new = (rng.standard_normal((2, len(places), HEADS, n, WIDTH)).astype(np.float32)
+                  for n in (slots, places.shape[1]))  # fmt: skip
+    state[..., rng.integers(slots), :] = np.nan
+    layer = layer_of(*state, places)
+    layer.update(*torch.from_numpy(new))
+    for which, found in enumerate((layer.keys, layer.values)):
+        np.testing.assert_array_equal(found.numpy(), written_by_a_loop(state[which], new[which], places))
 
 
 @settings(max_examples=80, deadline=None)
@@ -77,13 +83,13 @@ def test_tokens_are_written_at_their_places_and_padding_writes_nothing(given: An
 def test_what_attention_reads_is_what_was_written_and_zeros_behind_it(given: Any) -> None:
     places, slots = given
     state = np.full((len(places), HEADS, slots, WIDTH), np.nan, np.float32)
-    new = np.ones((len(places), HEADS, places.shape[1], WIDTH), np.float32)
-    layer = StateLayer(*(torch.from_numpy(state.copy()) for _ in range(2)), places_for(torch.from_numpy(places), slots))
-    for found in layer.update(torch.from_numpy(new), torch.from_numpy(new)):
+    new = torch.ones(len(places), HEADS, places.shape[1], WIDTH)
+    layer = layer_of(state, state.copy(), places)
+    for found in layer.update(new, new):
         for row, at in zip(found.numpy(), places, strict=True):
             assert not row[:, at.max() + 1 :].any(), "a slot behind the last place is not zero"
             assert (row[:, at[at >= 0]] == 1).all()
-    assert np.isnan(layer.keys.numpy()).sum() == np.isnan(written_by_a_loop(state, new, places)).sum()
+    assert np.isnan(layer.keys.numpy()).sum() == np.isnan(written_by_a_loop(state, new.numpy(), places)).sum()
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, int | None]]] = {
