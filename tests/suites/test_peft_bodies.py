@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES
+from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES, one_thread
 
 from qeff_validate.case import Case
 from qeff_validate.engine import Runner, load
@@ -20,10 +20,8 @@ CASES = [case for case in load([Path(__file__).parents[2] / "configs" / "peft.ya
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    gc.disable()  # an export makes millions of objects and no garbage: collecting is a fifth of it
-    yield Runner()
-    gc.enable()
-    gc.collect()
+    with one_thread():
+        yield Runner()
 
 
 @pytest.mark.slow
