@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2
 
-.PHONY: validate test check bench clean help
+.PHONY: validate test check bench support clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -30,6 +30,9 @@ check: $(STAMP)  ## ruff and mypy strict
 
 bench: $(STAMP)  ## ratios of what is slow, in one run
 	$(BIN)/python tests/bench.py
+
+support: $(STAMP)  ## try every PEFT method on every architecture and write docs/support.md: half an hour (ARGS='--only lora,llama')
+	$(BIN)/python tests/support.py $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build qv-report .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -82,7 +82,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "lokr": {"r": 4, "init": 0.1},
     "vera": {"r": 8, "init": 0.6},
     "oft": {"oft_block_size": 8, "init": 0.1},
-    "randlora": {"r": 4, "init": 0.15},
+    "randlora": {"r": 4, "randlora_alpha": 8, "init": 0.15},
 }
 
 OTHERS: Mapping[str, Mapping[str, Any]] = {
