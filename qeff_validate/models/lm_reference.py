@@ -52,13 +52,14 @@ def continuations(
 def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:
     """Yield the model as it is, then with each adapter; afterwards it is as it was, but for a PeftModel's choice."""
     if isinstance(model, PeftModel):
+        tuner: Any = model.base_model
         for name in adapters:
             with torch.inference_mode():  # after a run in float64 PEFT may not mark elsewhere what trains
                 if name == BASE:
-                    model.base_model.disable_adapter_layers()
+                    tuner.disable_adapter_layers()
                 else:
-                    model.base_model.enable_adapter_layers()
-                    model.base_model.set_adapter(name)
+                    tuner.enable_adapter_layers()
+                    tuner.set_adapter(name)
             yield model
         return
     yield model
