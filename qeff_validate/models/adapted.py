@@ -39,6 +39,7 @@ class Loaded:
         live: saved name of each adapter tensor and its name in ``model``.
         adapters: tensors of ``base`` and of each adapter, by saved names.
         eos: ids that end a text.
+        brought: the model came with its adapters, and they are off for good.
     """
 
     model: Any
@@ -46,9 +47,12 @@ class Loaded:
     live: Mapping[str, str]
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
+    brought: bool = False
 
     def off(self) -> Any:
-        """Return the model with no adapter on it; this object's ``model`` is of no use afterwards."""
+        """Return the model as `adapt` takes it, None if it came with adapters; ``model`` is of no use afterwards."""
+        if self.brought:
+            return None
         return self.model.unload() if self.live else self.model
 
     def interface(self) -> dict[str, Any]:
@@ -66,7 +70,8 @@ def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
     Raises:
         ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
     """
-    if isinstance(model, PeftModel):
+    brought = isinstance(model, PeftModel)
+    if brought:
         if named:
             raise ConfigError("a PeftModel brings its own adapters: leave out options.adapters and peft_method")
         configs, tensors, model = _taken_off(model)
@@ -83,7 +88,7 @@ def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
     _take_out_effect(adapted, plain)
     off = adapter_tensors(adapted)
     _same_shapes(off, tensors)
-    return Loaded(adapted, dims, live_names(adapted), {BASE: off, **tensors}, eos)
+    return Loaded(adapted, dims, live_names(adapted), {BASE: off, **tensors}, eos, brought)
 
 
 def fresh(config: PeftConfig) -> PeftConfig:
@@ -161,6 +166,8 @@ def _taken_off(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, A
     tensors = {name: adapter_tensors(model, name) for name in configs}
     if BASE in configs:
         raise ConfigError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ConfigError("an adapter is merged into the weights of the PeftModel: call its unmerge_adapter() first")
     return configs, tensors, model.unload()
 
 

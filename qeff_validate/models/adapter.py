@@ -58,8 +58,12 @@ def adapter_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Array])
         name: [str(array.dtype), list(array.shape), hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()]
         for name, array in tensors.items()
     }
-    options = {key: _ordered(value) for key, value in config.items() if key not in NOT_CONTENT}
-    return fingerprint({"config": options, "tensors": digests})
+    return fingerprint({"config": content(config), "tensors": digests})
+
+
+def content(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a config shapes what an adapter computes, as plain data in a fixed order."""
+    return {key: _ordered(value) for key, value in config.items() if key not in NOT_CONTENT}
 
 
 def _ordered(value: Any) -> Any:

@@ -85,14 +85,17 @@ def merged(
 
 
 def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:
-    """Yield the model as it is, then with each adapter; afterwards it is as it was."""
+    """Yield the model as it is, then with each adapter; afterwards it is as it was, but for a PeftModel's choice."""
     if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield model
+        tuner: Any = model.base_model
         for name in adapters:
-            if name != BASE:
-                model.set_adapter(name)
-                yield model
+            with torch.inference_mode():  # after a run in float64 PEFT may not mark elsewhere what trains
+                if name == BASE:
+                    tuner.disable_adapter_layers()
+                else:
+                    tuner.enable_adapter_layers()
+                    tuner.set_adapter(name)
+            yield model
         return
     yield model
     for name, made in named.items():

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.models.adapter import content
 from qeff_validate.models.gguf import Gguf
 from qeff_validate.models.loading import (
     TOKENIZER,
@@ -147,7 +148,7 @@ class Given:
     given_tokenizer: Any
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return digests of all tensors, with the class and the config."""
+        """Return digests of all tensors, with the class and the config, and the configs of adapters."""
         import hashlib
 
         sha = hashlib.sha256()
@@ -158,7 +159,11 @@ class Given:
         config = getattr(self.model, "config", None)
         kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
         text = config.to_json_string() if config is not None else repr(self.model)
-        return {"class": kind, "tensors": sha.hexdigest(), "config": text, **versions("torch", "transformers")}
+        key = {"class": kind, "tensors": sha.hexdigest(), "config": text, **versions("torch", "transformers")}
+        adapters = getattr(self.model, "peft_config", {})
+        scales = {name: made.scaling for name, made in self.model.named_modules() if hasattr(made, "scaling")}
+        found = {name: content(made.to_dict()) for name, made in adapters.items()}
+        return {**key, "adapters": found, "scales": scales} if found else key
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
