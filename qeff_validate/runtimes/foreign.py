@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from qeff_validate.case import Artifacts
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.tensors import RETAINED, Shapes, Tensors, TensorSpec, retained
 
-INTEGERS = frozenset({"int64", "int32"})
+INTEGERS, HALVES = frozenset({"int64", "int32"}), frozenset({"float32", "float16"})
 
 
 class Foreign:
@@ -38,7 +38,9 @@ class Foreign:
         self.shapes: tuple[Shapes, ...] = tuple(
             {both.get(name, name): dims for name, dims in shapes.items()} for shapes in session.shapes
         )
-        problems = _problems("input", self.inputs, graph.inputs) + _problems("output", self.outputs, graph.outputs)
+        state = retained(graph.inputs, graph.outputs)
+        problems = _problems("input", self.inputs, graph.inputs, state)
+        problems += _problems("output", self.outputs, graph.outputs, state)
         if problems:
             raise RunError(
                 f"the artifact does not fit the model: {'; '.join(problems)}\n"
@@ -64,14 +66,16 @@ def _renamed(specs: Sequence[TensorSpec], names: Mapping[str, str]) -> tuple[Ten
     return tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in specs)
 
 
-def _problems(what: str, got: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> list[str]:
+def _problems(what: str, got: Sequence[TensorSpec], wanted: Sequence[TensorSpec], state: Collection[str]) -> list[str]:
     known, given = {spec.name: spec for spec in wanted}, {spec.name: spec for spec in got}
     problems = [f"{what} {name!r} is missing" for name in known if name not in given]
     problems += [f"{what} {name!r} is unknown" for name in given if name not in known]
     for name in known.keys() & given.keys():
         spec, other = known[name], given[name]
-        # ids and masks may be int32, as some exporters make them; anything else changes what is fed or read
-        if spec.dtype != other.dtype and not {spec.dtype, other.dtype} <= INTEGERS:
+        # ids and masks may be int32, as some exporters make them, and state on a card is half precision; anything else
+        # changes what is fed or read
+        free = HALVES if name.removesuffix(RETAINED) in state else INTEGERS
+        if spec.dtype != other.dtype and not {spec.dtype, other.dtype} <= free:
             problems.append(f"{what} {name!r} has dtype {other.dtype}, wanted {spec.dtype}")
         if len(spec.shape) != len(other.shape):
             problems.append(f"{what} {name!r} has {len(other.shape)} dims, wanted {len(spec.shape)}")

@@ -12,7 +12,7 @@ import torch
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models import adapted
-from qeff_validate.models.adapted import load, set_tensors
+from qeff_validate.models.adapted import adapt, set_tensors
 from qeff_validate.models.decoder import decoder_examples
 from qeff_validate.models.lm_reference import continuations
 from qeff_validate.models.peft_config import generate_peft_config
@@ -48,7 +48,7 @@ def drawn(method: str, **options: Any) -> dict[str, Any]:
 def test_base_on_the_graph_of_an_adapter_is_the_model_without_one(method: str, options: dict[str, Any]) -> None:
     source = Random("llama", SMALL, 0)
     plain = logits(source.causal_lm())
-    loaded = load(source, drawn(method, **options))
+    loaded = adapt(source.causal_lm(), drawn(method, **options))
     torch.testing.assert_close(logits(loaded.model), plain)
     set_tensors(loaded.model, loaded.adapters["a"], loaded.live)
     assert (logits(loaded.model) - plain).norm() > 0.01 * plain.norm()
@@ -62,7 +62,7 @@ def test_start_that_a_method_has_a_name_for_is_kept() -> None:
 def test_method_that_can_not_be_without_effect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapted, "_probe", lambda model: torch.full((1,), float(hasattr(model, "peft_config"))))
     with pytest.raises(ConfigError, match="neither a fresh adapter of LoraConfig nor one of zeros"):
-        load(Random("llama", SMALL, 0), drawn("lora"))
+        adapt(Random("llama", SMALL, 0).causal_lm(), drawn("lora"))
 
 
 def test_integers_of_an_adapter_are_no_tokens() -> None:
@@ -80,9 +80,10 @@ def test_adapters_go_on_a_model_that_has_computed_in_float64() -> None:
         for seed, name in enumerate("ab")
     }
     source = Random("gpt2", {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 40}, 0)
-    inputs = SimpleNamespace(ids=(IDS[0].numpy(),), eos=frozenset(), adapters=load(source, named).adapters)
-    exact = continuations(source, named, inputs, 2, "float64")
-    rounded = continuations(source, named, inputs, 2, "float32")
+    inputs = SimpleNamespace(ids=(IDS[0].numpy(),), eos=frozenset(), adapters=adapt(source.causal_lm(), named).adapters)
+    model = source.causal_lm()
+    exact = continuations(model, named, inputs, 2, "float64")
+    rounded = continuations(model, named, inputs, 2, "float32")
     assert exact["logits"].dtype == np.float64
     np.testing.assert_array_equal(exact["tokens"], rounded["tokens"])
     np.testing.assert_allclose(exact["logits"], rounded["logits"], atol=1e-4)
