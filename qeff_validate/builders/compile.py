@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def compile_qpc(
         *(
             []
             if "node-precision-info" in map(_flag_name, options.flags)
-            else _node_precision(found.angles, precision, folder)
+            else _node_precision(found.exact, precision, folder)
         ),
         f"-aic-binary-dir={folder / 'qpc'}",
         *_flags(options.flags),
@@ -102,11 +102,12 @@ class Intake:
 
     Attributes:
         state: retained state, inputs with a twin, and whether they are float32.
-        angles: first outputs of the float nodes between positions and the sines and cosines of rotary embeddings.
+        exact: first outputs of nodes that need float32: between positions and the sines and cosines of rotary
+            embeddings, and inside root mean squares.
     """
 
     state: Mapping[str, bool]
-    angles: Sequence[str]
+    exact: Sequence[str]
 
 
 def intake(onnx: Path) -> Intake:
@@ -135,7 +136,30 @@ def intake(onnx: Path) -> Intake:
         if node.output[0] not in found and not (node.op_type == "Cast" and _to_integer(node)):
             found[node.output[0]] = None
             pending += [made_by[name] for name in node.input if name in made_by]
-    return Intake(state, tuple(found))
+    return Intake(state, (*found, *_norms(graph, made_by)))
+
+
+def _norms(graph: Any, made_by: Mapping[str, Any]) -> Iterator[str]:
+    """Yield first outputs of the nodes inside root mean squares: from the square to its inverse root."""
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for node in graph.node:
+        square = made_by.get(node.input[0]) if node.op_type == "ReduceMean" and node.input else None
+        if square is None or not (square.op_type == "Pow" or _is_square(square)):
+            continue
+        yield square.output[0]
+        chain = [node]
+        while chain:
+            (inside,) = chain
+            yield inside.output[0]
+            chain = [user for user in users.get(inside.output[0], []) if user.op_type in ("Add", "Sqrt", "Reciprocal")]
+            chain = chain if len(chain) == 1 else []
+
+
+def _is_square(node: Any) -> bool:
+    return bool(node.op_type == "Mul" and node.input[0] == node.input[1])
 
 
 def _to_integer(node: Any) -> bool:
@@ -145,12 +169,16 @@ def _to_integer(node: Any) -> bool:
     return any(attribute.name == "to" and attribute.i in integers for attribute in node.attribute)
 
 
-def _node_precision(angles: Sequence[str], precision: Precision, folder: Path) -> list[str]:
-    """Keep rotary angles in float32: position 2049 is none in fp16, and a sine of a rounded angle is another sine."""
-    if not angles or precision.compute != "fp16":
+def _node_precision(exact: Sequence[str], precision: Precision, folder: Path) -> list[str]:
+    """Keep rotary angles and root mean squares in float32.
+
+    Position 2049 is none in fp16, and a sine of a rounded angle is another sine. Trained models have activations above
+    256 whose squares are infinite in fp16 (SmolLM2 fails for it); upstream gives norms an operator of their own.
+    """
+    if not exact or precision.compute != "fp16":
         return []
     path = folder / "node_precision.yaml"
-    names = "".join(f"\n  - {json.dumps(name)}" for name in angles)
+    names = "".join(f"\n  - {json.dumps(name)}" for name in exact)
     path.write_text(f"FP32NodeInstanceNames:{names}\n", encoding="utf-8")
     return [f"-node-precision-info={path}"]
 

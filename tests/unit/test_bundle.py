@@ -17,7 +17,8 @@ cases:
   - name: lora
     model: peft-causal-lm
     source: random:llama
-    options: {peft_method: lora, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a b c, d e]}
+    options:
+      {peft_method: lora, peft: {init: 0.1}, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a, b c]}
 """
 
 JUDGE = """
