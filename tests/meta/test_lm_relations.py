@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from faulty import Faulty
 
-from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
 from qeff_validate.engine import check
@@ -39,22 +38,6 @@ class Damaged:
 
     def reset(self) -> None:
         self._session.reset()
-
-
-class Faulty:
-    """ONNX Runtime with a fault; its name and kind are those of the real one."""
-
-    def __init__(self, symptom: Symptom) -> None:
-        self._inner, self._symptom = runtime("ort"), symptom
-        self.name, self.kind = self._inner.name, self._inner.kind
-
-    def probe(self) -> str | None:
-        return None
-
-    @contextmanager
-    def open(self, artifact: Artifact) -> Iterator[Any]:
-        with self._inner.open(artifact) as session:
-            yield Damaged(session, self._symptom)
 
 
 class Slots:
@@ -128,6 +111,6 @@ def test_a_healthy_session_keeps_the_relation(name: str, pipeline: Pipeline) -> 
 
 @pytest.mark.parametrize("name", sorted(RELATIONS))
 def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str, pipeline: Pipeline) -> None:
-    result = related(pipeline, Faulty(SYMPTOMS[name]()), name)
+    result = related(pipeline, Faulty(lambda session: Damaged(session, SYMPTOMS[name]())), name)
     assert result.status == "fail", result.reason
     assert "worst row" in result.reason

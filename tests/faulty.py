@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runtime with a fault, for tests of what must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qeff_validate.artifact import Artifact
+from qeff_validate.protocols import Session, runtime
+
+
+class Faulty:
+    """ONNX Runtime whose sessions are damaged; its name and kind are those of the real one."""
+
+    def __init__(self, damaged: Callable[[Session], Any]) -> None:
+        self._inner, self._damaged = runtime("ort"), damaged
+        self.name, self.kind = self._inner.name, self._inner.kind
+
+    def probe(self) -> str | None:
+        return None
+
+    @contextmanager
+    def open(self, artifact: Artifact) -> Iterator[Any]:
+        with self._inner.open(artifact) as session:
+            yield self._damaged(session)
