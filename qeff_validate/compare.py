@@ -256,6 +256,13 @@ def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
     return Verdict(status, reason, tuple(judged), planned, compared)
 
 
+def all_hold(judged: Sequence[Judged], planned: int) -> Verdict:
+    """Return a verdict on all of what was planned: ``pass`` if every gate holds."""
+    failed = [item for item in judged if not item.passed]
+    status: Status = "fail" if failed else "pass"
+    return Verdict(status, "; ".join(map(sentence, failed)), tuple(judged), planned, planned)
+
+
 def sentence(item: Judged) -> str:
     """Say of a gate that failed: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail

@@ -23,9 +23,10 @@ from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.metrics import row_errors
 from qeff_validate.models.adapter import CONFIG, WEIGHTS
 from qeff_validate.models.continuations import judge_continuations
-from qeff_validate.models.generate import Plan, generate
+from qeff_validate.models.generate import Plan
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.prompts import LONG, TEXTS
+from qeff_validate.models.serving import one_by_one, side_by_side, stacked
 from qeff_validate.models.sources import Given, Source, resolve
 from qeff_validate.protocols import Graph, Session, Terms
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
@@ -96,7 +97,8 @@ class PeftCausalLM:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the graph depends on: not the adapters' weights, which are inputs, but what they are made by."""
-        return {"kind": "peft-causal-lm", "body": self.source.body_key(), "adapters": self._adapter_keys(weights=False)}
+        keys = {"body": self.source.body_key(), "adapters": self._adapter_keys(weights=False)}
+        return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, **keys}
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what prompts and adapter tensors depend on."""
@@ -174,7 +176,7 @@ class PeftCausalLM:
             if key.startswith("inputs."):
                 name, _, tensor = key.removeprefix("inputs.").rpartition("/")
                 adapters[name][tensor] = array
-        self._graph = _graph(about["interface"], adapters[BASE], self.options)
+        self._graph = _graph(about["interface"], self._served(adapters), self.options)
         eos = frozenset(about["eos"])
         return Prompts(ids, tuple(about["texts"]), about["pad"], eos, adapters, tuple(about["notes"]))
 
@@ -188,16 +190,20 @@ class PeftCausalLM:
         from qeff_validate.models.adapted import adapt
 
         loaded = adapt(self._taken(), self.options.named())
-        self._graph = _graph(loaded.interface(), loaded.adapters[BASE], self.options)
+        self._graph = _graph(loaded.interface(), self._served(loaded.adapters), self.options)
         return loaded
+
+    def _served(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
+        """Return what the graph is fed for an adapter: its own tensors, or those of all."""
+        return stacked(adapters) if self.options.mixed_batch else adapters[name]
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the model, put a fresh adapter on it and wrap it."""
         from qeff_validate.models.decoder import Decoder, decoder_examples
 
         loaded = self._adapted()
-        module = Decoder(loaded.model, len(loaded.dims), loaded.live).eval()
-        return module, decoder_examples(self.graph, loaded.adapters[BASE])
+        module = Decoder(loaded.model, len(loaded.dims), loaded.live, mixed=self.options.mixed_batch).eval()
+        return module, decoder_examples(self.graph, self._served(loaded.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
         """Continue each prompt greedily with the original model, by itself, with each adapter as PEFT applies it.
@@ -214,26 +220,14 @@ class PeftCausalLM:
         return found
 
     def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:
-        """Run every prompt with every adapter, one after the other on the same session, and then the first two again.
+        """Run every prompt with every adapter along the reference's tokens, so that each row has its context.
 
-        The tokens of the reference are fed, so each row of ``logits`` has its context. ``again`` holds what the second
-        visits gave: state that was left from others must not be seen.
+        Returns:
+            ``logits``, and ``again``: what the second visits to the first two adapters gave, where state that was left
+            from others must not be seen.
         """
-        forced = _split(reference["tokens"], reference["steps"])
-        plan = self._plan(inputs)
-        first: dict[str, list[Array]] = {}
-        again: list[Array] = []
-        names = list(inputs.adapters)
-        for name in [*names, *names[:2]]:
-            at = names.index(name) * len(inputs.ids)
-            texts = forced[at : at + len(inputs.ids)]
-            found = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
-            if name in first:
-                again += found
-            else:
-                first[name] = found
-        logits = [array for name in names for array in first[name]]
-        return {"logits": np.concatenate(logits), "again": np.concatenate(again)}
+        run = side_by_side if self.options.mixed_batch else one_by_one
+        return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
@@ -250,18 +244,25 @@ class PeftCausalLM:
 
     def relate(self, name: str, session: Session, inputs: Prompts, terms: Terms) -> Verdict:
         """Judge one of `lm_relations.RELATIONS`."""
-        from qeff_validate.models.lm_relations import relate
+        from qeff_validate.models.lm_relations import Original, relate
 
-        def merge(adapter: str, forced: list[Array]) -> list[Array]:
-            from qeff_validate.models.lm_reference import merged
+        original = Original(
+            merged=lambda adapter, forced: self._original("merged", inputs, adapter, forced),
+            kept=lambda adapter: self._original("kept", inputs, adapter),
+        )
+        return relate(name, session, inputs, self._plan(inputs), terms, original)
 
-            named = self.options.named()
-            if adapter not in named:
-                raise IncomparableError("the adapters of a model in memory are not merged: it is left unchanged")
-            tensors = inputs.adapters[adapter]
-            return merged(self.source.causal_lm(), named[adapter], tensors, inputs.ids, forced)
+    def _original(self, what: str, inputs: Prompts, adapter: str, *given: Any) -> Any:
+        """Load the model anew, and ask for what a function of `lm_reference` gives."""
+        from qeff_validate.models import lm_reference
 
-        return relate(name, session, inputs, self._plan(inputs), terms, merge)
+        named = self.options.named()
+        if adapter != BASE and adapter not in named:
+            raise IncomparableError(
+                "the adapters of a model in memory are not put on another one: it is left unchanged"
+            )
+        made = named.get(adapter)
+        return getattr(lm_reference, what)(self.source.causal_lm(), made, inputs.adapters[adapter], inputs.ids, *given)
 
 
 def _split(values: Array, steps: Array) -> list[Array]:
@@ -275,6 +276,8 @@ def _graph(interface: Mapping[str, Any], adapter: Tensors, options: PeftCausalLM
         for layer, pair in enumerate(interface["dims"])
         for name, (heads, size) in zip(("key", "value"), pair, strict=True)
     ]
+    if options.mixed_batch:
+        tokens.append(TensorSpec("adapter_ids", "int64", ("batch_size",)))
     weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
     sizes = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}

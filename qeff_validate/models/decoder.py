@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.cache import cache_for, masks
+from qeff_validate.models.mixed import by_row
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors
 
@@ -24,9 +25,15 @@ class Decoder(nn.Module):
             head sees the last real token of each row alone.
         layers: number of layers with keys and values.
         adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
+        mixed: the tensors are stacks of several adapters, and each row takes its own (`models.mixed`).
+
+    Raises:
+        ConfigError: the model has no head, or its adapters cannot be mixed.
     """
 
-    def __init__(self, model: Any, layers: int, adapter: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, model: Any, layers: int, adapter: Mapping[str, str] | None = None, *, mixed: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._layers = layers
@@ -38,6 +45,9 @@ class Decoder(nn.Module):
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
         head.register_forward_pre_hook(self._only_last)
+        self._mixed = mixed
+        if mixed:
+            by_row(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
         """Run one step.
@@ -46,7 +56,7 @@ class Decoder(nn.Module):
             input_ids: int64 ``[batch, seq_len]``.
             position_ids: int64 ``[batch, seq_len]``, −1 for padding.
             **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, and the adapter's
-                tensors by PEFT's saved names.
+                tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64 ``[batch]`` too.
 
         Returns:
             ``logits [batch, 1, vocab]``, then the new content of each state in the order of the graph.
@@ -57,7 +67,7 @@ class Decoder(nn.Module):
         config = self.model.config.get_text_config()
         out = functional_call(
             self.model,
-            {live: state[saved] for saved, live in self._adapter.items()},
+            {live: self._own(state[saved], state) for saved, live in self._adapter.items()},
             args=(),
             kwargs={
                 "input_ids": input_ids,
@@ -70,6 +80,9 @@ class Decoder(nn.Module):
         kept = [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
         # a clone, because the exporter renames an input that is an output as it stands
         return (out.logits, *kept, *(state[name].clone() for name in self._adapter))
+
+    def _own(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return tensor[state["adapter_ids"]] if self._mixed else tensor
 
     def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         hidden = inputs[0]
@@ -88,5 +101,5 @@ def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
         if spec.name in ("input_ids", "position_ids"):
             made[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
         else:
-            made[spec.name] = np.zeros(shape, dtype=spec.dtype)
+            made[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
     return {**made, **(adapter or {})}

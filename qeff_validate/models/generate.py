@@ -28,6 +28,7 @@ class Plan:
         pad: the id fed where there is no token.
         eos: ids that end a text.
         max_new_tokens: steps at most.
+        adapter: the adapter of every row, where the graph takes ``adapter_ids``.
     """
 
     batch_size: int
@@ -36,6 +37,7 @@ class Plan:
     pad: int
     eos: frozenset[int]
     max_new_tokens: int
+    adapter: int = 0
 
 
 def generate(
@@ -46,6 +48,7 @@ def generate(
     state: Tensors | None = None,
     forced: Sequence[Array] | None = None,
     chunk: int | None = None,
+    adapter_ids: Sequence[int] | None = None,
 ) -> list[Array]:
     """Continue prompts, greedily or along given tokens.
 
@@ -56,6 +59,7 @@ def generate(
         state: other retained inputs to set before the first token (the adapter's tensors); kept by the session.
         forced: the tokens of each row's continuation, fed instead of the session's own choice (teacher forcing).
         chunk: tokens of a prompt in one run; None: as many as the session allows.
+        adapter_ids: the adapter of each prompt, where the graph takes ``adapter_ids``; None: the plan's for all.
 
     Returns:
         For each row float32 ``[steps, vocab]``: the logits from which each token of its continuation is chosen. A row
@@ -65,16 +69,50 @@ def generate(
         RunError: the session refuses a run, or its logits have another shape.
     """
     made: list[Array] = []
-    dtypes = {spec.name: spec.dtype for spec in session.inputs}
-    given = {name: array.astype(dtypes[name]) for name, array in (state or {}).items()}
+    given = in_dtypes(session, state or {})
     batch, greatest = _sizes(session, plan)
     chunk = chunk or greatest
-    for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
+    ids = [plan.adapter] * len(prompts) if adapter_ids is None else list(adapter_ids)
+    for start, rows in batches(session, prompts, plan):
         texts = None if forced is None else forced[start : start + batch]
-        made += _Batch(session, rows, plan, batch, chunk, dtypes).run(given, texts)
+        places = np.array([*ids[start : start + batch], *[0] * (batch - len(rows))])
+        fixed = in_dtypes(session, {"adapter_ids": places}) if takes_ids(session) else {}
+        made += _Batch(session, rows, plan, batch, chunk, fixed).run(given, texts)
         given = {}
     return made
+
+
+def batches(session: Session, prompts: Sequence[Array], plan: Plan) -> Iterator[tuple[int, Sequence[Array]]]:
+    """Yield the prompts of each batch with the number of the first."""
+    batch, _ = _sizes(session, plan)
+    for start in range(0, len(prompts), batch):
+        yield start, prompts[start : start + batch]
+
+
+def takes_ids(session: Session) -> bool:
+    """Say whether each row chooses its adapter."""
+    return any(spec.name == "adapter_ids" for spec in session.inputs)
+
+
+def in_dtypes(session: Session, feeds: Tensors) -> Tensors:
+    """Return feeds in the types of the session's inputs.
+
+    Raises:
+        RunError: there is no such input.
+    """
+    dtypes = {spec.name: spec.dtype for spec in session.inputs}
+    missing = sorted(set(feeds) - set(dtypes))
+    if missing:
+        raise RunError(f"the graph has no input {', '.join(missing[:4])}: its adapters are no inputs (lift_adapters)")
+    return {name: array.astype(dtypes[name], copy=False) for name, array in feeds.items()}
+
+
+def padding(session: Session, plan: Plan) -> Tensors:
+    """Return feeds of one step of padding alone: nothing is read, and nothing that is retained changes."""
+    batch, _ = _sizes(session, plan)
+    feeds: Tensors = {"input_ids": np.full((batch, 1), plan.pad), "position_ids": np.full((batch, 1), -1)}
+    ids: Tensors = {"adapter_ids": np.zeros(batch)} if takes_ids(session) else {}
+    return in_dtypes(session, {**feeds, **ids})
 
 
 def _sizes(session: Session, plan: Plan) -> tuple[int, int]:
@@ -88,10 +126,10 @@ class _Batch:
     """One batch on its way: what each row has and where it stands."""
 
     def __init__(
-        self, session: Session, rows: Sequence[Array], plan: Plan, batch: int, chunk: int, dtypes: dict[str, str]
+        self, session: Session, rows: Sequence[Array], plan: Plan, batch: int, chunk: int, fixed: Tensors
     ) -> None:
         self._session, self._rows, self._plan = session, rows, plan
-        self._batch, self._chunk, self._dtypes = batch, chunk, dtypes
+        self._batch, self._chunk, self._fixed = batch, chunk, fixed
 
     def run(self, state: Tensors, forced: Sequence[Array] | None) -> list[Array]:
         plan, logits = self._plan, self._prefill(state)
@@ -141,9 +179,8 @@ class _Batch:
             yield ids[:, start : start + self._chunk], places[:, start : start + self._chunk]
 
     def _step(self, ids: Array, places: Array, state: Tensors) -> Array:
-        feeds = {"input_ids": ids, "position_ids": places}
-        feeds = {name: array.astype(self._dtypes[name], copy=False) for name, array in feeds.items()}
-        logits = self._session.run({**feeds, **state}, fetch=["logits"])["logits"]
+        feeds = in_dtypes(self._session, {"input_ids": ids, "position_ids": places})
+        logits = self._session.run({**feeds, **self._fixed, **state}, fetch=["logits"])["logits"]
         if logits.ndim == 3 and logits.shape[0] == self._batch:
             if logits.shape[1] == 1:
                 return logits[:, 0]

@@ -84,6 +84,38 @@ def merged(
         ]
 
 
+def kept(
+    model: Any, made: str | Mapping[str, Any] | None, tensors: Tensors, prompts: Sequence[Array]
+) -> list[dict[str, Array]]:
+    """Return for each prompt the keys and values that transformers' own cache holds after it.
+
+    Args:
+        model: the base; it is of no use afterwards.
+        made: directory of the adapter, or what it is made from; None: no adapter.
+        tensors: its tensors by saved names.
+        prompts: token ids.
+
+    Returns:
+        ``past_key.i`` and ``past_value.i``, float32 ``[heads, tokens, head_dim]``; of layers with a sliding window the
+        last tokens alone.
+    """
+    if made is not None:
+        with _folder(made, tensors) as folder, foreign("load the adapter with PEFT"), _silent():
+            model = PeftModel.from_pretrained(model, folder).eval()
+    found = []
+    for prompt in prompts:
+        with foreign("run the Hugging Face model"), torch.inference_mode():
+            layers = model(input_ids=torch.from_numpy(prompt)[None], use_cache=True).past_key_values.layers
+        found.append(
+            {
+                f"past_{name}.{at}": tensor[0].numpy()
+                for at, layer in enumerate(layers)
+                for name, tensor in (("key", layer.keys), ("value", layer.values))
+            }
+        )
+    return found
+
+
 def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:
     """Yield the model as it is, then with each adapter; afterwards it is as it was, but for a PeftModel's choice."""
     if isinstance(model, PeftModel):

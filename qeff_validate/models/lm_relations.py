@@ -8,15 +8,18 @@ another way, along the same tokens, and the logits must agree. Numpy only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import Rows, Status, Verdict, non_finite, sentence
+from qeff_validate.compare import Rows, Verdict, all_hold, non_finite
 from qeff_validate.errors import IncomparableError
 from qeff_validate.logits import Text, judge_logits, logit_bounds
-from qeff_validate.models.generate import Plan, generate
+from qeff_validate.models.generate import Plan, generate, in_dtypes, padding, takes_ids
+from qeff_validate.models.kv_check import Kept, judge_kept
+from qeff_validate.models.scale_check import judge_scaled
+from qeff_validate.models.serving import stacked
 from qeff_validate.protocols import Session, Terms
 from qeff_validate.tensors import Array, Tensors, retained
 
@@ -25,9 +28,6 @@ POISON = 1e4
 
 Way = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
 """Runs all prompts along given tokens in some way, and returns their logits in the order of the prompts."""
-
-Merge = Callable[[str, list[Array]], list[Array]]
-"""Returns the logits of given continuations by the model with the named adapter merged into its weights."""
 
 
 def other_chunks(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
@@ -65,13 +65,31 @@ def poisoned_state(session: Session, inputs: Any, plan: Plan, state: Tensors, fo
     cache = [name for name in twins if name.startswith("past_")]
     if not cache:
         raise IncomparableError("the graph retains no keys and values")
-    held = session.run(_padding(session, plan, state), fetch=[twins[name] for name in cache])
+    held = session.run({**padding(session, plan), **in_dtypes(session, state)}, fetch=[twins[name] for name in cache])
     given = {name: np.full_like(held[twins[name]], POISON) for name in cache}
-    session.run({**_padding(session, plan, state), **given}, fetch=[])
+    session.run({**padding(session, plan), **given}, fetch=[])
     return generate(session, inputs.ids, plan, state=state, forced=forced)
 
 
+def mixed_rows(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
+    """Put a row with another adapter, the base among them, beside each row.
+
+    Raises:
+        IncomparableError: the graph takes one adapter at a time.
+    """
+    if not takes_ids(session):
+        raise IncomparableError("the graph takes one adapter at a time (mixed_batch)")
+    count = len(inputs.adapters)
+    prompts, texts, ids = [], [], []
+    for at, (tokens, text) in enumerate(zip(inputs.ids, forced, strict=True)):
+        prompts += [tokens, tokens]
+        texts += [text, text]
+        ids += [plan.adapter, (plan.adapter + 1 + at % (count - 1)) % count]
+    return generate(session, prompts, plan, state=state, forced=texts, adapter_ids=ids)[::2]
+
+
 WAYS: Mapping[str, Way] = {
+    "mixed_rows": mixed_rows,
     "other_chunks": other_chunks,
     "other_padding": other_padding,
     "other_slots": other_slots,
@@ -79,11 +97,26 @@ WAYS: Mapping[str, Way] = {
     "row_alone": row_alone,
 }
 
-RELATIONS = ("merged", *WAYS)
-"""The ways, and ``merged``: the adapter as inputs against the same adapter merged into the weights by PEFT."""
+RELATIONS = ("kv_cache", "merged", "scaled", *WAYS)
+"""The ways, and three more. ``merged``: the adapter as inputs against the same one merged into the weights by PEFT.
+``kv_cache``: what is retained of prompts against transformers' cache. ``scaled``: a share of the adapter has that share
+of its effect."""
 
 
-def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, merge: Merge) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The model of Hugging Face with an adapter that PEFT has put on it.
+
+    Attributes:
+        merged: from the adapter's name and given continuations to their logits, the adapter merged into the weights.
+        kept: from the adapter's name to keys and values of each prompt (`kv_check.Kept`).
+    """
+
+    merged: Callable[[str, list[Array]], list[Array]]
+    kept: Callable[[str], Kept]
+
+
+def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, original: Original) -> Verdict:
     """Judge a relation with the first adapter, or with the base if there is none.
 
     Args:
@@ -92,21 +125,24 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, m
         inputs: prompts, end tokens and adapters.
         plan: the usual way.
         terms: precision and the case's bounds.
-        merge: for the relation ``merged``.
+        original: for the relations ``merged`` and ``kv_cache``.
 
     Raises:
         IncomparableError: the relation does not apply here.
     """
-    adapter = list(inputs.adapters)[min(1, len(inputs.adapters) - 1)]
-    state = inputs.adapters[adapter]
+    at = min(1, len(inputs.adapters) - 1)
+    adapter = list(inputs.adapters)[at]
+    plan = replace(plan, adapter=at)
+    state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
+    if name in ("merged", "scaled") and not state:
+        raise IncomparableError("there is no adapter")
+    if name == "kv_cache":
+        return judge_kept(session, inputs, plan, state, original.kept(adapter), terms)
     usual = generate(session, inputs.ids, plan, state=state)
     forced = [logits.argmax(axis=-1) for logits in usual]
-    if name != "merged":
-        found = WAYS[name](session, inputs, plan, state, forced)
-    elif state:
-        found = merge(adapter, forced)
-    else:
-        raise IncomparableError("there is no adapter to merge")
+    if name == "scaled":
+        return judge_scaled(session, inputs, plan, state, forced, terms)
+    found = original.merged(adapter, forced) if name == "merged" else WAYS[name](session, inputs, plan, state, forced)
     expected, actual = np.concatenate(usual), np.concatenate(found)
     texts = _texts(inputs.labels, usual)
     labels = [f"{text.label!r} +{step}" for text in texts for step in range(len(text.rows))]
@@ -118,10 +154,7 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, m
     if not bounds:
         reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
         return Verdict("inconclusive", reason, planned=len(labels))
-    judged = judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos)
-    failed = [item for item in judged if not item.passed]
-    status: Status = "fail" if failed else "pass"
-    return Verdict(status, "; ".join(map(sentence, failed)), tuple(judged), len(labels), len(labels))
+    return all_hold(judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos), len(labels))
 
 
 def _texts(labels: Sequence[str], logits: Sequence[Array]) -> list[Text]:
@@ -130,14 +163,3 @@ def _texts(labels: Sequence[str], logits: Sequence[Array]) -> list[Text]:
         Text(label, range(int(end) - len(rows), int(end)))
         for label, end, rows in zip(labels, ends, logits, strict=True)
     ]
-
-
-def _padding(session: Session, plan: Plan, state: Tensors) -> dict[str, Array]:
-    """Return feeds of one step of padding alone, with the adapter's tensors."""
-    batch = max((shapes["input_ids"][0] for shapes in session.shapes), default=plan.batch_size)
-    feeds = {"input_ids": np.full((batch, 1), plan.pad), "position_ids": np.full((batch, 1), -1), **state}
-    return {name: array.astype(_dtype(session, name)) for name, array in feeds.items()}
-
-
-def _dtype(session: Session, name: str) -> str:
-    return next(spec.dtype for spec in session.inputs if spec.name == name)

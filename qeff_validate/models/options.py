@@ -106,6 +106,11 @@ class PeftCausalLMOptions(Strict):
     ctx_len: Bucket = Field(64, description="slots for keys and values: prompt and continuation must fit")
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="rows of a run")
     padding_side: Literal["right", "left"] = Field("right", description="where the padding of a prompt stands")
+    mixed_batch: bool = Field(
+        False,
+        description="one graph holds all adapters, and each row of a batch chooses its own by the input adapter_ids,"
+        " 0 for the base; for LoRA",
+    )
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -133,6 +138,8 @@ class PeftCausalLMOptions(Strict):
             raise ValueError("peft holds the options of peft_method, which is missing")
         if self.adapters and self.peft_method is not None:
             raise ValueError("give adapters, or peft_method for two random ones, not both")
+        if self.mixed_batch and self.batch_size < 2:
+            raise ValueError("mixed_batch serves several adapters in one batch: batch_size must be 2 or more")
         return self
 
     def named(self) -> dict[str, str | dict[str, Any]]:

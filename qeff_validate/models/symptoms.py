@@ -74,17 +74,26 @@ class FirstTokens:
             if not beyond[self.at[i]].any():
                 continue
             twin = self._alike(self.got[i], i)
+            strangers = self._strangers(i)
             if twin is not None:
                 yield _impostor(name, twin)
+            elif strangers:
+                yield f"some prompts with {name!r} give the outputs of {' or '.join(map(repr, strangers))}"
             elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
                 yield from self._weakened(i)
         for visit, moved in enumerate(self.moved):
             if moved != 0:
                 yield self._left_over(visit)
 
-    def _alike(self, found: Floats, own: int) -> str | None:
+    def _strangers(self, own: int) -> list[str]:
+        """Return the adapters whose outputs some prompts have in the stead of their own."""
+        prompts = range(self.at.shape[1])
+        twins = {self._alike(self.got[own, prompt], own, prompt) for prompt in prompts}
+        return [name for name in self.adapters if name in twins]
+
+    def _alike(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
         """Return the name of the adapter whose outputs these are; None if they are nobody else's."""
-        far = [_far(found, wanted) for wanted in self.wanted]
+        far = [_far(found, wanted) for wanted in self.wanted[:, prompt]]
         nearest = int(np.argmin(far))
         return self.adapters[nearest] if far[nearest] < ALIKE * far[own] else None
 

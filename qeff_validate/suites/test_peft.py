@@ -10,7 +10,10 @@ import pytest
 from qeff_validate.protocols import Session
 from qeff_validate.report import Result
 
-RELATIONS = ("merged", "other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone")
+RELATIONS = (
+    "kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone",
+    "scaled",
+)  # fmt: skip
 
 
 @pytest.mark.peft

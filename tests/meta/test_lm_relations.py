@@ -98,19 +98,53 @@ def related(pipeline: Pipeline, adapter: Any, name: str) -> Any:
     return pipeline.relation(typed, name)
 
 
-def test_a_symptom_is_known_for_every_relation() -> None:
-    assert sorted(SYMPTOMS) == sorted(RELATIONS)
+class Stale:
+    """A session that forgets the last slot of a layer's values, if it is asked for what it retains."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.inputs, self.outputs, self.shapes = session.inputs, session.outputs, session.shapes
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
+        found = dict(self._session.run(feeds, fetch=fetch))
+        name = "past_value.1_RetainedState"
+        if name in found:
+            found[name] = np.roll(found[name], 1, axis=2)
+        return found
+
+    def reset(self) -> None:
+        self._session.reset()
 
 
-@pytest.mark.parametrize("name", sorted(RELATIONS))
+def small(feeds: Tensors) -> bool:
+    """Notice a share of an adapter that is so small that a runtime might drop it."""
+    found = [array for name, array in feeds.items() if "lora_B" in name and array.any()]
+    return bool(found) and max(float(np.abs(array).max()) for array in found) < 0.005
+
+
+DAMAGED: dict[str, Callable[[Session], Any]] = {
+    "kv_cache": Stale,
+    "scaled": lambda session: Damaged(session, small),
+    **{name: lambda session, made=made: Damaged(session, made()) for name, made in SYMPTOMS.items()},
+}
+
+KEPT = sorted(set(RELATIONS) - {"mixed_rows"})
+"""`test_mixed_batch` has the one that needs several adapters in a batch."""
+
+
+def test_a_damage_is_known_for_every_relation() -> None:
+    assert sorted(DAMAGED) == KEPT
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_a_healthy_session_keeps_the_relation(name: str, pipeline: Pipeline) -> None:
     result = related(pipeline, runtime("ort"), name)
     assert result.status == "pass", result.reason
-    assert result.compared == result.planned > 8
+    assert result.compared == result.planned >= 4
 
 
-@pytest.mark.parametrize("name", sorted(RELATIONS))
+@pytest.mark.parametrize("name", KEPT)
 def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str, pipeline: Pipeline) -> None:
-    result = related(pipeline, Faulty(lambda session: Damaged(session, SYMPTOMS[name]())), name)
+    result = related(pipeline, Faulty(DAMAGED[name]), name)
     assert result.status == "fail", result.reason
     assert "worst row" in result.reason
