@@ -161,11 +161,14 @@ class PeftCausalLM:
         }
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
-        """Yield prompts that end just before, on and behind the border of a chunk, as far as they fit."""
+        """Yield prompts that end just before, on and behind the border of a chunk, as far as they fit.
+
+        Each begins elsewhere in the text: what leaks from one that begins alike would not be seen.
+        """
         chunk, room = self.options.prefill_seq_len, self.options.ctx_len - self.options.max_new_tokens
-        for length in sorted({1, chunk - 1, chunk, chunk + 1, room}):
+        for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
             if 1 <= length <= min(room, long.size):
-                yield f"(the first {length} tokens of a long text)", long[:length]
+                yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
 
     def inputs(self, stored: Tensors) -> Prompts:
         """Return prompts and adapters from their stored form."""
