@@ -24,13 +24,13 @@ from qeff_validate.protocols import Session, Terms
 from qeff_validate.tensors import Array, Tensors
 
 SHARE = 1 / 128
-"""So small that the curve is a line: an effect of s bends by some s² of it."""
+"""The greatest share that is taken; of a strong adapter less, because the curve bends with the square of the share."""
 
 LINEAR = 0.1
 """Twice the share may differ by so much, relative L2, from twice the effect; a lost factor gives 0.5 and more."""
 
-VISIBLE = 20.0
-"""The effect of the share must be so many times the noise of log-probabilities."""
+VISIBLE, CLEAR = 20.0, 80.0
+"""The effect of the share must be so many times the noise of log-probabilities; it is made four times as much."""
 
 
 def judge_scaled(
@@ -66,20 +66,21 @@ def judge_scaled(
     level = float(np.sqrt(2 * FALLBACK[terms.precision]["kl_p99"])) / 5 if terms.precision in FALLBACK else np.inf
     if _size(off - log_softmax(without)) > VISIBLE * level:
         raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
-    one, two = run(SHARE) - off, run(2 * SHARE) - off
     full = run(1.0) - off
-    if not _size(full) * SHARE >= VISIBLE * level:
+    share = min(SHARE, CLEAR * level / _size(full)) if full.any() else SHARE
+    if not _size(full) * share >= VISIBLE * level:
         raise IncomparableError(
-            f"a share of {SHARE:.3g} of the adapter changes log-probabilities by some {_size(full) * SHARE:.1e}, too"
+            f"a share of {share:.3g} of the adapter changes log-probabilities by some {_size(full) * share:.1e}, too"
             f" little beside the noise of {terms.precision}, {level:.1e}"
         )
+    one, two = run(share) - off, run(2 * share) - off
     apart = np.linalg.norm(two - 2 * one, axis=-1)
-    most = float(np.sqrt(np.mean(np.linalg.norm(full, axis=-1) ** 2))) * 2 * SHARE
+    most = float(np.sqrt(np.mean(np.linalg.norm(full, axis=-1) ** 2))) * 2 * share
     steps = [len(text) for text in forced]
     errors = np.array([part.max() for part in np.split(apart, np.cumsum(steps)[:-1])]) / most
     worst = int(np.argmax(errors))
     metric = Metric("adapter.linearity", float(errors[worst]), {"row": worst, "text": inputs.labels[worst]})
-    judged = [Judged(metric, Bound(LINEAR, "exact", f"the effect of {SHARE:.3g} of the adapter, doubled"))]
+    judged = [Judged(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
     return all_hold(judged, len(errors))
 
 
