@@ -140,8 +140,8 @@ Each pair is a small random model, one layer of each kind (two where a method sh
 random adapters, run as base, a, b, base and a again on one session; prompts are uneven, run in chunks, and reach beyond
 every sliding window. Adapters that are too weak to be told from the base in fp16 are drawn anew with twice the noise,
 up to eight times. RandLoRA has `randlora_alpha: 8`, because its default would drown the base. A number is the worst
-metric over its bound, so 1 is the limit; a number in brackets is a note below. Random weights say that a graph is right,
-not how much fp16 costs a trained model.
+metric over its bound, so 1 is the limit; a number in brackets is a note below. Random weights say that a graph is
+right, not how much fp16 costs a trained model.
 
 {tables}
 ## Notes
