@@ -7,7 +7,7 @@ dims must be known; what is known is not computed here, ONNX Runtime folds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .errors import rejected
@@ -45,7 +45,7 @@ def check_static(model: Any) -> None:
         model: ModelProto with inlined functions, on which shape inference has run for concrete input shapes.
     """
     known = {tensor.name for tensor in model.graph.initializer}
-    _check(model, model.graph, known, _shapes(model.graph))
+    _check(model, model.graph, known, shapes_of(model.graph))
 
 
 def check_function(model: Any, function: Any) -> None:
@@ -92,7 +92,7 @@ def _check(model: Any, graph: Any, known: set[str], shapes: _Shapes) -> None:
         raise rejected(model, f"{why} (node '{node.name or node.output[0]}')", node.op_type)
     for node in graph.node:
         for inner in subgraphs(node):
-            _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **_shapes(inner)})
+            _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **shapes_of(inner)})
 
 
 def _undecided(nodes: Any, known: set[str]) -> Iterator[tuple[Any, str]]:
@@ -102,13 +102,14 @@ def _undecided(nodes: Any, known: set[str]) -> Iterator[tuple[Any, str]]:
             for index, name in _OPERANDS.get(node.op_type, {}).items():
                 if index < len(node.input) and node.input[index] and node.input[index] not in known:
                     yield node, name
-        if node.op_type in ("Shape", "Size") or _computed_once(node, known):
+        if node.op_type in ("Shape", "Size") or computed_once(node, known):
             known.update(node.output)
         elif node.op_type in _SEARCHES:
             yield node, ""
 
 
-def _computed_once(node: Any, known: set[str]) -> bool:
+def computed_once(node: Any, known: Collection[str]) -> bool:
+    """Tells whether a node's values are known when the model is compiled, if these are."""
     if node.op_type in _RANDOM or subgraphs(node):
         return False
     return all(not name or name in known for name in node.input)
@@ -130,7 +131,8 @@ def _check_shapes(model: Any, node: Any, shapes: _Shapes) -> None:
         raise rejected(model, why, node.op_type)
 
 
-def _shapes(graph: Any) -> dict[str, tuple[int | None, ...]]:
+def shapes_of(graph: Any) -> dict[str, tuple[int | None, ...]]:
+    """Returns the dims of a graph's values by name, None for one that is not known."""
     found: dict[str, tuple[int | None, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for info in (*graph.input, *graph.value_info, *graph.output):
         if info.type.tensor_type.HasField("shape"):
