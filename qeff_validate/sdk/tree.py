@@ -134,6 +134,9 @@ def remove(prefix: Path) -> Removed:
         ConfigError: nothing was laid down there, or it cannot be deleted.
     """
     manifest = _read_manifest(prefix)
+    unfinished = prefix / (MANIFEST + _PARTIAL)
+    if manifest is None and unfinished.is_file():
+        manifest = Manifest({}, ())
     if manifest is None:
         raise ConfigError(f"{prefix} holds no simulated SDK that 'sdk install' laid down: there is no {MANIFEST}")
     gone, kept = 0, []
@@ -147,7 +150,8 @@ def remove(prefix: Path) -> Removed:
                 kept.append(f"{name} (changed)")
             if _is_inside(prefix, name):
                 path.with_name(path.name + _PARTIAL).unlink(missing_ok=True)
-        (prefix / MANIFEST).unlink()
+        unfinished.unlink(missing_ok=True)
+        (prefix / MANIFEST).unlink(missing_ok=True)
         _drop_empty(prefix, manifest.folders)
     except OSError as exc:
         raise ConfigError(f"cannot delete {exc.filename or prefix}: {exc.strerror}") from exc
@@ -188,7 +192,7 @@ def _checked(prefix: Path, files: Iterable[str]) -> Manifest:
         raise ConfigError(f"{prefix.parent} does not exist; make it first")
     known = _read_manifest(prefix)
     if known is None:
-        if prefix.is_dir() and any(prefix.iterdir()):
+        if prefix.is_dir() and {path.name for path in prefix.iterdir()} - {MANIFEST + _PARTIAL}:
             raise ConfigError(f"{prefix} {_what_is_there(prefix)}; nothing was written")
         return Manifest({}, () if prefix.is_dir() else (".",))
     taken = [

@@ -44,7 +44,7 @@ def fold(model: Any, shapes: _Shapes) -> bool:
             continue
         values.update(found)
         graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in found.items())
-    folded = bool(len(left) < len(graph.node))
+    folded = len(left) < len(graph.node)
     if folded:
         del graph.node[:]
         graph.node.extend(left)
@@ -52,7 +52,7 @@ def fold(model: Any, shapes: _Shapes) -> bool:
 
 
 def _is_small(tensor: Any) -> bool:
-    return tensor.data_location != TensorProto.EXTERNAL and math.prod(tensor.dims) <= LARGEST
+    return bool(tensor.data_location != TensorProto.EXTERNAL and math.prod(tensor.dims) <= LARGEST)
 
 
 def _value(node: Any, values: _Values, shapes: _Shapes, opset: int) -> _Values | None:
