@@ -231,16 +231,18 @@ def test_second_install_replaces_what_changed_and_drops_what_is_gone(
     assert tree.remove(prefix).kept == ("mine (not ours)",)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20, 40])
+@pytest.mark.parametrize("steps", [1, 2, 5, 9], ids=["manifest", "first file", "in between", "manifest again"])
 @pytest.mark.parametrize("upgrade", [False, True])
 def test_interrupted_install_can_be_removed_or_completed(
     steps: int, upgrade: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tmp_path / "whole"
-    tree.install(whole, PYTHON)
+    few = {name: name.encode() for name in EXPECTED}
+    older = {**dict.fromkeys(EXPECTED, b"older"), "exec/qaic-exec": b"older"}
+    monkeypatch.setattr(tree, "contents", lambda *_, old: older if old else few)
+    tree.install(tmp_path / "whole", PYTHON)
     for name in ("removed", "completed"):
         if upgrade:
-            tree.install(tmp_path / name, Path("/another/python"), old=True)
+            tree.install(tmp_path / name, PYTHON, old=True)
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", Failing(steps))
             with pytest.raises(KeyboardInterrupt):
@@ -251,7 +253,7 @@ def test_interrupted_install_can_be_removed_or_completed(
     assert (tmp_path / "removed").exists() == (steps == 1 and not upgrade)
     assert not any((tmp_path / "removed").glob("*"))
     tree.install(tmp_path / "completed", PYTHON)
-    completed, expected = snapshot(tmp_path / "completed"), snapshot(whole)
+    completed, expected = snapshot(tmp_path / "completed"), snapshot(tmp_path / "whole")
     assert completed.pop(tree.MANIFEST)
     assert expected.pop(tree.MANIFEST)
     assert completed == expected
