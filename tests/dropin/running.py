@@ -18,7 +18,7 @@ SAMPLE = Path(__file__).with_name("sample.py")
 def run_sample(prefix: Path, folder: Path, *options: str, python: str | Path = sys.executable) -> dict[str, Any]:
     """Run it in an isolated process: no PYTHONPATH, no folder of its own on the path."""
     folder.mkdir()
-    command = [str(python), "-I", "-W", "error::DeprecationWarning", str(SAMPLE), str(prefix), str(folder), *options]
+    command = [str(python), "-I", str(SAMPLE), str(prefix), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found: dict[str, Any] = json.loads(done.stdout)
