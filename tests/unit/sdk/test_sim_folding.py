@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -38,6 +38,23 @@ def test_each_specialization_has_its_own_dims(rows, compile_onnx):
     done = compile_onnx(rows, specs=[{"batch_size": 2}, {"batch_size": 5}])
     shapes = [[list(shape.dims) for shape in entry.shapes] for entry in done.desc.allowed_shapes]
     assert shapes == [[[2, 4], [1], [2, 4]], [[5, 4], [1], [5, 4]]]
+
+
+def test_operands_of_range_with_one_element_are_taken_as_scalars(make_model, compile_onnx, client):
+    """QEfficient's CtxGatherCB has them; where the dims of its data are constants, ONNX Runtime refuses the graph."""
+    nodes = [
+        helper.make_node("Constant", [], ["table"], value=numpy_helper.from_array(np.zeros((3, 1), np.float32))),
+        helper.make_node("Constant", [], ["start"], value_ints=[0]),
+        helper.make_node("Constant", [], ["step"], value_ints=[1]),
+        helper.make_node("Shape", ["table"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["count"]),
+        helper.make_node("Range", ["start", "count", "step"], ["rows"]),
+        helper.make_node("Add", ["x", "rows"], ["y"]),
+    ]
+    model = make_model(nodes, {"x": (INT64, [1])}, {"y": (INT64, [3])}, {"first": np.array([0])})
+    done = compile_onnx(model)
+    assert done.code == 0, done.err
+    assert client(done.directory).run(x=np.array([5]))["y"].tolist() == [5, 6, 7]
 
 
 def test_range_over_data_is_still_refused(make_model, compile_onnx):
