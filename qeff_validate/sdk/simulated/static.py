@@ -36,6 +36,8 @@ _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 _Shapes = Mapping[str, tuple[int | None, ...]]
+Functions = Mapping[tuple[str, str], Any]
+"""FunctionProto by domain and name."""
 
 
 def check_static(model: Any) -> None:
@@ -48,12 +50,29 @@ def check_static(model: Any) -> None:
     _check(model, model.graph, known, shapes_of(model.graph))
 
 
-def check_function(model: Any, function: Any) -> None:
-    """Raises CompileError for an Expand or Tile that is not constant inside of a function that is kept as a unit."""
-    for node, name in _undecided(function.node, set()):
+def check_function(model: Any, function: Any, functions: Functions) -> None:
+    """Raises CompileError for an Expand or Tile that is not constant inside of a function that is kept as a unit.
+
+    Args:
+        model: ModelProto.
+        function: FunctionProto.
+        functions: All of the model: those that it calls belong to the unit.
+    """
+    for node, name in _undecided_in(function, set(), functions):
         if node.op_type in ("Expand", "Tile"):
             why = f"non-constant {name} for {node.op_type} in sub-function {function.name}; leave out -sub-functions"
             raise rejected(model, why, node.op_type)
+
+
+def _undecided_in(function: Any, known: set[str], functions: Functions) -> Iterator[tuple[Any, str]]:
+    for node in function.node:
+        called = functions.get((node.domain, node.op_type))
+        if called is None:
+            yield from _undecided([node], known)
+            continue
+        inside = {formal for formal, name in zip(called.input, node.input, strict=False) if not name or name in known}
+        yield from _undecided_in(called, inside, functions)
+        known.update(name for formal, name in zip(called.output, node.output, strict=False) if formal in inside)
 
 
 def subgraphs(node: Any) -> list[Any]:
