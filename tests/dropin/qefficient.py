@@ -39,6 +39,13 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "falcon": {**SMALL, **SIZES},
     "starcoder2": {**GQA, "initializer_range": 0.15},
 }
+# arguments of export, compile and generate
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "": ({}, {}, {}),
+    "sub-functions": ({"use_onnx_subfunctions": True}, {"use_onnx_subfunctions": True}, {}),
+    "dynamo": ({"use_dynamo": True}, {}, {}),
+    "four cards": ({}, {"num_devices": 4}, {"device_id": [0, 1, 2, 3]}),
+}
 SEEDS = {
     "llama": 3, "mistral": 3, "qwen2": 6, "gpt2": 11, "phi3": 0, "granite": 3, "falcon": 5, "starcoder2": 43,
     "one": 3, "two": 22,
@@ -80,7 +87,9 @@ def isolate(scratch: Path) -> None:
     for name, folder in (("HOME", "home"), ("TMPDIR", "tmp"), ("QEFF_HOME", "qeff"), ("HF_HOME", "hf")):
         (scratch / folder).mkdir()
         os.environ[name] = str(scratch / folder)
-    os.environ.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", XDG_CACHE_HOME=str(scratch / "home"))
+    os.environ.update(
+        QAIC_SIM_DEVICES="4", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", XDG_CACHE_HOME=str(scratch / "home")
+    )
     tempfile.tempdir = None
 
 
@@ -90,8 +99,10 @@ def jobs(checkout: Path, minilm: Path, scratch: Path) -> Iterator[tuple[str, Cal
         name = getattr(pooling, "__name__", pooling)
         yield f"QEFFAutoModel MiniLM {name}", lambda p=pooling: embedding(minilm, p, scratch)
     for kind in CAUSAL:
-        yield f"{kind} prefill + decode", lambda k=kind: causal(k, scratch, continuous=False)
+        yield f"{kind} prefill + decode", lambda k=kind: causal(k, scratch)
         yield f"{kind} continuous batching", lambda k=kind: causal(k, scratch, continuous=True)
+    for variant in filter(None, VARIANTS):
+        yield f"llama {variant}", lambda v=variant: causal("llama", scratch, variant=v)
     yield "finite-adapter LoRA mistral", lambda: lora(scratch, continuous=False)
     yield "finite-adapter LoRA mistral continuous batching", lambda: lora(scratch, continuous=True)
 
@@ -191,16 +202,17 @@ def prompts() -> list[str]:
     return [" ".join(f"w{3 + (7 * i + 31 * n) % 125}" for i in range(count)) for n, count in enumerate(PROMPT_WORDS)]
 
 
-def causal(kind: str, scratch: Path, *, continuous: bool) -> tuple[bool, str]:
+def causal(kind: str, scratch: Path, *, continuous: bool = False, variant: str = "") -> tuple[bool, str]:
     from QEfficient import QEFFAutoModelForCausalLM
 
-    folder = scratch / f"{kind}-{continuous}"
+    folder = scratch / f"{kind}-{continuous}-{variant}"
+    export, build, generate = VARIANTS[variant]
     reference, tokenizer = save_tiny(kind, folder / "model")
     model = QEFFAutoModelForCausalLM.from_pretrained(str(folder / "model"), continuous_batching=continuous)
-    model.export(export_dir=str(folder / "onnx"))
+    model.export(export_dir=str(folder / "onnx"), **export)
     sizes = {"full_batch_size": SLOTS} if continuous else {}
-    model.compile(prefill_seq_len=PREFILL, ctx_len=CONTEXT, num_cores=16, batch_size=1, **sizes)
-    done = model.generate(tokenizer, prompts=prompts(), generation_len=TOKENS)
+    model.compile(prefill_seq_len=PREFILL, ctx_len=CONTEXT, num_cores=16, batch_size=1, **sizes, **build)
+    done = model.generate(tokenizer, prompts=prompts(), generation_len=TOKENS, **generate)
     rows = list(done.generated_ids) if continuous else [ids[0] for ids in done.generated_ids]
     return agreement([reference] * len(rows), tokenizer, rows, overwritten=SLOTS if continuous else 0)
 
