@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -16,6 +17,12 @@ def base_version(image: str = "apps") -> str:
     if element is None or not element.text:
         raise RuntimeError(f"{VERSIONS / image}.xml has no base_version; reinstall the simulated SDK")
     return element.text.strip()
+
+
+@functools.cache
+def release() -> tuple[int, ...]:
+    """Returns the version of the runtime, for comparison."""
+    return tuple(map(int, base_version("platform").split(".")))
 
 
 def at_least(*version: int) -> bool:
