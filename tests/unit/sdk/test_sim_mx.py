@@ -83,6 +83,7 @@ def test_mxint8_in_the_graph(width):
 
 
 X = RNG.normal(size=(4, 64)).astype(np.float32)
+TRANSPOSED = node("MatMul", ["x", "t"], ["y"])
 
 
 def products(compile_onnx, client, model, *flags: str, x: np.ndarray = X) -> dict[str, np.ndarray]:
@@ -116,9 +117,9 @@ IDENTITY = np.eye(64, dtype=np.float32)
         ([node("MatMul", ["x", "W"], ["y"])], (64, 40), 0, lambda w: w),
         ([node("Gemm", ["x", "W"], ["y"])], (64, 40), 0, lambda w: w),
         ([node("Gemm", ["x", "W"], ["y"], transB=1)], (40, 64), 1, lambda w: w.T),
-        ([node("Transpose", ["W"], ["t"]), node("MatMul", ["x", "t"], ["y"])], (40, 64), 1, lambda w: w.T),
+        ([node("Transpose", ["W"], ["t"]), TRANSPOSED], (40, 64), 1, lambda w: w.T),
         (
-            [node("Identity", ["W"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0]), node("MatMul", ["x", "t"], ["y"])],
+            [node("Identity", ["W"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0]), TRANSPOSED],
             (40, 64), 1, lambda w: w.T,
         ),
     ],
