@@ -101,6 +101,9 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, m
     state = inputs.adapters[adapter]
     usual = generate(session, inputs.ids, plan, state=state)
     forced = [logits.argmax(axis=-1) for logits in usual]
+    compute, _, kept = terms.precision.partition("+")
+    if name == "merged" and kept:
+        raise IncomparableError(f"the adapter is merged into weights in float32, and this session keeps {kept}")
     if name != "merged":
         found = WAYS[name](session, inputs, plan, state, forced)
     elif state:
@@ -114,9 +117,9 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, m
         bad = non_finite({"logits": array}, Rows(labels))
         if bad:
             return Verdict("fail", bad[0], (bad[1],), planned=len(labels))
-    bounds = logit_bounds(terms.precision, noise=None, override=terms.override)
+    bounds = logit_bounds(compute, noise=None, override=terms.override)
     if not bounds:
-        reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
+        reason = f"no sound bound for precision {compute}: give bounds with their reason in the tolerance"
         return Verdict("inconclusive", reason, planned=len(labels))
     judged = judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos)
     failed = [item for item in judged if not item.passed]
