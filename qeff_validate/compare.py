@@ -29,11 +29,12 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
 """Bounds by precision (DESIGN §8). Compressed weights and state have none: their noise is measured by emulation."""
 
 EMULATED_FACTOR = 2.0
-"""An artifact may be off so many times as far as an emulated run, and by what its arithmetic costs besides.
+"""An artifact may be off so many times as far as an emulated run; what its arithmetic costs comes on top.
 
 How a card lays out blocks is not documented. Runs with blocks of 16 and of 64, along the other axis, with scales that
 do not saturate, with ties away from zero, and from fp16 weights were off by 0.64 to 1.55 times as much as the emulated
-one, over three embeddings and three language models; truncation, which is not to the nearest, by up to 7.8 times.
+one, over three embeddings and three language models with 33 to 60 rows; truncation, which is not to the nearest, by up
+to 7.8 times.
 """
 
 FLOOR_FACTOR, FLOOR_LEAST, FLOOR_MOST = 10.0, 1e-6, 5e-5

@@ -154,10 +154,11 @@ def _change_bounds(emulated: tuple[float, float] | None) -> dict[str, Bound]:
     )
     if emulated is None:
         return {name: Bound(value, "fallback", why) for name, value in least.items()}
-    return {
-        name: Bound(value + EMULATED_FACTOR * more, "emulated", f"{why}: {value:g} + {EMULATED_FACTOR:g} x {more:.2g}")
-        for (name, value), more in zip(least.items(), emulated, strict=True)
-    }
+    bounds = {}
+    for (name, value), more in zip(least.items(), emulated, strict=True):
+        said = f"{why}: {value:g} + {EMULATED_FACTOR:g} x {more:.2g}"
+        bounds[name] = Bound(value + EMULATED_FACTOR * more, "emulated", said)
+    return bounds
 
 
 def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:

@@ -33,9 +33,10 @@ def runner() -> Runner:
 
 
 def ratios(result: Result) -> dict[str, float]:
-    """Value over what the emulated run gave, of the gates whose bounds come from it."""
+    """Value over what the emulated run gave, of the gates whose bounds are mostly twice that."""
     gates = [item for item in result.metrics if item.bound is not None and item.bound.source == "emulated"]
-    return {item.metric.name: EMULATED_FACTOR * item.metric.value / item.bound.value for item in gates if item.bound}
+    kept = {item.metric.name: item for item in gates if "error" in item.metric.name or "rel_l2" in item.metric.name}
+    return {name: EMULATED_FACTOR * item.metric.value / item.bound.value for name, item in kept.items() if item.bound}
 
 
 @pytest.mark.slow
@@ -44,9 +45,9 @@ def test_compressed_as_asked_for_and_not_more(case: Case, runner: Runner) -> Non
     result = runner.result(case, "sim")
     assert (result.status, result.reason) == ("pass", "")
     assert result.precision == case.precision.profile
-    found = ratios(result)
-    large = max(value for name, value in found.items() if "adapter" not in name)
-    assert 0.7 < large < 1.2, "an artifact without MXFP6 would be much nearer to the reference than the emulated run"
+    assert 0.7 < max(ratios(result).values()) < 1.2, (
+        "an artifact without MXFP6 would be much nearer to the reference than the emulated run"
+    )
     header = qpc.read(Path(result.artifact["path"])).header
     states = {f"past_{part}.{layer}" for part in ("key", "value") for layer in (0, 1)}
     assert set(header["mxint8"]) == (states if case.precision.kv else set())

@@ -93,11 +93,12 @@ def test_logits() -> None:
     assert measured["kl_max"] == pytest.approx((np.exp(exact) * (exact - moved)).sum(1).max())
     bounds = logit_bounds("fp16+mxfp6+mxint8", noise=None, override={}, measured=measured)
     assert bounds["kl_max"].value == pytest.approx(2 * measured["kl_max"] + LOGIT_FALLBACK["fp16"]["kl_max"])
+    assert bounds["all_error"].value == pytest.approx(2 * measured["all_error"] + LOGIT_FALLBACK["fp16"]["all_error"])
     assert bounds["flips"].value == 0
     assert "2 x emulated mxfp6+mxint8" in bounds["kl_max"].why
 
 
-VOCAB, PROMPTS = 40, 3
+VOCAB, PROMPTS = 40, 12
 SHARED = np.random.default_rng(7).normal(size=(1, PROMPTS, VOCAB)) * 0.15
 """Noise of compressed weights: the same with and without an adapter."""
 
@@ -123,7 +124,7 @@ def judged(effect: float, own: float, *, got: str = "right") -> tuple[str, str]:
     steps = np.ones(3 * PROMPTS, np.int64)
     emulated = {"logits": noisy(2).reshape(-1, VOCAB).astype(np.float32)}
     terms = Terms("fp16+mxfp6", None, {}, 0, emulated)
-    inputs = SimpleNamespace(labels=["x", "y", "z"], ids=[np.arange(3)] * PROMPTS, eos=frozenset())
+    inputs = SimpleNamespace(labels=[f"x{i}" for i in range(PROMPTS)], ids=[np.arange(3)] * PROMPTS, eos=frozenset())
     given = {"logits": reference, "tokens": steps, "steps": steps}
     verdict = judge_continuations(given, flat, terms, adapters=["base", "a", "b"], inputs=inputs)
     return verdict.status, verdict.reason
