@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [version for version in versions if version != "-aic-hw-version=2.0"]:
         print(f"Option {unknown[0]} is not known to qaic-exec; use -aic-hw-version=2.0", file=sys.stderr)
         return 255
-    return compiler.main([argument for argument in arguments if argument not in versions])
+    return compiler.main(arguments)
 
 
 if __name__ == "__main__":
