@@ -38,7 +38,7 @@ class Architecture:
         targets: projections of attention.
         scaled: modules of IA3.
         inputs: those of them whose input IA3 scales, not the output.
-    layers: how many kinds of layers there are.
+    layers: how many kinds of layers there are, or how many make adapters strong enough.
     """
 
     source: str
@@ -68,7 +68,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Mixtral": Architecture("mixtral", **EXPERTS),
     "StableLM": Architecture("stablelm"),
     "OLMo-2": Architecture("olmo2"),
-    "StarCoder2": Architecture("starcoder2", scaled=("k_proj", "v_proj", "c_proj"), inputs=("c_proj",)),
+    "StarCoder2": Architecture("starcoder2", scaled=("k_proj", "v_proj", "c_proj"), inputs=("c_proj",), layers=2),
 }
 
 # init: noise with which most adapters' effect stands out of fp16; for the others `tried` doubles it
@@ -160,7 +160,7 @@ def case_for(method: str, name: str, strength: float = 1) -> Case:
     """Return the case of a method on an architecture, with so many times the usual noise on its adapters."""
     architecture = ARCHITECTURES[name]
     options = {"init": 0.1, **{**METHODS, **OTHERS}[method]}
-    options["init"] *= strength
+    options["init"] = min(1.0, options["init"] * strength)  # the greatest that is taken
     if method == "ia3":
         options |= {"target_modules": list(architecture.scaled), "feedforward_modules": list(architecture.inputs)}
     elif method not in ELSEWHERE:
