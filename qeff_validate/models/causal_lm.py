@@ -267,13 +267,15 @@ class PeftCausalLM:
 
     def _original(self, what: str, inputs: Prompts, adapter: str, *given: Any) -> Any:
         """Load the model anew, and ask for what a function of `lm_reference` gives."""
-        from qeff_validate.models import lm_reference
-
+        if self.case.artifacts.reference is not None:
+            raise IncomparableError("the reference is recorded, so there need be no original model here")
         named = self.options.named()
         if adapter != BASE and adapter not in named:
             raise IncomparableError(
                 "the adapters of a model in memory are not put on another one: it is left unchanged"
             )
+        from qeff_validate.models import lm_reference
+
         made = named.get(adapter)
         return getattr(lm_reference, what)(self.source.causal_lm(), made, inputs.adapters[adapter], inputs.ids, *given)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.compare import FALLBACK, Bound, Judged, Verdict, all_hold
+from qeff_validate.errors import IncomparableError
 from qeff_validate.metrics import worst_row
 from qeff_validate.models.generate import Plan, batches, generate, padding
 from qeff_validate.protocols import Session, Terms
@@ -32,6 +33,9 @@ def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted
         state: the adapter's tensors.
         wanted: of the original model.
         terms: precision.
+
+    Raises:
+        IncomparableError: the graph keeps keys and values elsewhere.
     """
     bound = FALLBACK.get(terms.precision, {}).get("rel_l2")
     found = _kept(session, inputs, plan, state, list(wanted[0]))
@@ -52,6 +56,9 @@ def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted
 def _kept(session: Session, inputs: Any, plan: Plan, state: Tensors, names: Sequence[str]) -> Kept:
     """Return for each prompt what the session retains of its tokens, ``[heads, tokens, head_dim]``."""
     twins = retained(session.inputs, session.outputs)
+    missing = sorted(set(names) - set(twins))
+    if missing:
+        raise IncomparableError(f"the graph does not retain {', '.join(missing[:4])}")
     found: list[dict[str, Array]] = []
     for _, prompts in batches(session, inputs.ids, plan):
         generate(session, prompts, replace(plan, max_new_tokens=1), state=state)

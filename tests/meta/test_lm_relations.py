@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,3 +149,17 @@ def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str
     result = related(pipeline, Faulty(DAMAGED[name]), name)
     assert result.status == "fail", result.reason
     assert "worst row" in result.reason
+
+
+@pytest.mark.parametrize("name", ["kv_cache", "merged"])
+def test_a_relation_that_needs_the_original_does_not_apply_to_a_recorded_reference(
+    name: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    artifacts = {"reference": str(pipeline.record(tmp_path))}
+    case = Case.model_validate({**pipeline.case.model_dump(), "source": "path:/nowhere", "artifacts": artifacts})
+    recorded = Pipeline(case, check(case), Store(), Silent())
+    onnx = pipeline.onnx()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "onnx", lambda: onnx)
+        result = related(recorded, runtime("ort"), name)
+    assert (result.status, "the reference is recorded" in result.reason) == ("not_run", True), result.reason
