@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +91,9 @@ class Pipeline:
 
     def result(self, adapter: Runtime) -> Result:
         """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
-        return known_failure(self.case, self._guarded(adapter, lambda base: self._judged(adapter, base)))
+        result = self._guarded(adapter, lambda base: self._judged(adapter, base))
+        trim_memory()  # only now nothing holds the session
+        return known_failure(self.case, result)
 
     def _guarded(self, adapter: Runtime, judge: Callable[[dict[str, Any]], Result]) -> Result:
         base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
@@ -245,6 +249,7 @@ class Pipeline:
 
         def make() -> Tensors:
             exact = self.model().reference(self.inputs(), dtype="float64")
+            release_memory()
             return {"floor": np.array([self.model().noise(exact, self.reference(), self.inputs())])}
 
         def get() -> float:
@@ -307,7 +312,7 @@ class Pipeline:
         entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
         self.seconds["export"] = entry.seconds
         if self._done.pop("module", None) is not None:
-            gc.collect()  # a Hugging Face module holds cycles; its weights would stand beside ONNX Runtime's
+            release_memory()  # a Hugging Face module holds cycles; its weights would stand beside ONNX Runtime's
         buckets = self.model().graph.buckets
         return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance, buckets=buckets)
 
@@ -371,6 +376,20 @@ class Pipeline:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = name  # type: ignore[attr-defined]
                 raise
+
+
+def release_memory() -> None:
+    """Collect garbage, and hand it back to the system."""
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Hand back to the system what the C library keeps of freed weights: the next copy stands beside it otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+        if trim is not None:
+            trim(0)
 
 
 def known_failure(case: Case, result: Result, today: date | None = None) -> Result:

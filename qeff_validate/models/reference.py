@@ -17,7 +17,7 @@ from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
 
-LARGE = 1 << 30
+LARGE = 1 << 28
 """Bytes of float32 weights beyond which a body is widened layer by layer: slower, in half the memory."""
 
 
