@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import Bound, Judged, emulated_bounds
+from qeff_validate.compare import NOISE_SHARE, Bound, Judged, emulated_bounds
 from qeff_validate.metrics import Floats, Metric, worst_row
 from qeff_validate.tensors import Array
 
@@ -46,6 +46,11 @@ FLOOR_FACTOR = 10.0
 
 SIGMAS = 4.0
 """A reference margin within so many standard deviations of the logits' noise is a tie (validation-methods §12.4)."""
+
+
+def noise_level(precision: str) -> float:
+    """Return the noise that a precision is taken to have in a log-probability; infinity if it has no profile."""
+    return float(np.sqrt(2 * FALLBACK[precision]["kl_p99"])) / NOISE_SHARE if precision in FALLBACK else math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from qeff_validate.protocols import Session, runtime
 
 
 class Faulty:
-    """ONNX Runtime whose sessions are damaged; its name and kind are those of the real one."""
+    """A runtime whose sessions are damaged, by default ONNX Runtime; its name and kind are those of the real one."""
 
-    def __init__(self, damaged: Callable[[Session], Any]) -> None:
-        self._inner, self._damaged = runtime("ort"), damaged
+    def __init__(self, damaged: Callable[[Session], Any], name: str = "ort") -> None:
+        self._inner, self._damaged = runtime(name), damaged
         self.name, self.kind = self._inner.name, self._inner.kind
 
     def probe(self) -> str | None:

@@ -20,7 +20,16 @@ from qeff_validate.compare import (
     sentence,
     structure_problem,
 )
-from qeff_validate.logits import FALLBACK, LOGIT_GATES, Text, judge_logits, logit_bounds, logit_errors, rows_beyond
+from qeff_validate.logits import (
+    FALLBACK,
+    LOGIT_GATES,
+    Text,
+    judge_logits,
+    logit_bounds,
+    logit_errors,
+    noise_level,
+    rows_beyond,
+)
 from qeff_validate.metrics import Metric
 from qeff_validate.models.symptoms import FirstTokens, pattern
 from qeff_validate.protocols import Terms
@@ -142,7 +151,7 @@ def _level(precision: str, noise: float | None, like: FirstTokens | None) -> tup
     compute, _, kept = precision.partition("+")
     if compute not in FALLBACK or (kept and like is None):
         return np.inf, EFFECT
-    level = noise if compute == "fp32" and noise is not None else float(np.sqrt(2 * FALLBACK[compute]["kl_p99"])) / 5
+    level = noise if compute == "fp32" and noise is not None else noise_level(compute)
     return (level, EFFECT) if like is None else (level + like.strayed(), EFFECT_MEASURED)
 
 

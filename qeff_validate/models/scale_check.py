@@ -16,7 +16,7 @@ import numpy as np
 
 from qeff_validate.compare import Bound, Judged, Verdict, all_hold
 from qeff_validate.errors import IncomparableError
-from qeff_validate.logits import FALLBACK, log_softmax
+from qeff_validate.logits import log_softmax, noise_level
 from qeff_validate.metrics import Floats, Metric
 from qeff_validate.models.generate import Plan, generate, takes_ids
 from qeff_validate.models.options import BASE
@@ -63,7 +63,7 @@ def judge_scaled(
     off = run(0.0)
     state, alone = (adapter, replace(plan, adapter=0)) if takes_ids(session) else (base, plan)
     without = np.concatenate(generate(session, inputs.ids, alone, state=state, forced=forced))
-    level = float(np.sqrt(2 * FALLBACK[terms.precision]["kl_p99"])) / 5 if terms.precision in FALLBACK else np.inf
+    level = noise_level(terms.precision)
     if _size(off - log_softmax(without)) > VISIBLE * level:
         raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
     full = run(1.0) - off

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faulty import Faulty
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
@@ -152,25 +153,9 @@ class Damaged:
         self._session.reset()
 
 
-class Faulty:
-    """A runtime whose sessions are wrapped; its name and kind are those of the real one."""
-
-    def __init__(self, inner: Any, wrap: Callable[[Session], Any]) -> None:
-        self._inner, self._wrap = inner, wrap
-        self.name, self.kind = inner.name, inner.kind
-
-    def probe(self) -> str | None:
-        return None
-
-    @contextmanager
-    def open(self, artifact: Artifact) -> Iterator[Any]:
-        with self._inner.open(artifact) as session:
-            yield self._wrap(session)
-
-
 def judged(made: Pipeline, fault: Fault, name: str = "ort") -> Result:
     adapters = made.inputs().adapters
-    faulty: Any = Faulty(runtime(name), lambda session: Damaged(session, fault, adapters))
+    faulty: Any = Faulty(lambda session: Damaged(session, fault, adapters), name)
     return made.result(faulty)
 
 
@@ -505,7 +490,7 @@ class Reversed(Damaged):
 
 
 def test_rows_in_another_order_pass(llama: Pipeline) -> None:
-    faulty: Any = Faulty(runtime("ort"), lambda session: Reversed(session, Fault([]), {}))
+    faulty: Any = Faulty(lambda session: Reversed(session, Fault([]), {}))
     result = llama.result(faulty)
     assert result.status == "pass", result.reason
 
@@ -572,7 +557,7 @@ def test_adapters_merged_into_the_weights_pass(on_torch: Pipeline) -> None:
         return found
 
     with merged(on_torch, "base"):  # which changes nothing, and puts the weights back afterwards
-        result = on_torch.result(Faulty(runtime("torch"), wrap))  # type: ignore[arg-type]
+        result = on_torch.result(Faulty(wrap, "torch"))  # type: ignore[arg-type]
     assert result.status == "pass", result.reason
 
 

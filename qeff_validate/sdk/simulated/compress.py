@@ -9,6 +9,7 @@ weight as it is, so it is stored twice then. The QPC holds the decompressed numb
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,8 @@ def compress(graph: Any, weights: list[Weight], plan: Plan) -> int:
         if name not in made:
             _add(graph, use, name, streamed.get(use.tensor.name), weights)
         for node in reversed(use.between):
-            before, made, name = name, made | {name}, node.output[0] + end
+            made.add(name)
+            before, name = name, node.output[0] + end
             if name not in made:
                 between.append(_copy(node, output=[name], input=[before]))
                 graph.value_info.extend(_copy(infos[n], name=name) for n in node.output if n in infos)
@@ -170,14 +172,13 @@ def _packed(values: mx.Floats, kind: int) -> bytes:
 def _drop_unread(graph: Any, weights: list[Weight], uses: Sequence[_Use]) -> None:
     """Removes the originals that nobody reads any more, and the nodes between."""
     between = {node.output[0] for use in uses for node in use.between}
+    readers = Counter(name for node in nodes_of(graph) for name in node.input)
+    readers.update(info.name for info in graph.output)
     for node in reversed(list(graph.node)):
-        if node.output[0] in between and node.output[0] not in _read(graph):
+        if node.output[0] in between and not readers[node.output[0]]:
             graph.node.remove(node)
-    gone = {use.tensor.name for use in uses} - _read(graph)
+            readers.subtract(node.input)
+    gone = {use.tensor.name for use in uses if not readers[use.tensor.name]}
     for tensor in [tensor for tensor in graph.initializer if tensor.name in gone]:
         graph.initializer.remove(tensor)
     weights[:] = [weight for weight in weights if weight.name not in gone]
-
-
-def _read(graph: Any) -> set[str]:
-    return {name for node in nodes_of(graph) for name in node.input} | {info.name for info in graph.output}

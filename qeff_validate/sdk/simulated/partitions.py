@@ -8,6 +8,7 @@ Nothing of this changes a number, so the simulator partitions nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def _bad_names(parts: Sequence[tuple[str, Mapping[int, int], Sequence[str]]]) ->
     names = [name for name, _, _ in parts]
     if len(set(names)) != len(names):
         yield f"two partitions are named alike: {', '.join(names)}"
-    nodes = [node for _, _, listed in parts for node in listed]
-    if repeated := {node for node in nodes if nodes.count(node) > 1}:
+    nodes = Counter(node for _, _, listed in parts for node in listed)
+    if repeated := [node for node, count in nodes.items() if count > 1]:
         yield f"node {min(repeated)} is listed twice"
 
 
