@@ -100,7 +100,7 @@ def related(pipeline: Pipeline, adapter: Any, name: str) -> Any:
 
 
 class Stale:
-    """A session that forgets the last slot of a layer's values, if it is asked for what it retains."""
+    """A session whose values of one layer are off by 1 % where it hands out what it retains; all finite as before."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -110,7 +110,7 @@ class Stale:
         found = dict(self._session.run(feeds, fetch=fetch))
         name = "past_value.1_RetainedState"
         if name in found:
-            found[name] = np.roll(found[name], 1, axis=2)
+            found[name] = found[name] * np.float32(1.01)
         return found
 
     def reset(self) -> None:
