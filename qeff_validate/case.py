@@ -42,7 +42,7 @@ class Compile(Strict):
     """Options of the AI 100 compiler (qaic-contract §6.1)."""
 
     num_cores: Positive = Field(16, description="NSPs per activation")
-    aic_hw_version: Literal["ai100"] = Field("ai100", description="target hardware")
+    aic_hw_version: Literal["ai100", "ai200"] = Field("ai100", description="target hardware")
     num_devices: Literal[1] = Field(1, description="cards that share the model")
     mos: int | None = Field(None, description="on-chip memory effort; the compiler's own choice if null")
     timeout_s: float = Field(1800, gt=0, description="the compiler is stopped after so many seconds")
@@ -53,6 +53,13 @@ class Precision(Strict):
     """What the device computes with."""
 
     compute: Literal["fp16", "fp32"] = Field("fp16", description="fp16: compiled with -convert-to-fp16")
+    weights: Literal["mxfp6"] | None = Field(None, description="mxfp6: compiled with -mxfp6-matmul")
+    kv: Literal["mxint8"] | None = Field(None, description="mxint8: keys and values are kept in it")
+
+    @property
+    def profile(self) -> str:
+        """Return what computes, and behind + what it reads is kept in, such as ``fp16+mxfp6``."""
+        return "+".join(filter(None, (self.compute, self.weights, self.kv)))
 
 
 class Artifacts(Strict):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import Bound, Judged
+from qeff_validate.compare import Bound, Judged, emulated_bounds
 from qeff_validate.metrics import Floats, Metric, worst_row
 from qeff_validate.tensors import Array
 
@@ -64,17 +64,22 @@ def log_softmax(logits: Array) -> Floats:
     return found
 
 
-def logit_bounds(precision: str, *, noise: float | None, override: Mapping[str, Any]) -> dict[str, Bound]:
+def logit_bounds(
+    precision: str, *, noise: float | None, override: Mapping[str, Any], measured: Mapping[str, float] | None = None
+) -> dict[str, Bound]:
     """Return the bound of each gate; empty if the precision has none.
 
     Args:
         precision: profile of what computes.
         noise: standard deviation of the reference's own rounding in a logit; None if it was not measured.
         override: the case's own bounds, with ``why``.
+        measured: from `logit_errors`, for a profile without bounds of its own.
     """
     bounds = {
         name: Bound(value, "fallback", f"{precision} profile") for name, value in FALLBACK.get(precision, {}).items()
     }
+    if measured is not None and not bounds:
+        bounds = emulated_bounds(precision, measured, FALLBACK, MOST)
     if bounds and precision == "fp32" and noise is not None:
         for name in ERRORS:
             floor = FLOOR_FACTOR * noise
@@ -87,6 +92,11 @@ def logit_bounds(precision: str, *, noise: float | None, override: Mapping[str, 
         if name != "why" and name in LOGIT_GATES:
             bounds[name] = Bound(float(value), "case", str(override["why"]))
     return bounds
+
+
+def logit_errors(reference: Array, emulated: Array) -> dict[str, float]:
+    """Return the value of each metric that has a bound by precision, for emulated logits of the same rows."""
+    return {metric.name: metric.value for metric in _errors(log_softmax(reference), log_softmax(emulated))}
 
 
 def judge_logits(
@@ -112,9 +122,18 @@ def judge_logits(
         Gates, and what is shown: ``kl_p50``, ``same_top1`` and the first divergent token.
     """
     wanted, got = log_softmax(reference), log_softmax(actual)
-    error = np.abs(got - wanted)
-    kl = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
-    order = np.argsort(-wanted, axis=-1)
+    judged = [_placed(metric, bounds.get(metric.name), labels) for metric in _errors(wanted, got)]
+    return judged + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos)
+
+
+def _divergences(wanted: Floats, got: Floats) -> Floats:
+    """Return the KL divergence of each row."""
+    kl: Floats = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
+    return kl
+
+
+def _errors(wanted: Floats, got: Floats) -> list[Metric]:
+    error, kl, order = np.abs(got - wanted), _divergences(wanted, got), np.argsort(-wanted, axis=-1)
     found = [
         Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
         worst_row("kl_max", kl),
@@ -123,8 +142,7 @@ def judge_logits(
     for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
         tier = np.take_along_axis(error, order[:, : min(k, wanted.shape[1])], axis=-1)
         found.append(worst_row(name, tier.max(axis=-1)))
-    judged = [_placed(metric, bounds.get(metric.name), labels) for metric in found]
-    return judged + _flips(wanted, got, kl, bounds, labels, texts, eos)
+    return found
 
 
 def _flips(

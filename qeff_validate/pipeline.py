@@ -31,12 +31,20 @@ from qeff_validate.tensors import Shapes, Tensors, TensorSpec, load_tensors, sav
 T = TypeVar("T")
 
 INPUTS = ("ids", "lengths", "texts")
-"""Names of inputs in a recorded file, beside those that start with ``inputs.``; all else but ``floor`` is output."""
+"""Names of inputs in a recorded file, beside those that start with ``inputs.``."""
+
+EMULATED = "emulated."
+"""Begins the names of emulated outputs in a recorded file."""
 
 
 def is_input(name: str) -> bool:
     """Say whether a tensor of a recorded file is an input."""
     return name in INPUTS or name.startswith("inputs.")
+
+
+def is_beside(name: str) -> bool:
+    """Say whether a tensor of a recorded file is no output of the reference."""
+    return is_input(name) or name == "floor" or name.startswith(EMULATED)
 
 
 class Progress(Protocol):
@@ -91,7 +99,7 @@ class Pipeline:
                 return Result(**base, status="not_run", reason=missing)
             base["simulated"] = bool(getattr(adapter, "simulated", False))
             base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
-            base["precision"] = self.case.precision.compute if adapter.kind == "qpc" else "fp32"
+            base["precision"] = self.case.precision.profile if adapter.kind == "qpc" else "fp32"
             return judge(base)
         except ValidateError as exc:
             stage = "config" if isinstance(exc, ConfigError) else exc.stage
@@ -114,7 +122,8 @@ class Pipeline:
                 actual = self.model().infer(session, inputs, reference)
         with self._stage("compare", adapter.name):
             override = self.case.tolerance.get(adapter.name, {})
-            terms = Terms(base["precision"], floor, override, self.case.seed)
+            emulated = self.emulated() if adapter.kind == "qpc" else None
+            terms = Terms(base["precision"], floor, override, self.case.seed, emulated)
             verdict = self.model().judge(reference, actual, inputs, terms)
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         times = {name: self.seconds[name] for name in stages if name in self.seconds}
@@ -197,6 +206,7 @@ class Pipeline:
         stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
         floor = self.floor()
         extra = {} if floor is None else {"floor": np.array([floor])}
+        extra |= {f"{EMULATED}{name}": array for name, array in (self.emulated() or {}).items()}
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
             save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
@@ -225,7 +235,7 @@ class Pipeline:
             return self.model().reference(self.inputs(), dtype="float32")
 
         if self.case.artifacts.reference is not None:
-            return {name: array for name, array in self._recorded().items() if not is_input(name) and name != "floor"}
+            return {name: array for name, array in self._recorded().items() if not is_beside(name)}
         return self._once(
             "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
         )
@@ -245,6 +255,28 @@ class Pipeline:
             recorded = self._recorded()
             return float(recorded["floor"][0]) if "floor" in recorded else None
         return self._once("floor", get, show=True)
+
+    def emulated(self) -> Tensors | None:
+        """Return outputs of the original model that keeps weights or state as the case's precision says, stored.
+
+        None if the precision has bounds of its own, or if there is no original model to run.
+        """
+        precision = self.case.precision
+        if precision.profile == precision.compute:
+            return None
+        if self.case.artifacts.reference is not None:
+            recorded = self._recorded().items()
+            return {n.removeprefix(EMULATED): array for n, array in recorded if n.startswith(EMULATED)} or None
+        run = getattr(self.model(), "emulated", None)
+        if run is None:
+            return None
+
+        def make() -> Tensors:
+            found: Tensors = run(self.inputs(), self.reference(), precision)
+            return found
+
+        key = {**self._reference_key("float32"), "precision": precision.model_dump(mode="json")}
+        return self._once("emulated", lambda: self.store.tensors("emulated", key, make)[0], show=True)
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
         """Return the artifact that a runtime of this kind opens."""

@@ -20,7 +20,7 @@ from qeff_validate.tensors import Shapes, Tensors, TensorSpec
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from qeff_validate.case import Case
+    from qeff_validate.case import Case, Precision
     from qeff_validate.compare import Verdict
 
 
@@ -94,16 +94,19 @@ class Terms:
     """On what terms outputs are compared.
 
     Attributes:
-        precision: profile of what computed them: ``fp32``, ``fp16``, ….
+        precision: profile of what computed them: ``fp32``, ``fp16``, ``fp16+mxfp6``, ….
         floor: the reference's own noise, from `Model.noise`; None if it is not known.
         override: the case's own bounds for this runtime, with ``why``.
         seed: draws rows for metrics of pairs.
+        emulated: outputs of the original model that keeps weights or state as the precision says; None if there are
+            none. Where a profile has no bounds of its own, the noise of these is the measure, never an artifact.
     """
 
     precision: str
     floor: float | None
     override: Mapping[str, Any]
     seed: int
+    emulated: Tensors | None = None
 
 
 class Inputs(Protocol):
@@ -120,6 +123,16 @@ class Inputs(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What a reader of the report should know of them."""
+
+
+class Emulating(Protocol):
+    """What a model wrapper may offer besides, so that compressed weights and state get bounds."""
+
+    def emulated(self, inputs: Any, reference: Tensors, precision: Precision) -> Tensors:
+        """Run the original model in float32, with weights and state as the precision keeps them; as `Model.reference`.
+
+        Shares no code with a compiler or a simulator. Of the reference, a language model uses the tokens.
+        """
 
 
 class Model(Protocol):

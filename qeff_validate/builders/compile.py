@@ -20,7 +20,7 @@ from qeff_validate.tensors import RETAINED
 
 OWN_FLAGS = frozenset({
     "m", "model", "aic-hw", "aic-hw-version", "aic-num-cores", "convert-to-fp16", "compile-only", "aic-binary-dir",
-    "mos", "network-specialization-config", "retained-state", "custom-IO-list-file",
+    "mos", "mxfp6-matmul", "network-specialization-config", "retained-state", "custom-IO-list-file",
 })  # fmt: skip
 """Flags that come from the case's own keys and must not be given a second time."""
 
@@ -55,7 +55,7 @@ def compile_qpc(
         folder: an existing directory.
         sdk: whose compiler is run.
         options: cores, hardware, time limit, further flags.
-        precision: fp16 adds ``-convert-to-fp16``.
+        precision: fp16 adds ``-convert-to-fp16``, mxfp6 ``-mxfp6-matmul``, mxint8 entries of the custom IO list.
         buckets: the symbols' values of each specialization.
         say: gets each line of output as it comes.
 
@@ -76,6 +76,7 @@ def compile_qpc(
         f"-m={onnx}",
         f"-aic-num-cores={options.num_cores}",
         *(["-convert-to-fp16"] if precision.compute == "fp16" else []),
+        *(["-mxfp6-matmul"] if precision.weights == "mxfp6" else []),
         *([f"-mos={options.mos}"] if options.mos is not None else []),
         f"-network-specialization-config={config}",
         *(["-retained-state"] if found.state else []),
@@ -175,7 +176,7 @@ def _node_precision(exact: Sequence[str], precision: Precision, folder: Path) ->
     Position 2049 is none in fp16, and a sine of a rounded angle is another sine. Trained models have activations above
     256 whose squares are infinite in fp16 (SmolLM2 fails for it); upstream gives norms an operator of their own.
     """
-    if not exact or precision.compute != "fp16":
+    if not exact or precision.profile == "fp32":
         return []
     path = folder / "node_precision.yaml"
     names = "".join(f"\n  - {json.dumps(name)}" for name in exact)
@@ -184,12 +185,23 @@ def _node_precision(exact: Sequence[str], precision: Precision, folder: Path) ->
 
 
 def _custom_io(state: Mapping[str, bool], precision: Precision, folder: Path) -> list[str]:
-    """Keep float state on the card in the precision that it computes in, as upstream does (qaic-contract §6.3)."""
-    names = [part for name, is_float in state.items() if is_float for part in (name, f"{name}{RETAINED}")]
-    if not names or precision.compute != "fp16":
+    """Keep float state on the card in the precision that it computes in, as upstream does (qaic-contract §6.3).
+
+    Raises:
+        ConfigError: keys and values are to be kept in another one, and there are none.
+    """
+    floats = [name for name, is_float in state.items() if is_float]
+    kinds = dict.fromkeys(floats, "float16") if precision.compute == "fp16" else {}
+    if precision.kv is not None:
+        cache = [name for name in floats if name.startswith("past_")]
+        if not cache:
+            raise ConfigError(f"precision.kv: {precision.kv}: the graph retains no keys and values in float32")
+        kinds |= dict.fromkeys(cache, precision.kv)
+    if not kinds:
         return []
     path = folder / "custom_io.yaml"
-    text = "\n".join(f" - IOName: {name}\n   Precision: float16" for name in names)
+    names = [(part, kind) for name, kind in kinds.items() for part in (name, f"{name}{RETAINED}")]
+    text = "\n".join(f" - IOName: {name}\n   Precision: {kind}" for name, kind in names)
     path.write_text(f"{text}\n", encoding="utf-8")
     return [f"-custom-IO-list-file={path}"]
 

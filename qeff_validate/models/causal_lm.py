@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.artifact import digest_files
-from qeff_validate.case import Case
+from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.metrics import row_errors
@@ -219,6 +219,16 @@ class PeftCausalLM:
 
         model = self._taken()
         found = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+        self._loaded = model
+        return found
+
+    def emulated(self, inputs: Prompts, reference: Tensors, precision: Precision) -> Tensors:
+        """Return the logits of the reference's texts if weights, keys and values are kept as the precision says."""
+        from qeff_validate.models.lm_reference import along
+
+        texts = _split(reference["tokens"], reference["steps"])
+        model = self._taken()
+        found = along(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
         return found
 

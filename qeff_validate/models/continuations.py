@@ -9,8 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import Bound, Judged, Rows, Status, Verdict, non_finite, sentence, structure_problem
-from qeff_validate.logits import FALLBACK, LOGIT_GATES, Text, judge_logits, logit_bounds, rows_beyond
+from qeff_validate.compare import (
+    EMULATED_FACTOR,
+    Bound,
+    Judged,
+    Rows,
+    Status,
+    Verdict,
+    non_finite,
+    sentence,
+    structure_problem,
+)
+from qeff_validate.logits import FALLBACK, LOGIT_GATES, Text, judge_logits, logit_bounds, logit_errors, rows_beyond
 from qeff_validate.metrics import Metric
 from qeff_validate.models.symptoms import FirstTokens, pattern
 from qeff_validate.protocols import Terms
@@ -18,6 +28,9 @@ from qeff_validate.tensors import Array, Tensors
 
 EFFECT = 20.0
 """An adapter must change log-probabilities by so many times the noise, or nothing can be said of it."""
+
+EFFECT_MEASURED = 5.0
+"""The same where the noise in an adapter's change was measured by emulation, and so was what its direction suffers."""
 
 DELTA_COSINE, DELTA_NORM = 0.01, 0.05
 """The change that an adapter makes has the reference's direction (cosine ≥ 0.99) and size (within 5 %), §14.2."""
@@ -55,14 +68,19 @@ def judge_continuations(
     noise = (
         None if terms.floor is None else terms.floor * float(np.sqrt(np.mean(reference["logits"].astype(float) ** 2)))
     )
-    bounds = logit_bounds(terms.precision, noise=noise, override=terms.override)
+    emulated = None if terms.emulated is None else terms.emulated["logits"]
+    measured = None if emulated is None else logit_errors(reference["logits"], emulated)
+    bounds = logit_bounds(terms.precision, noise=noise, override=terms.override, measured=measured)
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
         reason = f"no sound bound for {', '.join(missing)}: give one with its reason in the case's tolerance"
         return Verdict("inconclusive", reason, planned=planned)
     judged = judge_logits(reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos)
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
-    effects, weak = _effects(first, terms.precision, noise)
+    like = None
+    if emulated is not None:
+        like = FirstTokens.of(reference["logits"], {"logits": emulated, "again": emulated[:again]}, texts, adapters)
+    effects, weak = _effects(first, terms.precision, noise, like)
     judged += [*effects, _revisits(actual, labels, again)]
     verdict = _conclude(judged, weak, planned)
     if verdict.status != "fail":
@@ -87,10 +105,11 @@ def _structure(reference: Tensors, actual: Tensors, rows: int, again: int) -> st
     return structure_problem({"logits": reference["logits"]}, {"logits": actual["logits"]}, rows)
 
 
-def _effects(first: FirstTokens, precision: str, noise: float | None) -> tuple[list[Judged], list[str]]:
+def _effects(
+    first: FirstTokens, precision: str, noise: float | None, like: FirstTokens | None
+) -> tuple[list[Judged], list[str]]:
     """Judge what each adapter changes, and whether that, and the difference between two, can be told from noise."""
-    profile = float(np.sqrt(2 * FALLBACK[precision]["kl_p99"])) / 5 if precision in FALLBACK else np.inf
-    level = noise if precision == "fp32" and noise is not None else profile
+    level, needed = _level(precision, noise, like)
     judged: list[Judged] = []
     weak: list[str] = []
     for at, name in enumerate(first.adapters[1:], start=1):
@@ -98,22 +117,48 @@ def _effects(first: FirstTokens, precision: str, noise: float | None) -> tuple[l
         size = first.apart(0, at)
         ratio = size / level if level > 0 else np.inf
         judged.append(Judged(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
-        if not ratio >= EFFECT:
+        if not ratio >= needed:
             weak.append(
                 f"adapter {name!r} changes log-probabilities by {size:.1e}, {ratio:.1f} times the noise of {precision},"
-                f" and {EFFECT:g} are needed to tell it from the base: is it trained?"
+                f" and {needed:g} are needed to tell it from the base: is it trained?"
             )
             continue
         weak += [
             f"adapters {first.adapters[other]!r} and {name!r} say the same, so a swap would not be seen"
             for other in range(1, at)
-            if not first.apart(other, at) >= EFFECT * level
+            if not first.apart(other, at) >= needed * level
         ]
-        cosine, norm = first.change(at)
-        for metric, value, bound in (("delta_cosine", cosine, DELTA_COSINE), ("delta_norm", norm, DELTA_NORM)):
-            why = "the adapter's change against the reference's"
-            judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), Bound(bound, "fallback", why)))
+        bounds = _change_bounds(None if like is None else like.change(at))
+        for metric, value in zip(bounds, first.change(at), strict=True):
+            judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), bounds[metric]))
     return judged, weak
+
+
+def _level(precision: str, noise: float | None, like: FirstTokens | None) -> tuple[float, float]:
+    """Return the noise in an adapter's change of a log-probability, and how many times as great the change must be.
+
+    Of what compressed weights cost, most is the same with and without an adapter; an emulated run says what is not.
+    """
+    compute, _, kept = precision.partition("+")
+    if compute not in FALLBACK or (kept and like is None):
+        return np.inf, EFFECT
+    level = noise if compute == "fp32" and noise is not None else float(np.sqrt(2 * FALLBACK[compute]["kl_p99"])) / 5
+    return (level, EFFECT) if like is None else (level + like.strayed(), EFFECT_MEASURED)
+
+
+def _change_bounds(emulated: tuple[float, float] | None) -> dict[str, Bound]:
+    """Return what an adapter's change may be off by, in direction and size."""
+    least, why = (
+        {"delta_cosine": DELTA_COSINE, "delta_norm": DELTA_NORM},
+        "the adapter's change against the reference's",
+    )
+    if emulated is None:
+        return {name: Bound(value, "fallback", why) for name, value in least.items()}
+    bounds = {}
+    for (name, value), more in zip(least.items(), emulated, strict=True):
+        said = f"{why}: {value:g} + {EMULATED_FACTOR:g} x {more:.2g}"
+        bounds[name] = Bound(value + EMULATED_FACTOR * more, "emulated", said)
+    return bounds
 
 
 def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.case import Case
-from qeff_validate.compare import Rows, Verdict, bounds_for, compare
+from qeff_validate.case import Case, Precision
+from qeff_validate.compare import Rows, Verdict, bounds_for, compare, errors_of
 from qeff_validate.errors import ConfigError, RunError
 from qeff_validate.metrics import Floats, row_errors
 from qeff_validate.models import oracle
@@ -158,6 +158,19 @@ class PooledEmbedding:
         Returns:
             ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
         """
+        return self._outputs(self.source.body(), inputs, dtype)
+
+    def emulated(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Tensors:  # noqa: ARG002
+        """Return what `reference` does if the body's weights are kept as the precision says."""
+        from qeff_validate.models.emulated import CompressedWeights
+
+        if precision.kv is not None:
+            raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
+        body = self.source.body()
+        with CompressedWeights(body):
+            return self._outputs(body, inputs, "float32")
+
+    def _outputs(self, body: Any, inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.reference import hidden_states, pooled_alone
 
         head = self.head
@@ -166,10 +179,7 @@ class PooledEmbedding:
             raw = pooled_alone(head.pooling, tokens, dtype) if head.custom else oracle.POOLINGS[head.pooling](tokens)
             return oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
 
-        rows = [
-            None if tokens is None else vector(tokens)
-            for tokens in hidden_states(self.source.body(), inputs.ids, dtype)
-        ]
+        rows = [None if tokens is None else vector(tokens) for tokens in hidden_states(body, inputs.ids, dtype)]
         found = [row for row in rows if row is not None]
         if inputs.per_token:
             return {"output": np.concatenate(found).astype(dtype)}
@@ -183,8 +193,9 @@ class PooledEmbedding:
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
         """Compare vectors row by row."""
-        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
         rows = Rows(inputs.labels, inputs.tokenless)
+        measured = None if terms.emulated is None else errors_of(reference, terms.emulated, rows)
+        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override, measured=measured)
         return compare(reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed)
 
     def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
@@ -192,7 +203,8 @@ class PooledEmbedding:
         from qeff_validate.models.metamorphic import RELATIONS, with_tokens
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
-        bounds = bounds_for(terms.precision, floor=None, override=terms.override)
+        # both ways read the same compressed weights
+        bounds = bounds_for(terms.precision.partition("+")[0], floor=None, override=terms.override)
         return compare(expected, actual, bounds, rows=Rows(labels), seed=terms.seed)
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002

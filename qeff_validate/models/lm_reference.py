@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,11 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import save_file
 
+from qeff_validate.case import Precision
 from qeff_validate.errors import IncomparableError
+from qeff_validate.models.adapted import live_names
 from qeff_validate.models.adapter import WEIGHTS
+from qeff_validate.models.emulated import CompressedCache, CompressedWeights
 from qeff_validate.models.loading import first_line, foreign, quiet
 from qeff_validate.models.options import BASE
 from qeff_validate.models.peft import generate_peft_config
@@ -50,6 +53,34 @@ def continuations(
         "tokens": np.concatenate(tokens),
         "steps": np.array([text.size for text in tokens], dtype=np.int64),
     }
+
+
+def along(
+    model: Any,
+    named: Mapping[str, str | Mapping[str, Any]],
+    inputs: Any,
+    texts: Sequence[Array],
+    precision: Precision,
+) -> Tensors:
+    """Return ``logits`` along given continuations, in the order adapter, prompt, as a precision keeps what it reads."""
+    adapters = frozenset(_adapter_parameters(model))
+    weights = CompressedWeights(model, adapters) if precision.weights else nullcontext()
+    logits: list[Array] = []
+    forced = iter(texts)
+    for adapted in _models(model, named, inputs.adapters):
+        for prompt in inputs.ids:
+            text = np.concatenate([prompt, next(forced)])
+            cache = CompressedCache(config=adapted.config.get_text_config()) if precision.kv else None
+            with foreign("run the Hugging Face model"), torch.no_grad(), weights:
+                logits.append(_logits(adapted, text, prompt.size, "float32", cache))
+    return {"logits": np.concatenate(logits)}
+
+
+def _adapter_parameters(model: Any) -> Iterator[str]:
+    """Yield the names of the parameters that a PeftModel's adapters are."""
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config:
+            yield from live_names(model, adapter).values()
 
 
 def merged(
@@ -170,12 +201,12 @@ def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array
     return np.array(text, dtype=np.int64)
 
 
-def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
-    """Return the logits that choose each token from ``start`` on."""
+def _logits(model: Any, text: Array, start: int, dtype: str, cache: Any = None) -> Array:
+    """Return the logits that choose each token from ``start`` on, without a cache or through an empty one."""
     tokens = torch.from_numpy(text[:-1])[None]
 
     def run() -> Any:
-        return model(input_ids=tokens, use_cache=False).logits[0, start - 1 :]
+        return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0, start - 1 :]
 
     with computing_in(model, dtype, probe=run):
         found: Array = run().numpy().copy()

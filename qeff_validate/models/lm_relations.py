@@ -102,6 +102,9 @@ RELATIONS = ("kv_cache", "merged", "scaled", *WAYS)
 ``kv_cache``: what is retained of prompts against transformers' cache. ``scaled``: a share of the adapter has that share
 of its effect."""
 
+AGAINST_FLOAT32 = ("kv_cache", "merged", "scaled")
+"""Relations that have no bound where weights or state are compressed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Original:
@@ -136,6 +139,9 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
     state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")
+    compute, _, kept = terms.precision.partition("+")
+    if name in AGAINST_FLOAT32 and kept:
+        raise IncomparableError(f"the other side computes in float32, and this session keeps {kept}")
     if name == "kv_cache":
         return judge_kept(session, inputs, plan, state, original.kept(adapter), terms)
     usual = generate(session, inputs.ids, plan, state=state)
@@ -150,9 +156,9 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
         bad = non_finite({"logits": array}, Rows(labels))
         if bad:
             return Verdict("fail", bad[0], (bad[1],), planned=len(labels))
-    bounds = logit_bounds(terms.precision, noise=None, override=terms.override)
+    bounds = logit_bounds(compute, noise=None, override=terms.override)
     if not bounds:
-        reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
+        reason = f"no sound bound for precision {compute}: give bounds with their reason in the tolerance"
         return Verdict("inconclusive", reason, planned=len(labels))
     return all_hold(judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos), len(labels))
 

@@ -68,6 +68,11 @@ class FirstTokens:
             cosine = np.sum(wanted * got) / np.float64(norms[0] * norms[1])
         return float(1 - cosine), abs(norms[1] / norms[0] - 1)
 
+    def strayed(self) -> float:
+        """Return how far an adapter's change of the base is off from the reference's, at worst: root mean square."""
+        changes = zip(self.got[1:] - self.got[0], self.wanted[1:] - self.wanted[0], strict=True)
+        return max((_far(got, wanted) for got, wanted in changes), default=0.0)
+
     def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
         """Say what a fault in these tokens looks like."""
         for i, name in enumerate(self.adapters):

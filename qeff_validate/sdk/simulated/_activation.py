@@ -73,7 +73,7 @@ class Activation:
         kept = self._state.get(binding.name)
         if kept is not None and tuple(kept.shape()) == dims:
             return kept
-        return ort.OrtValue.ortvalue_from_numpy(undefined(dims, binding.dtype))
+        return ort.OrtValue.ortvalue_from_numpy(undefined(dims, binding.held))
 
     def run(self, feeds: Mapping[str, ort.OrtValue], names: Sequence[str]) -> dict[str, ort.OrtValue]:
         """Runs the network and returns the outputs of these names, and those that are retained."""

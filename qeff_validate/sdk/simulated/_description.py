@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import QAicApi_pb2 as aicapi
-from . import qpc
+from . import mx, qpc
 from ._values import BufferDataTypeEnum, BufferIoTypeEnum, BufferMapping, QBuffer, QStatus
 from .boundary import Dims
 from .errors import QpcError
@@ -19,6 +19,8 @@ from .errors import QpcError
 _DTYPES: dict[int, np.dtype[Any]] = {
     aicapi.FLOAT_TYPE: np.dtype(np.float32),
     aicapi.FLOAT_16_TYPE: np.dtype(np.float16),
+    aicapi.BFLOAT16_TYPE: np.dtype(np.uint16),
+    aicapi.INT8_Q_TYPE: np.dtype(np.int8),
     aicapi.INT8_TYPE: np.dtype(np.int8),
     aicapi.UINT8_Q_TYPE: np.dtype(np.uint8),
     aicapi.INT32_I_TYPE: np.dtype(np.int32),
@@ -28,18 +30,46 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What an inference needs to know of one binding."""
+    """What an inference needs to know of one binding.
+
+    `encoding` is bfloat16, which is float32 in the network, mxint8, which is compressed when a client writes it, or
+    empty.
+    """
 
     name: str
     is_input: bool
     dtype: np.dtype[Any]
     dims: Dims
     partial: bool
+    encoding: str = ""
+
+    @property
+    def held(self) -> np.dtype[Any]:
+        """The type in the network."""
+        return np.dtype(np.float32) if self.encoding == "bfloat16" else self.dtype
+
+    def decoded(self, given: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Returns what the network reads of what a client wrote."""
+        if self.encoding == "bfloat16":
+            return (given.astype(np.uint32) << 16).view(np.float32)
+        if self.encoding == "mxint8":
+            return mx.mxint8(given.astype(np.float32)).astype(given.dtype)
+        return given
+
+    def encoded(self, result: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Returns what a client reads of what the network wrote."""
+        return (result.view(np.uint32) >> 16).astype(np.uint16) if self.encoding == "bfloat16" else result
 
     @property
     def size(self) -> int:
         """Size in bytes of the largest shape."""
         return int(self.dtype.itemsize * math.prod(self.dims))
+
+
+def _mapped(kind: int) -> BufferDataTypeEnum:
+    """Returns the type of a buffer mapping, which has no name for bfloat16 (qaic-contract §2.1)."""
+    known = kind in BufferDataTypeEnum.__members__.values()
+    return BufferDataTypeEnum(kind) if known else BufferDataTypeEnum.INVAL
 
 
 class Qpc:
@@ -54,9 +84,15 @@ class Qpc:
         except (QpcError, ValueError) as error:
             raise RuntimeError(f"Failed to create Qpc: {error}") from error
         self._wire = list(desc.selected_set.bindings)
+        compressed = dict.fromkeys(self.program.header.get("mxint8", []), "mxint8")
         self.bindings = tuple(
             Binding(
-                b.name, b.dir == aicapi.BUFFER_IO_TYPE_INPUT, _DTYPES[b.type], tuple(b.dims), b.is_partial_buf_allowed
+                name=b.name,
+                is_input=b.dir == aicapi.BUFFER_IO_TYPE_INPUT,
+                dtype=_DTYPES[b.type],
+                dims=tuple(b.dims),
+                partial=b.is_partial_buf_allowed,
+                encoding="bfloat16" if b.type == aicapi.BFLOAT16_TYPE else compressed.get(b.name, ""),
             )
             for b in self._wire
         )
@@ -78,7 +114,7 @@ class Qpc:
                 ioType=BufferIoTypeEnum(b.dir + 1),
                 size=b.size,
                 isPartialBufferAllowed=b.is_partial_buf_allowed,
-                dataType=BufferDataTypeEnum(b.type),
+                dataType=_mapped(b.type),
             )
             for b in self._wire
         ]

@@ -102,15 +102,15 @@ class Inference:
         """Returns what the network reads: the client's memory, the card's own copy, or one written into the other."""
         if slot.skipped:
             return self.activation.state(binding, dims)
-        given = slot.memory.view(binding.dtype)
+        given = binding.decoded(slot.memory.view(binding.dtype).reshape(slot.dims))
         if slot.start is None and rank1(slot.dims) == rank1(dims):
             return ort.OrtValue.ortvalue_from_numpy(given.reshape(dims))
         whole = np.array(self.activation.state(binding, dims).numpy())
         block = slot.block()
         if block is None:
-            whole.reshape(-1)[: given.size] = given
+            whole.reshape(-1)[: given.size] = given.reshape(-1)
         else:
-            whole[block] = given.reshape(slot.dims)
+            whole[block] = given
         return ort.OrtValue.ortvalue_from_numpy(whole)
 
     def _shapes(self) -> Sequence[Dims] | None:
@@ -150,4 +150,4 @@ def _receive(binding: Binding, slot: Slot, result: Array) -> None:
     block = slot.block()
     source = (result if block is None else result[block]).reshape(-1)
     target = slot.memory.view(binding.dtype)
-    target[...] = source[: target.size]
+    target[...] = binding.encoded(source[: target.size])

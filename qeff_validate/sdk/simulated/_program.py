@@ -138,11 +138,12 @@ class Program:
     def _unfit(self) -> tuple[QStatus, str]:
         """Returns why the program can not be loaded, with its status; an empty text if it can."""
         program, qids = self.qpc.program, self._candidates()
-        needs, has = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[device.CARD_GENERATION]
+        card = device.generation()
+        needs, has = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[card]
         if needs != has:
             return QStatus.QS_UNSUPPORTED, (
                 "HW Version incompatible, program expects:"
-                f"Major Version {needs} ({program.hw_version}), device has {has} ({device.CARD_GENERATION})"
+                f"Major Version {needs} ({program.hw_version}), device has {has} ({card})"
             )
         if unknown := [qid for qid in qids if qid not in self.context.qids]:
             return QStatus.QS_INVAL, f"devMapping {self._mapping!r} has {unknown}, the context {self.context.qids}"

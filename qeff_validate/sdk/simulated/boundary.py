@@ -11,11 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from . import QAicApi_pb2 as aicapi
+from .custom_io import Wanted
 from .errors import CompileError
-from .numerics import FLOAT, FLOAT16, cast, exact, moves
+from .numerics import BFLOAT16, FLOAT, FLOAT16, cast, exact, moves
 from .static import rename
 
 Dims = tuple[int, ...]
@@ -25,6 +28,8 @@ T = onnx.TensorProto
 BINDING_TYPES: dict[int, tuple[int, int]] = {
     int(T.FLOAT): (aicapi.FLOAT_TYPE, int(T.FLOAT)),
     int(T.FLOAT16): (aicapi.FLOAT_16_TYPE, int(T.FLOAT16)),
+    # numpy has no such type, so the runtime converts bits
+    int(T.BFLOAT16): (aicapi.BFLOAT16_TYPE, int(T.FLOAT)),
     int(T.INT64): (aicapi.INT64_I_TYPE, int(T.INT64)),
     int(T.INT32): (aicapi.INT32_I_TYPE, int(T.INT32)),
     int(T.INT8): (aicapi.INT8_TYPE, int(T.INT8)),
@@ -34,12 +39,23 @@ BINDING_TYPES: dict[int, tuple[int, int]] = {
 ITEMSIZE = {
     aicapi.FLOAT_TYPE: 4,
     aicapi.FLOAT_16_TYPE: 2,
+    aicapi.BFLOAT16_TYPE: 2,
+    aicapi.INT8_Q_TYPE: 1,
     aicapi.INT64_I_TYPE: 8,
     aicapi.INT32_I_TYPE: 4,
     aicapi.INT8_TYPE: 1,
     aicapi.UINT8_Q_TYPE: 1,
 }
-_PRECISIONS = {"float": FLOAT, "float16": FLOAT16}
+# Custom IO; mxint8 travels as the fp16 numbers that its blocks stand for.
+_PRECISIONS: dict[str, tuple[int, int]] = {
+    "float": BINDING_TYPES[FLOAT],
+    "float16": BINDING_TYPES[FLOAT16],
+    "mxint8": BINDING_TYPES[FLOAT16],
+    "bfloat16": BINDING_TYPES[BFLOAT16],
+    "int8": (aicapi.INT8_Q_TYPE, int(T.INT8)),
+}
+FLOATS, INT8 = (FLOAT, FLOAT16, BFLOAT16), int(T.INT8)
+_HALF = "/sim.entry"
 _RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 
@@ -52,14 +68,20 @@ class Port:
     graph_type: int
     border_type: int
     binding_type: int
+    custom: Wanted | None = None
+
+    @property
+    def scaled(self) -> Wanted | None:
+        """What a number of the binding stands for, if not for itself."""
+        return self.custom if self.custom and self.custom.precision in ("int8", "mxint8") else None
 
 
-def ports(graph: Any, custom: Mapping[str, str]) -> list[Port]:
+def ports(graph: Any, custom: Mapping[str, Wanted]) -> list[Port]:
     """Returns all inputs, then all outputs, of a graph whose inputs are real inputs only.
 
     Args:
         graph: GraphProto.
-        custom: IO name to precision, from the custom IO list.
+        custom: IO name to what is wanted, from the custom IO list.
 
     Raises:
         CompileError: An unsupported type, or a custom IO entry that does not fit (qaic-contract §6.3).
@@ -76,42 +98,41 @@ def ports(graph: Any, custom: Mapping[str, str]) -> list[Port]:
     return found
 
 
-def _port(info: Any, is_input: bool, custom: Mapping[str, str]) -> Port:
+def _port(info: Any, is_input: bool, custom: Mapping[str, Wanted]) -> Port:
     what = f"{'input' if is_input else 'output'} '{info.name}'"
     element = info.type.tensor_type.elem_type
     if element not in BINDING_TYPES:
         kind = T.DataType.Name(element).lower() if element else info.type.WhichOneof("value") or "of unknown type"
         raise CompileError(f"The type of {what} is {kind}, which the card does not support")
     binding, border = BINDING_TYPES[element]
-    if precision := custom.get(info.name):
-        if precision not in _PRECISIONS:
-            raise CompileError(f"Custom IO: {precision} of {what} is not simulated; use float or float16")
-        if element not in (FLOAT, FLOAT16):
-            raise CompileError(f"Custom IO: {what} is not a float type, so it can not become {precision}")
-        binding, border = BINDING_TYPES[_PRECISIONS[precision]]
-    return Port(info.name, is_input, element, border, binding)
+    wanted = custom.get(info.name)
+    if wanted is not None:
+        if wanted.precision not in _PRECISIONS:
+            known = ", ".join(_PRECISIONS)
+            raise CompileError(f"Custom IO: {wanted.precision} of {what} is not simulated; use {known}")
+        if element not in FLOATS:
+            raise CompileError(f"Custom IO: {what} is not a float type, so it can not become {wanted.precision}")
+        binding, border = _PRECISIONS[wanted.precision]
+    return Port(info.name, is_input, element, border, binding, wanted)
 
 
 def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
-    """Puts the casts between the bindings and the graph, and rounds float inputs at entry if `fp16`."""
+    """Puts the conversions between the bindings and the graph, and rounds float inputs at entry if `fp16`."""
     border = {port.name: port.border_type for port in all_ports}
-    entry, leave, renamed = [], [], {}
+    entry: list[Any] = []
+    leave: list[Any] = []
+    renamed: dict[str, str] = {}
     for port in all_ports:
         inner = f"{port.name}/sim.inner"
-        rounds = fp16 and port.is_input and port.graph_type == port.border_type == FLOAT
-        if rounds:
-            half = f"{port.name}/sim.entry"
-            entry += [cast(port.name, half, FLOAT16), cast(half, inner, FLOAT)]
-        elif port.graph_type == port.border_type:
+        found = _entering(graph, port, inner, fp16) if port.is_input else _leaving(graph, port, inner)
+        if not found:
             continue
-        elif port.is_input:
-            entry.append(cast(port.name, inner, port.graph_type))
-        else:
-            leave.append(cast(inner, port.name, port.border_type))
+        (entry if port.is_input else leave).extend(found)
         renamed[port.name] = inner
         if port.is_input:
             # What nodes in float32 read.
-            renamed[exact(port.name)] = port.name if rounds else inner
+            rounds = fp16 and port.graph_type == FLOAT and found[-1].input[0].endswith(_HALF)
+            renamed[exact(port.name)] = found[-2].input[0] if rounds else inner
     rename(graph, renamed)
     if fp16:
         leave = _scatter_halves(graph, entry, leave)
@@ -122,13 +143,47 @@ def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
         info.type.tensor_type.elem_type = border[info.name]
 
 
+def _entering(graph: Any, port: Port, inner: str, fp16: bool) -> list[Any]:
+    """Returns the nodes from a binding to an input of the graph; none if they are the same."""
+    name, kind, nodes = port.name, port.border_type, []
+    if kind == INT8 and port.custom:
+        name, kind = f"{port.name}/sim.dequantized", FLOAT
+        nodes.append(_linear(graph, "DequantizeLinear", port, port.name, name))
+    if fp16 and kind == port.graph_type == FLOAT:
+        half = f"{port.name}{_HALF}"
+        return [*nodes, cast(name, half, FLOAT16), cast(half, inner, FLOAT)]
+    if kind != port.graph_type or nodes:
+        nodes.append(cast(name, inner, port.graph_type))
+    return nodes
+
+
+def _leaving(graph: Any, port: Port, inner: str) -> list[Any]:
+    """Returns the nodes from an output of the graph to its binding; none if they are the same."""
+    if port.border_type == INT8 and port.custom:
+        wide = f"{port.name}/sim.wide"
+        return [cast(inner, wide, FLOAT), _linear(graph, "QuantizeLinear", port, wide, port.name)]
+    if port.binding_type == aicapi.BFLOAT16_TYPE and port.graph_type != BFLOAT16:
+        narrow = f"{port.name}/sim.narrow"
+        return [cast(inner, narrow, BFLOAT16), cast(narrow, port.name, FLOAT)]
+    return [] if port.graph_type == port.border_type else [cast(inner, port.name, port.border_type)]
+
+
+def _linear(graph: Any, operator: str, port: Port, source: str, target: str) -> Any:
+    """Returns a node between int8 and float32; ONNX saturates, and rounds half to even."""
+    assert port.custom is not None
+    scale, zero = f"{port.name}/sim.scale", f"{port.name}/sim.zero"
+    graph.initializer.append(numpy_helper.from_array(np.array(port.custom.scale, np.float32), scale))
+    graph.initializer.append(numpy_helper.from_array(np.array(port.custom.offset, np.int8), zero))
+    return helper.make_node(operator, [source, scale, zero], [target], name=f"{source} -> {target}")
+
+
 def _scatter_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
     """Lets a cache that is fp16 on both sides be written as such, and returns the casts that are left.
 
     Without this, each step would cast the whole cache twice for the sake of a few new slots.
     """
-    arriving = {node.output[0]: node.input[0] for node in entry if node.attribute[0].i == FLOAT}
-    leaving = {node.input[0]: node for node in leave if node.attribute[0].i == FLOAT16}
+    arriving = {node.output[0]: node.input[0] for node in entry if _casts(node, FLOAT)}
+    leaving = {node.input[0]: node for node in leave if _casts(node, FLOAT16)}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
@@ -141,7 +196,11 @@ def _scatter_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> l
         graph.node.append(cast(node.input[2], updates, FLOAT16))
         node.input[0], node.input[2], node.output[0] = arriving[node.input[0]], updates, target
         graph.node.extend([node, cast(target, wide, FLOAT)])
-    return [node for node in leave if node.input[0] in leaving or node.attribute[0].i != FLOAT16]
+    return [node for node in leave if node.input[0] in leaving or not _casts(node, FLOAT16)]
+
+
+def _casts(node: Any, to: int) -> bool:
+    return bool(node.op_type == "Cast" and node.attribute[0].i == to)
 
 
 def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:
@@ -158,14 +217,15 @@ def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) 
             continue
         if name in pairs:
             raise CompileError(f"'{name}' has two retained outputs, '{pairs[name]}' and '{port.name}'")
-        if port.binding_type != all_ports[inputs[name]].binding_type:
+        before = all_ports[inputs[name]]
+        if (port.binding_type, port.scaled) != (before.binding_type, before.scaled):
             raise CompileError(
                 f"'{name}' and '{port.name}' are one retained state and must have one type; "
                 "give a custom IO precision for both or for neither"
             )
         for entry in shapes:
-            if (before := entry[inputs[name]]) != (after := entry[index]):
-                raise CompileError(f"'{name}' {list(before)} is retained as '{port.name}' {list(after)}")
+            if (dims := entry[inputs[name]]) != entry[index]:
+                raise CompileError(f"'{name}' {list(dims)} is retained as '{port.name}' {list(entry[index])}")
         pairs[name] = port.name
     return pairs
 
@@ -193,11 +253,14 @@ def io_desc(
         if size >= 2**32:
             raise CompileError(f"'{port.name}' {list(dims)} has {size} bytes; a binding holds less than 4 GiB")
         direction = aicapi.BUFFER_IO_TYPE_INPUT if port.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT
+        scaled = port.scaled or Wanted("", scale=0)
         desc.selected_set.bindings.add(
             name=port.name,
             index=index,
             type=port.binding_type,
             dir=direction,
+            quant_scale=scaled.scale,
+            quant_offset=scaled.offset,
             dims=dims,
             size=size,
             is_partial_buf_allowed=port.name in partial,

@@ -13,24 +13,38 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import boundary, custom_io, indices, numerics, partitions, precision, qpc
+from . import boundary, compress, custom_io, indices, numerics, partitions, precision, qpc
 from .device import NSP_TOTAL
 from .errors import CompileError, rejected
 from .intake import doubles, load, supported_operators
 from .options import USAGE, Options, parse
-from .release import base_version
+from .release import at_least, base_version, claiming
+from .retained import quantize_writes
 from .shapes import Symbols, concrete_shapes, read_specializations, symbols_of
 from .weights import Weight
 
+# From here on the compiler is qaic-compile, and generations of cards have names (qaic-contract §1.2).
+_RENAMED = (1, 21)
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the compiler and returns its exit code: 0, or 255 for every failure."""
+
+def main(argv: Sequence[str] | None = None, *, release: str | None = None) -> int:
+    """Runs the compiler and returns its exit code: 0, or 255 for every failure.
+
+    Args:
+        argv: Flags; those of the process by default.
+        release: Behave as the compiler of that SDK, such as `release.QAIC_EXEC`.
+    """
+    with claiming(release):
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         if options.show == "operators":
             Path("OnnxSupportedOperators.txt").write_text("\n".join(supported_operators()) + "\n", encoding="utf-8")
         elif options.show:
@@ -50,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compile(options: Options) -> None:
     path, directory = _checked(options)
-    devices, cores = _devices(options)
     print(f"Reading ONNX Model from {path}")
     model, weights = load(path, sub_functions=options.sub_functions)
+    devices, cores = _devices(options, model.graph)
     assignments = _assignments(options, model.graph)
-    ports = boundary.ports(model.graph, _custom_io(options.custom_io))
+    wanted = _custom_io(options.custom_io)
+    _check_types(options, model.graph, wanted)
+    ports = boundary.ports(model.graph, wanted)
     shapes = concrete_shapes(model, assignments, options.batch)
     retained = boundary.retained_pairs(ports, shapes) if options.retained_state else {}
     if options.retained_state and not retained:
@@ -63,17 +79,22 @@ def _compile(options: Options) -> None:
     desc = boundary.io_desc(ports, shapes, specialized=options.specializations is not None, partial=partial)
     plan = precision.plan(options.fp16, options.node_precision, options.fp16_ops, options.fp32_ops)
     _warn(doubles(model.graph), *precision.unknown(plan, model.graph))
+    compressed = _compressed_state(ports, retained)
     print("Compile started ...............")
     if options.fp16:
         print("Compiling model with FP16 precision.")
-    _rewrite(model, weights, plan, ports)
+    if options.mxfp6:
+        compress.compress(model.graph, weights, plan)
+    widths = {port.name: dims[-1] if dims else 1 for port, dims in zip(ports, shapes[0], strict=True)}
+    _rewrite(model, weights, plan, ports, {name: (retained[name], widths[name]) for name in compressed})
     facts = {
         "num_cores": cores,
         "num_devices": devices,
-        "hw_version": options.hw_version,
+        "hw_version": "ai100" if options.hw_version == "2.0" else options.hw_version,
         "precision": "fp16" if options.fp16 else "fp32",
         "sdk_version": base_version(),
         "retained": retained,
+        "mxint8": compressed,
     }
 
     if os.environ.get("QAIC_SIM_COMPILER_FAULT") == "no-file":
@@ -91,7 +112,13 @@ def _verify(model: Any, program: qpc.Program) -> None:
         raise rejected(model, str(error)) from error
 
 
-def _rewrite(model: Any, weights: list[Weight], plan: precision.Plan, ports: Sequence[boundary.Port]) -> None:
+def _rewrite(
+    model: Any,
+    weights: list[Weight],
+    plan: precision.Plan,
+    ports: Sequence[boundary.Port],
+    compressed: Mapping[str, tuple[str, int]],
+) -> None:
     """Makes the graph round as planned, its indices harmless and its border that of the bindings; in place."""
     types = numerics.value_types(model.graph)
     if plan.rounds:
@@ -99,6 +126,7 @@ def _rewrite(model: Any, weights: list[Weight], plan: precision.Plan, ports: Seq
         numerics.round_graph(model.graph, types, plan)
         weights[:] = [weight if weight.name in exact else numerics.round_weight(weight) for weight in weights]
     numerics.compute_halves_in_float(model.graph, types)
+    quantize_writes(model.graph, compressed, types)
     indices.guard(model, types, weights)
     boundary.apply(model.graph, ports, fp16=plan.rounds)
     # ONNX Runtime infers these itself.
@@ -114,7 +142,7 @@ def _dump_template(options: Options, path: Path) -> None:
     if options.model is None:
         raise CompileError("Option -m=<model.onnx> is needed. Use -h for the flags.")
     graph = load(options.model)[0].graph
-    names = {numerics.FLOAT: "float", numerics.FLOAT16: "float16"}
+    names = {numerics.FLOAT: "float", numerics.FLOAT16: "float16", numerics.BFLOAT16: "bfloat16"}
     ports = [port for port in boundary.ports(graph, {}) if port.graph_type in names]
     custom_io.write_template(path, {port.name: names[port.graph_type] for port in ports})
 
@@ -124,8 +152,10 @@ def _checked(options: Options) -> tuple[Path, Path]:
         raise CompileError("Options -m=<model.onnx> and -aic-binary-dir=<dir> are needed. Use -h for the flags.")
     if not options.hw:
         raise CompileError("Option -aic-hw is needed: compiling for the host interpreter is not simulated")
-    if options.hw_version != "ai100":
-        raise CompileError(f"Option -aic-hw-version={options.hw_version} is not simulated; use ai100")
+    known = ("ai100", "ai200") if at_least(*_RENAMED) else ("2.0", "ai100")
+    if options.hw_version not in known:
+        use = " or ".join(known)
+        raise CompileError(f"Option -aic-hw-version={options.hw_version} is not known to this compiler; use {use}")
     if (options.binary_dir / qpc.FILE_NAME).exists():
         raise CompileError(
             f"{options.binary_dir} already holds a {qpc.FILE_NAME}; delete it, or choose another directory"
@@ -133,8 +163,30 @@ def _checked(options: Options) -> tuple[Path, Path]:
     return options.model, options.binary_dir
 
 
-def _devices(options: Options) -> tuple[int, int]:
-    devices, cores = (1, options.num_cores) if options.partitions is None else partitions.read(options.partitions)
+def _check_types(options: Options, graph: Any, wanted: Mapping[str, custom_io.Wanted]) -> None:
+    custom = any(one.precision == "bfloat16" for one in wanted.values())
+    if (custom or numerics.BFLOAT16 in numerics.value_types(graph).values()) and options.hw_version != "ai200":
+        raise CompileError("bfloat16 is of ai200 only: use -aic-hw-version=ai200, or export the model in float32")
+
+
+def _compressed_state(ports: Sequence[boundary.Port], retained: Mapping[str, str]) -> list[str]:
+    """Returns the inputs whose state is in MXINT8."""
+    names = [port.name for port in ports if port.scaled and port.scaled.precision == "mxint8"]
+    if stray := set(names) - {*retained, *retained.values()}:
+        raise CompileError(
+            f"Custom IO: mxint8 of '{min(stray)}' is simulated for retained state only: an input X and an output"
+            " X_RetainedState, compiled with -retained-state"
+        )
+    return [name for name in names if name in retained]
+
+
+def _devices(options: Options, graph: Any) -> tuple[int, int]:
+    devices, cores = 1, options.num_cores
+    if options.partitions is not None:
+        devices, cores, warnings = partitions.read(options.partitions, graph)
+        _warn(*warnings)
+    if options.partition_dump is not None:
+        partitions.dump(options.partition_dump, graph, cores=options.num_cores)
     if cores > NSP_TOTAL:
         raise CompileError(f"Option -aic-num-cores={cores}: a card has {NSP_TOTAL} NSPs")
     return devices, cores
@@ -148,7 +200,7 @@ def _assignments(options: Options, graph: Any) -> list[Symbols]:
     return [{**options.symbols, **entry} for entry in given]
 
 
-def _custom_io(path: Path | None) -> dict[str, str]:
+def _custom_io(path: Path | None) -> dict[str, custom_io.Wanted]:
     if path is None:
         return {}
     found, warnings = custom_io.read(path)

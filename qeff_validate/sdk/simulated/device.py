@@ -18,9 +18,16 @@ VC_TOTAL, PC_TOTAL, MCID_TOTAL, SEM_TOTAL = 16, 32, 128, 1024
 FREQUENCIES_MHZ = {"NSP": 1450, "DDR": 2133, "COMPNOC": 1000, "MEMNOC": 1000, "SYSNOC": 1000}
 HW_MAJOR = {"ai100": 2, "ai200": 3}
 HW_VERSION = "2.0.0.0"
-CARD_GENERATION = "ai100"
 SKU_TYPE, SKU_NAME = 2, "PCIe"
 INITIALIZING, READY, ERROR = "Initializing", "Ready", "Error"
+
+
+def generation() -> str:
+    """Returns what the simulated cards are: ai100, or what QAIC_SIM_CARD says."""
+    found = os.environ.get("QAIC_SIM_CARD", "ai100")
+    if found not in HW_MAJOR:
+        raise RuntimeError(f"QAIC_SIM_CARD is {' or '.join(HW_MAJOR)}, not {found!r}")
+    return found
 
 
 class NotEnough(Exception):

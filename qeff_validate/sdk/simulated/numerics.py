@@ -14,8 +14,8 @@ The graph stays a float32 graph, so ONNX Runtime has a kernel for every node. Ro
 * **Nodes in float32** (`precision.py` says which) read what is not rounded, where there is such a thing: inputs,
   constants, and what other nodes in float32 hand on. All others read the rounded value next to it.
 
-Attributes (an epsilon) are not rounded. A model exported in half precision computes in fp32 and rounds each value as
-well, whatever the flags. Values of other types, float64 included, are left as they are.
+Attributes (an epsilon) are not rounded. A model exported in fp16, or in bf16 for a card that has it, computes in fp32
+and rounds each value to its type, whatever the flags. Values of other types, float64 included, are left as they are.
 
 What is not known of the card, and so may differ: the width of its accumulators (fp32 is assumed), whether it
 flushes subnormals, which nodes it fuses and thus does not round between, its approximations of exp, erf, tanh
@@ -40,6 +40,7 @@ from .static import rename, subgraphs
 from .weights import Weight
 
 FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
+BFLOAT16 = int(onnx.TensorProto.BFLOAT16)
 FP16_MAX = 65504.0
 
 # Each element of an output is an element of an input, or exact in fp16 if that is, so it is rounded already.
@@ -141,25 +142,37 @@ def _constants(node: Any, readable: AbstractSet[str]) -> Iterator[Any]:
 
 
 def compute_halves_in_float(graph: Any, types: Mapping[str, int]) -> None:
-    """Makes nodes of a graph in half precision compute in fp32 and round what they hand on, in place.
+    """Makes nodes of a graph in fp16 or bf16 compute in fp32 and round what they hand on, in place.
 
-    ONNX Runtime has few kernels for fp16. It runs chains of such nodes in fp32 and rounds at the end of the chain.
+    ONNX Runtime has few kernels for fp16. It runs chains of such nodes in fp32 and rounds at the end of the chain. For
+    bf16 it has hardly any, not even to move values.
     """
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
         for subgraph in subgraphs(node):
             compute_halves_in_float(subgraph, value_types(subgraph, types))
-        halves = [name for name in node.output if types.get(name) == FLOAT16]
-        if not halves or moves(node) or node.domain not in STANDARD or node.op_type in _TYPED:
+        narrow = {name: types[name] for name in (*node.input, *node.output) if types.get(name) in (FLOAT16, BFLOAT16)}
+        if not _computes(node, narrow):
             graph.node.append(node)
             continue
-        renamed = {name: f"{name}/sim.float.{halves[0]}" for name in node.input if types.get(name) == FLOAT16}
-        graph.node.extend(cast(name, wide, FLOAT) for name, wide in renamed.items())
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+        end = f"/sim.float.{next(name for name in node.output if name)}"
+        inputs = {name: name + end for name in dict.fromkeys(node.input) if name in narrow}
+        halves = [name for name in node.output if name in narrow]
+        graph.node.extend(cast(name, wide, FLOAT) for name, wide in inputs.items())
+        node.input[:] = [inputs.get(name, name) for name in node.input]
         node.output[:] = [exact(name) if name in halves else name for name in node.output]
         graph.node.append(node)
-        graph.node.extend(cast(exact(name), name, FLOAT16) for name in halves)
+        graph.node.extend(cast(exact(name), name, narrow[name]) for name in halves)
+
+
+def _computes(node: Any, narrow: Mapping[str, int]) -> bool:
+    """Tells whether a node needs float32 kernels for its values in fp16 and bf16."""
+    if node.domain not in STANDARD or node.op_type in _TYPED or subgraphs(node):
+        return False
+    if BFLOAT16 in narrow.values():
+        return True
+    return any(name in narrow for name in node.output) and not moves(node)
 
 
 def value_types(graph: Any, outer: Mapping[str, int] | None = None) -> dict[str, int]:

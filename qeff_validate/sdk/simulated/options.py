@@ -19,7 +19,7 @@ Simulated compiler: writes <dir>/programqpc.bin, which runs on the simulated car
 
   -m, -model=<onnx>                     the model
   -aic-hw                               compile for the card (required)
-  -aic-hw-version=ai100                 card generation
+  -aic-hw-version=ai100                 card generation, ai100 or ai200 (2.0 before SDK 1.21)
   -aic-binary-dir=<dir>                 where programqpc.bin goes; must not hold one yet
   -aic-num-cores=<n>                    NSPs per activation, 1 to 16 (default 1)
   -convert-to-fp16                      round all float32 values to fp16
@@ -27,12 +27,14 @@ Simulated compiler: writes <dir>/programqpc.bin, which runs on the simulated car
   -network-specialization-config=<json> values of the symbolic dims, one entry per allowed set of shapes
   -onnx-define-symbol=<symbol>,<value>  value of one symbolic dim; repeatable
   -batchsize=<n>                        value of leading dims that nothing else fixes
-  -custom-IO-list-file=<yaml>           precision of inputs and outputs: float, float16
+  -custom-IO-list-file=<yaml>           precision of inputs and outputs: float, float16, bfloat16, int8, mxint8
   -dump-custom-IO-config-template=<yaml> write such a list for the model, and stop
   -node-precision-info=<yaml>           FP16NodeInstanceNames, FP32NodeInstanceNames: first outputs of nodes
   -execute-nodes-in-fp16=<op>,...       op types that round to fp16 without -convert-to-fp16
   -keep-original-precision-for-nodes=<op>,...  op types that stay in float32 with it
-  -mdp-load-partition-config=<json>     partitions over several devices; only their number counts here
+  -mxfp6-matmul                         constant weights of MatMul and Gemm in MXFP6
+  -mdp-load-partition-config=<json>     partitions over several devices; they are checked, and nothing is partitioned
+  -mdp-dump-partition-config=<json>     write such a file, with one partition of all nodes
   -sub-functions                        keep functions as units (here: check that their shapes are constant)
   -operators-supported=onnx             write OnnxSupportedOperators.txt, and stop
   -version                              print the version
@@ -49,8 +51,8 @@ WITHOUT_EFFECT = frozenset(
         "aic-preproc", "allow-mxint8-mdp-io", "always-expand-onnx-functions", "combine-inputs", "combine-outputs",
         "compile-only", "compile-threads", "ddr-stats", "dump-embedding-tables", "dump-profile", "dynamic-shape-input",
         "enable-channelwise", "enable-debug", "enable-rowwise", "host-preproc", "input-list-file", "io-crc",
-        "io-crc-stride", "io-encrypt", "mdp-dump-partition-config", "multicast-weights", "mxfp6-matmul",
-        "profiling-threads", "sdp-cluster-sizes", "split-model-io", "split-retained-state-io",
+        "io-crc-stride", "io-encrypt", "multicast-weights", "profiling-threads",
+        "sdp-cluster-sizes", "split-model-io", "split-retained-state-io",
         "stats-batchsize", "time-passes", "use-producer-dma", "v",
     }
 )  # fmt: skip
@@ -76,17 +78,18 @@ CHOICES = {
     "quantization-schema-activations": _SCHEMAS,
     "quantization-schema-constants": _SCHEMAS,
 }
-_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "retained-state", "sub-functions", "usage", "version"}
+_SWITCHES = {"aic-hw", "convert-to-fp16", "h", "mxfp6-matmul", "retained-state", "sub-functions", "usage", "version"}
 _VALUES = {
     "m", "model", "aic-hw-version", "aic-binary-dir", "aic-num-cores", "network-specialization-config",
     "custom-IO-list-file", "onnx-define-symbol", "batchsize", "dump-custom-IO-config-template",
     "node-precision-info", "execute-nodes-in-fp16", "keep-original-precision-for-nodes",
-    "mdp-load-partition-config", "operators-supported",
+    "mdp-load-partition-config", "mdp-dump-partition-config", "operators-supported",
 }  # fmt: skip
 _PATHS = {
     "m": "model", "model": "model", "aic-binary-dir": "binary_dir", "network-specialization-config": "specializations",
     "custom-IO-list-file": "custom_io", "dump-custom-IO-config-template": "io_template",
     "node-precision-info": "node_precision", "mdp-load-partition-config": "partitions",
+    "mdp-dump-partition-config": "partition_dump",
 }  # fmt: skip
 
 
@@ -108,6 +111,8 @@ class Options:
     fp16_ops: tuple[str, ...] = ()
     fp32_ops: tuple[str, ...] = ()
     partitions: Path | None = None
+    partition_dump: Path | None = None
+    mxfp6: bool = False
     sub_functions: bool = False
     symbols: dict[str, int] = field(default_factory=dict)
     batch: int | None = None
@@ -170,6 +175,8 @@ def _switch(options: Options, name: str, on: bool) -> None:
         options.hw = on
     elif name == "convert-to-fp16":
         options.fp16 = on
+    elif name == "mxfp6-matmul":
+        options.mxfp6 = on
     elif name == "retained-state":
         options.retained_state = on
     elif name == "sub-functions":

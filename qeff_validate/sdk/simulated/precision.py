@@ -48,6 +48,11 @@ class Plan:
             return False
         return node.op_type in self.fp32_ops or not (self.fp16 or node.op_type in self.fp16_ops)
 
+    def keeps(self, node: Any) -> bool:
+        """Tells whether a node is in float32 because it is named, by itself or by its type."""
+        name = next((output for output in node.output if output), "")
+        return self.hands_on(node) and (self.rounds or name in self.fp32_names or node.op_type in self.fp32_ops)
+
     def is_wide(self, node: Any) -> bool:
         """Tells whether a node computes in float32; the last node of CustomRMSNorm does, and rounds."""
         return self.hands_on(node) or any(name.startswith(WIDE) for name in node.input)

@@ -130,7 +130,7 @@ class Client:
         )
 
     def dtype(self, name: str) -> np.dtype:
-        types = {0: "f4", 1: "f2", 3: "u1", 6: "i4", 7: "i8", 8: "i1"}
+        types = {0: "f4", 1: "f2", 2: "i1", 3: "u1", 6: "i4", 7: "i8", 8: "i1", 11: "u2"}
         return np.dtype(types[self.bindings[self.index[name]].type])
 
     def set(self, **arrays: np.ndarray) -> None:

@@ -351,9 +351,14 @@ def test_a_cache_in_fp16_is_written_as_such(flags, operator, make_model, compile
     ("text", "message"),
     [
         ("- {IOName: x, Precision: float16, Layout: NHWC}", "Layout NHWC of 'x' is not simulated"),
-        ("- {IOName: x, Precision: int8, Scale: 0.5, Offset: 3}", "int8"),
+        ("- {IOName: x, Precision: float16, Scale: 0.5}", "Scale and Offset of 'x' are for int8"),
+        ("- {IOName: x, Precision: int8, Scale: 0}", "Scale of 'x' is a positive number, not 0"),
+        ("- {IOName: x, Precision: int8, Scale: .nan}", "Scale of 'x' is a positive number, not nan"),
+        ("- {IOName: x, Precision: int8, Offset: 128}", "Offset of 'x' is a whole number from -128 to 127, not 128"),
+        ("- {IOName: x, Precision: mxint8}", "mxint8 of 'x' is simulated for retained state only"),
+        ("- {IOName: x, Precision: int4}", "int4 of input 'x' is not simulated"),
         ("- {IOName: x, Precision: float16}\n- {IOName: x, Precision: float}", "'x' is there twice"),
-        ("- {IOName: x, Precision: bfloat16}", "bfloat16 of input 'x' is not simulated"),
+        ("- {IOName: x, Precision: bfloat16}", "bfloat16 is of ai200 only"),
         ("- {IOName: X, Precision: float16}", "no IO is named X; the model has x, y"),
     ],
 )
