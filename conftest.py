@@ -23,3 +23,12 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["QEFF_VALIDATE_HOME"] = str(shared / "qv-store")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("QEFF_VALIDATE_SDK", None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest test; leave out what needs minutes and a package index, unless its marker is asked for."""
+    items.sort(key=lambda item: "test_smollm2" not in item.nodeid)
+    if "environments" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("environments")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

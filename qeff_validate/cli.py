@@ -16,6 +16,7 @@ import typer
 
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.report import DEFAULT_DIR
+from qeff_validate.sdk.commands import app as sdk_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,6 +183,7 @@ def doctor(sdk: Sdk = None, store: StoreDir = None) -> None:
 
 store_app = typer.Typer(help="List or prune the artifact store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.add_typer(sdk_app, name="sdk")
 
 
 @store_app.command("list")

@@ -38,7 +38,7 @@ class Architecture:
         targets: projections of attention.
         scaled: modules of IA3.
         inputs: those of them whose input IA3 scales, not the output.
-    layers: how many kinds of layers there are.
+    layers: how many kinds of layers there are, or how many make adapters strong enough.
     """
 
     source: str
@@ -68,7 +68,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Mixtral": Architecture("mixtral", **EXPERTS),
     "StableLM": Architecture("stablelm"),
     "OLMo-2": Architecture("olmo2"),
-    "StarCoder2": Architecture("starcoder2", scaled=("k_proj", "v_proj", "c_proj"), inputs=("c_proj",)),
+    "StarCoder2": Architecture("starcoder2", scaled=("k_proj", "v_proj", "c_proj"), inputs=("c_proj",), layers=2),
 }
 
 # init: noise with which most adapters' effect stands out of fp16; for the others `tried` doubles it
@@ -138,10 +138,10 @@ Written by `make support`: **{passed} of {all} pairs pass** on ONNX Runtime and 
 
 Each pair is a small random model, one layer of each kind (two where a method shares tensors between layers), with two
 random adapters, run as base, a, b, base and a again on one session; prompts are uneven, run in chunks, and reach beyond
-every sliding window. Adapters that are too weak to be told from the base in fp16 are drawn anew with twice the noise, up
-to eight times. RandLoRA has `randlora_alpha: 8`, because its default would drown the base. A number is the worst metric
-over its bound, so 1 is the limit; a number in brackets is a note below. Random weights say that a graph is right, not how much fp16 costs a
-trained model.
+every sliding window. Adapters that are too weak to be told from the base in fp16 are drawn anew with twice the noise,
+up to eight times. RandLoRA has `randlora_alpha: 8`, because its default would drown the base. A number is the worst
+metric over its bound, so 1 is the limit; a number in brackets is a note below. Random weights say that a graph is
+right, not how much fp16 costs a trained model.
 
 {tables}
 ## Notes
@@ -160,7 +160,7 @@ def case_for(method: str, name: str, strength: float = 1) -> Case:
     """Return the case of a method on an architecture, with so many times the usual noise on its adapters."""
     architecture = ARCHITECTURES[name]
     options = {"init": 0.1, **{**METHODS, **OTHERS}[method]}
-    options["init"] *= strength
+    options["init"] = min(1.0, options["init"] * strength)  # the greatest that is taken
     if method == "ia3":
         options |= {"target_modules": list(architecture.scaled), "feedforward_modules": list(architecture.inputs)}
     elif method not in ELSEWHERE:

@@ -174,9 +174,10 @@ def _node_precision(exact: Sequence[str], precision: Precision, folder: Path) ->
     """Keep rotary angles and root mean squares in float32.
 
     Position 2049 is none in fp16, and a sine of a rounded angle is another sine. Trained models have activations above
-    256 whose squares are infinite in fp16 (SmolLM2 fails for it); upstream gives norms an operator of their own.
+    256 whose squares are infinite in fp16 (SmolLM2 fails for it); upstream gives norms an operator of their own. And
+    frequencies of angles are no weights to compress, even where a product reads them.
     """
-    if not exact or precision.profile == "fp32":
+    if not exact or (precision.compute != "fp16" and precision.weights is None):
         return []
     path = folder / "node_precision.yaml"
     names = "".join(f"\n  - {json.dumps(name)}" for name in exact)

@@ -112,7 +112,8 @@ def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> No
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
-    program.save(path, external_data=size > EXTERNAL_BYTES)
+    with _translated():  # a constant that was traced without its content shows only here
+        program.save(path, external_data=size > EXTERNAL_BYTES)
     for value in weights:
         value.const_value = None  # the optimizer's rules remember the last graph, and with it the module's weights
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.attention import NAME
 from qeff_validate.models.cache import cache_for, masks
 from qeff_validate.models.mixed import by_row
 from qeff_validate.protocols import Graph
@@ -21,8 +22,8 @@ class Decoder(nn.Module):
     """One step of a causal LM: tokens at positions in, logits at each row's last real token and the new state out.
 
     Args:
-        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention, and its
-            head sees the last real token of each row alone.
+        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention without
+            copies (`models.attention`), and its head sees the last real token of each row alone.
         layers: number of layers with keys and values.
         adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
         mixed: the tensors are stacks of several adapters, and each row takes its own (`models.mixed`).
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
         self._adapter = dict(adapter or {})
         self._last: Tensor | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.set_attn_implementation("eager")
+        base.set_attn_implementation(NAME)
         head = base.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")

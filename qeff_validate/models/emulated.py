@@ -51,7 +51,7 @@ def in_blocks(values: Tensor, table: Tensor, dim: int) -> Tensor:
     """
     lines = values.movedim(dim, -1)
     size = lines.shape[-1]
-    blocks = nn.functional.pad(lines, (0, -size % BLOCK)).contiguous().unflatten(-1, (-1, BLOCK))
+    blocks = nn.functional.pad(lines, (0, -size % BLOCK)).reshape(*lines.shape[:-1], -1, BLOCK).contiguous()
     octave = torch.frexp(blocks.abs().amax(-1, keepdim=True)).exponent - torch.frexp(table[-1]).exponent
     scaled = torch.ldexp(blocks, -octave)
     middles = (table[1:] + table[:-1]) / 2

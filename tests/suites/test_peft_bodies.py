@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods of PEFT on architectures: configs/peft.yaml. ``make support`` tries every pair."""
+"""Methods of PEFT on architectures (configs/peft.yaml), and what docs/support.md says of all of them."""
 
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ARCHITECTURES, METHODS, RUNTIMES
+from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES
 
 from qeff_validate.case import Case
 from qeff_validate.engine import Runner, load
+from qeff_validate.models.peft_config import REFUSED
 
 EVERY = [case for case in load([Path(__file__).parents[2] / "configs" / "peft.yaml"]) if "random:" in case.source]
 CASES = [case for case in EVERY if not case.options.get("mixed_batch")]
@@ -39,3 +41,38 @@ def test_config_has_each_method_twice_and_each_architecture() -> None:
     assert {case.source for case in CASES} == sources
     methods = [case.options["peft_method"] for case in CASES]
     assert {method: methods.count(method) for method in methods} == dict.fromkeys(METHODS, 2)
+
+
+# --- docs/support.md -------------------------------------------------------------------------------
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """First cell and others of each row of the table under a heading, without its head."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip("|").split("|") for line in section[1].splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines[:1] + lines[2:]}
+
+
+def test_support_names_every_pair_and_at_least_120_pass() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    tables = [rows(text, runtime) for runtime in RUNTIMES]
+    notes = set(re.findall(r"^(\d+)\. \S", text, flags=re.MULTILINE))
+    passed = 0
+    for table in tables:
+        assert table.pop("") == list(METHODS)
+        assert list(table) == list(ARCHITECTURES)
+    for name in ARCHITECTURES:
+        for cells in zip(*(table[name] for table in tables), strict=True):
+            numbers = [cell for cell in cells if re.fullmatch(r"\d\.\d\d", cell)]
+            assert all(float(cell) <= 1 for cell in numbers)
+            assert {cell.strip("[]") for cell in cells if cell not in numbers} <= notes
+            passed += len(numbers) == len(RUNTIMES)
+    assert passed >= 120
+    assert f"**{passed} of {len(METHODS) * len(ARCHITECTURES)} pairs pass**" in text
+
+
+def test_support_says_of_every_other_method_whether_it_works() -> None:
+    others = rows(PAGE.read_text(encoding="utf-8"), "Other methods, on Llama")
+    assert others.keys() - {"method"} == OTHERS.keys() | REFUSED.keys()
+    assert all(cells[0] for cells in others.values())
+    assert {"boft", "hra", "prefix_tuning", "prompt_tuning"} <= others.keys()

@@ -13,7 +13,7 @@ import pytest
 
 CONFIG = """
 cases:
-  - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}}
+  - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}, precision: {weights: mxfp6}}
   - name: lora
     model: peft-causal-lm
     source: random:llama

@@ -12,6 +12,7 @@ from ._activation import Activation
 from ._description import Qpc
 from ._slices import SlicingSpec
 from ._values import QIDList, QLogLevel, QProgramState, QStatus, log
+from .release import release
 
 _AUTO_LOAD_ACTIVATE = 0x04
 _LOADED = (QProgramState.LOADED, QProgramState.FULLY_ACTIVATED, QProgramState.ACTIVATE_ERROR)
@@ -38,7 +39,7 @@ class Context:
 class QAicProgramProperties:
     """Properties of a Program; an unknown attribute raises AttributeError (qaic-contract §2.4)."""
 
-    __slots__ = ("dataPathTimeoutMs", "devMapping", "selectMask", "submitNumRetries")
+    __slots__ = ("SubmitRetryTimeoutMs", "dataPathTimeoutMs", "devMapping", "selectMask", "submitNumRetries")
 
     def __init__(self) -> None:
         defaults = {
@@ -46,14 +47,21 @@ class QAicProgramProperties:
             "devMapping": "",
             "selectMask": _AUTO_LOAD_ACTIVATE,
             "submitNumRetries": 5,
+            "SubmitRetryTimeoutMs": 0,
         }
-        for name in defaults.keys() - faults.missing_properties():
+        for name in defaults.keys() - _missing_properties():
             setattr(self, name, defaults[name])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in faults.missing_properties():
+        if name in _missing_properties():
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         object.__setattr__(self, name, value)
+
+
+def _missing_properties() -> set[str]:
+    """The attributes that this SDK does not have: those taken away on request, and what ended with 1.22.0.119."""
+    ended = {"SubmitRetryTimeoutMs"} if release() > (1, 22, 0, 119) else set()
+    return faults.missing_properties() | ended
 
 
 class Program:

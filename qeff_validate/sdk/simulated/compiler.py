@@ -22,7 +22,7 @@ from .device import NSP_TOTAL
 from .errors import CompileError, rejected
 from .intake import doubles, load, supported_operators
 from .options import USAGE, Options, parse
-from .release import at_least, base_version, claiming
+from .release import at_least, base_version
 from .retained import quantize_writes
 from .shapes import Symbols, concrete_shapes, read_specializations, symbols_of
 from .weights import Weight
@@ -31,20 +31,10 @@ from .weights import Weight
 _RENAMED = (1, 21)
 
 
-def main(argv: Sequence[str] | None = None, *, release: str | None = None) -> int:
-    """Runs the compiler and returns its exit code: 0, or 255 for every failure.
-
-    Args:
-        argv: Flags; those of the process by default.
-        release: Behave as the compiler of that SDK, such as `release.QAIC_EXEC`.
-    """
-    with claiming(release):
-        return _main(sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the compiler and returns its exit code: 0, or 255 for every failure."""
     try:
-        options = parse(argv)
+        options = parse(sys.argv[1:] if argv is None else argv)
         if options.show == "operators":
             Path("OnnxSupportedOperators.txt").write_text("\n".join(supported_operators()) + "\n", encoding="utf-8")
         elif options.show:

@@ -27,10 +27,12 @@ def inline(model: Any, *, sub_functions: bool = False) -> Any:
         model: ModelProto; changed.
         sub_functions: Whether functions are kept as units, where shapes must be constant inside of each.
     """
-    for function in model.functions if sub_functions else ():
-        check_function(model, function)
-    carried = {(function.domain, function.name) for function in model.functions}
-    for domain, name in sorted(_custom(model) - carried):
+    carried = {(function.domain, function.name): function for function in model.functions}
+    called = {(node.domain, node.op_type) for node in nodes_of(model.graph)} if sub_functions else set()
+    for key in called & carried.keys():
+        if key[0] not in (CLOUD, AISW):  # the compiler knows these as operators
+            check_function(model, carried[key], carried)
+    for domain, name in sorted(_custom(model) - carried.keys()):
         body = _built_in(domain, name, opset_of(model))
         if body is None:
             raise rejected(model, f"unsupported operator {domain}::{name}, and the model has no function for it", name)

@@ -13,7 +13,7 @@ from onnx import shape_inference
 
 from . import functions
 from .errors import STANDARD, CompileError, opset_of, rejected
-from .static import nodes_of
+from .static import nodes_of, shapes_of
 from .weights import Weight, detach
 
 MIN_OPSET, MAX_OPSET, MAX_IR = 11, 21, 10
@@ -38,9 +38,11 @@ def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]
             info.type.tensor_type.ClearField("shape")
     _declare_quantized_products(model.graph)
     try:
-        return shape_inference.infer_shapes(model), weights
+        model = shape_inference.infer_shapes(model)
     except Exception as error:  # onnx raises plain RuntimeError and its own types, depending on the version
         raise rejected(model, str(error)) from error
+    _make_scalars(model.graph)
+    return model, weights
 
 
 def supported_operators() -> list[str]:
@@ -84,6 +86,26 @@ def _declare_quantized_products(graph: Any) -> None:
         if node.op_type == "MatMulNBits" and node.output[0] not in known and node.input[2] in types:
             info = onnx.helper.make_tensor_value_info(node.output[0], types[node.input[2]], None)
             graph.value_info.append(info)
+
+
+def _make_scalars(graph: Any) -> None:
+    """Makes scalars of operands of Range that have one element, as QEfficient's functions do, which a card runs."""
+    shapes, nodes, made = shapes_of(graph), [], set()
+    types = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        for index, name in enumerate(node.input if node.op_type == "Range" else ()):
+            if shapes.get(name) != (1,):
+                continue
+            node.input[index] = scalar = f"{name}/sim.scalar"
+            if scalar not in made:
+                made.add(scalar)
+                nodes.append(onnx.helper.make_node("Squeeze", [name], [scalar]))
+                graph.value_info.append(onnx.helper.make_tensor_value_info(scalar, types[name], []))
+        nodes.append(node)
+    if made:
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _check(model: Any) -> None:

@@ -13,8 +13,9 @@ from onnx import shape_inference
 
 from .boundary import Dims
 from .errors import CompileError
+from .folding import fold
 from .release import at_least
-from .static import check_static
+from .static import check_static, shapes_of
 
 Symbols = dict[str, int]
 
@@ -147,7 +148,16 @@ def _infer(model: Any, inputs: Sequence[Dims]) -> Any:
             dim.dim_value = value
     for info in static.graph.output:
         info.type.tensor_type.ClearField("shape")
+    inferred = _inferred(static)
+    while any(None in (_substituted(info, {}) or (None,)) for info in inferred.graph.output):
+        if not fold(static, shapes_of(inferred.graph)):
+            break
+        inferred = _inferred(static)
+    return inferred
+
+
+def _inferred(model: Any) -> Any:
     try:
-        return shape_inference.infer_shapes(static, data_prop=True)
+        return shape_inference.infer_shapes(model, data_prop=True)
     except Exception as error:  # onnx raises plain RuntimeError and its own types, depending on the version
         raise CompileError(f"QAIC_ERROR: Error message: shape inference failed: {error}") from error

@@ -7,7 +7,7 @@ dims must be known; what is known is not computed here, ONNX Runtime folds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .errors import rejected
@@ -36,6 +36,8 @@ _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 _Shapes = Mapping[str, tuple[int | None, ...]]
+Functions = Mapping[tuple[str, str], Any]
+"""FunctionProto by domain and name."""
 
 
 def check_static(model: Any) -> None:
@@ -45,15 +47,32 @@ def check_static(model: Any) -> None:
         model: ModelProto with inlined functions, on which shape inference has run for concrete input shapes.
     """
     known = {tensor.name for tensor in model.graph.initializer}
-    _check(model, model.graph, known, _shapes(model.graph))
+    _check(model, model.graph, known, shapes_of(model.graph))
 
 
-def check_function(model: Any, function: Any) -> None:
-    """Raises CompileError for an Expand or Tile that is not constant inside of a function that is kept as a unit."""
-    for node, name in _undecided(function.node, set()):
+def check_function(model: Any, function: Any, functions: Functions) -> None:
+    """Raises CompileError for an Expand or Tile that is not constant inside of a function that is kept as a unit.
+
+    Args:
+        model: ModelProto.
+        function: FunctionProto.
+        functions: All of the model: those that it calls belong to the unit.
+    """
+    for node, name in _undecided_in(function, set(), functions):
         if node.op_type in ("Expand", "Tile"):
             why = f"non-constant {name} for {node.op_type} in sub-function {function.name}; leave out -sub-functions"
             raise rejected(model, why, node.op_type)
+
+
+def _undecided_in(function: Any, known: set[str], functions: Functions) -> Iterator[tuple[Any, str]]:
+    for node in function.node:
+        called = functions.get((node.domain, node.op_type))
+        if called is None:
+            yield from _undecided([node], known)
+            continue
+        inside = {formal for formal, name in zip(called.input, node.input, strict=False) if not name or name in known}
+        yield from _undecided_in(called, inside, functions)
+        known.update(name for formal, name in zip(called.output, node.output, strict=False) if formal in inside)
 
 
 def subgraphs(node: Any) -> list[Any]:
@@ -92,7 +111,7 @@ def _check(model: Any, graph: Any, known: set[str], shapes: _Shapes) -> None:
         raise rejected(model, f"{why} (node '{node.name or node.output[0]}')", node.op_type)
     for node in graph.node:
         for inner in subgraphs(node):
-            _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **_shapes(inner)})
+            _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **shapes_of(inner)})
 
 
 def _undecided(nodes: Any, known: set[str]) -> Iterator[tuple[Any, str]]:
@@ -102,13 +121,14 @@ def _undecided(nodes: Any, known: set[str]) -> Iterator[tuple[Any, str]]:
             for index, name in _OPERANDS.get(node.op_type, {}).items():
                 if index < len(node.input) and node.input[index] and node.input[index] not in known:
                     yield node, name
-        if node.op_type in ("Shape", "Size") or _computed_once(node, known):
+        if node.op_type in ("Shape", "Size") or computed_once(node, known):
             known.update(node.output)
         elif node.op_type in _SEARCHES:
             yield node, ""
 
 
-def _computed_once(node: Any, known: set[str]) -> bool:
+def computed_once(node: Any, known: Collection[str]) -> bool:
+    """Tells whether a node's values are known when the model is compiled, if these are."""
     if node.op_type in _RANDOM or subgraphs(node):
         return False
     return all(not name or name in known for name in node.input)
@@ -130,7 +150,8 @@ def _check_shapes(model: Any, node: Any, shapes: _Shapes) -> None:
         raise rejected(model, why, node.op_type)
 
 
-def _shapes(graph: Any) -> dict[str, tuple[int | None, ...]]:
+def shapes_of(graph: Any) -> dict[str, tuple[int | None, ...]]:
+    """Returns the dims of a graph's values by name, None for one that is not known."""
     found: dict[str, tuple[int | None, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for info in (*graph.input, *graph.value_info, *graph.output):
         if info.type.tensor_type.HasField("shape"):

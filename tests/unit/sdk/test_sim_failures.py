@@ -104,6 +104,20 @@ def test_shapes_in_sub_functions(operator, tmp_path, make_model, compile_process
     assert compile_process(m).returncode == 0
 
 
+@pytest.mark.parametrize(("size", "code"), [("shape", 0), ("to", 255)])
+def test_function_that_a_sub_function_calls_belongs_to_it(size, code, tmp_path, make_model, compile_process):
+    """As in QEfficient's decoder layers: what their CtxGather expands to comes from a shape in the layer."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("my.fn", 1)]
+    inner = helper.make_function("my.fn", "Wide", ["a", "to"], ["r"], [node("Expand", ["a", "to"], ["r"])], opsets)
+    nodes = [node("Shape", ["b"], ["shape"]), node("Wide", ["a", size], ["r"], domain="my.fn")]
+    outer = helper.make_function("my.fn", "Layer", ["a", "b", "to"], ["r"], nodes, opsets)
+    m = make_model([node("Layer", ["x", "z", "to"], ["y"], domain="my.fn")], {"x": (F, [1, 3]), "z": (F, [2, 3])},
+                   {"y": (F, [2, 3])}, {"to": np.array([2, 3])}, opsets=opsets, functions=[inner, outer])  # fmt: skip
+    done = compile_process(m, "-sub-functions")
+    assert done.returncode == code, done.stderr
+    assert code == 0 or "non-constant shape for Expand in sub-function Layer" in done.stderr
+
+
 def test_two_specializations_with_the_same_inputs(tmp_path, make_linear, compile_process):
     flag = specializations(tmp_path, [{"batch_size": "2"}, {"batch_size": "2"}])
     done = compile_process(make_linear(), flag)

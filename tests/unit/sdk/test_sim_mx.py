@@ -6,6 +6,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from microscaling import mxfp6, mxint8
 from onnx import TensorProto, helper
@@ -80,6 +81,21 @@ def test_mxint8_in_the_graph(width):
     assert np.array_equal(mx.mxint8(values), mxint8(values))
     assert np.array_equal(half(got), got), "fp16 holds what MXINT8 leaves of fp16 numbers"
     assert np.array_equal(mxint8(got), got), "a second time changes nothing"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_damaged_number_shows_in_the_graph_wherever_it_stands(bad):
+    """ONNX Runtime's ReduceMax loses some NaNs."""
+    values = np.tile(spread(1, 64), (64, 1))
+    np.fill_diagonal(values, bad)
+    nodes, constants = mx.mxint8_nodes("x", "y", 64)
+    infos = [helper.make_tensor_value_info(name, F, [64, 64]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (got,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": values})
+    for row, blocks in enumerate(got.reshape(64, 2, 32)):
+        assert np.isnan(blocks[row // 32]).all()
+        assert np.isfinite(blocks[1 - row // 32]).all()
 
 
 X = RNG.normal(size=(4, 64)).astype(np.float32)

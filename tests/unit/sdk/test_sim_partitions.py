@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from qeff_validate.sdk.simulated import compiler, qpc, release
+from qeff_validate.sdk.simulated import compiler, qpc
 
 F = TensorProto.FLOAT
 node = helper.make_node
@@ -103,7 +103,7 @@ def test_int8_inputs_and_outputs(kind, flags, make_model, compile_onnx, client):
 
 
 def test_the_old_compiler(make_linear, tmp_path, capsys, monkeypatch):
-    """What exec/qaic-exec calls; the variable comes first, so that a user can go further back."""
+    """What exec/qaic-exec runs in a tree of an old version."""
     path = tmp_path / "m.onnx"
     path.write_bytes(make_linear("n").SerializeToString())
     named = tmp_path / "named.json"
@@ -111,21 +111,22 @@ def test_the_old_compiler(make_linear, tmp_path, capsys, monkeypatch):
     flat = tmp_path / "flat.json"
     flat.write_text(json.dumps({"specializations": [{"n": "2"}]}))
 
-    def run(config, *more, **old):
+    def run(config, *more):
         target = tmp_path / f"qpc{len(list(tmp_path.iterdir()))}"
         argv = ["-aic-hw", f"-m={path}", f"-aic-binary-dir={target}", f"-network-specialization-config={config}", *more]
-        code = compiler.main(argv, **old)
+        code = compiler.main(argv)
         return code, capsys.readouterr().err, target
 
-    old = {"release": release.QAIC_EXEC}
-    code, _, target = run(flat, "-compile-only", "-aic-hw-version=2.0", **old)
+    monkeypatch.setenv("QAIC_SIM_COMPILER", "1.20.0")
+    code, _, target = run(flat, "-compile-only", "-aic-hw-version=2.0")
     assert code == 0
     assert qpc.read(target).hw_version == "ai100"
-    code, err, _ = run(named, "-compile-only", "-aic-hw-version=2.0", **old)
+    code, err, _ = run(named, "-compile-only", "-aic-hw-version=2.0")
     assert code == 255
     assert err.startswith("[json.exception.type_error.302] type must be string, but is object")
-    assert "ai200 is not known" in run(flat, "-aic-hw-version=ai200", **old)[1]
-    assert run(named, "-aic-hw-version=ai100")[0] == 0, "the version is that of one call"
+    assert "ai200 is not known" in run(flat, "-aic-hw-version=ai200")[1]
+    monkeypatch.delenv("QAIC_SIM_COMPILER")
+    assert run(named, "-aic-hw-version=ai100")[0] == 0
     assert "2.0 is not known to this compiler; use ai100 or ai200" in run(flat, "-aic-hw-version=2.0")[1]
     monkeypatch.setenv("QAIC_SIM_COMPILER", "1.11")
-    assert "Invalid option -retained-state" in run(flat, "-retained-state", **old)[1]
+    assert "Invalid option -retained-state" in run(flat, "-retained-state")[1]

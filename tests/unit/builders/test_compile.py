@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a case's precision says to the compiler; the simulated one is run, and what it was told is in its log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from onnx import TensorProto, helper
+
+from qeff_validate.builders.compile import OWN_FLAGS, compile_qpc
+from qeff_validate.case import Compile, Precision
+from qeff_validate.errors import ConfigError
+from qeff_validate.sdk.locate import simulated
+from qeff_validate.sdk.simulated import qpc
+
+F = TensorProto.FLOAT
+STATES = ("past_key.0", "layer.lora_A.weight")
+
+
+def compiled(folder: Path, precision: Precision, states: tuple[str, ...] = STATES) -> tuple[list[str], dict[str, str]]:
+    """Return the compiler's arguments, and the precision of each IO that was named."""
+    nodes = [helper.make_node("Cos", ["x"], ["y"], name="turn")]
+    nodes += [helper.make_node("Neg", [name], [f"{name}_RetainedState"]) for name in states]
+    inputs = [helper.make_tensor_value_info(name, F, ["batch_size", 64]) for name in ("x", *states)]
+    names = ["y", *(f"{name}_RetainedState" for name in states)]
+    outputs = [helper.make_tensor_value_info(name, F, ["batch_size", 64]) for name in names]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    onnx.save(model, folder / "model.onnx")
+    options = Compile(num_cores=2)
+    compile_qpc(
+        folder / "model.onnx",
+        folder,
+        sdk=simulated(),
+        options=options,
+        precision=precision,
+        buckets=[{"batch_size": 2}],
+    )
+    argv = (folder / "compile.log").read_text(encoding="utf-8").splitlines()[0].split()
+    path = folder / "custom_io.yaml"
+    listed = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
+    return argv, {entry["IOName"]: entry["Precision"] for entry in listed}
+
+
+def pairs(kinds: dict[str, str]) -> dict[str, str]:
+    return {name + end: kind for name, kind in kinds.items() for end in ("", "_RetainedState")}
+
+
+def test_compressed_weights_and_cache(tmp_path: Path) -> None:
+    """An adapter is state too, and stays in fp16."""
+    argv, kinds = compiled(tmp_path, Precision(weights="mxfp6", kv="mxint8"))
+    assert {"-mxfp6-matmul", "-convert-to-fp16"} <= set(argv)
+    assert kinds == pairs({"past_key.0": "mxint8", "layer.lora_A.weight": "float16"})
+    assert qpc.read(tmp_path / "qpc").header["mxint8"] == ["past_key.0"]
+
+
+def test_a_cache_is_compressed_in_float32_too(tmp_path: Path) -> None:
+    argv, kinds = compiled(tmp_path, Precision(compute="fp32", kv="mxint8"))
+    assert not {"-mxfp6-matmul", "-convert-to-fp16"} & set(argv)
+    assert kinds == pairs({"past_key.0": "mxint8"})
+    assert not any(word.startswith("-node-precision-info") for word in argv)
+
+
+def test_angles_are_not_compressed_in_float32_either(tmp_path: Path) -> None:
+    argv, kinds = compiled(tmp_path, Precision(compute="fp32", weights="mxfp6"))
+    assert "-mxfp6-matmul" in argv
+    assert any(word.startswith("-node-precision-info") for word in argv)
+    assert kinds == {}
+
+
+def test_plain_precisions_are_told_nothing_of_it(tmp_path: Path) -> None:
+    argv, kinds = compiled(tmp_path, Precision(compute="fp32"))
+    assert kinds == {}
+    assert not any(word.partition("=")[0] in ("-mxfp6-matmul", "-node-precision-info") for word in argv)
+
+
+def test_a_graph_without_keys_and_values(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"precision\.kv: mxint8: the graph retains no keys and values"):
+        compiled(tmp_path, Precision(kv="mxint8"), STATES[1:])
+
+
+def test_the_flag_comes_from_the_precision_alone() -> None:
+    """Else a case could be compressed and judged as if it were not."""
+    assert {"mxfp6-matmul", "custom-IO-list-file"} <= OWN_FLAGS
