@@ -7,8 +7,8 @@ compiler or simulator: operations are torch's own, and only what goes into them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,19 +16,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+
+from qeff_validate.models.loading import quiet
+from qeff_validate.models.reference import LARGE
 
 Compute = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-PRODUCTS = frozenset({"aten.addmm", "aten.bmm", "aten.linear", "aten.matmul", "aten.mm"})
+PRODUCTS = frozenset({"addmm", "bmm", "linear", "matmul", "mm"})
 
-KEPT = ("RMSNorm", "RotaryEmbedding")
-"""Ends of names of classes that compute in float32 on a card too, because the compiler is asked for it (DESIGN §7)."""
+LEARNED = "_qeff_validate_learned"
+"""Marks tensors that weights took part in."""
 
-FORBIDDEN = 1e38
-"""Numbers beyond this stand for "not seen" in masks; a compiler makes them the greatest of its precision."""
+KEPT = ("RMSNorm",)
+"""Ends of names of classes that compute in float32 on a card too, because the compiler is asked for it."""
+
+POOL = 65521
+"""Random numbers that are drawn once; a prime, so that rows of a tensor do not get the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +45,31 @@ class Way:
         attention: an attention implementation of transformers.
         parts: products are sums of so many partial products.
         seed: None rounds to nearest; else each rounding goes up or down at random, as far as it lies.
-        batch: rows that run together, padded to the longest, last row first; 1: each row by itself.
+        batch: rows that run together, padded to the longest, last row first.
+    threads: of one operation; None: torch's own choice.
+    block: numbers that share a scale in a compressed format.
     """
 
     name: str
     attention: str = "eager"
     parts: int = 1
     seed: int | None = None
-    batch: int = 1
+    batch: int = 8
+    threads: int | None = None
+    block: int = 32
 
 
 WAYS = (
-    Way("sdpa", "sdpa"),
-    Way("eager, 2 parts", parts=2),
-    Way("eager, 4 parts, batch of 3", parts=4, batch=3),
-    Way("sdpa, 8 parts, batch of 8", "sdpa", parts=8, batch=8),
-    *(Way(f"eager, random rounding {seed}", seed=seed) for seed in range(1, 3)),
-    *(Way(f"sdpa, random rounding {seed}", "sdpa", parts=2, seed=seed, batch=5) for seed in range(3, 5)),
+    Way("eager, each row by itself", batch=1),
+    Way("sdpa, batches of 8", "sdpa"),
+    Way("eager, sums in 2 parts, batches of 16, one thread", parts=2, batch=16, threads=1),
+    Way("eager, sums in 4 parts, batches of 3", parts=4, batch=3, block=16),
+    Way("sdpa, sums in 8 parts, batches of 8", "sdpa", parts=8, block=64),
+    Way("eager, random rounding, batches of 16", seed=1, batch=16),
+    Way("eager, random rounding, batches of 8", seed=2),
+    Way("sdpa, random rounding, sums in 2 parts, batches of 5", "sdpa", parts=2, seed=3, batch=5),
 )
-"""The ensemble: kernels, orders of summation, batches, padding and roundings that differ from each other."""
+"""The ensemble: kernels, orders of summation, batches, padding, threads, roundings, and layouts of compressed blocks."""
 
 
 class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -67,56 +78,91 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         compute: the precision; in fp32 only the way differs.
         way: how.
+        keep: rounded weights are kept beside the weights; else they are rounded each time they are read.
     """
 
-    def __init__(self, compute: Compute, way: Way) -> None:
+    def __init__(self, compute: Compute, way: Way, *, keep: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype, self._way = DTYPES[compute], way
+        self._most = torch.finfo(self._dtype).max
         self._drawn = None if way.seed is None else torch.Generator().manual_seed(way.seed)
-        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
+        self._weights: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.kept = 0
         """How many modules that compute in float32 are being run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        given = kwargs or {}
-        if not self.kept and self._dtype != torch.float32:
-            args, given = tree_map(self._read, (args, given))
-        name = str(func).rpartition(".")[0]
+        given, name, own = kwargs or {}, func.overloadpacket.__name__, None
+        tensors = [value for value in _flat((*args, *given.values())) if isinstance(value, Tensor)]
+        # what positions alone decide (rotary angles, buckets of distances) is folded, or computed in float32
+        learned = any(isinstance(value, nn.Parameter) or hasattr(value, LEARNED) for value in tensors)
+        if learned and not self.kept and self._dtype != torch.float32:
+            own, args = args, self._read(args)
+            given = {key: self._read(value) for key, value in given.items()}
         if name in PRODUCTS and self._way.parts > 1:
             found = in_parts(name, self._way.parts, *args, **given)
         else:
             found = func(*args, **given)
         if name in PRODUCTS and self._drawn is not None and self._dtype == torch.float32:
-            return self._blurred(found)
+            found = self._blurred(found)
+        if own is not None and func._schema.is_mutable:  # it has written into what it read
+            found = own[0].copy_(found)
+        if learned:
+            for value in _flat(found if isinstance(found, (tuple, list)) else (found,)):
+                if isinstance(value, Tensor):
+                    setattr(value, LEARNED, True)
         return found
 
     def _read(self, value: Any) -> Any:
+        """Return what an operation sees of its arguments."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._read(item) for item in value)
+        if isinstance(value, float):  # a compiler clips constants, such as what masks put in
+            return min(max(value, -self._most), self._most)
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
-        if isinstance(value, nn.Parameter):  # stored once, rounded to nearest
-            if id(value) not in self._weights:
-                self._weights[id(value)] = value, self._finite(value, value.detach().to(self._dtype))
-            return self._weights[id(value)][1]
-        return self._finite(value, value.to(self._dtype) if self._drawn is None else self._either(value))
+        if isinstance(value, nn.Parameter):
+            return self._stored(value)
+        if not hasattr(value, LEARNED):
+            value = value.clamp(-self._most, self._most)
+        return (value.to(self._dtype) if self._drawn is None else self._either(value)).to(torch.float32)
 
-    def _finite(self, value: Tensor, rounded: Tensor) -> Tensor:
-        most = torch.finfo(self._dtype).max
-        return torch.where(value.abs() > FORBIDDEN, value.sign() * most, rounded.to(torch.float32))
+    def _stored(self, weight: nn.Parameter) -> Tensor:
+        """Return a weight as a compiler stores it: clipped, and rounded to nearest."""
+        if self._weights is None:
+            return weight.detach().to(self._dtype).to(torch.float32).clamp_(-self._most, self._most)
+        if id(weight) not in self._weights:
+            rounded = weight.detach().clamp(-self._most, self._most).to(self._dtype).to(torch.float32)
+            self._weights[id(weight)] = weight, rounded
+        return self._weights[id(weight)][1]
 
     def _either(self, value: Tensor) -> Tensor:
         """Round up or down: add what is below the last kept bit, drawn evenly, and cut."""
         bits = 23 - {torch.float16: 10, torch.bfloat16: 7}[self._dtype]
-        drawn = torch.randint(0, 1 << bits, value.shape, generator=self._drawn, dtype=torch.int32)
+        drawn = self._numbers(value.numel()).view(value.shape) & ((1 << bits) - 1)
         cut = (value.contiguous().view(torch.int32) + drawn) & ~((1 << bits) - 1)
-        found = cut.view(torch.float32)
         small = value.abs() < torch.finfo(self._dtype).smallest_normal
-        return torch.where(small | ~torch.isfinite(value), value, found).to(self._dtype)
+        return torch.where(small | ~torch.isfinite(value), value, cut.view(torch.float32)).to(self._dtype)
 
     def _blurred(self, value: Tensor) -> Tensor:
         """Move each sum by up to half a unit in its last place."""
-        drawn = torch.rand(value.shape, generator=self._drawn) - 0.5
+        drawn = self._numbers(value.numel()).view(value.shape) / (1 << 30) - 0.5
         return value * (1 + drawn * torch.finfo(torch.float32).eps)
+
+    def _numbers(self, count: int) -> Tensor:
+        """Return numbers below 2³⁰, from a random place in the pool on: drawing them anew takes longer than a product."""
+        start = int(torch.randint(0, POOL, (), generator=self._drawn))
+        return self._pool.roll(-start).repeat(-(-count // POOL))[:count]
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """Yield arguments, and the members of lists among them."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,9 +176,9 @@ def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
     """
     assert not kwargs, kwargs
     bias: Tensor | None = None
-    if name == "aten.addmm":
+    if name == "addmm":
         bias, left, right = args
-    elif name == "aten.linear":
+    elif name == "linear":
         left, right, bias = args[0], args[1].mT, args[2] if len(args) > 2 else None
     else:
         left, right = args
@@ -149,10 +195,8 @@ def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def computing_as(model: Any, compute: Compute, way: Way) -> Iterator[None]:
     """Let a float32 model of transformers compute in a precision and a way; afterwards it is as it was."""
-    mode = Arithmetic(compute, way)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    hooks = []
+    small = sum(parameter.nbytes for parameter in model.parameters()) <= LARGE
+    mode, threads = Arithmetic(compute, way, keep=small), torch.get_num_threads()
 
     def enter(*_: Any) -> None:
         mode.kept += 1
@@ -160,23 +204,29 @@ def computing_as(model: Any, compute: Compute, way: Way) -> Iterator[None]:
     def leave(*_: Any) -> None:
         mode.kept -= 1
 
-    for module in model.modules():
-        if type(module).__name__.endswith(KEPT):
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        _set_attention(base, way.attention)
-        with mode:
+    with ExitStack() as held:
+        for module in model.modules():
+            if type(module).__name__.endswith(KEPT):
+                held.callback(module.register_forward_pre_hook(enter).remove)
+                held.callback(module.register_forward_hook(leave).remove)
+        held.enter_context(attending(model.get_base_model() if hasattr(model, "get_base_model") else model, way))
+        held.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(way.threads or threads)
+        with torch.no_grad(), mode:
             yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        _set_attention(base, before)
 
 
-def _set_attention(model: nn.Module, name: str) -> None:
-    """Set the attention, where the architecture has it in this form; else it stays what it is."""
-    setter: Callable[[str], None] = model.set_attn_implementation  # type: ignore[assignment]
+@contextmanager
+def attending(model: Any, way: Way) -> Iterator[None]:
+    """Let a model use an attention, where its architecture has it in this form."""
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
-        setter(name)
-    except (ValueError, ImportError):  # what an architecture does not support
+        with quiet():
+            model.set_attn_implementation(way.attention)
+    except (AttributeError, ValueError, ImportError):  # no model of transformers, or it does not support this one
+        yield
         return
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -222,15 +222,14 @@ class PeftCausalLM:
         self._loaded = model
         return found
 
-    def emulated(self, inputs: Prompts, reference: Tensors, precision: Precision) -> Tensors:
-        """Return the logits of the reference's texts if weights, keys and values are kept as the precision says."""
-        from qeff_validate.models.lm_reference import along
+    def ensemble(self, inputs: Prompts, reference: Tensors, precision: Precision) -> Iterator[Tensors]:
+        """Yield the logits of the reference's texts by the original model in the precision, in each of the ways."""
+        from qeff_validate.models.lm_reference import ensemble
 
         texts = _split(reference["tokens"], reference["steps"])
         model = self._taken()
-        found = along(model, self.options.named(), inputs, texts, precision)
+        yield from ensemble(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
-        return found
 
     def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:
         """Run every prompt with every adapter along the reference's tokens, so that each row has its context.

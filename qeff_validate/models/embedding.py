@@ -7,7 +7,8 @@ a run whose artifacts are all stored imports no framework.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,20 +159,31 @@ class PooledEmbedding:
         Returns:
             ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
         """
-        return self._outputs(self.source.body(), inputs, dtype)
+        from qeff_validate.models.reference import hidden_states
 
-    def emulated(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Tensors:  # noqa: ARG002
-        """Return what `reference` does if the body's weights are kept as the precision says."""
+        return self._pooled(hidden_states(self.source.body(), inputs.ids, dtype), inputs, dtype)
+
+    def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
+        """Yield what `reference` returns if the body computes in the precision, in each of `arithmetic.WAYS`."""
+        from qeff_validate.models.arithmetic import WAYS, computing_as
         from qeff_validate.models.emulated import CompressedWeights
+        from qeff_validate.models.reference import batched_states
 
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
         body = self.source.body()
-        with CompressedWeights(body):
-            return self._outputs(body, inputs, "float32")
+        for way in WAYS:
+            weights = CompressedWeights(body, block=way.block) if precision.weights else nullcontext()
+            with weights, computing_as(body, precision.compute, way):
+                states = batched_states(body, inputs.ids, inputs.pad, way.batch)
+            found = self._pooled(states, inputs, "float32")
+            half = precision.compute == "fp16"
+            yield {
+                name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
+            }
 
-    def _outputs(self, body: Any, inputs: TokenRows, dtype: str) -> Tensors:
-        from qeff_validate.models.reference import hidden_states, pooled_alone
+    def _pooled(self, states: Iterable[Floats | None], inputs: TokenRows, dtype: str) -> Tensors:
+        from qeff_validate.models.reference import pooled_alone
 
         head = self.head
 
@@ -179,7 +191,7 @@ class PooledEmbedding:
             raw = pooled_alone(head.pooling, tokens, dtype) if head.custom else oracle.POOLINGS[head.pooling](tokens)
             return oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
 
-        rows = [None if tokens is None else vector(tokens) for tokens in hidden_states(body, inputs.ids, dtype)]
+        rows = [None if tokens is None else vector(tokens) for tokens in states]
         found = [row for row in rows if row is not None]
         if inputs.per_token:
             return {"output": np.concatenate(found).astype(dtype)}

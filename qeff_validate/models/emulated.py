@@ -41,17 +41,18 @@ _PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
 }
 
 
-def in_blocks(values: Tensor, table: Tensor, dim: int) -> Tensor:
+def in_blocks(values: Tensor, table: Tensor, dim: int, block: int = BLOCK) -> Tensor:
     """Return the nearest numbers that blocks along a dim can hold, ties to even codes; all finite.
 
     Args:
         values: float32.
         table: magnitudes of the element type, ascending by code; the last one's octave sets the scale.
         dim: where blocks lie; the last of them may be shorter.
+        block: how many numbers share a scale.
     """
     lines = values.movedim(dim, -1)
     size = lines.shape[-1]
-    blocks = nn.functional.pad(lines, (0, -size % BLOCK)).reshape(*lines.shape[:-1], -1, BLOCK).contiguous()
+    blocks = nn.functional.pad(lines, (0, -size % block)).reshape(*lines.shape[:-1], -1, block).contiguous()
     octave = torch.frexp(blocks.abs().amax(-1, keepdim=True)).exponent - torch.frexp(table[-1]).exponent
     scaled = torch.ldexp(blocks, -octave)
     middles = (table[1:] + table[:-1]) / 2
@@ -68,10 +69,12 @@ class CompressedWeights(TorchFunctionMode):
     Args:
         model: whose parameters are the weights; adapters that are put on it later are none of them.
         but: names of parameters that are not.
+        block: how many numbers share a scale.
     """
 
-    def __init__(self, model: nn.Module, but: frozenset[str] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, but: frozenset[str] = frozenset(), block: int = BLOCK) -> None:
         super().__init__()
+        self._block = block
         kept = ((name, parameter) for name, parameter in model.named_parameters() if name not in but)
         self._weights = {parameter.untyped_storage().data_ptr() for _, parameter in kept if parameter.ndim > 1}
         self._made: dict[tuple[Any, ...], Tensor] = {}
@@ -92,14 +95,17 @@ class CompressedWeights(TorchFunctionMode):
         self.used.add(place)
         if key not in self._made:
             with torch.no_grad():
-                self._made[key] = in_blocks(weight.detach(), E2M3, dim)
+                self._made[key] = in_blocks(weight.detach(), E2M3, dim, self._block)
         return self._made[key]
 
 
 class CompressedCache(DynamicCache):  # type: ignore[misc]  # transformers is Any to mypy here
     """transformers' own cache, into which keys and values are written as MXINT8 holds them."""
 
+    block = BLOCK
+    """How many numbers share a scale."""
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compress along the last dim, and keep."""
-        held = [in_blocks(states, INT8, -1) for states in (key_states, value_states)]
+        held = [in_blocks(states, INT8, -1, self.block) for states in (key_states, value_states)]
         return super().update(*held, *args, **kwargs)

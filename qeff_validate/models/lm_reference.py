@@ -23,6 +23,7 @@ from qeff_validate.case import Precision
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.adapted import live_names
 from qeff_validate.models.adapter import WEIGHTS
+from qeff_validate.models.arithmetic import WAYS, Way, computing_as
 from qeff_validate.models.emulated import CompressedCache, CompressedWeights
 from qeff_validate.models.loading import first_line, foreign, quiet
 from qeff_validate.models.options import BASE
@@ -55,25 +56,56 @@ def continuations(
     }
 
 
-def along(
+def ensemble(
     model: Any,
     named: Mapping[str, str | Mapping[str, Any]],
     inputs: Any,
     texts: Sequence[Array],
     precision: Precision,
-) -> Tensors:
-    """Return ``logits`` along given continuations, in the order adapter, prompt, as a precision keeps what it reads."""
+) -> list[Tensors]:
+    """Return ``logits`` along given continuations, in the order adapter, prompt, in each of `arithmetic.WAYS`."""
     adapters = frozenset(_adapter_parameters(model))
-    weights = CompressedWeights(model, adapters) if precision.weights else nullcontext()
-    logits: list[Array] = []
-    forced = iter(texts)
+    compressed = {way.block: CompressedWeights(model, adapters, way.block) for way in WAYS if precision.weights}
+    prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in WAYS]
     for adapted in _models(model, named, inputs.adapters):
-        for prompt in inputs.ids:
-            text = np.concatenate([prompt, next(forced)])
-            cache = CompressedCache(config=adapted.config.get_text_config()) if precision.kv else None
-            with foreign("run the Hugging Face model"), torch.no_grad(), weights:
-                logits.append(_logits(adapted, text, prompt.size, "float32", cache))
-    return {"logits": np.concatenate(logits)}
+        own, forced = forced[: len(prompts)], forced[len(prompts) :]
+        whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]
+        starts = [prompt.size for prompt in prompts]
+        for way, part in zip(WAYS, parts, strict=True):
+            weights = compressed.get(way.block, nullcontext())
+            with foreign("run the Hugging Face model"), weights, computing_as(adapted, precision.compute, way):
+                part += batched_logits(adapted, whole, starts, inputs.pad, way, keep=precision.kv is not None)
+    return [{"logits": np.concatenate(part)} for part in parts]
+
+
+def batched_logits(
+    model: Any, texts: Sequence[Array], starts: Sequence[int], pad: int, way: Way, *, keep: bool = False
+) -> list[Array]:
+    """Return for each text the logits that choose its tokens from a start on.
+
+    Texts run together, the last one first, padded on the right to the longest of their batch; ``keep`` writes keys and
+    values as MXINT8 holds them.
+    """
+    found: list[Array] = [np.zeros(0)] * len(texts)
+    order = list(reversed(range(len(texts))))
+    for start in range(0, len(order), way.batch):
+        rows = order[start : start + way.batch]
+        length = max(texts[row].size for row in rows) - 1
+        padded = [np.pad(texts[row][:-1], (0, length + 1 - texts[row].size), constant_values=pad) for row in rows]
+        mask = [np.arange(length) < texts[row].size - 1 for row in rows]
+        cache = None
+        if keep:
+            cache = CompressedCache(config=model.config.get_text_config())
+            cache.block = way.block
+        logits = model(
+            input_ids=torch.from_numpy(np.stack(padded)),
+            attention_mask=torch.from_numpy(np.stack(mask).astype(np.int64)),
+            past_key_values=cache,
+            use_cache=keep,
+        ).logits
+        for row, values in zip(rows, logits, strict=True):
+            found[row] = values[starts[row] - 1 : texts[row].size - 1].float().numpy().copy()
+    return found
 
 
 def _adapter_parameters(model: Any) -> Iterator[str]:
@@ -201,12 +233,12 @@ def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array
     return np.array(text, dtype=np.int64)
 
 
-def _logits(model: Any, text: Array, start: int, dtype: str, cache: Any = None) -> Array:
-    """Return the logits that choose each token from ``start`` on, without a cache or through an empty one."""
+def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
+    """Return the logits that choose each token from ``start`` on, without a cache."""
     tokens = torch.from_numpy(text[:-1])[None]
 
     def run() -> Any:
-        return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0, start - 1 :]
+        return model(input_ids=tokens, use_cache=False).logits[0, start - 1 :]
 
     with computing_in(model, dtype, probe=run):
         found: Array = run().numpy().copy()

@@ -31,6 +31,24 @@ def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator
             yield None if row.size == 0 else _states(body, row)[0].to(torch.float64).numpy()
 
 
+def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int) -> list[Floats | None]:
+    """Return the hidden states of each row ``[n, hidden]`` in float64; None for a row without a token.
+
+    Rows run together, the last one first, padded on the right to the longest of their batch.
+    """
+    found: list[Floats | None] = [None] * len(ids)
+    filled = [row for row in reversed(range(len(ids))) if ids[row].size]
+    for start in range(0, len(filled), batch):
+        rows = filled[start : start + batch]
+        length = max(ids[row].size for row in rows)
+        padded = np.stack([np.pad(ids[row], (0, length - ids[row].size), constant_values=pad) for row in rows])
+        mask = np.stack([np.arange(length) < ids[row].size for row in rows])
+        states = _states(body, padded, mask)
+        for row, hidden in zip(rows, states, strict=True):
+            found[row] = hidden[: ids[row].size].to(torch.float64).numpy()
+    return found
+
+
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
     """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
     by_length = sorted((row for row in ids if row.size), key=len)
@@ -45,8 +63,9 @@ def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float
 
 
 def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
-    tokens = torch.from_numpy(np.ascontiguousarray(row))[None]
-    attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(mask.astype(np.int64))[None]
+    """Run rows of one length: ids and mask are ``[n]`` or ``[rows, n]``."""
+    tokens = torch.from_numpy(np.atleast_2d(np.ascontiguousarray(row)))
+    attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
     with foreign("run the Hugging Face model"):
         out: Any = body(input_ids=tokens, attention_mask=attended)
     hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
