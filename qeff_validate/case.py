@@ -95,7 +95,11 @@ class Case(Strict):
     artifacts: Artifacts = Artifacts()
     compile: Compile = Compile()
     precision: Precision = Precision()
-    tolerance: dict[str, dict[str, Any]] = Field({}, description="{runtime: {metric: bound, why: reason}}")
+    tolerance: Literal["auto", "table"] | dict[str, dict[str, Any]] = Field(
+        "auto",
+        description="auto: bounds from the measured noise of the original model; table: fixed bounds by precision,"
+        " nothing is measured; {runtime: {metric: bound, why: reason}}: these, the rest as with auto",
+    )
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
     expect: list[Expect] = Field([], description="known failures; one mapping or a list of them")
     seed: Annotated[int, Field(ge=0)] = 0
@@ -116,8 +120,8 @@ class Case(Strict):
 
     @field_validator("tolerance")
     @classmethod
-    def _bounds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for runtime, bounds in value.items():
+    def _bounds(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
+        for runtime, bounds in value.items() if isinstance(value, dict) else ():
             try:
                 check_tolerance(runtime, bounds, {**MOST, **LOGIT_MOST})
             except ConfigError as exc:
@@ -130,6 +134,10 @@ class Case(Strict):
         if len(set(value)) != len(value):
             raise ValueError(f"a runtime is named twice in {value}")
         return value
+
+    def bounds(self, runtime: str) -> Mapping[str, Any]:
+        """Return the case's own bounds for a runtime, with ``why``."""
+        return {} if isinstance(self.tolerance, str) else self.tolerance.get(runtime, {})
 
     def plain(self) -> dict[str, Any]:
         """Return the case as plain data, for fingerprints and reports."""

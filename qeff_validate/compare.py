@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, worst_row
+from qeff_validate.floor import Floor, factor, tolerance_limit
+from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, systematic, worst_row
 from qeff_validate.tensors import Array, Tensors
 
 Status = Literal["pass", "fail", "inconclusive", "error", "not_run"]
@@ -28,17 +29,16 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """Bounds by precision (DESIGN §8). Compressed weights and state have none: their noise is measured by emulation."""
 
-EMULATED_FACTOR = 2.0
-"""An artifact may be off so many times as far as an emulated run; what its arithmetic costs comes on top.
+LEAST: Mapping[str, float] = MappingProxyType(
+    {"rel_l2": 1e-6, "cosine": 1e-12, "norm_ratio": 1e-6, "max_abs_rms": 1e-5}
+)
+"""No measured bound is below these: eight units in the last place of float32, and what follows from it."""
 
-How a card lays out blocks is not documented. Runs with blocks of 16 and of 64, along the other axis, with scales that
-do not saturate, with ties away from zero, and from fp16 weights were off by 0.64 to 1.55 times as much as the emulated
-one, over three embeddings and three language models with 33 to 60 rows; truncation, which is not to the nearest, by up
-to 7.8 times.
-"""
+STRAYS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
+"""Systematic parts of a device's error, with the least bound of each."""
 
-FLOOR_FACTOR, FLOOR_LEAST, FLOOR_MOST = 10.0, 1e-6, 5e-5
-"""The fp32 bound of rel_l2 is the floor times the factor, within these limits (DESIGN §8)."""
+STRAY_FACTOR = 2.0
+"""How many times the limit of legitimate runs a device may stray, beside the factor of its precision."""
 
 NOISE_SHARE = 5.0
 """Emulated fp16 noise (2e-3) is a fifth of its fallback bound (validation-methods §14.1); used where no floor is."""
@@ -52,8 +52,10 @@ class Bound:
     """The greatest accepted value of a metric, where it comes from, and why."""
 
     value: float
-    source: Literal["floor", "case", "fallback", "exact", "emulated"]
+    source: Literal["floor", "case", "fallback", "exact"]
     why: str
+    floor: float | None = None
+    """What is usual among legitimate runs, where it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,10 @@ class Rows:
     labels: Sequence[str]
     tokenless: frozenset[int] = field(default_factory=frozenset)
 
+    def kept(self) -> list[int]:
+        """Return the rows that hold a token."""
+        return [row for row in range(len(self.labels)) if row not in self.tokenless]
+
 
 def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
     """Refuse a tolerance that names no metric, gives no reason, or has a bound that gates nothing.
@@ -111,63 +117,63 @@ def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, fl
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 
 
-def errors_of(reference: Tensors, emulated: Tensors, rows: Rows) -> dict[str, float]:
-    """Return the worst value of each row metric of emulated outputs, over all rows that hold a token."""
-    kept = [row for row in range(len(rows.labels)) if row not in rows.tokenless]
-    found = [row_errors(array[kept], emulated[name][kept]) for name, array in reference.items()]
+def worst_errors(reference: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
+    """Return the worst value of each row metric of outputs, over all rows that hold a token."""
+    kept = rows.kept()
+    found = [row_errors(array[kept], outputs[name][kept]) for name, array in reference.items()]
     return {name: max(worst_row(name, getattr(errors, name)).value for errors in found) for name in ROW_GATES}
 
 
-def emulated_bounds(
-    precision: str,
-    measured: Mapping[str, float],
-    fallback: Mapping[str, Mapping[str, float]],
-    most: Mapping[str, float],
-) -> dict[str, Bound]:
-    """Return bounds from the errors of an emulated run; none for a metric whose noise would let anything pass.
+def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
+    """Return the systematic parts of outputs' errors, over all rows that hold a token."""
+    kept = rows.kept()
+    found = [metric for name, array in center.items() for metric in systematic(array[kept], outputs[name][kept])]
+    return {name: float(np.max([metric.value for metric in found if metric.name == name])) for name in STRAYS}
 
-    Args:
-        precision: a profile with a ``+``.
-        measured: the emulated run's error by metric.
-        fallback: bounds by precision; those of what computes come on top.
-        most: what a bound must stay below.
-    """
-    compute, _, kept = precision.partition("+")
+
+def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:
+    """Return the bound of a metric from the errors of legitimate runs; None if it would let anything pass."""
+    limit, times = tolerance_limit(floor.errors[name]), factor(floor.profile, name)
+    value = max(times * limit, least)
+    if not value < most:
+        return None
+    why = f"{times:g} x {limit:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
+    return Bound(value, "floor", why, floor.level(name))
+
+
+def stray_bounds(floor: Floor) -> dict[str, Bound]:
+    """Return the bounds of a device's systematic errors."""
     bounds = {}
-    for name, arithmetic in fallback[compute].items():
-        value = EMULATED_FACTOR * measured[name] + arithmetic
-        if value < most[name]:
-            why = f"{EMULATED_FACTOR:g} x emulated {kept}, {measured[name]:.2g}, and the {compute} profile"
-            bounds[name] = Bound(value, "emulated", why)
+    for name, least in STRAYS.items():
+        limit, times = tolerance_limit(floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
+        why = f"{times:g} x {limit:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
+        bounds[name] = Bound(max(times * limit, least), "floor", why, float(np.median(floor.strays[name])))
     return bounds
 
 
-def bounds_for(
-    precision: str, *, floor: float | None, override: Mapping[str, Any], measured: Mapping[str, float] | None = None
-) -> dict[str, Bound]:
-    """Return the bound of every gate for a precision profile; empty if the profile has no sound bound.
+def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | None = None) -> dict[str, Bound]:
+    """Return the bound of every gate for a precision profile; a metric without a sound bound has none.
 
     Args:
         precision: ``fp32``, ``fp16``, ``bf16`` or a profile without fallback such as ``fp16+mxfp6``.
-        floor: worst relative L2 of the float32 reference against float64; None if it was not measured.
         override: the case's own bounds, with ``why``.
-        measured: from `errors_of`, for a profile without fallback.
+        floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
     """
-    bounds = {
-        name: Bound(value, "fallback", f"{precision} profile") for name, value in FALLBACK.get(precision, {}).items()
-    }
-    if measured is not None and not bounds:
-        bounds = emulated_bounds(precision, measured, FALLBACK, MOST)
-    if precision == "fp32" and floor is not None:
-        value = float(np.clip(FLOOR_FACTOR * floor, FLOOR_LEAST, FLOOR_MOST))
-        why = f"{FLOOR_FACTOR:g} x floor {floor:.2e}, within [{FLOOR_LEAST:g}, {FLOOR_MOST:g}]"
-        bounds["rel_l2"] = Bound(value, "floor", why)
+    if floor is None:
+        fallback = FALLBACK.get(precision, {})
+        bounds = {name: Bound(value, "fallback", f"{precision} profile") for name, value in fallback.items()}
+    else:
+        made = {name: measured_bound(name, floor, LEAST[name], MOST[name]) for name in ROW_GATES}
+        bounds = {name: bound for name, bound in made.items() if bound is not None}
     if bounds:
         bounds["neighbour_order"] = Bound(0.0, "exact", "no neighbour moves further than noise allows")
-    for name, value in override.items():
-        if name != "why":
-            bounds[name] = Bound(float(value), "case", str(override["why"]))
-    return bounds
+    return bounds | overridden(override)
+
+
+def overridden(override: Mapping[str, Any]) -> dict[str, Bound]:
+    """Return the bounds that a case brings itself."""
+    values = {name: float(value) for name, value in override.items() if name != "why"}
+    return {name: Bound(value, "case", str(override["why"])) for name, value in values.items()}
 
 
 def compare(
@@ -176,7 +182,7 @@ def compare(
     bounds: Mapping[str, Bound],
     *,
     rows: Rows,
-    floor: float | None = None,
+    floor: Floor | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Compare outputs of a target with the reference: names, dtypes, shapes, finiteness, then every metric.
@@ -186,7 +192,7 @@ def compare(
         actual: the same names, dtypes and shapes, or the verdict is ``fail``.
         bounds: a bound for each gate.
         rows: labels and token-less rows; these must be zeros in ``actual`` and take no part in the metrics.
-        floor: the measured noise of the reference, for the order of neighbours.
+        floor: of legitimate runs, for the order of neighbours, and for systematic errors if ``bounds`` has theirs.
         seed: draws rows for pairwise metrics.
     """
     planned = len(reference) * len(rows.labels)
@@ -198,17 +204,27 @@ def compare(
         return Verdict("fail", bad[0], (bad[1],), planned=planned)
     if not math.isfinite(sum(float(np.sum(array, dtype=np.float64)) for array in reference.values())):
         return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
-    kept = [row for row in range(len(rows.labels)) if row not in rows.tokenless]
+    kept = rows.kept()
     if not reference or not kept:
         return Verdict("inconclusive", "nothing to compare: no output, or no row with a token", planned=planned)
     missing = [name for name in GATES if name not in bounds]
     if missing:
-        reason = f"no sound bound for {', '.join(missing)}: give one with its reason in the case's tolerance"
-        return Verdict("inconclusive", reason, planned=planned)
+        return Verdict("inconclusive", without_bound(missing, floor), planned=planned)
     judged: list[Judged] = []
     for name in sorted(reference):
         judged += _judge(name, reference[name], actual[name], bounds, rows, kept, floor, seed)
     return _conclude(judged, planned, compared=len(reference) * len(rows.labels))
+
+
+def without_bound(missing: Sequence[str], floor: Floor | None) -> str:
+    """Say why there is no verdict without bounds, and what to do."""
+    remedy = "give one with its reason in the case's tolerance"
+    text = f"no sound bound for {', '.join(missing)}: {remedy}"
+    if floor is None:
+        return text
+    if not np.isfinite([value for values in floor.errors.values() for value in values]).all():
+        return f"the original model itself gives NaN or infinity in {floor.profile}; {text}"
+    return f"legitimate runs in {floor.profile} are so far off that anything would pass; {text}"
 
 
 def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None:
@@ -253,7 +269,7 @@ def _judge(
     bounds: Mapping[str, Bound],
     rows: Rows,
     kept: list[int],
-    floor: float | None,
+    floor: Floor | None,
     seed: int,
 ) -> list[Judged]:
     wanted, got = (reference, actual) if not rows.tokenless else (reference[kept], actual[kept])
@@ -262,9 +278,8 @@ def _judge(
     worst = worst_row("mean_abs", errors.mean_abs)
     found.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
     if len(kept) >= 3:
-        noise = floor if floor is not None and bounds["rel_l2"].source == "floor" else None
-        share = EMULATED_FACTOR if bounds["rel_l2"].source == "emulated" else NOISE_SHARE
-        noise = max(noise, FLOOR_LEAST / FLOOR_FACTOR) if noise is not None else bounds["rel_l2"].value / share
+        usual = bounds["rel_l2"].floor
+        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else max(usual, LEAST["rel_l2"] / 10)
         found += neighbour_metrics(wanted, got, noise=noise, seed=seed)
     judged = []
     for metric in found:
@@ -273,6 +288,9 @@ def _judge(
         if metric.name == "max_abs_rms":
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
         judged.append(Judged(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
+    if floor is not None and set(STRAYS) <= set(bounds):
+        common = systematic(floor.center[name][kept], got)
+        judged += [Judged(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
     if rows.tokenless:
         judged.append(_tokenless(name, actual, rows))
     return judged
@@ -313,4 +331,7 @@ def sentence(item: Judged) -> str:
     """Say of a gate that failed: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail
     text = f"{item.metric.name} {item.metric.value:.3g}, allowed {item.bound.value:.3g} ({item.bound.source})"
-    return f"{text}, worst row {item.metric.worst['row']} ({item.metric.worst['text']!r})"
+    worst = item.metric.worst
+    if "row" not in worst:
+        return f"{text}, over all {worst['rows']} rows"
+    return f"{text}, worst row {worst['row']} ({worst['text']!r})"

@@ -72,13 +72,14 @@ def check(case: Case) -> Any:
     Raises:
         ConfigError: an option, a runtime or the model kind is wrong.
     """
-    for name in (*case.runtimes, *case.tolerance, *(item.runtime for item in case.expect)):
+    own = case.tolerance if isinstance(case.tolerance, dict) else {}
+    for name in (*case.runtimes, *own, *(item.runtime for item in case.expect)):
         if name not in registered("runtimes"):
             raise ConfigError(
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
             )
     kind = model_kind(case)
-    for name, bounds in case.tolerance.items():
+    for name, bounds in own.items():
         check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, kind.bounds)
     try:
         return kind.options.model_validate(case.options)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import NOISE_SHARE, Bound, Judged, emulated_bounds
-from qeff_validate.metrics import Floats, Metric, worst_row
+from qeff_validate.compare import NOISE_SHARE, Bound, Judged, measured_bound, overridden
+from qeff_validate.floor import Floor
+from qeff_validate.metrics import Floats, Metric, systematic, worst_row
 from qeff_validate.tensors import Array
 
 TIERS = (1, 5, 50, 1000)
@@ -41,8 +42,10 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
 MOST = {"kl_p99": 0.1, "kl_max": 1.0, **dict.fromkeys(ERRORS, 5.0), "flips": 1.0, "tie_flips": 1e6}
 """A bound that reaches this accepts another distribution; no flip beyond a tie is ever accepted."""
 
-FLOOR_FACTOR = 10.0
-"""Errors of single log-probabilities may reach so many times the noise of the reference itself."""
+LEAST: Mapping[str, float] = MappingProxyType(
+    {"kl_p99": 1e-12, "kl_max": 1e-11, **dict(zip(ERRORS, (2e-6, 2e-6, 5e-6, 5e-6, 1e-5), strict=True))}
+)
+"""No measured bound is below these: some units in the last place of a float32 logit of size 10."""
 
 SIGMAS = 4.0
 """A reference margin within so many standard deviations of the logits' noise is a tie (validation-methods §12.4)."""
@@ -69,39 +72,35 @@ def log_softmax(logits: Array) -> Floats:
     return found
 
 
-def logit_bounds(
-    precision: str, *, noise: float | None, override: Mapping[str, Any], measured: Mapping[str, float] | None = None
-) -> dict[str, Bound]:
-    """Return the bound of each gate; empty if the precision has none.
+def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | None = None) -> dict[str, Bound]:
+    """Return the bound of each gate; a metric without a sound bound has none.
 
     Args:
         precision: profile of what computes.
-        noise: standard deviation of the reference's own rounding in a logit; None if it was not measured.
         override: the case's own bounds, with ``why``.
-        measured: from `logit_errors`, for a profile without bounds of its own.
+        floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
     """
-    bounds = {
-        name: Bound(value, "fallback", f"{precision} profile") for name, value in FALLBACK.get(precision, {}).items()
-    }
-    if measured is not None and not bounds:
-        bounds = emulated_bounds(precision, measured, FALLBACK, MOST)
-    if bounds and precision == "fp32" and noise is not None:
-        for name in ERRORS:
-            floor = FLOOR_FACTOR * noise
-            if floor > bounds[name].value:
-                why = f"{FLOOR_FACTOR:g} x the reference's own rounding, {noise:.1e} in a logit"
-                bounds[name] = Bound(min(floor, 20 * bounds[name].value), "floor", why)
+    if floor is None:
+        fallback = FALLBACK.get(precision, {})
+        bounds = {name: Bound(value, "fallback", f"{precision} profile") for name, value in fallback.items()}
+    else:
+        made = {name: measured_bound(name, floor, least, MOST[name]) for name, least in LEAST.items()}
+        bounds = {name: bound for name, bound in made.items() if bound is not None}
     if bounds:
         bounds["flips"] = Bound(0.0, "exact", "no token changes but between two that are level within the noise")
-    for name, value in override.items():
-        if name != "why" and name in LOGIT_GATES:
-            bounds[name] = Bound(float(value), "case", str(override["why"]))
-    return bounds
+    return bounds | {name: bound for name, bound in overridden(override).items() if name in LOGIT_GATES}
 
 
-def logit_errors(reference: Array, emulated: Array) -> dict[str, float]:
-    """Return the value of each metric that has a bound by precision, for emulated logits of the same rows."""
-    return {metric.name: metric.value for metric in _errors(log_softmax(reference), log_softmax(emulated))}
+def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
+    """Return the value of each metric that has a bound by precision, for logits of the same rows."""
+    found = _errors(log_softmax(reference), log_softmax(actual))
+    return {metric.name: metric.value for metric in found if metric.name in LEAST}
+
+
+def logit_strays(center: Array, actual: Array) -> list[Metric]:
+    """Return the systematic parts of logits' errors; a constant shift of a row is none."""
+    wanted, got = (array.astype(np.float64) for array in (center, actual))
+    return systematic(wanted - wanted.mean(axis=1, keepdims=True), got - got.mean(axis=1, keepdims=True))
 
 
 def judge_logits(

@@ -116,6 +116,29 @@ def worst_row(name: str, values: Floats) -> Metric:
     return Metric(name, float(values[row]), {"row": row})
 
 
+def systematic(center: Array, actual: Array) -> list[Metric]:
+    """Return the parts of an error that rows have in common, and that average out if it is rounding (§12.1).
+
+    Args:
+        center: [n, d], what the precision gives on average.
+        actual: [n, d].
+
+    Returns:
+        ``mean_signed``: the greatest mean error of a column, with its sign kept in the mean, each row relative to its
+        root mean square; ``mean_norm``: |mean of ‖b‖/‖a‖ − 1|.
+    """
+    wide, own = center.astype(np.float64), actual.astype(np.float64)
+    with np.errstate(all="ignore"):
+        size = np.linalg.norm(wide, axis=1, keepdims=True)
+        signed = ((own - wide) / (size / np.sqrt(wide.shape[1]))).mean(axis=0)
+        ratio = float((np.linalg.norm(own, axis=1, keepdims=True) / size).mean())
+    column = int(np.argmax(np.abs(signed)))  # numpy's argmax returns the first NaN, if there is one
+    return [
+        Metric("mean_signed", float(np.abs(signed[column])), {"column": column, "rows": len(wide)}),
+        Metric("mean_norm", abs(ratio - 1), {"rows": len(wide)}),
+    ]
+
+
 def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: int = 0) -> list[Metric]:
     """Measure the order of neighbours, the overlap of the ten nearest, and the drift of scores.
 

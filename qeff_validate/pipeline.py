@@ -21,8 +21,10 @@ import numpy as np
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.store import Entry, Store, code_key
-from qeff_validate.case import Case
+from qeff_validate.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
+from qeff_validate.floor import Floor, belonging, digest_of
+from qeff_validate.metrics import Floats
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
 from qeff_validate.report import Result
@@ -35,8 +37,8 @@ T = TypeVar("T")
 INPUTS = ("ids", "lengths", "texts")
 """Names of inputs in a recorded file, beside those that start with ``inputs.``."""
 
-EMULATED = "emulated."
-"""Begins the names of emulated outputs in a recorded file."""
+FLOOR = "floor."
+"""Begins the names of a floor's tensors in a recorded file; the precision and a slash come next."""
 
 
 def is_input(name: str) -> bool:
@@ -46,7 +48,7 @@ def is_input(name: str) -> bool:
 
 def is_beside(name: str) -> bool:
     """Say whether a tensor of a recorded file is no output of the reference."""
-    return is_input(name) or name == "floor" or name.startswith(EMULATED)
+    return is_input(name) or name.startswith(FLOOR)
 
 
 class Progress(Protocol):
@@ -103,7 +105,7 @@ class Pipeline:
                 return Result(**base, status="not_run", reason=missing)
             base["simulated"] = bool(getattr(adapter, "simulated", False))
             base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
-            base["precision"] = self.case.precision.profile if adapter.kind == "qpc" else "fp32"
+            base["precision"] = self._precision(adapter).profile
             return judge(base)
         except ValidateError as exc:
             stage = "config" if isinstance(exc, ConfigError) else exc.stage
@@ -113,9 +115,13 @@ class Pipeline:
             reason = f"unexpected {type(exc).__name__}: {exc}"
             return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
 
+    def _precision(self, adapter: Runtime) -> Precision:
+        """Return what a runtime computes with: hosts are not asked for anything but float32."""
+        return self.case.precision if adapter.kind == "qpc" else Precision(compute="fp32")
+
     def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
-        reference, floor = self.reference(), self.floor()
+        reference, floor = self.reference(), self.floor(self._precision(adapter))
         artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
         with ExitStack() as held:
             start = time.perf_counter()
@@ -125,9 +131,8 @@ class Pipeline:
             with self._stage("run", adapter.name):
                 actual = self.model().infer(session, inputs, reference)
         with self._stage("compare", adapter.name):
-            override = self.case.tolerance.get(adapter.name, {})
-            emulated = self.emulated() if adapter.kind == "qpc" else None
-            terms = Terms(base["precision"], floor, override, self.case.seed, emulated)
+            override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
+            terms = Terms(base["precision"], override, self.case.seed, floor, device)
             verdict = self.model().judge(reference, actual, inputs, terms)
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         times = {name: self.seconds[name] for name in stages if name in self.seconds}
@@ -154,7 +159,7 @@ class Pipeline:
 
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
         inputs, artifact = self.inputs(), self.artifact(adapter.kind, getattr(adapter, "sdk", None))
-        terms = Terms(base["precision"], None, self.case.tolerance.get(adapter.name, {}), self.case.seed)
+        terms = Terms(base["precision"], self.case.bounds(adapter.name), self.case.seed)
         try:
             with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
                 verdict = self.model().relate(name, session, inputs, terms)
@@ -205,12 +210,12 @@ class Pipeline:
         return {} if path is None else self._once("recorded", lambda: load_tensors(Path(path)))
 
     def record(self, folder: Path) -> Path:
-        """Write inputs, reference outputs and floor to ``<folder>/<case>.safetensors``, by one rename."""
+        """Write inputs, reference outputs and floors to ``<folder>/<case>.safetensors``, by one rename."""
         folder.mkdir(parents=True, exist_ok=True)
         stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
-        floor = self.floor()
-        extra = {} if floor is None else {"floor": np.array([floor])}
-        extra |= {f"{EMULATED}{name}": array for name, array in (self.emulated() or {}).items()}
+        floors = [self.floor(precision) for precision in (Precision(compute="fp32"), self.case.precision)]
+        kept = {floor.profile: floor.stored() for floor in floors if floor is not None}
+        extra = {f"{FLOOR}{profile}/{name}": array for profile, of in kept.items() for name, array in of.items()}
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
             save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
@@ -244,44 +249,45 @@ class Pipeline:
             "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
         )
 
-    def floor(self) -> float | None:
-        """Return the noise of the reference in float32 against float64; None if unknown."""
+    def exact(self) -> Tensors:
+        """Return the float64 outputs of the Hugging Face model, stored like the reference."""
 
         def make() -> Tensors:
-            exact = self.model().reference(self.inputs(), dtype="float64")
+            made = self.model().reference(self.inputs(), dtype="float64")
             release_memory()
-            return {"floor": np.array([self.model().noise(exact, self.reference(), self.inputs())])}
+            return made
 
-        def get() -> float:
-            stored, _ = self.store.tensors("floor", self._reference_key("float64"), make)
-            return float(stored["floor"][0])
+        return self._once(
+            "exact", lambda: self.store.tensors("reference", self._reference_key("float64"), make)[0], show=True
+        )
 
-        if self.case.artifacts.reference is not None:
-            recorded = self._recorded()
-            return float(recorded["floor"][0]) if "floor" in recorded else None
-        return self._once("floor", get, show=True)
+    def floor(self, precision: Precision) -> Floor | None:
+        """Return how far legitimate runs of the original model are off in a precision, stored by model and inputs.
 
-    def emulated(self) -> Tensors | None:
-        """Return outputs of the original model that keeps weights or state as the case's precision says, stored.
+        None if the case wants the bounds of the table, or if there is no original model to run.
 
-        None if the precision has bounds of its own, or if there is no original model to run.
+        Raises:
+            IncomparableError: a recorded floor belongs to another reference.
         """
-        precision = self.case.precision
-        if precision.profile == precision.compute:
+        profile, made = precision.profile, self.model()
+        if self.case.tolerance == "table":
             return None
         if self.case.artifacts.reference is not None:
-            recorded = self._recorded().items()
-            return {n.removeprefix(EMULATED): array for n, array in recorded if n.startswith(EMULATED)} or None
-        run = getattr(self.model(), "emulated", None)
-        if run is None:
+            start = f"{FLOOR}{profile}/"
+            found = {n.removeprefix(start): array for n, array in self._recorded().items() if n.startswith(start)}
+            return belonging(Floor.from_stored(found), self.reference(), profile) if found else None
+        if not hasattr(made, "ensemble"):
             return None
 
         def make() -> Tensors:
-            found: Tensors = run(self.inputs(), self.reference(), precision)
-            return found
+            return measured(made, self.exact(), self.reference(), self.inputs(), precision).stored()
 
-        key = {**self._reference_key("float32"), "precision": precision.model_dump(mode="json")}
-        return self._once("emulated", lambda: self.store.tensors("emulated", key, make)[0], show=True)
+        key = {**self._reference_key("float64"), "precision": precision.model_dump(mode="json")}
+
+        def get() -> Floor:
+            return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
+
+        return self._once(f"noise floor in {profile}", get, show=True)
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
         """Return the artifact that a runtime of this kind opens."""
@@ -376,6 +382,24 @@ class Pipeline:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = name  # type: ignore[attr-defined]
                 raise
+
+
+def measured(made: Any, exact: Tensors, reference: Tensors, inputs: Any, precision: Precision) -> Floor:
+    """Run the ensemble of a model wrapper (`protocols.Measured`), and keep its errors and its mean."""
+    runs = list(made.ensemble(inputs, reference, precision))
+    errors = [made.measure(exact, run, inputs) for run in runs]
+    total = {name: sum(run[name].astype(np.float64) for run in runs) for name in runs[0]}
+    strays = []
+    for run in runs:  # against the others alone: a mean that a run has part in is nearer to it
+        others = {name: (total[name] - run[name]) / (len(runs) - 1) for name in run}
+        strays.append(made.strays(others, run, inputs))
+    center = {name: (array / len(runs)).astype(np.float32) for name, array in total.items()}
+    return Floor(precision.profile, digest_of(reference), by_metric(errors), by_metric(strays), center)
+
+
+def by_metric(found: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
+    """Turn the metrics of each run into the runs of each metric."""
+    return {name: np.array([each[name] for each in found], dtype=np.float64) for name in found[0]}
 
 
 def release_memory() -> None:

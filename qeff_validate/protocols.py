@@ -7,7 +7,7 @@ elsewhere, and a method that is added here must be written by everybody who ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from qeff_validate.case import Case, Precision
     from qeff_validate.compare import Verdict
+    from qeff_validate.floor import Floor
 
 
 class Session(Protocol):
@@ -95,18 +96,17 @@ class Terms:
 
     Attributes:
         precision: profile of what computed them: ``fp32``, ``fp16``, ``fp16+mxfp6``, ….
-        floor: the reference's own noise, from `Model.noise`; None if it is not known.
         override: the case's own bounds for this runtime, with ``why``.
         seed: draws rows for metrics of pairs.
-        emulated: outputs of the original model that keeps weights or state as the precision says; None if there are
-            none. Where a profile has no bounds of its own, the noise of these is the measure, never an artifact.
+        floor: errors of legitimate runs of the original model in this precision; None: they were not measured.
+        device: the outputs are a device's, so systematic errors are looked for as well.
     """
 
     precision: str
-    floor: float | None
     override: Mapping[str, Any]
     seed: int
-    emulated: Tensors | None = None
+    floor: Floor | None = None
+    device: bool = False
 
 
 class Inputs(Protocol):
@@ -125,14 +125,20 @@ class Inputs(Protocol):
         """What a reader of the report should know of them."""
 
 
-class Emulating(Protocol):
-    """What a model wrapper may offer besides, so that compressed weights and state get bounds."""
+class Measured(Protocol):
+    """What a model wrapper may offer besides, so that bounds are measured and not taken from a table."""
 
-    def emulated(self, inputs: Any, reference: Tensors, precision: Precision) -> Tensors:
-        """Run the original model in float32, with weights and state as the precision keeps them; as `Model.reference`.
+    def ensemble(self, inputs: Any, reference: Tensors, precision: Precision) -> Iterator[Tensors]:
+        """Run the original model in a precision, in several legitimate ways; outputs as those of `Model.infer`.
 
-        Shares no code with a compiler or a simulator. Of the reference, a language model uses the tokens.
+        Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
         """
+
+    def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+        """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""
+
+    def strays(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+        """Return the systematic parts of outputs' errors against what the precision gives on average."""
 
 
 class Model(Protocol):
@@ -169,9 +175,6 @@ class Model(Protocol):
             reference: from `reference`; a language model is fed its tokens, so that each step is compared in the same
                 context. Nothing else of it may be used.
         """
-
-    def noise(self, exact: Tensors, reference: Tensors, inputs: Any) -> float:
-        """Return the worst relative L2 of the float32 reference against the float64 one."""
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
         """Compare what a runtime gave with the reference."""

@@ -77,6 +77,9 @@ def _metric(item: Judged) -> dict[str, Any]:
         "bound": bound.value if bound else None,
         "source": bound.source if bound else None,
         "why": bound.why if bound else None,
+        "floor": bound.floor if bound else None,
+        "over_bound": item.metric.value / bound.value if bound and bound.value else None,
+        "over_floor": item.metric.value / bound.floor if bound and bound.floor else None,
         "worst": dict(item.metric.worst),
         "passed": item.passed,
     }
@@ -189,7 +192,7 @@ HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     gates = [m for m in result["metrics"] if m["bound"]]
-    worst = max(gates, key=lambda m: float(m["value"]) / m["bound"] if m["value"] != "nan" else math.inf, default=None)
+    worst = max(gates, key=_nearness, default=None)
     times = result["timings_s"]
     name = result["runtime"] + (" (simulated)" if result["simulated"] else "")
     coverage = result["coverage"]
@@ -198,12 +201,26 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         result["precision"] or "",
         result["status"],
-        f"{worst['name'].rpartition('.')[2]} {_number(worst['value'])} of {_number(worst['bound'])}" if worst else "",
-        f"{worst['worst']['row']}: {worst['worst']['text'][:24]!r}" if worst else "",
+        _beside_bound(worst) if worst else "",
+        _place(worst["worst"]) if worst else "",
         f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
     )
+
+
+def _nearness(metric: Mapping[str, Any]) -> float:
+    return math.inf if metric["value"] == "nan" else float(metric["value"]) / metric["bound"]
+
+
+def _beside_bound(metric: Mapping[str, Any]) -> str:
+    """Say of a gate: value, bound, and what is usual where that was measured."""
+    text = f"{metric['name'].rpartition('.')[2]} {_number(metric['value'])} of {_number(metric['bound'])}"
+    return f"{text} (floor {_number(metric['floor'])})" if metric["floor"] else text
+
+
+def _place(worst: Mapping[str, Any]) -> str:
+    return f"{worst['row']}: {worst['text'][:24]!r}" if "row" in worst else "all rows"
 
 
 def table(plain: Mapping[str, Any]) -> Table:

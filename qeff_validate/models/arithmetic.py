@@ -69,7 +69,7 @@ WAYS = (
     Way("eager, random rounding, batches of 8", seed=2),
     Way("sdpa, random rounding, sums in 2 parts, batches of 5", "sdpa", parts=2, seed=3, batch=5),
 )
-"""The ensemble: kernels, orders of summation, batches, padding, threads, roundings, and layouts of compressed blocks."""
+"""The ensemble: kernels, orders of sums, batches, padding, threads, roundings, and layouts of compressed blocks."""
 
 
 class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,15 +109,17 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if own is not None and func._schema.is_mutable:  # it has written into what it read
             found = own[0].copy_(found)
         if learned:
-            for value in _flat(found if isinstance(found, (tuple, list)) else (found,)):
+            for value in _flat((found,)):
                 if isinstance(value, Tensor):
                     setattr(value, LEARNED, True)
         return found
 
     def _read(self, value: Any) -> Any:
         """Return what an operation sees of its arguments."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._read(item) for item in value)
+        if isinstance(value, tuple):
+            return tuple(self._read(item) for item in value)
+        if isinstance(value, list):
+            return [self._read(item) for item in value]
         if isinstance(value, float):  # a compiler clips constants, such as what masks put in
             return min(max(value, -self._most), self._most)
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
@@ -151,7 +153,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value * (1 + drawn * torch.finfo(torch.float32).eps)
 
     def _numbers(self, count: int) -> Tensor:
-        """Return numbers below 2³⁰, from a random place in the pool on: drawing them anew takes longer than a product."""
+        """Return numbers below 2³⁰, from a random place in the pool on: drawing them anew would take longest."""
         start = int(torch.randint(0, POOL, (), generator=self._drawn))
         return self._pool.roll(-start).repeat(-(-count // POOL))[:count]
 

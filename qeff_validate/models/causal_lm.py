@@ -20,9 +20,9 @@ from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
-from qeff_validate.metrics import row_errors
+from qeff_validate.logits import logit_strays
 from qeff_validate.models.adapter import CONFIG, WEIGHTS
-from qeff_validate.models.continuations import judge_continuations
+from qeff_validate.models.continuations import judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.prompts import LONG, TEXTS
@@ -246,9 +246,13 @@ class PeftCausalLM:
         sizes = (options.batch_size, options.prefill_seq_len, options.padding_side)
         return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens)
 
-    def noise(self, exact: Tensors, reference: Tensors, inputs: Prompts) -> float:  # noqa: ARG002
-        """Return the worst relative L2 of the logits."""
-        return float(np.max(row_errors(exact["logits"], reference["logits"]).rel_l2))
+    def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
+        """Return the errors of logits, and of what each adapter changes."""
+        return measure_continuations(exact, outputs["logits"], exact["steps"], list(inputs.adapters), inputs.labels)
+
+    def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
+        """Return the systematic parts of logits' errors."""
+        return {metric.name: metric.value for metric in logit_strays(center["logits"], outputs["logits"])}
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
         """Compare logits, choices, adapters' effects and second visits."""

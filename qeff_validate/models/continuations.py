@@ -10,23 +10,26 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.compare import (
-    EMULATED_FACTOR,
     Bound,
     Judged,
     Rows,
     Status,
     Verdict,
+    measured_bound,
     non_finite,
     sentence,
+    stray_bounds,
     structure_problem,
+    without_bound,
 )
+from qeff_validate.floor import Floor
 from qeff_validate.logits import (
-    FALLBACK,
     LOGIT_GATES,
     Text,
     judge_logits,
     logit_bounds,
     logit_errors,
+    logit_strays,
     noise_level,
     rows_beyond,
 )
@@ -39,10 +42,16 @@ EFFECT = 20.0
 """An adapter must change log-probabilities by so many times the noise, or nothing can be said of it."""
 
 EFFECT_MEASURED = 5.0
-"""The same where the noise in an adapter's change was measured by emulation, and so was what its direction suffers."""
+"""The same where the noise was measured on the very adapter, and so was what the direction of its change suffers."""
 
-DELTA_COSINE, DELTA_NORM = 0.01, 0.05
+DELTAS = {"delta_cosine": 0.01, "delta_norm": 0.05}
 """The change that an adapter makes has the reference's direction (cosine ≥ 0.99) and size (within 5 %), §14.2."""
+
+LEAST_DELTAS = {"delta_cosine": 1e-8, "delta_norm": 1e-5}
+"""No measured bound of them is below these."""
+
+MOST_DELTAS = {"delta_cosine": 0.5, "delta_norm": 0.5}
+"""A bound that reaches this accepts another adapter."""
 
 SAID = 3
 """So many gates that failed are put into words; of the others the names are enough, the report has the numbers."""
@@ -74,22 +83,18 @@ def judge_continuations(
         return Verdict("fail", f"{bad[0]}; {where}", (bad[1],), planned=planned)
     if not np.isfinite(reference["logits"]).all():
         return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
-    noise = (
-        None if terms.floor is None else terms.floor * float(np.sqrt(np.mean(reference["logits"].astype(float) ** 2)))
-    )
-    emulated = None if terms.emulated is None else terms.emulated["logits"]
-    measured = None if emulated is None else logit_errors(reference["logits"], emulated)
-    bounds = logit_bounds(terms.precision, noise=noise, override=terms.override, measured=measured)
+    floor = terms.floor
+    bounds = logit_bounds(terms.precision, override=terms.override, floor=floor)
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
-        reason = f"no sound bound for {', '.join(missing)}: give one with its reason in the case's tolerance"
-        return Verdict("inconclusive", reason, planned=planned)
+        return Verdict("inconclusive", without_bound(missing, floor), planned=planned)
     judged = judge_logits(reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos)
+    if terms.device and floor is not None:
+        limits = stray_bounds(floor)
+        found = logit_strays(floor.center["logits"], actual["logits"])
+        judged += [Judged(replace(item, name=f"logits.{item.name}"), limits[item.name]) for item in found]
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
-    like = None
-    if emulated is not None:
-        like = FirstTokens.of(reference["logits"], {"logits": emulated, "again": emulated[:again]}, texts, adapters)
-    effects, weak = _effects(first, terms.precision, noise, like)
+    effects, weak = _effects(first, terms.precision, floor)
     judged += [*effects, _revisits(actual, labels, again)]
     verdict = _conclude(judged, weak, planned)
     if verdict.status != "fail":
@@ -114,15 +119,36 @@ def _structure(reference: Tensors, actual: Tensors, rows: int, again: int) -> st
     return structure_problem({"logits": reference["logits"]}, {"logits": actual["logits"]}, rows)
 
 
-def _effects(
-    first: FirstTokens, precision: str, noise: float | None, like: FirstTokens | None
-) -> tuple[list[Judged], list[str]]:
+def measure_continuations(
+    exact: Tensors, logits: Array, steps: Array, adapters: Sequence[str], prompts: Sequence[str]
+) -> dict[str, float]:
+    """Return the errors of a run's logits, and for each adapter those of what it changes.
+
+    Args:
+        exact: ``logits`` of the float64 reference.
+        logits: of the same rows.
+        steps: rows of each continuation.
+        adapters: ``base`` and the adapters' names.
+        prompts: labels.
+    """
+    texts = _texts(steps, adapters, prompts)
+    again = sum(len(text.rows) for text in texts[: 2 * len(prompts)])
+    first = FirstTokens.of(exact["logits"], {"logits": logits, "again": logits[:again]}, texts, adapters)
+    found = logit_errors(exact["logits"], logits)
+    for at, name in enumerate(adapters[1:], start=1):
+        changes = zip(DELTAS, first.change(at), strict=True)
+        found |= {f"{name}.{metric}": value for metric, value in changes} | {f"{name}.strayed": first.strayed(at)}
+    return found
+
+
+def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[list[Judged], list[str]]:
     """Judge what each adapter changes, and whether that, and the difference between two, can be told from noise."""
-    level, needed = _level(precision, noise, like)
+    needed = EFFECT if floor is None else EFFECT_MEASURED
     judged: list[Judged] = []
     weak: list[str] = []
     for at, name in enumerate(first.adapters[1:], start=1):
         place = {"row": first.rows[at], "text": first.labels[at]}
+        level = noise_level(precision) if floor is None else floor.level(f"{name}.strayed")
         size = first.apart(0, at)
         ratio = size / level if level > 0 else np.inf
         judged.append(Judged(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
@@ -137,37 +163,20 @@ def _effects(
             for other in range(1, at)
             if not first.apart(other, at) >= needed * level
         ]
-        bounds = _change_bounds(None if like is None else like.change(at))
-        for metric, value in zip(bounds, first.change(at), strict=True):
-            judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), bounds[metric]))
+        for metric, value in zip(DELTAS, first.change(at), strict=True):
+            bound = _change_bound(name, metric, floor)
+            if bound is None:
+                weak.append(f"adapter {name!r}: noise in {precision} hides {metric.replace('_', ' of ')} of its change")
+            else:
+                judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), bound))
     return judged, weak
 
 
-def _level(precision: str, noise: float | None, like: FirstTokens | None) -> tuple[float, float]:
-    """Return the noise in an adapter's change of a log-probability, and how many times as great the change must be.
-
-    Of what compressed weights cost, most is the same with and without an adapter; an emulated run says what is not.
-    """
-    compute, _, kept = precision.partition("+")
-    if compute not in FALLBACK or (kept and like is None):
-        return np.inf, EFFECT
-    level = noise if compute == "fp32" and noise is not None else noise_level(compute)
-    return (level, EFFECT) if like is None else (level + like.strayed(), EFFECT_MEASURED)
-
-
-def _change_bounds(emulated: tuple[float, float] | None) -> dict[str, Bound]:
-    """Return what an adapter's change may be off by, in direction and size."""
-    least, why = (
-        {"delta_cosine": DELTA_COSINE, "delta_norm": DELTA_NORM},
-        "the adapter's change against the reference's",
-    )
-    if emulated is None:
-        return {name: Bound(value, "fallback", why) for name, value in least.items()}
-    bounds = {}
-    for (name, value), more in zip(least.items(), emulated, strict=True):
-        said = f"{why}: {value:g} + {EMULATED_FACTOR:g} x {more:.2g}"
-        bounds[name] = Bound(value + EMULATED_FACTOR * more, "emulated", said)
-    return bounds
+def _change_bound(adapter: str, metric: str, floor: Floor | None) -> Bound | None:
+    """Return what an adapter's change may be off by, in direction or size; None if the noise is too great."""
+    if floor is None:
+        return Bound(DELTAS[metric], "fallback", "the adapter's change against the reference's")
+    return measured_bound(f"{adapter}.{metric}", floor, LEAST_DELTAS[metric], MOST_DELTAS[metric])
 
 
 def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:

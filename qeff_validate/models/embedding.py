@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.case import Case, Precision
-from qeff_validate.compare import Rows, Verdict, bounds_for, compare, errors_of
+from qeff_validate.compare import Rows, Verdict, bounds_for, compare, stray_bounds, strays, worst_errors
 from qeff_validate.errors import ConfigError, RunError
-from qeff_validate.metrics import Floats, row_errors
+from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.head import Head, resolve_head
@@ -198,16 +198,20 @@ class PooledEmbedding:
         empty = np.zeros_like(found[0])
         return {"output": np.stack([empty if row is None else row for row in rows]).astype(dtype)}
 
-    def noise(self, exact: Tensors, reference: Tensors, inputs: TokenRows) -> float:
-        """Return the worst relative L2 over the rows that hold a token."""
-        kept = [row for row in range(len(inputs.labels)) if row not in inputs.tokenless]
-        return float(np.max(row_errors(exact["output"][kept], reference["output"][kept]).rel_l2))
+    def measure(self, exact: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+        """Return the worst row of each row metric."""
+        return worst_errors(exact, outputs, Rows(inputs.labels, inputs.tokenless))
+
+    def strays(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+        """Return the systematic parts of vectors' errors."""
+        return strays(center, outputs, Rows(inputs.labels, inputs.tokenless))
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
         """Compare vectors row by row."""
+        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
+        if terms.device and terms.floor is not None:
+            bounds = stray_bounds(terms.floor) | bounds
         rows = Rows(inputs.labels, inputs.tokenless)
-        measured = None if terms.emulated is None else errors_of(reference, terms.emulated, rows)
-        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override, measured=measured)
         return compare(reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed)
 
     def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
@@ -216,7 +220,7 @@ class PooledEmbedding:
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
         # both ways read the same compressed weights
-        bounds = bounds_for(terms.precision.partition("+")[0], floor=None, override=terms.override)
+        bounds = bounds_for(terms.precision.partition("+")[0], override=terms.override)
         return compare(expected, actual, bounds, rows=Rows(labels), seed=terms.seed)
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002

@@ -71,10 +71,10 @@ def ensemble(
         own, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]
         starts = [prompt.size for prompt in prompts]
-        for way, part in zip(WAYS, parts, strict=True):
+        for at, way in enumerate(WAYS):
             weights = compressed.get(way.block, nullcontext())
             with foreign("run the Hugging Face model"), weights, computing_as(adapted, precision.compute, way):
-                part += batched_logits(adapted, whole, starts, inputs.pad, way, keep=precision.kv is not None)
+                parts[at] += batched_logits(adapted, whole, starts, inputs.pad, way, keep=precision.kv is not None)
     return [{"logits": np.concatenate(part)} for part in parts]
 
 

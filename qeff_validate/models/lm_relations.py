@@ -156,7 +156,7 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
         bad = non_finite({"logits": array}, Rows(labels))
         if bad:
             return Verdict("fail", bad[0], (bad[1],), planned=len(labels))
-    bounds = logit_bounds(compute, noise=None, override=terms.override)
+    bounds = logit_bounds(compute, override=terms.override)
     if not bounds:
         reason = f"no sound bound for precision {compute}: give bounds with their reason in the tolerance"
         return Verdict("inconclusive", reason, planned=len(labels))

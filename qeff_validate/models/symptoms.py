@@ -68,10 +68,9 @@ class FirstTokens:
             cosine = np.sum(wanted * got) / np.float64(norms[0] * norms[1])
         return float(1 - cosine), abs(norms[1] / norms[0] - 1)
 
-    def strayed(self) -> float:
-        """Return how far an adapter's change of the base is off from the reference's, at worst: root mean square."""
-        changes = zip(self.got[1:] - self.got[0], self.wanted[1:] - self.wanted[0], strict=True)
-        return max((_far(got, wanted) for got, wanted in changes), default=0.0)
+    def strayed(self, adapter: int) -> float:
+        """Return how far an adapter's change of the base is off from the reference's: root mean square."""
+        return _far(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
 
     def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
         """Say what a fault in these tokens looks like."""
