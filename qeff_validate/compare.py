@@ -37,8 +37,11 @@ LEAST: Mapping[str, float] = MappingProxyType(
 STRAYS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
 """Systematic parts of a device's error, with the least bound of each."""
 
-STRAY_FACTOR = 2.0
-"""How many times the limit of legitimate runs a device may stray, beside the factor of its precision."""
+STRAY_FACTOR = 1.5
+"""How many times the limit of legitimate runs a device may stray, beside the factor of its precision.
+
+The worst of 51 held-out graphs on the simulated device strayed by 1.76 times the limit.
+"""
 
 NOISE_SHARE = 5.0
 """Emulated fp16 noise (2e-3) is a fifth of its fallback bound (validation-methods §14.1); used where no floor is."""

@@ -48,6 +48,7 @@ class Way:
         batch: rows that run together, padded to the longest, last row first.
     threads: of one operation; None: torch's own choice.
     block: numbers that share a scale in a compressed format.
+    fused: a root mean square is one operation; else its factor is stored in the precision, which moves whole rows.
     """
 
     name: str
@@ -57,17 +58,18 @@ class Way:
     batch: int = 8
     threads: int | None = None
     block: int = 32
+    fused: bool = True
 
 
 WAYS = (
     Way("eager, each row by itself", batch=1),
     Way("sdpa, batches of 8", "sdpa"),
-    Way("eager, sums in 2 parts, batches of 16, one thread", parts=2, batch=16, threads=1),
-    Way("eager, sums in 4 parts, batches of 3", parts=4, batch=3, block=16),
+    Way("eager, sums in 2 parts, batches of 16, one thread", parts=2, batch=16, threads=1, fused=False),
+    Way("eager, sums in 4 parts, batches of 3", parts=4, batch=3, block=16, fused=False),
     Way("sdpa, sums in 8 parts, batches of 8", "sdpa", parts=8, block=64),
-    Way("eager, random rounding, batches of 16", seed=1, batch=16),
+    Way("eager, random rounding, batches of 16", seed=1, batch=16, fused=False),
     Way("eager, random rounding, batches of 8", seed=2),
-    Way("sdpa, random rounding, sums in 2 parts, batches of 5", "sdpa", parts=2, seed=3, batch=5),
+    Way("sdpa, random rounding, sums in 2 parts, batches of 5", "sdpa", parts=2, seed=3, batch=5, fused=False),
 )
 """The ensemble: kernels, orders of sums, batches, padding, threads, roundings, and layouts of compressed blocks."""
 
@@ -106,6 +108,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = func(*args, **given)
         if name in PRODUCTS and self._drawn is not None and self._dtype == torch.float32:
             found = self._blurred(found)
+        if self.kept and name == "rsqrt" and not self._way.fused and self._dtype != torch.float32:
+            found = self._read(found)
         if own is not None and func._schema.is_mutable:  # it has written into what it read
             found = own[0].copy_(found)
         if learned:
