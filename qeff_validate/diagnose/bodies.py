@@ -158,18 +158,9 @@ def _replaced(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda module, args, out: function(args[0])  # noqa: ARG005
 
 
-def _attention_zeroed(model: Any, patch: Patch) -> None:
-    parts.rewrite(patch, parts.attention_output(model), torch.zeros_like)
-
-
-def _in_outer(change: Callable[[Tensor], None]) -> Change:
-    """Return a change of the last weight of the last layer, as ``[out, in]``."""
-
-    def made(weight: Tensor) -> Tensor:
-        change(weight)
-        return weight
-
-    return lambda model, patch: parts.rewrite(patch, parts.outer(model), made)
+def _in(part: Callable[[Any], Any], made: Callable[[Tensor], Tensor]) -> Change:
+    """Return a change of the weight of a part, as ``[out, in]``."""
+    return lambda model, patch: parts.rewrite(patch, part(model), made)
 
 
 def _no_bias(model: Any, patch: Patch) -> None:
@@ -254,16 +245,16 @@ def _wider_window(model: Any, patch: Patch) -> None:
     patch.attribute(model.config, "sliding_window", window + 1)
 
 
-def _negate_row(weight: Tensor) -> None:
-    weight[0] *= -1
+def _filled(place: tuple[Any, ...], value: float) -> Change:
+    def made(weight: Tensor) -> Tensor:
+        weight[place] = value
+        return weight
+
+    return _in(parts.outer, made)
 
 
-def _kill_neuron(weight: Tensor) -> None:
-    weight[:, 0] = 0
-
-
-def _put_nan(weight: Tensor) -> None:
-    weight[0, 0] = float("nan")
+def _negated_row(weight: Tensor) -> Tensor:
+    return torch.cat([-weight[:1], weight[1:]])
 
 
 def _body(name: str, family: str, change: Change, source: str, *, gross: bool = False, ceiling: bool = False) -> Mutant:
@@ -277,7 +268,7 @@ BODIES: tuple[Mutant, ...] = (
     _body("last layer dropped", "layers", _restack(lambda found: found[:-1]), _SIZES, gross=True, ceiling=True),
     _body("first two layers swapped", "layers", _restack(lambda f: [f[1], f[0], *f[2:]]), _FAULTS, gross=True),
     _body("first layer skipped", "layers", _layer_output(0, lambda before, _: before), _LIST, gross=True, ceiling=True),
-    _body("last attention left out", "layers", _attention_zeroed, _LIST, ceiling=True),
+    _body("last attention left out", "layers", _in(parts.attention_output, torch.zeros_like), _LIST, ceiling=True),
     _body("attention scale x 0.9", "attention", _attention_scale(0.9), _SIZES, ceiling=True),
     _body("attention scale x 0.99", "attention", _attention_scale(0.99), _FAULTS),
     _body("attention scale x 1.001", "attention", _attention_scale(1.001), _FAULTS, ceiling=True),
@@ -292,10 +283,10 @@ BODIES: tuple[Mutant, ...] = (
     _body("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
     _body("one bias dropped", "weights", _no_bias, _FAULTS),
     _body("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
-    _body("one row of a weight negated", "weights", _in_outer(_negate_row), "upstream-qefficient.md §5"),
-    _body("one neuron dead", "weights", _in_outer(_kill_neuron), "upstream-qefficient.md §5"),
+    _body("one row of a weight negated", "weights", _in(parts.outer, _negated_row), "upstream-qefficient.md §5"),
+    _body("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream-qefficient.md §5"),
     _body("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
-    _body("NaN in one weight", "weights", _in_outer(_put_nan), _LIST, gross=True),
+    _body("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
     _body("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
     _body("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
     _body("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),

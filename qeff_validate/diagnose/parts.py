@@ -52,15 +52,14 @@ def stack(model: Any, least: int = 1) -> tuple[str, nn.ModuleList]:
 
 
 def called(model: Any, is_kind: Callable[[str, Any], bool]) -> list[Named]:
-    """Return the modules of a kind in the order in which they run for the last time."""
+    """Return the modules of a kind in the order in which they first run."""
     order: dict[str, Any] = {}
     with Patch() as patch, torch.no_grad():
         for path, module in own(model).items():
             if is_kind(path, module):
 
                 def note(module: Any, *_: Any, path: str = path) -> None:
-                    order.pop(path, None)
-                    order[path] = module
+                    order.setdefault(path, module)
 
                 patch.hook(module.register_forward_hook(note))
         model(input_ids=torch.tensor([[1, 2, 3]], device=model.get_input_embeddings().weight.device))
