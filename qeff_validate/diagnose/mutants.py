@@ -94,7 +94,8 @@ class Patch:
     def attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, such as a submodule, a scale or a method."""
         before = getattr(owner, name)
-        own = name in vars(owner) or name in getattr(owner, "_modules", {}) or name in getattr(owner, "_parameters", {})
+        places = (vars(owner), getattr(owner, "_modules", {}), getattr(owner, "_parameters", {}))
+        own = any(name in place for place in places) or isinstance(getattr(type(owner), name, None), property)
         self._undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
         setattr(owner, name, value)
 
