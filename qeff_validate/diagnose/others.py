@@ -80,7 +80,7 @@ def polygraphy(reference: Array, actual: Array, precision: str = "fp32") -> bool
 
     Shapes must be equal; relative errors are of the second output, which is the reference; NaN is beyond any tolerance,
     and so are equal infinities; nothing to compare passes. Defaults do not depend on the precision.
-    docs.nvidia.com/deeplearning/tensorrt/latest/_static/polygraphy, ``check_error_stat="elemwise"``.
+    Polygraphy 0.53.6, docstrings of polygraphy/comparator/compare.py, ``check_error_stat="elemwise"``.
     """
     if reference.shape != actual.shape:
         return False

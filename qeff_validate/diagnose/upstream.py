@@ -2,7 +2,7 @@
 """Defects of QEfficient, each as a small stand-in that has it, with our verdict on the stand-in.
 
 The defects were verified at commit ebf55e815 of github.com/quic/efficient-transformers (2026-08-20) and are numbered as
-in ``facts/upstream-qefficient.md``. None of them is found by the tests beside it; `rows` says what our suites say.
+in ``facts/upstream-qefficient.md``; its own tests do not look where they show (section 5 there).
 """
 
 from __future__ import annotations
