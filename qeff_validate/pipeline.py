@@ -307,7 +307,8 @@ class Pipeline:
 
         given = self.case.artifacts.onnx
         if given is not None:
-            return self._once("onnx", lambda: adopted(self.case, "onnx", Path(given)))
+            buckets = self.model().graph.buckets
+            return self._once("onnx", lambda: replace(adopted(self.case, "onnx", Path(given)), buckets=buckets))
 
         def make(folder: Path) -> None:
             self.module()
