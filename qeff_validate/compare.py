@@ -75,6 +75,21 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class Power:
+    """Which faults of fixed size the bounds of a verdict would find.
+
+    Attributes:
+        tried: faults that were tried on the original model and are no noise.
+        missed: those that no bound would find.
+        gross: those of them that nobody may ship.
+    """
+
+    tried: int
+    missed: tuple[str, ...] = ()
+    gross: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """All measurements for one (case, runtime) and what follows from them."""
 
@@ -83,6 +98,17 @@ class Verdict:
     metrics: tuple[Judged, ...] = ()
     planned: int = 0
     compared: int = 0
+    power: Power | None = None
+
+    def discriminating(self, power: Power) -> Verdict:
+        """Return the verdict with its power; without a power to find what nobody may ship, nothing passes."""
+        if self.status != "pass" or not power.gross:
+            return replace(self, power=power)
+        reason = (
+            f"these bounds would let {', '.join(map(repr, power.gross))} pass, which nobody may ship: give more or"
+            " longer rows, tighter bounds of the case's own, or a precision with less noise"
+        )
+        return replace(self, status="inconclusive", reason=reason, power=power)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
+from qeff_validate.diagnose.ceiling import Ceiling, faults_key
+from qeff_validate.diagnose.ceiling import measured as trials
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.metrics import Floats
@@ -38,7 +40,7 @@ INPUTS = ("ids", "lengths", "texts")
 """Names of inputs in a recorded file, beside those that start with ``inputs.``."""
 
 FLOOR = "floor."
-"""Begins the names of a floor's tensors in a recorded file; the precision and a slash come next."""
+"""Begins the names of tensors of floors and ceiling in a recorded file; the precision or ``ceiling`` comes next."""
 
 
 def is_input(name: str) -> bool:
@@ -134,6 +136,9 @@ class Pipeline:
             override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
             terms = Terms(base["precision"], override, self.case.seed, floor, device)
             verdict = self.model().judge(reference, actual, inputs, terms)
+            ceiling = self.ceiling()
+            if floor is not None and ceiling is not None and verdict.metrics:
+                verdict = verdict.discriminating(ceiling.power(self.case.model, floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         times = {name: self.seconds[name] for name in stages if name in self.seconds}
         return Result(
@@ -151,6 +156,7 @@ class Pipeline:
                 "digest": artifact.digest,
             },
             notes=tuple(inputs.notes),
+            power=verdict.power,
         )
 
     def relation(self, adapter: Runtime, name: str) -> Result:
@@ -215,6 +221,8 @@ class Pipeline:
         stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
         floors = [self.floor(precision) for precision in (Precision(compute="fp32"), self.case.precision)]
         kept = {floor.profile: floor.stored() for floor in floors if floor is not None}
+        ceiling = self.ceiling()
+        kept |= {} if ceiling is None else {"ceiling": ceiling.stored()}
         extra = {f"{FLOOR}{profile}/{name}": array for profile, of in kept.items() for name, array in of.items()}
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
@@ -273,8 +281,7 @@ class Pipeline:
         if self.case.tolerance == "table":
             return None
         if self.case.artifacts.reference is not None:
-            start = f"{FLOOR}{profile}/"
-            found = {n.removeprefix(start): array for n, array in self._recorded().items() if n.startswith(start)}
+            found = self._recorded_under(profile)
             return belonging(Floor.from_stored(found), self.reference(), profile) if found else None
         if not hasattr(made, "ensemble"):
             return None
@@ -288,6 +295,29 @@ class Pipeline:
             return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
 
         return self._once(f"noise floor in {profile}", get, show=True)
+
+    def ceiling(self) -> Ceiling | None:
+        """Return what faults do to the original model, stored by model, inputs and faults; None as with `floor`."""
+        made = self.model()
+        if self.case.tolerance == "table" or not hasattr(made, "altered"):
+            return None
+        if self.case.artifacts.reference is not None:
+            found = self._recorded_under("ceiling")
+            return Ceiling.from_stored(found) if found else None
+
+        def make() -> Tensors:
+            exact, reference = self.exact(), self.reference()
+            return trials(self.case.model, made, exact, reference, self.inputs()).stored()
+
+        key = {**self._reference_key("float64"), "faults": faults_key()}
+        return self._once(
+            "faults tried", lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]), show=True
+        )
+
+    def _recorded_under(self, name: str) -> Tensors:
+        """Return tensors of a recorded file that belong to a floor or to the ceiling."""
+        start = f"{FLOOR}{name}/"
+        return {n.removeprefix(start): array for n, array in self._recorded().items() if n.startswith(start)}
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
         """Return the artifact that a runtime of this kind opens."""

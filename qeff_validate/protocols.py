@@ -7,7 +7,7 @@ elsewhere, and a method that is added here must be written by everybody who ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -125,6 +125,29 @@ class Inputs(Protocol):
         """What a reader of the report should know of them."""
 
 
+class Change(Protocol):
+    """A fault to try on an original model (`diagnose.mutants.Mutant`)."""
+
+    @property
+    def name(self) -> str:
+        """What is wrong."""
+
+    @property
+    def level(self) -> str:
+        """What is changed: ``body``, ``pooling``, ``adapters`` or ``session``."""
+
+    @property
+    def change(self) -> Callable[..., Any]:
+        """What is done at this level."""
+
+    def held(self, model: Any) -> AbstractContextManager[None]:
+        """Hold a fault of level ``body`` in a model; at other levels do nothing.
+
+        Raises:
+            IncomparableError: the model has nothing that could be changed.
+        """
+
+
 class Measured(Protocol):
     """What a model wrapper may offer besides, so that bounds are measured and not taken from a table."""
 
@@ -133,6 +156,9 @@ class Measured(Protocol):
 
         Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
         """
+
+    def altered(self, inputs: Any, reference: Tensors, changes: Iterable[Change]) -> Iterator[tuple[str, Tensors]]:
+        """Run the original model in float32 with each of some faults; those that do not apply are left out."""
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""

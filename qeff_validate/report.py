@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_validate.compare import Judged, Status
+from qeff_validate.compare import Judged, Power, Status
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +47,7 @@ class Result:
     artifact: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     expected: str | None = None
+    power: Power | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -65,8 +66,15 @@ class Result:
             "artifact": dict(self.artifact) if self.artifact is not None else None,
             "notes": list(self.notes),
             "expected": self.expected,
+            "power": None if self.power is None else _power(self.power),
         }
         return {key: finite(value) for key, value in made.items()}
+
+
+def _power(power: Power) -> dict[str, Any]:
+    caught = power.tried - len(power.missed)
+    share = caught / power.tried if power.tried else None
+    return {"tried": power.tried, "caught": caught, "share": share, "missed": list(power.missed)}
 
 
 def _metric(item: Judged) -> dict[str, Any]:
@@ -187,13 +195,13 @@ def _number(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
 
 
-HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "ms/run", "rows/s")
+HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     gates = [m for m in result["metrics"] if m["bound"]]
     worst = max(gates, key=_nearness, default=None)
-    times = result["timings_s"]
+    times, power = result["timings_s"], result["power"]
     name = result["runtime"] + (" (simulated)" if result["simulated"] else "")
     coverage = result["coverage"]
     return (
@@ -204,6 +212,7 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         _beside_bound(worst) if worst else "",
         _place(worst["worst"]) if worst else "",
         f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] else "",
+        f"{power['caught']}/{power['tried']}" if power else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
     )

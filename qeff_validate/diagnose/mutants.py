@@ -63,6 +63,23 @@ class Mutant:
     gross: bool = False
     ceiling: bool = False
 
+    @contextmanager
+    def held(self, model: Any) -> Iterator[None]:
+        """Hold a mutant of level ``body`` in a model, which is as it was afterwards; at other levels do nothing.
+
+        Raises:
+            Inapplicable: there is nothing to change.
+        """
+        if self.level != "body":
+            yield
+            return
+        import torch
+
+        with Patch() as patch:
+            with torch.no_grad():
+                self.change(model, patch)
+            yield
+
 
 def mutants(kind: str) -> tuple[Mutant, ...]:
     """Return the mutants of a model kind; none of a plug-in's kind."""
@@ -166,17 +183,3 @@ def session_of(
 ) -> Callable[[Session], Damaged]:
     """Return the change of a mutant of level ``session``."""
     return lambda session: Damaged(session, feed, out)
-
-
-@contextmanager
-def applied(mutant: Mutant, model: Any) -> Iterator[None]:
-    """Hold a mutant of level ``body`` in a model; afterwards it is as it was.
-
-    Raises:
-        Inapplicable: there is nothing to change.
-    """
-    import torch
-
-    with Patch() as patch, torch.no_grad():
-        mutant.change(model, patch)
-        yield

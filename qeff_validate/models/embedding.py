@@ -8,16 +8,16 @@ a run whose artifacts are all stored imports no framework.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Rows, Verdict, bounds_for, compare, stray_bounds, strays, worst_errors
-from qeff_validate.errors import ConfigError, RunError
+from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
@@ -25,7 +25,7 @@ from qeff_validate.models.head import Head, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
 from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, padded
 from qeff_validate.models.sources import Given, Source, foreign, resolve
-from qeff_validate.protocols import Graph, Session, Terms
+from qeff_validate.protocols import Change, Graph, Session, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 
@@ -181,6 +181,27 @@ class PooledEmbedding:
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
             }
+
+    def altered(
+        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change]
+    ) -> Iterator[tuple[str, Tensors]]:
+        """Yield the vectors of the original model in float32 with each of some faults."""
+        from qeff_validate.models.original import OriginalSession
+        from qeff_validate.models.reference import pooled_alone
+
+        head = self.head
+        custom = partial(pooled_alone, head.pooling, dtype="float32")
+        finish = partial(oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
+        pool = custom if head.custom else oracle.POOLINGS[head.pooling]
+        original = OriginalSession(self.source.body(), self.graph, pool, finish)
+        for change in changes:
+            original.instead, original.changed, session = None, change.level == "body", cast("Session", original)
+            with suppress(ValidateError), change.held(original.body):
+                if change.level == "pooling":
+                    original.instead = change.change
+                elif change.level == "session":
+                    session = change.change(original)
+                yield change.name, self.infer(session, inputs, reference)
 
     def _pooled(self, states: Iterable[Floats | None], inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.reference import pooled_alone

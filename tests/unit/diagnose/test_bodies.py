@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.diagnose.bodies import BODIES
-from qeff_validate.diagnose.mutants import Inapplicable, Patch, applied
+from qeff_validate.diagnose.mutants import Inapplicable, Patch
 from qeff_validate.models.sources import Random
 
 GELU, ROTARY, WINDOW = "GELU by its other formula", "rotary base x 2", "window one token wider"
@@ -84,7 +84,7 @@ def check(model: Any, absent: Any, noise: float) -> None:
     wanted, before, refused = output(model), state(model), set()
     for mutant in BODIES:
         try:
-            with applied(mutant, model):
+            with mutant.held(model):
                 size = effect(wanted, output(model))
         except Inapplicable:
             refused.add(mutant.name)
@@ -118,7 +118,7 @@ def test_mutants_of_an_adapted_model_change_the_base_alone() -> None:
     assert adapter
     for mutant in BODIES:
         if mutant.name not in ROPE:
-            with applied(mutant, model):
+            with mutant.held(model):
                 assert all(torch.equal(*pair) for pair in adapter.values()), mutant.name
 
 
@@ -201,7 +201,7 @@ DONE_OTHERWISE: dict[tuple[str, str], Callable[[], Tensor]] = {
 def test_a_mutant_does_what_it_says(name: str, family: str) -> None:
     body = Random(family, {"sliding_window": 8} if family == "mistral" else {}, 0).body()
     wanted = output(body)
-    with applied(NAMED[name], body):
+    with NAMED[name].held(body):
         found = output(body)
     assert effect(DONE_OTHERWISE[name, family](), found) < 1e-6
     assert effect(wanted, found) > 1e-5
@@ -211,7 +211,7 @@ def test_a_norm_that_adds_one_to_its_weight_is_left_plain_too() -> None:
     body = Random("gemma2", {}, 0).body()
     norm = body.layers[-1].post_feedforward_layernorm
     some = torch.linspace(-2, 3, 64)[None]
-    with applied(NAMED["one norm without its weight"], body), torch.no_grad():
+    with NAMED["one norm without its weight"].held(body), torch.no_grad():
         torch.testing.assert_close(norm(some), some / some.square().mean().sqrt(), rtol=1e-4, atol=1e-6)
 
 

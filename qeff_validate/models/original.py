@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original model of an embedding behind a session's interface, so that a fault can be tried on it.
+
+Hidden states come from the body as its authors publish it, and the numpy oracle pools the tokens that the mask keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qeff_validate.metrics import Floats
+from qeff_validate.models.loading import foreign
+from qeff_validate.protocols import Graph
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
+
+KEPT = 1 << 26
+"""Bytes of hidden states that are kept, so that faults behind the body cost no run of it."""
+
+
+class OriginalSession:
+    """Runs the original body on batches, in float32.
+
+    Args:
+        body: in eval mode.
+        graph: whose names it answers to.
+        pool: real tokens of a row ``[n, hidden]`` to its vector; ``[n, hidden]`` again if there is no pooling.
+        finish: what comes after any pooling.
+    """
+
+    shapes: tuple[Shapes, ...] = ()
+
+    def __init__(
+        self, body: Any, graph: Graph, pool: Callable[[Floats], Floats], finish: Callable[[Floats], Floats]
+    ) -> None:
+        self.inputs: tuple[TensorSpec, ...] = graph.inputs
+        self.outputs: tuple[TensorSpec, ...] = graph.outputs
+        self.body = body
+        self.instead: Callable[[Tensor, Tensor], Tensor] | None = None
+        """A pooling by another: hidden states ``[batch, seq, hidden]`` and mask to ``[batch, hidden]``."""
+        self.changed = False
+        """The body is not as it was, so hidden states are not kept, and none that were are used."""
+        self._pool, self._finish = pool, finish
+        self._kept: dict[tuple[bytes, ...], Tensor] = {}
+        self._bytes = 0
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:  # noqa: ARG002
+        """Run one batch."""
+        hidden, mask = self._hidden(feeds), feeds["attention_mask"]
+        if self.instead is not None:
+            with torch.inference_mode():
+                vectors = self.instead(hidden, torch.from_numpy(mask)).double().numpy()
+            return {"output": self._finish(vectors).astype(np.float32)}
+        rows = [self._vectors(states, seen > 0) for states, seen in zip(hidden.double().numpy(), mask, strict=True)]
+        return {"output": np.stack(rows).astype(np.float32)}
+
+    def _vectors(self, states: Floats, seen: Array) -> Floats:
+        """Return the vector of a row, or those of its tokens; zeros where there is no token."""
+        found = self._finish(self._pool(states[seen] if seen.any() else states[:1]))
+        if found.ndim == 1:
+            return found if seen.any() else np.zeros_like(found)
+        every = np.zeros((len(states), found.shape[1]))
+        every[seen] = found if seen.any() else 0.0
+        return every
+
+    def _hidden(self, feeds: Tensors) -> Tensor:
+        key = tuple(feeds[spec.name].tobytes() for spec in self.inputs)
+        if not self.changed and key in self._kept:
+            return self._kept[key]
+        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        with foreign("run the Hugging Face model"), torch.inference_mode():
+            out: Any = self.body(**tensors)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        if not self.changed and self._bytes + hidden.nbytes <= KEPT:
+            self._kept[key] = hidden
+            self._bytes += hidden.nbytes
+        return hidden
+
+    def reset(self) -> None:
+        """Forget nothing: there is no state."""
