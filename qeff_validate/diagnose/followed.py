@@ -120,11 +120,12 @@ class Followed(Damaged):
         decoded, self.decoding = self.decoding, places.shape[1] == 1
         if (places < 0).any():
             self.pad = int(ids[places < 0][0])
-        starts_over = self.reach.size and ((places == 0).any(axis=1) & (self.reach >= 0)).any()
-        self.began = not self.decoding and bool(decoded or not self.reach.size or starts_over)
+        fresh = self.reach.shape != places.shape[:1]
+        starts_over = not fresh and ((places == 0).any(axis=1) & (self.reach >= 0)).any()
+        self.began = bool(fresh or (not self.decoding and (decoded or starts_over)))
         if self.began:
             self.batch += 1
-            self.before = self.reach if self.reach.size else np.full(len(places), -1)
+            self.before = np.full(len(places), -1) if fresh else self.reach
             self.reach = np.full(len(places), -1)
             self.prompt = np.zeros(len(places), np.int64)
             self._visits(feeds)

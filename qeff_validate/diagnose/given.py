@@ -31,7 +31,7 @@ def before_last(session: Followed, logits: Numbers) -> Numbers:
 
 
 def of_the_last_chunk(session: Followed, logits: Numbers) -> Numbers:
-    """Take the first token of rows that end before others from the padding that follows them."""
+    """Take the first token of rows that end before others, which fill the chunk, from padding that follows them."""
     ids, places = session.feeds["input_ids"].copy(), session.feeds["position_ids"].copy()
     ended = (places[:, -1] < 0) & (places >= 0).any(axis=1)
     if session.decoding or not ended.any() or not (places[:, -1] >= 0).any():
