@@ -11,6 +11,8 @@ from qeff_validate.diagnose import fed, given
 from qeff_validate.diagnose.adapters import ADAPTERS
 from qeff_validate.diagnose.followed import Feed, Feeds, Followed, Numbers
 from qeff_validate.diagnose.mutants import Damaged, Inapplicable, Mutant
+from qeff_validate.errors import IncomparableError
+from qeff_validate.models.serving import stacked
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Tensors
 
@@ -33,14 +35,15 @@ def _session(
     zeroed: bool = False,
     rows: int = 1,
     mixed: bool | None = None,
+    adapted: bool = False,
 ) -> Callable[[Session], Followed]:
-    """Return a change of level ``session``; ``mixed`` says whether rows must choose their adapters, or must not."""
+    """Return a change of level ``session``; ``mixed``: rows must choose their adapters, or must not."""
 
     def change(session: Session) -> Followed:
         made = Followed(session, feed, _out(out), zeroed=zeroed, rows=rows)
         if mixed is not None and mixed != made.mixed:
             raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
-        if mixed is False and not made.weights:
+        if adapted and not made.weights:
             raise Inapplicable("there is no adapter")
         return made
 
@@ -64,8 +67,10 @@ def _mutant(
     return Mutant(name, family, "session", change, source, gross, ceiling)
 
 
+_NAN_OF_ONE = _session(out=given.not_a_number_of_one, adapted=True)
+
 SESSIONS = (
-    _mutant("an adapter stays on", "adapters", _session(fed.stays_on, mixed=False)),
+    _mutant("an adapter stays on", "adapters", _session(fed.stays_on, mixed=False, adapted=True)),
     _mutant("adapter of the first prompt for all", "adapters", _session(fed.of_the_first_prompt, mixed=True), _MULTI),
     _mutant("adapter of the next row", "adapters", _session(fed.of_the_next_row, rows=2, mixed=True)),
     _mutant("a row sees its neighbour's slot", "state", _session(fed.leaks, rows=2)),
@@ -83,7 +88,7 @@ SESSIONS = (
     _mutant("tokens of two prompts exchanged", "tokens", _session(fed.exchanged, rows=2), _OWN),
     _mutant("rows of the batch shifted by one", "rows", _logits(given.shifted_rows), gross=True, ceiling=True),
     _mutant("NaN in one row", "values", _logits(given.not_a_number), gross=True, ceiling=True),
-    _mutant("NaN with one adapter at decode", "values", _session(out=given.not_a_number_of_one), gross=True),
+    _mutant("NaN with one adapter at decode", "values", _NAN_OF_ONE, gross=True),
     _mutant("zeros", "values", _logits(lambda _, logits: np.zeros_like(logits)), _OWN, gross=True),
     _mutant("one column + 1e-3", "numbers", _logits(given.column(1e-3)), _OWN),
     _mutant("one column + 0.05", "numbers", _logits(given.column(0.05)), _OWN, ceiling=True),
@@ -118,6 +123,7 @@ def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Sessio
 
     Raises:
         Inapplicable: there is nothing to change; of level ``session``, when the session is given, or runs.
+        IncomparableError: in a run, because other tensors than the adapters' are fed.
     """
     if mutant.level == "session":
         damage: Callable[[Session], Damaged] = mutant.change
@@ -125,14 +131,15 @@ def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Sessio
     instead = served(mutant, adapters)
 
     def feed(session: Followed, feeds: Feeds) -> Mapping[str, Numbers]:
-        names = feeds.keys() & session.weights
-        if not names:
+        types = {name: feeds[name].dtype for name in feeds.keys() & session.weights}
+        if not types:
             return feeds
         if session.mixed:
-            return {**feeds, **{name: np.stack([tensors[name] for tensors in instead.values()]) for name in names}}
-        for adapter, tensors in adapters.items():
-            if all(np.array_equal(feeds[name], tensors[name]) for name in names):
-                return {**feeds, **{name: instead[adapter][name] for name in names}}
-        return feeds
+            stacks = stacked(instead)
+            return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
+        for adapter, tensors in adapters.items():  # a device may take them in another type
+            if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):
+                return {**feeds, **{name: instead[adapter][name].astype(dtype) for name, dtype in types.items()}}
+        raise IncomparableError("what is fed is none of the adapters, so it is not known what is served in its stead")
 
     return _session(feed)

@@ -69,8 +69,12 @@ def not_a_number(_: Damaged, logits: Numbers) -> Numbers:
 
 
 def not_a_number_of_one(session: Followed, logits: Numbers) -> Numbers:
-    """Put a NaN into the first row when the third visit decodes."""
-    return not_a_number(session, logits) if session.visit == 2 and session.decoding else logits
+    """Put a NaN where rows with the first adapter decode."""
+    if session.decoding and session.mixed:
+        logits[session.feeds["adapter_ids"] == 1, ..., 5] = np.nan
+    elif session.decoding and session.adapter == 1:
+        logits[0, ..., 5] = np.nan
+    return logits
 
 
 def shifted_rows(_: Damaged, logits: Numbers) -> Numbers:

@@ -113,7 +113,7 @@ SESSIONS: dict[str, Sequence[str]] = {
     "first token from padding in the last chunk": ["first tokens only", "only prompts "],
     "tokens of two prompts exchanged": ["logits.flips", "no tie"],
     "early end": ["logits.flips", "first divergent token: base: ", "one of them ends the text"],
-    "NaN with one adapter at decode": ["NaN or infinite", "with b only, no first token"],
+    "NaN with one adapter at decode": ["NaN or infinite", "with a only, no first token"],
     "NaN in one row": ["NaN or infinite"],
     "zeros": ["logits.flips"],
     "rows of the batch shifted by one": ["first divergent token: base: ", "no tie"],

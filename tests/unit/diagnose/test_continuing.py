@@ -8,7 +8,7 @@ a fault does to a text is written down here, and the decode loop of `models.serv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from qeff_validate.diagnose.continuing import CONTINUING, SESSIONS, serving
 from qeff_validate.diagnose.followed import Followed
 from qeff_validate.diagnose.mutants import Inapplicable, Mutant
+from qeff_validate.errors import IncomparableError
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.serving import one_by_one, side_by_side
 from qeff_validate.tensors import Array, Tensors, TensorSpec
@@ -34,11 +35,13 @@ ADAPTERS = {name: {WEIGHT: np.array([at], np.float32)} for at, name in enumerate
 class Record:
     """Writes tokens at their positions, and gives back what is seen of them."""
 
-    def __init__(self, *, mixed: bool = False, adapted: bool = True, shapes: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, *, mixed: bool = False, adapted: bool = True, shapes: Sequence[Any] = (), dtype: str = "float32"
+    ) -> None:
         tokens = ["input_ids", "position_ids", *(["adapter_ids"] if mixed else [])]
         ids = [TensorSpec(name, "int64", ("b", "s")[: 1 if name == "adapter_ids" else 2]) for name in tokens]
         state = [TensorSpec("past_key.0", "float32", ("b", 1, "ctx", 1))]
-        state += [TensorSpec(WEIGHT, "float32", (3, 1) if mixed else (1,))] if adapted else []
+        state += [TensorSpec(WEIGHT, dtype, (3, 1) if mixed else (1,))] if adapted else []
         self.inputs = (*ids, *state)
         twins = [TensorSpec(f"{spec.name}_RetainedState", "float32", spec.shape) for spec in state]
         self.outputs = (TensorSpec("logits", "float32", ("b", 1, CTX + 1)), *twins)
@@ -72,12 +75,20 @@ class Record:
         self._held = {}
 
 
-def run(damage: Callable[[Any], Any], *, side: str = "right", mixed: bool = False, rows: int = 2) -> Array:
+def run(
+    damage: Callable[[Any], Any],
+    *,
+    side: str = "right",
+    mixed: bool = False,
+    rows: int = 2,
+    adapters: Mapping[str, Tensors] = ADAPTERS,
+    dtype: str = "float32",
+) -> Array:
     """Return what was read, ``[visits, prompts, steps, CTX + 1]``: visits to base, a, b, base and a."""
-    inputs = SimpleNamespace(ids=tuple(np.array(prompt) for prompt in PROMPTS), adapters=ADAPTERS)
+    inputs = SimpleNamespace(ids=tuple(np.array(prompt) for prompt in PROMPTS), adapters=adapters)
     plan = Plan(rows, 8, side, PAD, frozenset(), STEPS)
     forced = [np.array(text) for text in FORCED] * len(ADAPTERS)
-    found = (side_by_side if mixed else one_by_one)(damage(Record(mixed=mixed)), inputs, plan, forced)
+    found = (side_by_side if mixed else one_by_one)(damage(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced)
     whole = np.concatenate([found["logits"], found["again"]])
     return whole.reshape(-1, len(LENGTHS), STEPS, CTX + 1)
 
@@ -236,6 +247,18 @@ def test_other_adapters_are_served_side_by_side() -> None:
     assert all(len(ids) > 1 for ids in served_at(run(damage("adapter of the next row"), mixed=True)))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_adapters_are_known_again_in_the_type_of_a_device(mixed: bool) -> None:
+    thirds = {name: {WEIGHT: np.array([at / 3], np.float32)} for at, name in enumerate(("base", "a", "b"))}
+    swapped = serving(NAMED["first two adapters swapped"], thirds)
+    one, two = (float(np.float16(at / 3)) for at in (1, 2))
+    found = run(swapped, mixed=mixed, adapters=thirds, dtype="float16")
+    assert served_at(found) == [{0}, {two}, {one}, {0}, {two}]
+    if not mixed:
+        with pytest.raises(IncomparableError, match="none of the adapters"):
+            run(swapped, adapters=ADAPTERS)
+
+
 def test_what_is_missing_is_said() -> None:
     cases = {
         "an adapter stays on": (Record(mixed=True), "each row has its own adapter"),
@@ -330,7 +353,9 @@ def test_one_bit_and_one_nan_at_one_visit() -> None:
     assert {(visit, step > 0) for visit, _, step, _ in hit.tolist()} == {(4, True)}
     assert np.abs(bit - whole).max() <= np.spacing(np.float32(whole.max()))
     nan = run(damage("NaN with one adapter at decode"))
-    assert {(visit, step > 0) for visit, _, step, _ in np.argwhere(np.isnan(nan)).tolist()} == {(2, True)}
+    assert {(visit, step > 0) for visit, _, step, _ in np.argwhere(np.isnan(nan)).tolist()} == {(1, True), (4, True)}
+    mixed = run(damage("NaN with one adapter at decode"), mixed=True)
+    assert {(visit, step > 0) for visit, _, step, _ in np.argwhere(np.isnan(mixed)).tolist()} == {(1, True), (4, True)}
 
 
 @pytest.mark.parametrize(
