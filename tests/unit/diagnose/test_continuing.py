@@ -19,13 +19,13 @@ from qeff_validate.diagnose.continuing import CONTINUING, SESSIONS, serving
 from qeff_validate.diagnose.followed import Followed
 from qeff_validate.diagnose.mutants import Inapplicable, Mutant
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.generate import Plan
+from qeff_validate.models.generate import Plan, generate
 from qeff_validate.models.serving import one_by_one, side_by_side
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 NAMED = {mutant.name: mutant for mutant in CONTINUING}
 CTX, PAD, STEPS = 64, 3, 3
-LENGTHS = (5, 15, 8, 1, 19, 7)
+LENGTHS = (2, 15, 8, 1, 17, 7)
 PROMPTS = [[100 * (row + 1) + at for at in range(size)] for row, size in enumerate(LENGTHS)]
 FORCED = [[1000 * (row + 1) + at for at in range(STEPS)] for row in range(len(LENGTHS))]
 WEIGHT = "x.layers.0.v.lora_B.weight"
@@ -121,6 +121,7 @@ def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed
     seen: list[tuple[Any, ...]] = []
 
     def out(session: Followed, found: dict[str, Array]) -> dict[str, Array]:
+        assert session.batch or session.before.tolist() == [-1, -1]
         if session.began:
             seen.append((session.batch, session.visit, session.adapter, session.again))
         if session.decoding:
@@ -135,6 +136,13 @@ def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed
     else:
         visited = [(0, False), (1, False), (2, False), (0, True), (1, True)]
         assert seen == [(batch, batch // 3, *visited[batch // 3]) for batch in range(15)]
+
+
+def test_batches_are_told_apart_that_do_not_decode() -> None:
+    session = Followed(Record())
+    plan = Plan(2, 8, "right", PAD, frozenset(), 1)
+    generate(session, [np.array(prompt) for prompt in PROMPTS], plan, state=ADAPTERS["a"])
+    assert (session.batch, session.visit) == (2, 0)
 
 
 def test_prompts_are_cut() -> None:
@@ -201,8 +209,8 @@ def test_every_second_batch_goes_on_behind_the_one_before() -> None:
 
 def test_tokens_of_neighbours_are_exchanged() -> None:
     found = run(damage("tokens of two prompts exchanged"))
-    assert read(found[0, 0, 0]) == PROMPTS[1][:5]
-    assert read(found[0, 1, 1]) == [*PROMPTS[0], *[PAD] * 10, FORCED[1][0]]
+    assert read(found[0, 0, 0]) == PROMPTS[1][:2]
+    assert read(found[0, 1, 1]) == [*PROMPTS[0], *[PAD] * 13, FORCED[1][0]]
 
 
 def test_padding_on_the_left_is_read() -> None:
