@@ -13,6 +13,7 @@ from faulty import Faulty
 
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
+from qeff_validate.diagnose.continuing import CONTINUING, serving
 from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.lm_relations import RELATIONS
@@ -81,6 +82,23 @@ def test_rows_with_different_adapters_agree_with_peft(name: str, pipeline: Pipel
 )
 def test_adapters_of_other_rows_are_noticed(change: Callable[[Array], Array], said: str, pipeline: Pipeline) -> None:
     result = pipeline.result(Faulty(lambda session: Ids(session, change)))
+    assert result.status == "fail"
+    assert said in result.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter of the first prompt for all", "adapter 'a' behaves as base"),
+        ("adapter of the next row", "some prompts with 'base' give the outputs of 'a' or 'b'"),
+        ("first two adapters swapped", "adapter 'a' gives the outputs of 'b'"),
+        ("NaN with one adapter at decode", "with a only"),
+        ("one bit at a second visit", "the second visit to "),
+    ],
+)
+def test_mutants_of_mixed_batches_are_noticed(name: str, said: str, pipeline: Pipeline) -> None:
+    (mutant,) = [mutant for mutant in CONTINUING if mutant.name == name]
+    result = pipeline.result(Faulty(serving(mutant, pipeline.inputs().adapters)))
     assert result.status == "fail"
     assert said in result.reason
 
