@@ -8,7 +8,7 @@ adapter, which PEFT makes without effect. Frameworks are imported inside the fun
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.prompts import LONG, TEXTS
 from qeff_validate.models.serving import one_by_one, side_by_side, stacked
 from qeff_validate.models.sources import Given, Source, resolve
-from qeff_validate.protocols import Graph, Session, Terms
+from qeff_validate.protocols import Change, Graph, Session, Terms
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
@@ -229,6 +229,20 @@ class PeftCausalLM:
         texts = _split(reference["tokens"], reference["steps"])
         model = self._taken()
         yield from ensemble(model, self.options.named(), inputs, texts, precision)
+        self._loaded = model
+
+    def altered(self, inputs: Prompts, reference: Tensors, changes: Iterable[Change]) -> Iterator[tuple[str, Tensors]]:
+        """Yield the logits of the reference's texts by the original model in float32 with each of some faults."""
+        from qeff_validate.models.lm_altered import Altered
+
+        of: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
+        for change in changes:
+            of[change.level].append(change)
+        model, texts = self._taken(), _split(reference["tokens"], reference["steps"])
+        altered = Altered(model, self.options.named(), inputs, texts)
+        yield from altered.bodies(of["body"])
+        yield from altered.adapters(of["adapters"], reference["logits"])
+        yield from altered.logits(of["session"], reference["logits"])
         self._loaded = model
 
     def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:

@@ -8,10 +8,12 @@ our cache, wrapper, decode loop or names of adapter tensors is used.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from safetensors.numpy import save_file
 from qeff_validate.case import Precision
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.adapted import live_names
-from qeff_validate.models.adapter import WEIGHTS
+from qeff_validate.models.adapter import CONFIG, WEIGHTS
 from qeff_validate.models.arithmetic import WAYS, Way, computing_as
 from qeff_validate.models.emulated import CompressedCache, CompressedWeights
 from qeff_validate.models.loading import first_line, foreign, quiet
@@ -42,7 +44,7 @@ def continuations(
     """Continue every prompt with the base and with each adapter; see `PeftCausalLM.reference`."""
     logits: list[Array] = []
     tokens: list[Array] = []
-    for adapted in _models(model, named, inputs.adapters):
+    for adapted in adapted_models(model, named, inputs.adapters):
         for prompt in inputs.ids:
             # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
             with foreign("run the Hugging Face model"), torch.no_grad():
@@ -67,7 +69,7 @@ def ensemble(
     adapters = frozenset(_adapter_parameters(model))
     compressed = {way.block: CompressedWeights(model, adapters, way.block) for way in WAYS if precision.weights}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in WAYS]
-    for adapted in _models(model, named, inputs.adapters):
+    for adapted in adapted_models(model, named, inputs.adapters):
         own, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]
         starts = [prompt.size for prompt in prompts]
@@ -134,8 +136,8 @@ def merged(
     Raises:
         IncomparableError: PEFT cannot merge this method.
     """
-    with _folder(made, tensors) as folder, foreign("load the adapter with PEFT"), quiet():
-        adapted = PeftModel.from_pretrained(model, folder).eval()
+    with foreign("load the adapter with PEFT"):
+        adapted = loaded_adapter(model, made, tensors)
     try:
         whole = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError, TypeError) as exc:
@@ -163,8 +165,8 @@ def kept(
         last tokens alone.
     """
     if made is not None:
-        with _folder(made, tensors) as folder, foreign("load the adapter with PEFT"), _silent():
-            model = PeftModel.from_pretrained(model, folder).eval()
+        with foreign("load the adapter with PEFT"):
+            model = loaded_adapter(model, made, tensors)
     found = []
     for prompt in prompts:
         with foreign("run the Hugging Face model"), torch.inference_mode():
@@ -179,7 +181,9 @@ def kept(
     return found
 
 
-def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]) -> Iterator[Any]:
+def adapted_models(
+    model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: Mapping[str, Tensors]
+) -> Iterator[Any]:
     """Yield the model as it is, then with each adapter; afterwards it is as it was, but for a PeftModel's choice."""
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model
@@ -194,10 +198,24 @@ def _models(model: Any, named: Mapping[str, str | Mapping[str, Any]], adapters: 
         return
     yield model
     for name, made in named.items():
-        with _folder(made, adapters[name]) as folder, foreign(f"load adapter {name} with PEFT"), _silent():
-            adapted = PeftModel.from_pretrained(model, folder).eval()
+        with foreign(f"load adapter {name} with PEFT"):
+            adapted = loaded_adapter(model, made, None if isinstance(made, str) else adapters[name])
         yield adapted
         model = adapted.unload()
+
+
+def loaded_adapter(model: Any, made: str | Mapping[str, Any], tensors: Tensors | None) -> Any:
+    """Put an adapter on a model with PEFT's own loader.
+
+    Args:
+        model: the base; ``unload`` of what is returned gives it back.
+        made: directory of the adapter, or what it is made from.
+        tensors: its tensors by saved names; None: those of the directory.
+    """
+    with ExitStack() as held:
+        held.enter_context(_silent())
+        folder = str(made) if tensors is None else held.enter_context(_folder(made, tensors))
+        return PeftModel.from_pretrained(model, folder).eval()
 
 
 @contextmanager
@@ -210,12 +228,12 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _folder(made: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
-    """Return a directory that PEFT can load: the user's own, or one with what was drawn."""
-    if isinstance(made, str):
-        yield made
-        return
+    """Return a directory that PEFT can load, with an adapter's config and tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        generate_peft_config(made).save_pretrained(folder)
+        if isinstance(made, str):
+            shutil.copy(Path(made) / CONFIG, folder)
+        else:
+            generate_peft_config(made).save_pretrained(folder)
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, f"{folder}/{WEIGHTS}")
         yield folder
 
