@@ -92,6 +92,8 @@ class Pipeline:
         self._given, self._tokenizer, self._wrapper = model, tokenizer, wrapper
         self._done: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.actual: Tensors = {}
+        """What the last runtime gave, for who looks closer."""
 
     def result(self, adapter: Runtime) -> Result:
         """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
@@ -131,7 +133,7 @@ class Pipeline:
                 session = Timed(held.enter_context(self._opened(adapter, artifact)))
             loaded = time.perf_counter() - start
             with self._stage("run", adapter.name):
-                actual = self.model().infer(session, inputs, reference)
+                actual = self.actual = self.model().infer(session, inputs, reference)
         with self._stage("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
             terms = Terms(base["precision"], override, self.case.seed, floor, device)

@@ -157,8 +157,10 @@ class Measured(Protocol):
         Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
         """
 
-    def altered(self, inputs: Any, reference: Tensors, changes: Iterable[Change]) -> Iterator[tuple[str, Tensors]]:
-        """Run the original model in float32 with each of some faults; those that do not apply are left out."""
+    def altered(
+        self, inputs: Any, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
+    ) -> Iterator[tuple[str, Tensors]]:
+        """Run the original model with each of some faults; those that do not apply are left out."""
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""

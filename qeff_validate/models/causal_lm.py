@@ -231,15 +231,17 @@ class PeftCausalLM:
         yield from ensemble(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
 
-    def altered(self, inputs: Prompts, reference: Tensors, changes: Iterable[Change]) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits of the reference's texts by the original model in float32 with each of some faults."""
+    def altered(
+        self, inputs: Prompts, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
+    ) -> Iterator[tuple[str, Tensors]]:
+        """Yield the logits of the reference's texts by the original model with each of some faults."""
         from qeff_validate.models.lm_altered import Altered
 
         of: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
         for change in changes:
             of[change.level].append(change)
         model, texts = self._taken(), _split(reference["tokens"], reference["steps"])
-        altered = Altered(model, self.options.named(), inputs, texts)
+        altered = Altered(model, self.options.named(), inputs, texts, dtype)
         yield from altered.bodies(of["body"])
         yield from altered.adapters(of["adapters"], reference["logits"])
         yield from altered.logits(of["session"], reference["logits"])

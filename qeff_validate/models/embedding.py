@@ -183,17 +183,17 @@ class PooledEmbedding:
             }
 
     def altered(
-        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change]
+        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
-        """Yield the vectors of the original model in float32 with each of some faults."""
+        """Yield the vectors of the original model with each of some faults."""
         from qeff_validate.models.original import OriginalSession
         from qeff_validate.models.reference import pooled_alone
 
         head = self.head
-        custom = partial(pooled_alone, head.pooling, dtype="float32")
+        custom = partial(pooled_alone, head.pooling, dtype=dtype)
         finish = partial(oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
         pool = custom if head.custom else oracle.POOLINGS[head.pooling]
-        original = OriginalSession(self.source.body(), self.graph, pool, finish)
+        original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype)
         for change in changes:
             original.instead, original.changed, session = None, change.level == "body", cast("Session", original)
             with suppress(ValidateError), change.held(original.body):

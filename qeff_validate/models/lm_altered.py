@@ -15,6 +15,7 @@ from qeff_validate.models.arithmetic import Way
 from qeff_validate.models.lm_reference import adapted_models, batched_logits, loaded_adapter
 from qeff_validate.models.loading import foreign
 from qeff_validate.models.options import BASE
+from qeff_validate.models.reference import computing_in
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
@@ -40,18 +41,20 @@ class GivenLogits:
 
 
 class Altered:
-    """Runs given continuations with faults, in float32.
+    """Runs given continuations with faults.
 
     Args:
         model: the base, or a `PeftModel` that the user brought.
         named: directory of each adapter, or what it is made from.
         inputs: prompts and tensors of ``base`` and each adapter.
         texts: the continuations, in the order adapter, prompt.
+        dtype: ``float32`` or ``float64``.
     """
 
     def __init__(
-        self, model: Any, named: Mapping[str, str | Mapping[str, Any]], inputs: Any, texts: Sequence[Array]
+        self, model: Any, named: Mapping[str, str | Mapping[str, Any]], inputs: Any, texts: Sequence[Array], dtype: str
     ) -> None:
+        self._dtype = dtype
         self._model, self._named, self._inputs = model, named, inputs
         size = len(inputs.ids)
         self._texts = {name: texts[size * at : size * (at + 1)] for at, name in enumerate(inputs.adapters)}
@@ -71,7 +74,7 @@ class Altered:
         yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in found.items())
 
     def adapters(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits with each fault of what is served for an adapter; those of the reference where it is right."""
+        """Yield the logits with each fault of what is served for an adapter; the reference's where it is right."""
         own = self._inputs.adapters
         rows = dict(zip(own, np.split(reference, self._borders()), strict=True))
         for change in () if isinstance(self._model, PeftModel) else changes:
@@ -113,8 +116,12 @@ class Altered:
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
-        with foreign("run the Hugging Face model"), torch.no_grad():
+
+        def run() -> list[Array]:
             return batched_logits(model, whole, [prompt.size for prompt in prompts], self._inputs.pad, PLAIN)
+
+        with foreign("run the Hugging Face model"), torch.no_grad(), computing_in(model, self._dtype, probe=run):
+            return run()
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

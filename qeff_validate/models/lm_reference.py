@@ -106,7 +106,7 @@ def batched_logits(
             use_cache=keep,
         ).logits
         for row, values in zip(rows, logits, strict=True):
-            found[row] = values[starts[row] - 1 : texts[row].size - 1].float().numpy().copy()
+            found[row] = values[starts[row] - 1 : texts[row].size - 1].numpy().copy()
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qeff_validate.metrics import Floats
 from qeff_validate.models.loading import foreign
+from qeff_validate.models.reference import computing_in
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
@@ -23,19 +24,25 @@ KEPT = 1 << 26
 
 
 class OriginalSession:
-    """Runs the original body on batches, in float32.
+    """Runs the original body on batches.
 
     Args:
         body: in eval mode.
         graph: whose names it answers to.
         pool: real tokens of a row ``[n, hidden]`` to its vector; ``[n, hidden]`` again if there is no pooling.
         finish: what comes after any pooling.
+        dtype: ``float32`` or ``float64``, in which the body computes; vectors are in it too.
     """
 
     shapes: tuple[Shapes, ...] = ()
 
     def __init__(
-        self, body: Any, graph: Graph, pool: Callable[[Floats], Floats], finish: Callable[[Floats], Floats]
+        self,
+        body: Any,
+        graph: Graph,
+        pool: Callable[[Floats], Floats],
+        finish: Callable[[Floats], Floats],
+        dtype: str = "float32",
     ) -> None:
         self.inputs: tuple[TensorSpec, ...] = graph.inputs
         self.outputs: tuple[TensorSpec, ...] = graph.outputs
@@ -44,7 +51,7 @@ class OriginalSession:
         """A pooling by another: hidden states ``[batch, seq, hidden]`` and mask to ``[batch, hidden]``."""
         self.changed = False
         """The body is not as it was, so hidden states are not kept, and none that were are used."""
-        self._pool, self._finish = pool, finish
+        self._pool, self._finish, self._dtype = pool, finish, dtype
         self._kept: dict[tuple[bytes, ...], Tensor] = {}
         self._bytes = 0
 
@@ -52,11 +59,11 @@ class OriginalSession:
         """Run one batch."""
         hidden, mask = self._hidden(feeds), feeds["attention_mask"]
         if self.instead is not None:
-            with torch.inference_mode():
+            with torch.no_grad():
                 vectors = self.instead(hidden, torch.from_numpy(mask)).double().numpy()
-            return {"output": self._finish(vectors).astype(np.float32)}
+            return {"output": self._finish(vectors).astype(self._dtype)}
         rows = [self._vectors(states, seen > 0) for states, seen in zip(hidden.double().numpy(), mask, strict=True)]
-        return {"output": np.stack(rows).astype(np.float32)}
+        return {"output": np.stack(rows).astype(self._dtype)}
 
     def _vectors(self, states: Floats, seen: Array) -> Floats:
         """Return the vector of a row, or those of its tokens; zeros where there is no token."""
@@ -72,8 +79,12 @@ class OriginalSession:
         if not self.changed and key in self._kept:
             return self._kept[key]
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        with foreign("run the Hugging Face model"), torch.inference_mode():
-            out: Any = self.body(**tensors)
+
+        def run() -> Any:
+            return self.body(**tensors)
+
+        with foreign("run the Hugging Face model"), torch.no_grad(), computing_in(self.body, self._dtype, probe=run):
+            out = run()
         hidden: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
         if not self.changed and self._bytes + hidden.nbytes <= KEPT:
             self._kept[key] = hidden
