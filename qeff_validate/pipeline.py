@@ -330,8 +330,11 @@ class Pipeline:
     def module(self) -> Artifact:
         """Return the torch module, in memory."""
         digest = fingerprint(self._body_key())
-        payload = self._once("module", lambda: self.model().module(), show=True)
-        return Artifact("module", None, digest, self._body_key(), (payload[0], self.model().graph))
+        return Artifact("module", None, digest, self._body_key(), (self.loaded()[0], self.model().graph))
+
+    def loaded(self) -> tuple[Any, Tensors]:
+        """Return the torch module that is exported, and example inputs."""
+        return self._once("module", lambda: self.model().module(), show=True)
 
     def onnx(self) -> Artifact:
         """Return the exported ONNX file, stored by model, exporter and code."""
@@ -343,8 +346,7 @@ class Pipeline:
             return self._once("onnx", lambda: replace(adopted(self.case, "onnx", Path(given)), buckets=buckets))
 
         def make(folder: Path) -> None:
-            self.module()
-            module, examples = self._done["module"]
+            module, examples = self.loaded()
             export_onnx(module, examples, self.model().graph, folder, self.case.exporter)
 
         key = {"model": self._body_key(), "export": export_key(self.case.exporter), "code": code_key()}
