@@ -86,10 +86,10 @@ class Decoder(nn.Module):
         return tensor[state["adapter_ids"]] if self._mixed else tensor
 
     def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        hidden = inputs[0]
-        if self._last is None or hidden.ndim != 3:
+        hidden, last, self._last = inputs[0], self._last, None  # for this run alone: others may call the model itself
+        if last is None or hidden.ndim != 3:
             return None
-        place = self._last[:, None, None].expand(-1, 1, hidden.shape[-1])
+        place = last[:, None, None].expand(-1, 1, hidden.shape[-1])
         return (hidden.gather(1, place), *inputs[1:])
 
 
