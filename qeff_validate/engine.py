@@ -8,16 +8,16 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Case, explain, load_cases
+from qeff_validate.case import Artifacts, Case, explain, load_cases
 from qeff_validate.compare import check_tolerance
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.models.sources import versions
@@ -26,6 +26,10 @@ from qeff_validate.protocols import Model, Runtime, Settings, model_kind, regist
 from qeff_validate.report import Report, Result
 from qeff_validate.runtimes.isolated import Isolated
 from qeff_validate.sdk.locate import Sdk, installed, simulated
+
+if TYPE_CHECKING:
+    from qeff_validate.diagnose.score import Score
+    from qeff_validate.diagnose.selftest import Stage
 
 
 def load(paths: Sequence[Path]) -> list[Case]:
@@ -211,6 +215,46 @@ class Runner:
                 case, check(case), self._store, self._progress, model=self._model, tokenizer=self._tokenizer
             )
         return self._pipeline
+
+
+def selftest(
+    cases: Sequence[Case],
+    *,
+    title: str,
+    seeds: int = 20,
+    stages: Sequence[Stage] = ("fp32", "device"),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Score:
+    """Put faults into cases and count which are found; run legitimate variants and count which are called faulty.
+
+    Args:
+        cases: healthy ones, whose verdicts pass; each gets every mutant of its model kind.
+        title: of the score.
+        seeds: of the legitimate variants; the cases with random weights take turns.
+        stages: ``fp32``, ``device`` (on the simulated card), or both.
+        progress: is told of each step.
+
+    Raises:
+        ConfigError: a case is none that this can be done with.
+        ValidateError: a case does not pass without a fault.
+    """
+    from qeff_validate.diagnose.score import Score
+    from qeff_validate.diagnose.selftest import examine, sound
+
+    for case in cases:
+        check(case)
+        if case.tolerance == "table" or case.artifacts != Artifacts():
+            raise ConfigError(f"case {case.name!r}: selftest needs tolerance: auto, and no artifacts of your own")
+    with tempfile.TemporaryDirectory() as folder:
+        store, graphs = Store(Path(folder) / "store"), Path(folder) / "graphs"
+
+        def pipeline(case: Case) -> Pipeline:
+            return Pipeline(case, check(case), store, Silent())
+
+        outcomes = [one for case in cases for one in examine(case, pipeline, graphs, progress, stages)]
+        random = [case for case in cases if case.source.startswith("random:")]
+        alarms = list(sound(random, seeds, pipeline, graphs, progress, stages)) if random else []
+    return Score(title, tuple(outcomes), tuple(alarms))
 
 
 def model(case: Case, *, given: Any = None, tokenizer: Any = None) -> Model:

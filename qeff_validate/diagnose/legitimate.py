@@ -22,10 +22,10 @@ from qeff_validate.diagnose.mutants import Damaged
 from qeff_validate.diagnose.standing import Standing
 from qeff_validate.protocols import Runtime, Session, Settings, runtime
 from qeff_validate.report import Result
-from qeff_validate.tensors import Array, Tensors
+from qeff_validate.tensors import Array
 
-Way = Callable[[Any, Case, Path], tuple[Result, Tensors]]
-"""What judges a variant: given how to make a pipeline, the case, and a folder for graphs."""
+Way = Callable[[Any, Case, Path], tuple[Any, Result]]
+"""What judges a variant: given how to make a pipeline, the case, and a folder for graphs; returns the pipeline too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ BOTH = (*EMBEDDING, *DECODING)
 def on(name: str, settings: Settings | None = None, **changes: Any) -> Way:
     """Run the case on a runtime, with other options of the case: of the model kind, or its exporter."""
 
-    def judged(pipeline: Any, case: Case, _: Path) -> tuple[Result, Tensors]:
+    def judged(pipeline: Any, case: Case, _: Path) -> tuple[Any, Result]:
         update: dict[str, Any] = {"options": {**case.options, **{k: v for k, v in changes.items() if k != "exporter"}}}
         if "exporter" in changes:
             update["exporter"] = changes["exporter"]
@@ -61,14 +61,14 @@ def on(name: str, settings: Settings | None = None, **changes: Any) -> Way:
     return judged
 
 
-def _run(made: Any, adapter: Runtime) -> tuple[Result, Tensors]:
-    return made.result(adapter), made.actual
+def _run(made: Any, adapter: Runtime) -> tuple[Any, Result]:
+    return made, made.result(adapter)
 
 
 def in_module(change: Callable[[Any], Any]) -> Way:
     """Run the module on PyTorch after a change of it."""
 
-    def judged(pipeline: Any, case: Case, _: Path) -> tuple[Result, Tensors]:
+    def judged(pipeline: Any, case: Case, _: Path) -> tuple[Any, Result]:
         return _run(pipeline(case), Other(change))
 
     return judged
@@ -98,7 +98,7 @@ def in_session(damage: Callable[[Session], Session], name: str) -> Way:
 def optimized(level: str, name: str = "ort") -> Way:
     """Run the graph that ONNX Runtime's optimizer makes of ours, with nodes folded or fused."""
 
-    def judged(pipeline: Any, case: Case, folder: Path) -> tuple[Result, Tensors]:
+    def judged(pipeline: Any, case: Case, folder: Path) -> tuple[Any, Result]:
         import onnxruntime as ort
 
         folder.mkdir(parents=True, exist_ok=True)

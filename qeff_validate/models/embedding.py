@@ -187,21 +187,24 @@ class PooledEmbedding:
     ) -> Iterator[tuple[str, Tensors]]:
         """Yield the vectors of the original model with each of some faults."""
         from qeff_validate.models.original import OriginalSession
-        from qeff_validate.models.reference import pooled_alone
+        from qeff_validate.models.reference import computing_in, pooled_alone
 
         head = self.head
         custom = partial(pooled_alone, head.pooling, dtype=dtype)
         finish = partial(oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
         pool = custom if head.custom else oracle.POOLINGS[head.pooling]
         original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype)
-        for change in changes:
-            original.instead, original.changed, session = None, change.level == "body", cast("Session", original)
-            with suppress(ValidateError), change.held(original.body):
-                if change.level == "pooling":
-                    original.instead = change.change
-                elif change.level == "session":
-                    session = change.change(original)
-                yield change.name, self.infer(session, inputs, reference)
+        longest = max(inputs.ids, key=len)[None]
+        probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
+        with computing_in(original.body, dtype, probe=probe):
+            for change in changes:
+                original.instead, original.changed, session = None, change.level == "body", cast("Session", original)
+                with suppress(ValidateError), change.held(original.body):
+                    if change.level == "pooling":
+                        original.instead = change.change
+                    elif change.level == "session":
+                        session = change.change(original)
+                    yield change.name, self.infer(session, inputs, reference)
 
     def _pooled(self, states: Iterable[Floats | None], inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.reference import pooled_alone

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,14 @@ class Altered:
         found: dict[str, list[Array]] = {change.name: [] for change in changes}
         models = adapted_models(self._model, self._named, self._inputs.adapters)
         for adapter, adapted in zip(self._texts, models, strict=True):
-            for change in changes:
-                try:
-                    with change.held(adapted):
-                        found[change.name] += self._run(adapted, adapter)
-                except ValidateError:
-                    found.pop(change.name, None)
+            # widened before it is changed: widening gives a model new buffers, and a change is taken back in its own
+            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
+                for change in changes:
+                    try:
+                        with change.held(adapted):
+                            found[change.name] += self._run(adapted, adapter)
+                    except ValidateError:
+                        found.pop(change.name, None)
             changes = [change for change in changes if change.name in found]
         yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in found.items())
 
@@ -105,23 +108,21 @@ class Altered:
         own = self._inputs.adapters
         whose = next((other for other in own if _alike(tensors, own[other])), name)
         if whose == BASE and _alike(tensors, own[BASE]):
-            return self._run(self._model, name)
+            with computing_in(self._model, self._dtype, probe=partial(self._run, self._model, name)):
+                return self._run(self._model, name)
         kind = self._named[whose if whose != BASE else next(iter(self._named))]
         adapted = loaded_adapter(self._model, kind, tensors)
         try:
-            return self._run(adapted, name)
+            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, name)):
+                return self._run(adapted, name)
         finally:
             self._model = adapted.unload()
 
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
-
-        def run() -> list[Array]:
+        with foreign("run the Hugging Face model"), torch.no_grad():
             return batched_logits(model, whole, [prompt.size for prompt in prompts], self._inputs.pad, PLAIN)
-
-        with foreign("run the Hugging Face model"), torch.no_grad(), computing_in(model, self._dtype, probe=run):
-            return run()
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

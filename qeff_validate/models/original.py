@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qeff_validate.metrics import Floats
 from qeff_validate.models.loading import foreign
-from qeff_validate.models.reference import computing_in
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
@@ -31,7 +30,7 @@ class OriginalSession:
         graph: whose names it answers to.
         pool: real tokens of a row ``[n, hidden]`` to its vector; ``[n, hidden]`` again if there is no pooling.
         finish: what comes after any pooling.
-        dtype: ``float32`` or ``float64``, in which the body computes; vectors are in it too.
+        dtype: ``float32`` or ``float64``, in which the body computes already; vectors are in it too.
     """
 
     shapes: tuple[Shapes, ...] = ()
@@ -79,12 +78,8 @@ class OriginalSession:
         if not self.changed and key in self._kept:
             return self._kept[key]
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-
-        def run() -> Any:
-            return self.body(**tensors)
-
-        with foreign("run the Hugging Face model"), torch.no_grad(), computing_in(self.body, self._dtype, probe=run):
-            out = run()
+        with foreign("run the Hugging Face model"), torch.no_grad():
+            out: Any = self.body(**tensors)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
         if not self.changed and self._bytes + hidden.nbytes <= KEPT:
             self._kept[key] = hidden
