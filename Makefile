@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: validate test test-sdk qefficient check bench support clean help
+.PHONY: validate test test-sdk qefficient check bench support power clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,9 @@ bench: $(STAMP)  ## ratios of what is slow, in one run
 
 support: $(STAMP)  ## try every PEFT method on every architecture and write docs/support.md: half an hour (ARGS='--only lora,llama')
 	$(BIN)/python tests/support.py $(ARGS)
+
+power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour
+	$(BIN)/python tests/power.py $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build qv-report .pytest_cache .mypy_cache .ruff_cache *.egg-info
