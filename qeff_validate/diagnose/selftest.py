@@ -143,7 +143,7 @@ class Examined:
         about = (self.case.name, stage, mutant.name, mutant.family, mutant.level)
         try:
             result, actual = self._judged(mutant, stage)
-        except Inapplicable as exc:
+        except ValidateError as exc:  # nothing to change, or nothing that an exporter would take
             return Outcome(*about, "inapplicable", reason=str(exc))
         precision = Precision(compute="fp32") if stage == "fp32" else self.case.precision
         floor = self._healthy.floor(precision)
