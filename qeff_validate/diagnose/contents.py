@@ -19,6 +19,9 @@ TRIED = 16
 LEAST = 1024
 """Elements of a weight that is no coincidence."""
 
+UNUSED = "pooler"
+"""A part of a body that pooled models leave out of their graphs."""
+
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -61,6 +64,8 @@ def _largest(files: Sequence[Path]) -> Iterator[Any]:
     for file in files:
         entries, start = header(file)
         for name, entry in sorted(entries.items()):
+            if UNUSED in name.split("."):
+                continue
             if len(entry["shape"]) == 2 and entry["dtype"] in FLOATS and np.prod(entry["shape"]) >= LEAST:
                 places.append((int(np.prod(entry["shape"])), name, file, start, entry))
     for _, _, file, start, entry in sorted(places, key=lambda place: (-place[0], place[1]))[:TRIED]:
