@@ -70,7 +70,10 @@ def ladder(made: Any, inputs: Any, sides: Sides, body_key: Callable[[], Mapping[
     """
     if not hasattr(made, "settings"):
         return tuple(Rung(name, "unknown", "this kind of model does not say what it is made from") for name in RUNGS)
-    ours, published = attempted(made.settings), attempted(made.published) if sides.near else {}
+    ours: Any = "the model is not on this host"
+    if sides.near or getattr(getattr(made, "options", None), "pooling", None) != "auto":
+        ours = attempted(made.settings)
+    published = attempted(made.published) if sides.near else {}
     published = {} if isinstance(published, str) else published
     climbed = {
         "token ids": merged("token ids", _tokens(made, inputs, sides)),
@@ -110,8 +113,8 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
         said = json.loads(recorded[ABOUT].tobytes()) if ABOUT in recorded else {}
     kind_of_source, _, rest = case.source.partition(":")
     near = in_memory or recorded is None or kind_of_source in NEAR or Path(rest or case.source).is_dir()
-    folder = near and Path(getattr(getattr(made, "source", None), "path", "")).is_dir()
-    return Sides(graph, said, near, contents if folder else None)
+    folder = attempted(lambda: getattr(getattr(made, "source", None), "path", None)) if near else None
+    return Sides(graph, said, near, contents if isinstance(folder, Path) and folder.is_dir() else None)
 
 
 def attempted(get: Callable[[], Any]) -> Any:

@@ -30,7 +30,7 @@ class Watched:
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         self.shapes: tuple[Shapes, ...] = session.shapes
         self._rows = [tuple(np.asarray(row).tolist()) for row in getattr(inputs, "ids", ())]
-        self._left = set(self._rows)
+        self._known, self._left = frozenset(self._rows), set(self._rows)
         self._going: dict[int, list[int]] = {}
         self._wrong: dict[str, str] = {}
         self._fed: set[str] = set()
@@ -56,7 +56,7 @@ class Watched:
         for row in list(self._going):
             self._close(row)
         if self._rows and self._fed and self._left:
-            self._wrong.setdefault("mask", f"{len(self._left)} of {len(set(self._rows))} rows were never fed whole")
+            self._wrong.setdefault("mask", f"{len(self._left)} of {len(self._known)} rows were never fed whole")
         said = {
             "mask": "the graph takes no mask; position -1 is padding" if "positions" in self._fed else "",
             "positions": "the graph counts them itself" if "mask" in self._fed else "",
@@ -74,7 +74,7 @@ class Watched:
             tokens = tuple(row[mask != 0].tolist())
             if not np.isin(mask, (0, 1)).all():
                 self._wrong.setdefault("mask", f"that of row {at} of a batch holds other numbers than 0 and 1")
-            elif tokens not in self._rows:
+            elif tokens not in self._known:
                 text = f"under that of row {at} of a batch stand {len(tokens)} tokens that are none of the case's rows"
                 self._wrong.setdefault("mask", text)
             self._left.discard(tokens)
