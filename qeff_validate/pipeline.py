@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import sys
 import time
@@ -24,15 +25,17 @@ from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.diagnose.ceiling import Ceiling, faults_key
 from qeff_validate.diagnose.ceiling import measured as trials
+from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
+from qeff_validate.diagnose.watched import Watched
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.metrics import Floats
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
-from qeff_validate.report import Result
+from qeff_validate.report import Result, Rung
 from qeff_validate.runtimes.foreign import Foreign
 from qeff_validate.sdk.locate import Sdk
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec, load_tensors, save_tensors
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, load_tensors, save_tensors
 
 T = TypeVar("T")
 
@@ -50,7 +53,7 @@ def is_input(name: str) -> bool:
 
 def is_beside(name: str) -> bool:
     """Say whether a tensor of a recorded file is no output of the reference."""
-    return is_input(name) or name.startswith(FLOOR)
+    return is_input(name) or name.startswith(FLOOR) or name == ABOUT
 
 
 class Progress(Protocol):
@@ -124,6 +127,27 @@ class Pipeline:
         return self.case.precision if adapter.kind == "qpc" else Precision(compute="fp32")
 
     def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
+        base["prechecks"] = rungs = self.prechecks(adapter.kind)
+        try:
+            result = self._numbers(adapter, base)
+        except Exception as exc:  # what is known to be wrong is said first, and is mostly why
+            if all(rung.state != "differs" for rung in rungs):
+                raise
+            result = Result(**base, status="error", reason=f"there are none: {exc}")
+        return settled(result)
+
+    def prechecks(self, kind: Kind) -> tuple[Rung, ...]:
+        """Compare what a runtime opens, and the reference, with what the case asks for; nothing is built or run."""
+
+        def climb() -> tuple[Rung, ...]:
+            recorded = None if self.case.artifacts.reference is None else self._recorded()
+            in_memory = self._given is not None
+            sides = sides_of(self.case, kind, self.model(), recorded, in_memory=in_memory)
+            return ladder(self.model(), self.inputs(), sides, lambda: self._body_key()["body"])
+
+        return self._once(f"prechecks for {kind}", climb)
+
+    def _numbers(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
         reference, floor = self.reference(), self.floor(self._precision(adapter))
         artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
@@ -131,9 +155,11 @@ class Pipeline:
             start = time.perf_counter()
             with self._stage("load", adapter.name):
                 session = Timed(held.enter_context(self._opened(adapter, artifact)))
+                watched = Watched(session, inputs)
             loaded = time.perf_counter() - start
             with self._stage("run", adapter.name):
-                actual = self.actual = self.model().infer(session, inputs, reference)
+                actual = self.actual = self.model().infer(watched, inputs, reference)
+        base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
         with self._stage("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
             terms = Terms(base["precision"], override, self.case.seed, floor, device)
@@ -226,6 +252,10 @@ class Pipeline:
         ceiling = self.ceiling()
         kept |= {} if ceiling is None else {"ceiling": ceiling.stored()}
         extra = {f"{FLOOR}{profile}/{name}": array for profile, of in kept.items() for name, array in of.items()}
+        if self.case.artifacts.reference is None:
+            extra[ABOUT] = self._about()
+        elif ABOUT in self._recorded():
+            extra[ABOUT] = self._recorded()[ABOUT]
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
             save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
@@ -233,6 +263,14 @@ class Pipeline:
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+    def _about(self) -> Array:
+        """Return what inputs and reference are made from, as a recorded file keeps it."""
+        made: Any = self.model()
+        said: dict[str, Any] = {"model": self._body_key()}
+        if hasattr(made, "settings"):
+            said["tokens"] = {"asked": made.asked(), "tokenizer": made.source.tokenizer_key()}
+        return np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
 
     def _inputs(self) -> tuple[Tensors, Entry]:
         made = self.model()
@@ -347,7 +385,7 @@ class Pipeline:
 
         def make(folder: Path) -> None:
             module, examples = self.loaded()
-            export_onnx(module, examples, self.model().graph, folder, self.case.exporter)
+            export_onnx(module, examples, self.model().graph, folder, self.case.exporter, self._body_key())
 
         key = {"model": self._body_key(), "export": export_key(self.case.exporter), "code": code_key()}
         entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)

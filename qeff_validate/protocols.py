@@ -169,6 +169,28 @@ class Measured(Protocol):
         """Return the systematic parts of outputs' errors against what the precision gives on average."""
 
 
+class Prechecked(Protocol):
+    """What a model wrapper may offer besides, so that a difference of what is fed or made from is found as such.
+
+    Its inputs then have ``ids``, ``texts``, ``pad`` and ``tables`` as those of ``embedding``.
+    """
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return `Model.fingerprint` without ``body``: options that shape the graph; ``head``, ``adapters`` if any."""
+
+    def asked(self) -> Mapping[str, Any]:
+        """Return what is to be tokenized (``texts``, ``prompt``), and how far; plain data."""
+
+    def rows(self) -> Any:
+        """Return ``ids``, ``texts`` and ``pad`` as the tokenizer makes them now; loads no model."""
+
+    def reach(self, inputs: Any) -> int:
+        """Return how many positions the graph must have."""
+
+    def published(self) -> Mapping[str, Any]:
+        """Return what files beside the weights say that the case decides: pooling, normalize, max_seq_length."""
+
+
 class Model(Protocol):
     """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_validate.compare import Judged, Power, Status
 
@@ -26,6 +26,23 @@ MARKS: Mapping[str, str] = {
     "error": "bold magenta",
     "not_run": "dim",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One precheck: whether both sides of a comparison were made from the same thing.
+
+    Attributes:
+        name: one of `diagnose.precheck.RUNGS`.
+        state: ``differs`` only where that is certain.
+        detail: both sides if they differ, why if it is unknown, a remark if it is the same.
+        suspect: unknown, but worth a look if the numbers do not agree.
+    """
+
+    name: str
+    state: Literal["same", "differs", "unknown"]
+    detail: str = ""
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,7 @@ class Result:
     notes: tuple[str, ...] = ()
     expected: str | None = None
     power: Power | None = None
+    prechecks: tuple[Rung, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -67,6 +85,7 @@ class Result:
             "notes": list(self.notes),
             "expected": self.expected,
             "power": None if self.power is None else _power(self.power),
+            "prechecks": [{"name": rung.name, "state": rung.state, "detail": rung.detail} for rung in self.prechecks],
         }
         return {key: finite(value) for key, value in made.items()}
 

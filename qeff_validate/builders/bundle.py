@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bundles: QPCs with their inputs and reference outputs, built on one host and judged on another.
 
-Layout: ``bundle.json`` (runtime, cases, the digest of every file) and, for each case, ``CASE/qpc/programqpc.bin`` and
-``CASE/reference.safetensors``. Reading verifies every byte first; nothing of a changed bundle is judged.
+Layout: ``bundle.json`` (runtime, cases, the digest of every file) and, for each case, ``CASE/qpc/programqpc.bin``,
+``CASE/about.json`` (what the QPC was made from) and ``CASE/reference.safetensors``. Reading verifies every byte first;
+nothing of a changed bundle is judged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qeff_validate.artifact import digest_tree
+from qeff_validate.builders.about import BESIDE
 from qeff_validate.case import Artifacts, Case, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
 
@@ -45,6 +47,8 @@ def write_bundle(
     try:
         for case, qpc, reference in members:
             shutil.copytree(qpc, work / case.name / "qpc")
+            if (qpc.parent / BESIDE).is_file():
+                shutil.copyfile(qpc.parent / BESIDE, work / case.name / BESIDE)
             shutil.copyfile(reference, work / case.name / "reference.safetensors")
         manifest = {
             "schema": SCHEMA,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qeff_validate.builders.about import BESIDE, recorded_in
 from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
 from qeff_validate.models.loading import first_line
@@ -48,7 +49,7 @@ def compile_qpc(
     buckets: Sequence[Mapping[str, int]],
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Write the QPC to ``<folder>/qpc`` and the compiler's output to ``<folder>/compile.log``.
+    """Write the QPC to ``<folder>/qpc``, the compiler's output to ``compile.log``, and what it is of to ``about.json``.
 
     Args:
         onnx: the model; its external data lies beside it.
@@ -69,6 +70,8 @@ def compile_qpc(
     flat = [{name: str(value) for name, value in bucket.items()} for bucket in buckets]
     config.write_text(json.dumps({"specializations": flat}, indent=1), encoding="utf-8")
     found = intake(onnx)
+    said = {"model": found.made_from, "buckets": [dict(bucket) for bucket in buckets]}
+    (folder / BESIDE).write_text(json.dumps(said, indent=1), encoding="utf-8")
     command += [
         "-aic-hw",
         f"-aic-hw-version={'2.0' if old else options.aic_hw_version}",
@@ -105,10 +108,12 @@ class Intake:
         state: retained state, inputs with a twin, and whether they are float32.
         exact: first outputs of nodes that need float32: between positions and the sines and cosines of rotary
             embeddings, and inside root mean squares.
+        made_from: what it says that it was exported from; None if it does not.
     """
 
     state: Mapping[str, bool]
     exact: Sequence[str]
+    made_from: Any = None
 
 
 def intake(onnx: Path) -> Intake:
@@ -120,7 +125,8 @@ def intake(onnx: Path) -> Intake:
     from onnx import TensorProto, load
 
     try:
-        graph = load(str(onnx), load_external_data=False).graph
+        model = load(str(onnx), load_external_data=False)
+        graph, made_from = model.graph, recorded_in(model)
     except Exception as exc:  # protobuf's errors depend on its implementation
         raise BuildError(f"cannot read {onnx} as ONNX: {first_line(exc)}") from exc
     twins = {value.name for value in graph.output}
@@ -137,7 +143,7 @@ def intake(onnx: Path) -> Intake:
         if node.output[0] not in found and not (node.op_type == "Cast" and _to_integer(node)):
             found[node.output[0]] = None
             pending += [made_by[name] for name in node.input if name in made_by]
-    return Intake(state, (*found, *_norms(graph, made_by)))
+    return Intake(state, (*found, *_norms(graph, made_by)), made_from)
 
 
 def _norms(graph: Any, made_by: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qeff_validate.builders.about import KEY
 from qeff_validate.errors import BuildError
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Graph
@@ -34,7 +36,14 @@ def export_key(exporter: Exporter = "dynamo") -> Mapping[str, Any]:
     return {"exporter": exporter, "opset": OPSET, **versions("torch", "transformers", "onnx", *used)}
 
 
-def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path, exporter: Exporter = "dynamo") -> None:
+def export_onnx(
+    module: Any,
+    examples: Tensors,
+    graph: Graph,
+    folder: Path,
+    exporter: Exporter = "dynamo",
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
     """Write ``model.onnx`` (and ``model.onnx.data`` if the weights are large) into a folder.
 
     Args:
@@ -43,6 +52,7 @@ def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path, expo
         graph: names and symbolic dims; every symbol becomes a dynamic dim.
         folder: an existing, empty directory.
         exporter: ``dynamo`` (torch.export) or ``torchscript`` (tracing; quicker, for what torch.export refuses).
+        made_from: the fingerprint of the model wrapper, kept in the file's metadata.
 
     Raises:
         BuildError: the exporter or the checker refuses; the message names the reason, with the op if it is known.
@@ -51,8 +61,9 @@ def export_onnx(module: Any, examples: Tensors, graph: Graph, folder: Path, expo
 
     inputs = {spec.name: torch.from_numpy(examples[spec.name]) for spec in graph.inputs}
     path = folder / "model.onnx"
+    metadata = {} if made_from is None else {KEY: json.dumps(made_from, sort_keys=True)}
     with _silent(), _evaluating(module):
-        (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path)
+        (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path, metadata)
     check(path, graph)
     if exporter == "torchscript":
         _try_other_sizes(path, examples, graph)
@@ -80,7 +91,7 @@ def _positional(module: Any, names: Sequence[str]) -> Any:
     return Positional()
 
 
-def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:
+def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metadata: Mapping[str, str]) -> None:
     import torch
 
     axes = _axes(graph)
@@ -112,6 +123,7 @@ def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> No
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+    program.model.metadata_props.update(metadata)
     with _translated():  # a constant that was traced without its content shows only here
         program.save(path, external_data=size > EXTERNAL_BYTES)
     for value in weights:
@@ -136,7 +148,7 @@ def _tidy(model: Any) -> None:
         make()(model)
 
 
-def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) -> None:
+def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metadata: Mapping[str, str]) -> None:
     import onnx
     import torch
 
@@ -167,6 +179,7 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path) 
         for dim, size in zip(value.type.tensor_type.shape.dim, array.shape, strict=True):
             if dim.dim_param not in symbols:
                 dim.dim_value = size
+    onnx.helper.set_model_props(model, dict(metadata))
     large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data", size_threshold=1024)
 

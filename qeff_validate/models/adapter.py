@@ -41,7 +41,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"adapter: directory {folder} does not exist")
-    config = _config(folder / CONFIG)
+    config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
             raise ConfigError(
@@ -73,7 +73,13 @@ def _ordered(value: Any) -> Any:
     return value
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a saved adapter.
+
+    Raises:
+        ConfigError: it is missing or broken.
+    """
+    path = folder / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

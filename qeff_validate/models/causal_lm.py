@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.logits import logit_strays
-from qeff_validate.models.adapter import CONFIG, WEIGHTS
+from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
 from qeff_validate.models.continuations import judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.prompts import LONG, TEXTS
+from qeff_validate.models.rows import TokenRows
 from qeff_validate.models.serving import one_by_one, side_by_side, stacked
 from qeff_validate.models.sources import Given, Source, resolve
+from qeff_validate.models.tables import module_tables
 from qeff_validate.protocols import Change, Graph, Session, Terms
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
@@ -46,6 +48,7 @@ class Prompts:
         eos: ids that end a text.
         adapters: tensors of ``base`` and of each adapter, by PEFT's saved names; empty tensors if there is none.
         notes: what a reader of the report should know.
+        tables: how many ``tokens`` and ``positions`` the model knows, where that is known.
     """
 
     ids: tuple[Array, ...]
@@ -54,6 +57,7 @@ class Prompts:
     eos: frozenset[int]
     adapters: Mapping[str, Tensors]
     notes: tuple[str, ...] = ()
+    tables: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> Sequence[str]:
@@ -97,15 +101,31 @@ class PeftCausalLM:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the graph depends on: not the adapters' weights, which are inputs, but what they are made by."""
-        keys = {"body": self.source.body_key(), "adapters": self._adapter_keys(weights=False)}
-        return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, **keys}
+        return {**self.settings(), "body": self.source.body_key()}
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what the graph depends on beside the body."""
+        adapters = self._adapter_keys(weights=False)
+        return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, "adapters": adapters}
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what prompts and adapter tensors depend on."""
         options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
-        texts = {"texts": self._texts(), "tokenizer": self.source.tokenizer_key()}
-        adapters = self._adapter_keys(weights=True)
-        return {**texts, "options": options, "model": self.fingerprint(), "adapters": adapters}
+        keys = {"model": self.fingerprint(), "adapters": self._adapter_keys(weights=True)}
+        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "options": options, **keys}
+
+    def asked(self) -> Mapping[str, Any]:
+        """Return what is to be tokenized, and how long it may be."""
+        sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
+        return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
+
+    def reach(self, inputs: Prompts) -> int:
+        """Return how many positions the graph must have; the context may have more slots."""
+        return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1
+
+    def published(self) -> Mapping[str, Any]:
+        """Return nothing: there is no pooling."""
+        return {}
 
     def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
         """Return what each adapter is made from; without weights, only what shapes the graph."""
@@ -113,9 +133,8 @@ class PeftCausalLM:
         for name, made in self.options.named().items():
             if isinstance(made, str):
                 folder = Path(made).expanduser()
-                files = (WEIGHTS, CONFIG) if weights else (CONFIG,)
-                found = [folder / file for file in files if (folder / file).is_file()]
-                keys[name] = digest_files(found, root=folder)
+                found = [folder / file for file in (WEIGHTS, CONFIG) if (folder / file).is_file()]
+                keys[name] = digest_files(found, root=folder) if weights else {"saved": content(read_config(folder))}
             else:
                 keys[name] = {k: v for k, v in made.items() if weights or k not in ("seed", "init")}
         return keys
@@ -129,9 +148,30 @@ class PeftCausalLM:
         Raises:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
-        tokenize, pad = self.source.tokenizer()
+        rows = self.rows()
         loaded = self._adapted()
+        tables = module_tables(loaded.model)
         self._loaded = loaded.off()
+        notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
+        about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(loaded.eos), "tables": tables}
+        about |= {"interface": loaded.interface(), "adapters": list(loaded.adapters)}
+        weights = {
+            f"inputs.{name}/{key}": array for name, tensors in loaded.adapters.items() for key, array in tensors.items()
+        }
+        return {
+            "ids": np.concatenate(rows.ids),
+            "lengths": np.array([tokens.size for tokens in rows.ids], dtype=np.int64),
+            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+            **weights,
+        }
+
+    def rows(self) -> TokenRows:
+        """Return the prompts as the tokenizer makes them now.
+
+        Raises:
+            ConfigError: a prompt and its continuation are longer than the context.
+        """
+        tokenize, pad = self.source.tokenizer()
         given = self._texts()
         texts = [*(TEXTS if given is None else given)]
         ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
@@ -147,18 +187,7 @@ class PeftCausalLM:
                     f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}:"
                     " shorten it, or raise ctx_len"
                 )
-        notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
-        about = {"texts": texts, "notes": notes, "pad": pad, "eos": sorted(loaded.eos)}
-        about |= {"interface": loaded.interface(), "adapters": list(loaded.adapters)}
-        weights = {
-            f"inputs.{name}/{key}": array for name, tensors in loaded.adapters.items() for key, array in tensors.items()
-        }
-        return {
-            "ids": np.concatenate(ids),
-            "lengths": np.array([tokens.size for tokens in ids], dtype=np.int64),
-            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-            **weights,
-        }
+        return TokenRows(tuple(ids), pad, tuple(texts))
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
         """Yield prompts that end just before, on and behind the border of a chunk, as far as they fit.
@@ -181,7 +210,8 @@ class PeftCausalLM:
                 adapters[name][tensor] = array
         self._graph = _graph(about["interface"], self._served(adapters), self.options)
         eos = frozenset(about["eos"])
-        return Prompts(ids, tuple(about["texts"]), about["pad"], eos, adapters, tuple(about["notes"]))
+        texts, notes = tuple(about["texts"]), tuple(about["notes"])
+        return Prompts(ids, texts, about["pad"], eos, adapters, notes, about.get("tables", {}))
 
     def _taken(self) -> Any:
         """Return the model without adapters. Loading takes long, so who has used it puts it back into `_loaded`."""

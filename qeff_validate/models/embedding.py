@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
-from qeff_validate.models.head import Head, resolve_head
+from qeff_validate.models.head import Head, published, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
 from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, padded
 from qeff_validate.models.sources import Given, Source, foreign, resolve
@@ -74,14 +75,29 @@ class PooledEmbedding:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the exported graph depends on."""
-        inputs = [spec.name for spec in self.graph.inputs]
-        return {"kind": "embedding", "head": self.head.key(), "inputs": inputs, "body": self.source.body_key()}
+        return {**self.settings(), "body": self.source.body_key()}
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what the graph depends on beside the body."""
+        return {"kind": "embedding", "head": self.head.key(), "inputs": [spec.name for spec in self.graph.inputs]}
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
+        return {**self.asked(), "tokenizer": self.source.tokenizer_key()}
+
+    def asked(self) -> Mapping[str, Any]:
+        """Return what is to be tokenized, and how far."""
         options = self.options
         limits = {"seq_len": options.seq_len, "truncate": options.truncate, "boundary": self._builtin()}
-        return {"texts": self._texts(), "prompt": options.prompt, **limits, "tokenizer": self.source.tokenizer_key()}
+        return {"texts": self._texts(), "prompt": options.prompt, **limits}
+
+    def reach(self, inputs: TokenRows) -> int:  # noqa: ARG002
+        """Return how many positions the graph must have."""
+        return self.options.seq_len[-1]
+
+    def published(self) -> Mapping[str, Any]:
+        """Return what sentence-transformers' files beside the weights say: pooling, normalize, max_seq_length."""
+        return published(getattr(self.source, "path", None))
 
     def _builtin(self) -> bool:
         return self.case.inputs.texts is None and self.case.inputs.texts_file is None
@@ -105,6 +121,10 @@ class PooledEmbedding:
         Raises:
             ConfigError: a text is longer than every bucket and ``truncate`` is off.
         """
+        return replace(self.rows(), tables=self.source.tables()).stored()
+
+    def rows(self) -> TokenRows:
+        """Return the rows as the tokenizer makes them now; raises as `tokenize` does."""
         tokenize, pad = self.source.tokenizer()
         texts, notes = self._texts(), []
         if self._builtin():
@@ -128,7 +148,7 @@ class PooledEmbedding:
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
         rows = [*(tokens[:most] for tokens in ids), np.array([], dtype=np.int64)]
-        return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes)).stored()
+        return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes))
 
     def inputs(self, stored: Tensors) -> TokenRows:
         """Return the rows from their stored form."""

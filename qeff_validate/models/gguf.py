@@ -29,6 +29,10 @@ class Gguf:
         """Return the same with the version of the tokenizers."""
         return {**self.body_key(), **versions("tokenizers")}
 
+    def tables(self) -> Mapping[str, int]:
+        """Return none: the file has other names."""
+        return {}
+
     def body(self) -> Any:
         """Load the body."""
         from transformers import AutoModel

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,22 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
     if not pooling:
         raise ConfigError(f"pooling: auto: {folder}/modules.json names no Pooling module")
     return Head(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
+
+
+def published(folder: Path | None) -> dict[str, Any]:
+    """Return what sentence-transformers' files in a directory say that a case may decide otherwise; nothing if unclear.
+
+    Returns:
+        ``pooling``, ``normalize`` and ``max_seq_length``, those that are said.
+    """
+    found: dict[str, Any] = {}
+    with suppress(ConfigError):
+        if folder is not None and (folder / "modules.json").is_file():
+            head = resolve_head(EmbeddingOptions(pooling="auto"), folder)
+            found |= {"pooling": head.pooling, "normalize": head.normalize}
+            length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
+            found |= {"max_seq_length": length} if isinstance(length, int) else {}
+    return found
 
 
 def _mode(config: Mapping[str, Any], folder: Path) -> str:

@@ -22,6 +22,7 @@ from qeff_validate.models.loading import (
     without_cache,
 )
 from qeff_validate.models.shrink import SMALL, WINDOW, shrink
+from qeff_validate.models.tables import module_tables
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # what the published models have and transformers' own defaults do not
@@ -87,6 +88,10 @@ class Random:
         """Return what the token ids depend on."""
         return {"words": self.model_type, "config": dict(self.config), **versions("transformers")}
 
+    def tables(self) -> Mapping[str, int]:
+        """Return those of the body without its numbers."""
+        return module_tables(_empty(self._config(), f"random:{self.model_type}"))
+
     def body(self) -> Any:
         """Build the body."""
         return draw(self._config(), self.seed, f"random:{self.model_type}")
@@ -141,6 +146,10 @@ class Tiny:
         """Return what the token ids depend on."""
         made = {"words": self._content(), "config": dict(self.config), "files": self._tokenizer_files()}
         return {**made, **versions("transformers", "tokenizers")}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return those of the body without its numbers."""
+        return module_tables(_empty(self._config(), f"tiny:{self.name}"))
 
     def body(self) -> Any:
         """Build the body.
@@ -284,12 +293,17 @@ def words_for(config: Any) -> tuple[Tokenize, int]:
     return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
 
 
-def _refuse_large(config: Any, name: str) -> None:
+def _empty(config: Any, name: str) -> Any:
+    """Build a body without numbers."""
     import torch
     from transformers import AutoModel
 
     with torch.device("meta"), foreign(f"build {name}"), quiet():
-        model = AutoModel.from_config(config, trust_remote_code=False)
+        return AutoModel.from_config(config, trust_remote_code=False)
+
+
+def _refuse_large(config: Any, name: str) -> None:
+    model = _empty(config, name)
     size = sum(parameter.numel() for parameter in model.parameters() if config.vocab_size not in parameter.shape)
     if size > MOST_PARAMETERS:
         worst, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class TokenRows:
         texts: the texts, for messages.
         notes: what a reader of the report should know.
         per_token: an output has one row for each token, not for each text.
+        tables: how many ``tokens`` and ``positions`` the body knows, where that is known.
     """
 
     ids: tuple[Array, ...]
@@ -39,6 +40,7 @@ class TokenRows:
     texts: tuple[str, ...]
     notes: tuple[str, ...] = ()
     per_token: bool = False
+    tables: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> Sequence[str]:
@@ -60,20 +62,21 @@ class TokenRows:
 
     def stored(self) -> dict[str, Array]:
         """Return the rows as arrays for a safetensors file."""
-        text = json.dumps({"texts": self.texts, "notes": self.notes, "pad": self.pad})
+        about = {"texts": self.texts, "notes": self.notes, "pad": self.pad, "tables": dict(self.tables)}
         return {
             "ids": np.concatenate(self.ids).astype(np.int64),
             "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
-            "texts": np.frombuffer(text.encode(), dtype=np.uint8),
+            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
         }
 
     @classmethod
     def from_stored(cls, stored: Tensors, *, per_token: bool = False) -> TokenRows:
         """Return the rows that `stored` wrote."""
-        texts = json.loads(stored["texts"].tobytes())
+        about = json.loads(stored["texts"].tobytes())
         ends = np.cumsum(stored["lengths"].astype(np.int64))
         ids = tuple(np.split(stored["ids"], ends[:-1]))
-        return cls(ids, int(texts["pad"]), tuple(texts["texts"]), tuple(texts["notes"]), per_token)
+        texts, notes = tuple(about["texts"]), tuple(about["notes"])
+        return cls(ids, int(about["pad"]), texts, notes, per_token, about.get("tables", {}))
 
 
 def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:

@@ -32,6 +32,7 @@ from qeff_validate.models.loading import (
     without_cache,
 )
 from qeff_validate.models.made import VOCABULARY, Random, Tiny
+from qeff_validate.models.tables import file_tables, module_tables
 
 __all__ = [
     "Folder",
@@ -73,6 +74,9 @@ class Source(Protocol):
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the tokenizer and the id of its padding token."""
 
+    def tables(self) -> Mapping[str, int]:
+        """Return how many ``tokens`` and learned ``positions`` the body knows, as far as that is cheap to say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -88,6 +92,10 @@ class Folder:
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return digests of all files that a tokenizer may read."""
         return {"files": digest_files(self._with(*TOKENIZER), root=self.path), **versions("transformers", "tokenizers")}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return them from the headers of the files."""
+        return file_tables(self._with(*WEIGHTS))
 
     def body(self) -> Any:
         """Load the body from safetensors."""
@@ -172,6 +180,10 @@ class Given:
         backend = getattr(self.given_tokenizer, "backend_tokenizer", None)
         text = backend.to_str() if backend is not None else repr(sorted(self.given_tokenizer.get_vocab().items()))
         return {"tokenizer": text, "class": type(self.given_tokenizer).__qualname__}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return them from the caller's model."""
+        return module_tables(self.model)
 
     def body(self) -> Any:
         """Return a float32 copy in eval mode; the caller's model is left as it is."""

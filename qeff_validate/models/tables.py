@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens and positions a model knows: the rows of its tables, by the names that transformers gives them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TOKENS = re.compile(r"(^|.*\.)(word_embeddings?|embed_tokens|tok_embeddings|embed_in|wte)\.weight")
+POSITIONS = re.compile(r"(^|.*\.)(position_embeddings?|embed_positions|wpe)\.weight")
+
+MOST_HEADER = 100 << 20
+
+
+def tables(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return the rows of the table of token embeddings, ``tokens``, and of that of learned ``positions``.
+
+    A table of positions stands beside that of the tokens: one of image patches does not. What is not found is left out.
+    """
+    found: dict[str, int] = {}
+    words = {match[1]: shapes[name] for name in shapes if (match := TOKENS.fullmatch(name)) and len(shapes[name]) == 2}
+    if words:
+        found["tokens"] = max(rows for rows, _ in words.values())
+    places = [shapes[name][0] for name in shapes if (match := POSITIONS.fullmatch(name)) and match[1] in words]
+    return found | ({"positions": max(places)} if places else {})
+
+
+def module_tables(model: Any) -> dict[str, int]:
+    """Return the tables of a torch module."""
+    return tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+
+
+def file_tables(files: Iterable[Path]) -> dict[str, int]:
+    """Return the tables of safetensors files, from their headers alone; none if one cannot be read."""
+    shapes: dict[str, Sequence[int]] = {}
+    try:
+        for file in files:
+            shapes |= {name: entry["shape"] for name, entry in header(file)[0].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return tables(shapes)
+
+
+def header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return what a safetensors file says of its tensors, and where its data begins.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > MOST_HEADER:
+            raise ValueError(f"{file} is no safetensors file")
+        entries = json.loads(opened.read(size))
+    return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + size
