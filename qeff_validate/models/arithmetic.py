@@ -99,7 +99,9 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [value for value in _flat((*args, *given.values())) if isinstance(value, Tensor)]
         # what positions alone decide (rotary angles, buckets of distances) is folded, or computed in float32
         learned = any(isinstance(value, nn.Parameter) or hasattr(value, LEARNED) for value in tensors)
-        if learned and not self.kept and self._dtype != torch.float32:
+        # a view of what is computed is read later, and what is written into it must reach the whole
+        shows = func.is_view and not isinstance(args[0], nn.Parameter)
+        if learned and not shows and not self.kept and self._dtype != torch.float32:
             own, args = args, self._read(args)
             given = {key: self._read(value) for key, value in given.items()}
         if name in PRODUCTS and self._way.parts > 1:

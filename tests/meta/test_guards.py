@@ -8,8 +8,19 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+from floors import EVEN, made_floor
 
-from qeff_validate.compare import FALLBACK, NOISE_SHARE, Bound, Rows, Verdict, bounds_for, check_tolerance, compare
+from qeff_validate.compare import (
+    FALLBACK,
+    NOISE_SHARE,
+    Bound,
+    Rows,
+    Verdict,
+    bounds_for,
+    check_tolerance,
+    compare,
+    stray_bounds,
+)
 from qeff_validate.errors import ConfigError
 from qeff_validate.metrics import GATES
 
@@ -23,7 +34,7 @@ def clean(seed: int = 0) -> np.ndarray:
 
 def judge(actual: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray] | None = None, **options) -> Verdict:
     precision = options.pop("precision", "fp16")
-    bounds = options.pop("bounds", None) or bounds_for(precision, floor=options.get("floor"), override={})
+    bounds = options.pop("bounds", None) or bounds_for(precision, override={})
     return compare(reference or {"output": clean()}, actual, bounds, rows=options.pop("rows", LABELS), **options)
 
 
@@ -60,7 +71,7 @@ def test_relative_l2_alone_sees_a_spread_error_that_is_within_every_other_bound(
 
 
 def test_cosine_alone_sees_a_turn_when_the_bound_of_relative_l2_is_wider() -> None:
-    bounds = {**bounds_for("fp16", floor=None, override={}), "rel_l2": Bound(2e-2, "case", "wider here")}
+    bounds = {**bounds_for("fp16", override={}), "rel_l2": Bound(2e-2, "case", "wider here")}
     assert failed(judge({"output": in_direction(clean(), 1.5e-2)}, bounds=bounds)) == {"cosine"}
 
 
@@ -178,7 +189,7 @@ def test_another_dtype_or_shape_fails_before_any_number(array: np.ndarray) -> No
 
 
 def test_an_empty_comparison_is_never_a_pass() -> None:
-    assert compare({}, {}, bounds_for("fp32", floor=None, override={}), rows=Rows([])).status == "inconclusive"
+    assert compare({}, {}, bounds_for("fp32", override={}), rows=Rows([])).status == "inconclusive"
     everything = Rows(LABELS.labels, frozenset(range(N)))
     assert judge({"output": clean()}, rows=everything).status != "pass"
 
@@ -202,8 +213,25 @@ def test_a_precision_without_a_sound_bound_is_inconclusive() -> None:
     assert "no sound bound" in verdict.reason
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_floor_that_is_no_number_gives_no_bound_and_no_verdict(value: float) -> None:
+    floor = made_floor({**EVEN, "rel_l2": [*[1e-3] * 7, value]})
+    bounds = bounds_for("fp16", floor=floor, override={})
+    assert "rel_l2" not in bounds
+    verdict = judge({"output": clean()}, bounds=bounds, floor=floor)
+    assert verdict.status == "inconclusive"
+    assert verdict.reason.startswith("the original model itself gives NaN or infinity in fp16; no sound bound for rel")
+
+
+def test_noise_that_hides_everything_gives_no_bound_and_no_verdict() -> None:
+    floor = made_floor({**EVEN, "rel_l2": 0.5})  # twice that accepts zeros
+    verdict = judge({"output": clean()}, bounds=bounds_for("fp16", floor=floor, override={}), floor=floor)
+    assert verdict.status == "inconclusive"
+    assert "anything would pass; no sound bound for rel_l2:" in verdict.reason
+
+
 def test_a_nan_bound_fails_even_if_it_got_past_the_config() -> None:
-    bounds = {**bounds_for("fp32", floor=None, override={}), "rel_l2": Bound(math.nan, "case", "a slip")}
+    bounds = {**bounds_for("fp32", override={}), "rel_l2": Bound(math.nan, "case", "a slip")}
     assert judge({"output": clean()}, bounds=bounds).status == "fail"
 
 
@@ -239,16 +267,80 @@ def test_rows_without_a_token_must_be_zeros_and_take_no_part_in_the_metrics() ->
 # --- bounds -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("floor", "wanted"), [(1e-9, 1e-6), (9.5e-7, 9.5e-6), (1e-3, 5e-5)])
-def test_the_fp32_bound_is_ten_floors_within_limits(floor: float, wanted: float) -> None:
-    bound = bounds_for("fp32", floor=floor, override={})["rel_l2"]
-    assert bound.value == pytest.approx(wanted)
-    assert bound.source == "floor"
+@pytest.mark.parametrize(
+    ("profile", "size", "wanted"),
+    [("fp32", 1e-6, 3e-6), ("fp16", 1e-3, 2e-3), ("fp16+mxfp6", 1e-2, 4e-2), ("fp32", 1e-9, 1e-6)],
+)
+def test_a_measured_bound_is_a_multiple_of_the_limit_and_not_below_float32(
+    profile: str, size: float, wanted: float
+) -> None:
+    bounds = bounds_for(profile, floor=made_floor({**EVEN, "rel_l2": size}, profile=profile), override={})
+    assert bounds["rel_l2"].value == pytest.approx(wanted)
+    assert (bounds["rel_l2"].source, bounds["rel_l2"].floor) == ("floor", pytest.approx(size))
+    assert bounds["neighbour_order"].value == 0
+
+
+def test_runs_that_differ_more_give_a_wider_bound_than_their_worst() -> None:
+    spread = [1e-6 * 1.2**step for step in range(8)]
+    bound = bounds_for("fp32", floor=made_floor({**EVEN, "rel_l2": spread}, profile="fp32"), override={})["rel_l2"]
+    assert bound.value > 3 * max(spread)
+
+
+def test_a_measured_bound_gates_on_both_sides_of_it() -> None:
+    floor = made_floor({"rel_l2": 4e-3, "cosine": 1e-3, "norm_ratio": 0.1, "max_abs_rms": 1.0})
+    bounds = bounds_for("fp16", floor=floor, override={})
+    for size, wanted in ((7.9e-3, set()), (8.1e-3, {"rel_l2"})):
+        assert failed(judge({"output": in_direction(clean(), size)}, bounds=bounds)) == wanted
 
 
 def test_a_case_overrides_with_its_reason() -> None:
-    bound = bounds_for("fp16", floor=1e-6, override={"rel_l2": 0.02, "why": "measured"})["rel_l2"]
-    assert (bound.value, bound.source, bound.why) == (0.02, "case", "measured")
+    override = {"rel_l2": 0.02, "why": "measured"}
+    for floor in (None, made_floor()):
+        bounds = bounds_for("fp16", floor=floor, override=override)
+        assert bounds["rel_l2"] == Bound(0.02, "case", "measured")
+        assert bounds["cosine"].source == ("fallback" if floor is None else "floor")
+
+
+# --- what rows have in common (a device's systematic errors) ----------------------------------------
+
+STRAYING = ("mean_signed", "mean_norm")
+
+
+def against_the_mean(actual: np.ndarray) -> Verdict:
+    """Judge a device whose precision has noise of 4e-3 in each row, and much less in their mean."""
+    floor = made_floor(
+        {"rel_l2": 4e-3, "cosine": 1e-3, "norm_ratio": 2e-3, "max_abs_rms": 2e-2},
+        strays={"mean_signed": 1e-3, "mean_norm": 1e-4},
+        center={"output": clean()},
+    )
+    bounds = bounds_for("fp16", floor=floor, override={}) | stray_bounds(floor)
+    return judge({"output": actual}, bounds=bounds, floor=floor)
+
+
+def test_a_factor_that_all_rows_have_is_seen_by_the_mean_norm_alone() -> None:
+    assert failed(against_the_mean(clean() * np.float32(1.0008))) == {"mean_norm"}
+    alternating = 1 + 0.0008 * np.resize([1, -1], (N, 1)).astype(np.float32)  # the same size, and none in the mean
+    assert against_the_mean(clean() * alternating).status == "pass"
+
+
+def test_a_shift_of_one_column_is_seen_by_the_mean_signed_error_alone() -> None:
+    size = np.sqrt((clean() ** 2).mean(1))
+    b = clean()
+    b[:, 11] += np.float32(0.01) * size
+    verdict = against_the_mean(b)
+    assert failed(verdict) == {"mean_signed"}
+    assert "allowed 0.003 (floor), over all 16 rows" in verdict.reason
+    assert next(item for item in verdict.metrics if not item.passed).metric.worst["column"] == 11
+    b = clean()
+    b[:, 11] += np.float32(0.01) * size * np.resize([1, -1], N)
+    assert against_the_mean(b).status == "pass"
+
+
+def test_equal_outputs_pass_with_systematic_gates_as_well() -> None:
+    verdict = against_the_mean(clean())
+    assert verdict.status == "pass"
+    gates = {item.metric.name.rpartition(".")[2] for item in verdict.metrics if item.bound}
+    assert gates == {*GATES, *STRAYING}
 
 
 def test_one_row_among_seven_hundred_is_not_lost_in_an_average() -> None:

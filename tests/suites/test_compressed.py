@@ -12,7 +12,6 @@ import pytest
 from onnx import numpy_helper
 
 from qeff_validate.case import Artifacts, Case, Precision
-from qeff_validate.compare import EMULATED_FACTOR
 from qeff_validate.engine import Runner, load
 from qeff_validate.report import Result
 from qeff_validate.sdk.simulated import qpc
@@ -33,10 +32,9 @@ def runner() -> Runner:
 
 
 def ratios(result: Result) -> dict[str, float]:
-    """Value over what the emulated run gave, of the gates whose bounds are mostly twice that."""
-    gates = [item for item in result.metrics if item.bound is not None and item.bound.source == "emulated"]
-    kept = {item.metric.name: item for item in gates if "error" in item.metric.name or "rel_l2" in item.metric.name}
-    return {name: EMULATED_FACTOR * item.metric.value / item.bound.value for name, item in kept.items() if item.bound}
+    """Value over what legitimate runs give, of errors that are of one size in all runs."""
+    gates = [item for item in result.metrics if "error" in item.metric.name or "rel_l2" in item.metric.name]
+    return {item.metric.name: item.metric.value / item.bound.floor for item in gates if item.bound and item.bound.floor}
 
 
 @pytest.mark.slow
@@ -46,7 +44,7 @@ def test_compressed_as_asked_for_and_not_more(case: Case, runner: Runner) -> Non
     assert (result.status, result.reason) == ("pass", "")
     assert result.precision == case.precision.profile
     assert 0.7 < max(ratios(result).values()) < 1.2, (
-        "an artifact without MXFP6 would be much nearer to the reference than the emulated run"
+        "an artifact without MXFP6 would be much nearer to the reference than legitimate runs"
     )
     header = qpc.read(Path(result.artifact["path"])).header
     states = {f"past_{part}.{layer}" for part in ("key", "value") for layer in (0, 1)}
@@ -92,18 +90,27 @@ def test_a_fault_beyond_the_noise_of_the_format_fails(
 ) -> None:
     result = broken(runner, case, damage, tmp_path)
     assert result.status == "fail"
-    assert "(emulated)" in result.reason
+    assert "(floor)" in result.reason
     intact = broken(runner, case, lambda model: None, tmp_path)
     assert intact.status == "pass", intact.reason
 
 
-def test_a_recorded_reference_without_an_emulated_run_is_inconclusive(runner: Runner, tmp_path: Path) -> None:
+def test_a_recorded_reference_without_a_floor_in_the_precision_is_inconclusive(runner: Runner, tmp_path: Path) -> None:
     plain = SMALL.model_copy(update={"precision": Precision()})
     recorded = runner.pipeline(plain).record(tmp_path)
     case = SMALL.model_copy(update={"artifacts": Artifacts(reference=str(recorded))})
     result = runner.result(case, "sim")
     assert result.status == "inconclusive"
     assert "no sound bound for rel_l2" in result.reason
+
+
+def test_the_table_has_no_bounds_for_compressed_weights_and_measured_noise_has(runner: Runner) -> None:
+    result = runner.result(SMALL.model_copy(update={"tolerance": "table"}), "sim")
+    assert result.status == "inconclusive"
+    assert "no sound bound for rel_l2" in result.reason
+    measured = runner.result(SMALL, "sim")
+    assert measured.status == "pass", measured.reason
+    assert {item.bound.source for item in measured.metrics if item.bound} == {"floor", "exact"}
 
 
 def test_an_embedding_has_no_keys_and_values_to_keep(runner: Runner) -> None:
@@ -129,5 +136,6 @@ def test_neighbours_are_compared_by_the_noise_that_was_measured(runner: Runner) 
     (order,) = [item for item in result.metrics if item.metric.name == "output.neighbour_order"]
     (rel_l2,) = [item for item in result.metrics if item.metric.name == "output.rel_l2"]
     assert rel_l2.bound is not None
-    noise = rel_l2.bound.value / EMULATED_FACTOR
+    noise = rel_l2.bound.floor
+    assert noise is not None
     assert np.isclose(order.metric.worst["gap"], 2 * (2 * noise + noise**2))

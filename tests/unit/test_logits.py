@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from floors import made_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax as scipy_log_softmax
@@ -20,6 +21,7 @@ from qeff_validate.compare import Bound, Judged
 from qeff_validate.logits import (
     ERRORS,
     FALLBACK,
+    LEAST,
     LOGIT_GATES,
     MOST,
     TIERS,
@@ -27,6 +29,8 @@ from qeff_validate.logits import (
     judge_logits,
     log_softmax,
     logit_bounds,
+    logit_errors,
+    logit_strays,
     rows_beyond,
 )
 
@@ -42,7 +46,7 @@ def judge(reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound]
     """Judge rows that are texts of three tokens."""
     n = len(reference)
     texts = [Text(f"text {at}", range(start, min(start + 3, n))) for at, start in enumerate(range(0, n, 3))]
-    bounds = logit_bounds("fp16", noise=None, override={}) if bounds is None else bounds
+    bounds = logit_bounds("fp16", override={}) if bounds is None else bounds
     labels = [f"row {row}" for row in range(n)]
     found = judge_logits(reference, actual, bounds, labels=labels, texts=texts, eos=EOS)
     return {item.metric.name.removeprefix("logits."): item for item in found}
@@ -101,7 +105,7 @@ def test_a_constant_shift_of_a_row_changes_nothing(shifts: list[int], seed: int)
 
 def test_equal_logits_pass_every_gate_at_every_precision() -> None:
     for precision in FALLBACK:
-        found = judge(logits(), logits(), logit_bounds(precision, noise=None, override={}))
+        found = judge(logits(), logits(), logit_bounds(precision, override={}))
         assert all(item.passed for item in found.values())
         assert {name for name, item in found.items() if item.bound} == set(LOGIT_GATES)
 
@@ -122,7 +126,7 @@ def test_a_tier_sees_one_token_and_names_the_row(row: int, rank: int, gate: str)
 def test_a_number_that_is_none_is_beyond_every_bound(bad: float) -> None:
     b = logits()
     b[4, 9] = bad
-    bounds = logit_bounds("fp16", noise=None, override={})
+    bounds = logit_bounds("fp16", override={})
     assert np.flatnonzero(rows_beyond(logits(), b, bounds)).tolist() == [4]
 
 
@@ -130,7 +134,7 @@ def test_a_number_that_is_none_is_beyond_every_bound(bad: float) -> None:
 def test_rows_beyond_are_those_whose_own_verdict_fails(size: float) -> None:
     a = logits()
     b = (a + size * np.linspace(0, 1, N)[:, None] * logits(5)).astype(np.float32)
-    bounds = logit_bounds("fp16", noise=None, override={})
+    bounds = logit_bounds("fp16", override={})
     alone = [judge(a[row : row + 1], b[row : row + 1]) for row in range(N)]
     wanted = [not all(found[name].passed for name in ("kl_max", *ERRORS)) for found in alone]
     assert rows_beyond(a, b, bounds).tolist() == wanted
@@ -146,7 +150,7 @@ def pair(margin: float, n: int = 1) -> np.ndarray:
     return rows
 
 
-FP32 = logit_bounds("fp32", noise=None, override={})
+FP32 = logit_bounds("fp32", override={})
 
 
 def test_a_change_within_the_noise_of_the_row_is_a_tie_and_one_beyond_it_is_not() -> None:
@@ -231,20 +235,51 @@ def test_a_change_beyond_a_tie_is_told_before_an_earlier_tie() -> None:
 # --- bounds ------------------------------------------------------------------------------------------
 
 
-def test_fp32_bounds_of_errors_follow_the_noise_of_the_reference_within_limits() -> None:
-    least = {name: bound.value for name, bound in FP32.items()}
-    assert {n: b.value for n, b in logit_bounds("fp32", noise=1e-9, override={}).items()} == least
-    wider = logit_bounds("fp32", noise=1e-5, override={})
-    assert (wider["top1_error"].value, wider["top1_error"].source) == (pytest.approx(1e-4), "floor")
-    assert wider["all_error"].value == least["all_error"]
-    most = logit_bounds("fp32", noise=1.0, override={})
-    assert all(most[name].value == pytest.approx(20 * least[name]) for name in ERRORS)
-    assert most["kl_max"].value == least["kl_max"]
-    assert logit_bounds("fp16", noise=1.0, override={})["top1_error"].value == FALLBACK["fp16"]["top1_error"]
+def test_bounds_are_a_multiple_of_what_legitimate_runs_are_off_by_squared_for_divergences() -> None:
+    errors = {"kl_p99": 1e-8, "kl_max": 1e-7, **dict.fromkeys(ERRORS, 1e-3)}
+    for profile, times in (("fp32", 3), ("fp16", 2), ("fp16+mxfp6", 4)):
+        bounds = logit_bounds(profile, override={}, floor=made_floor(errors, profile=profile))
+        assert set(bounds) == {*errors, "flips"}
+        for name, size in errors.items():
+            assert bounds[name].value == pytest.approx(size * (times**2 if name.startswith("kl") else times)), name
+            assert (bounds[name].source, bounds[name].floor) == ("floor", pytest.approx(size))
+        assert bounds["flips"] == FP32["flips"]
+
+
+def test_no_measured_bound_is_below_float32_or_accepts_another_distribution() -> None:
+    still = dict.fromkeys(LEAST, 0.0)
+    bounds = logit_bounds("fp32", override={}, floor=made_floor(still, profile="fp32"))
+    assert {name: bounds[name].value for name in LEAST} == dict(LEAST)
+    for name in LEAST:
+        for size in (MOST[name], math.inf, math.nan):
+            floor = made_floor({**still, name: size}, profile="fp32")
+            assert name not in logit_bounds("fp32", override={}, floor=floor)
+
+
+def test_errors_that_are_measured_are_those_of_the_formulas_and_a_shift_is_none() -> None:
+    a = logits()
+    b = a + 0.1 * logits(1)
+    found = logit_errors(a, b)
+    wanted = by_definition(a, b)
+    assert found == pytest.approx({name: wanted[name] for name in LEAST}, rel=1e-6)
+    assert logit_errors(a, b.astype(np.float64) + 7) == pytest.approx(found, rel=1e-6)
+
+
+def test_a_shift_of_all_logits_is_nothing_systematic_and_one_of_a_token_is() -> None:
+    a = logits().astype(np.float64)
+    for shifted in (a, a + 7, a + np.arange(N)[:, None]):
+        assert [item.value for item in logit_strays(a, shifted)] == pytest.approx([0, 0], abs=1e-12)
+    b = a.copy()
+    b[:, 30] += 0.3
+    signed, norm = logit_strays(a, b)
+    spread = (a - a.mean(1, keepdims=True)).std(1)
+    assert signed.value == pytest.approx(np.mean(0.3 * (1 - 1 / VOCAB) / spread))
+    assert (signed.name, signed.worst["column"], norm.name) == ("mean_signed", 30, "mean_norm")
+    assert logit_strays(a, 1.01 * a)[1].value == pytest.approx(0.01)
 
 
 def test_a_case_overrides_with_its_reason_and_a_profile_without_bounds_has_none() -> None:
-    bound = logit_bounds("fp32", noise=None, override={"kl_max": 0.5, "why": "int8"})["kl_max"]
+    bound = logit_bounds("fp32", override={"kl_max": 0.5, "why": "int8"})["kl_max"]
     assert bound == Bound(0.5, "case", "int8")
-    assert logit_bounds("mxfp6", noise=None, override={}) == {}
+    assert logit_bounds("mxfp6", override={}) == {}
     assert set(MOST) == set(LOGIT_GATES)

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from floors import made_floor
 
 from qeff_validate.compare import Verdict
+from qeff_validate.floor import Floor
 from qeff_validate.logits import ERRORS, Text
 from qeff_validate.models.continuations import judge_continuations
 from qeff_validate.models.symptoms import pattern
@@ -46,8 +48,17 @@ def actual(wanted: Rows, change: Callable[[Rows], Any] = lambda _: None, names: 
 
 
 def judge(wanted: Rows, found: Rows, precision: str = "fp16", names: Sequence[str] = NAMES, **more: Any) -> Verdict:
-    terms = Terms(precision, more.get("floor"), more.get("override", {}), 0)
+    terms = Terms(precision, more.get("override", {}), 0, more.get("floor"), more.get("device", False))
     return judge_continuations(wanted, found, terms, adapters=list(names), inputs=INPUTS)
+
+
+def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> Floor:
+    """Return measured noise with which an adapter of effect 0.3 is told from the base."""
+    errors = {"kl_p99": 1e-4, "kl_max": 1e-3, **dict.fromkeys(ERRORS, 0.05), **more}
+    for name in NAMES[1:]:
+        errors |= {f"{name}.delta_cosine": delta_cosine, f"{name}.delta_norm": 0.01, f"{name}.strayed": strayed}
+    center = {"logits": reference()["logits"]}
+    return made_floor(errors, strays={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
 
 
 def failed(verdict: Verdict) -> set[str]:
@@ -183,9 +194,16 @@ def test_a_value_that_is_not_finite_fails_with_its_place(bad: float) -> None:
 INCONCLUSIVE: Mapping[str, tuple[Rows, dict[str, Any], str]] = {
     "no bounds": (reference(), {"precision": "mxfp6"}, "no sound bound for kl_p99, "),
     "a weak adapter": (reference(effect=0.01), {}, "adapter 'a' changes log-probabilities by 9.3e-03, 1.0 times"),
-    "a weak adapter beside a noisy reference": (
-        reference(effect=1e-4), {"precision": "fp32", "floor": 1e-5}, "times the noise of fp32, and 20 are needed",
+    "a weak adapter beside measured noise": (
+        reference(effect=0.1), {"floor": floor(strayed=0.03)}, "9.3e-02, 3.1 times the noise of fp16, and 5 are needed",
     ),
+    "equal adapters beside measured noise": (
+        reference(b="a"), {"floor": floor()}, "adapters 'a' and 'b' say the same, so a swap would not be seen",
+    ),
+    "noise that hides the direction of a change": (
+        reference(), {"floor": floor(delta_cosine=0.2)}, "adapter 'a': noise in fp16 hides delta of cosine of its",
+    ),
+    "a floor that is no number": (reference(), {"floor": floor(kl_max=np.nan)}, "the original model itself gives NaN"),
     "equal adapters": (reference(b="a"), {}, "adapters 'a' and 'b' say the same, so a swap would not be seen"),
 }  # fmt: skip
 
@@ -214,6 +232,37 @@ def test_adapter_without_any_effect_that_fails_all_the_same_is_no_crash() -> Non
     verdict = judge(wanted, actual(wanted, lambda found: found["logits"].__setitem__((of("b"), 3), 9.0)))
     assert verdict.status == "fail"
     assert "6 of 18 rows fail, with b only" in verdict.reason
+
+
+def test_equal_logits_pass_beside_measured_noise_with_systematic_gates_on_a_device_alone() -> None:
+    wanted = reference()
+    for device in (False, True):
+        verdict = judge(wanted, actual(wanted), floor=floor(), device=device)
+        assert (verdict.status, verdict.reason) == ("pass", "")
+        gates = {item.metric.name for item in verdict.metrics if item.bound}
+        assert ({"logits.mean_signed", "logits.mean_norm"} <= gates) == device
+        change = next(item for item in verdict.metrics if item.metric.name == "adapter.a.delta_norm")
+        assert change.bound is not None
+        assert (change.bound.source, change.bound.value) == ("floor", pytest.approx(0.02))
+
+
+@pytest.mark.parametrize(
+    ("change", "gate"),
+    [
+        (lambda logits: logits * 1.002, "logits.mean_norm"),
+        (lambda logits: logits + 0.04 * np.eye(VOCAB)[11], "logits.mean_signed"),
+    ],
+    ids=["scaled", "one token"],
+)
+def test_an_error_that_all_rows_have_fails_on_a_device_alone(change: Callable[..., Any], gate: str) -> None:
+    wanted = reference()
+
+    def altered(found: Rows) -> None:
+        found["logits"][:] = change(found["logits"])
+        found["again"][:] = found["logits"][: 2 * ROWS]
+
+    assert judge(wanted, actual(wanted, altered), floor=floor()).status == "pass"
+    assert failed(judge(wanted, actual(wanted, altered), floor=floor(), device=True)) == {gate}
 
 
 # --- which rows --------------------------------------------------------------------------------------
