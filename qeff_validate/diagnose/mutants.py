@@ -2,9 +2,9 @@
 """Mutants: deliberate faults of fixed size, so that what a verdict can find is measured and not believed.
 
 A mutant is one change at one level: of the model's own modules, of an embedding's pooling, of an adapter's tensors, of
-an ONNX graph, or of what a session is fed and gives. The tables are `bodies` (both model kinds), `vectors` (embeddings)
-and `continuing` (language models with adapters); their magnitudes are part of them, because a score is only
-comparable with the next one while the faults stay the same.
+an ONNX graph, or of what a session is fed and gives. The tables are `bodies` and `graphs` (both model kinds),
+`vectors` (embeddings) and `continuing` (language models with adapters); their magnitudes are part of them, because a
+score is only comparable with the next one while the faults stay the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 Level = Literal["body", "pooling", "adapters", "graph", "session"]
 
 TABLES: Mapping[str, Sequence[str]] = {
-    "embedding": ("bodies:BODIES", "vectors:VECTORS"),
-    "peft-causal-lm": ("bodies:BODIES", "continuing:CONTINUING"),
+    "embedding": ("bodies:BODIES", "vectors:VECTORS", "graphs:GRAPHS"),
+    "peft-causal-lm": ("bodies:BODIES", "continuing:CONTINUING", "graphs:GRAPHS"),
 }
 """Where the mutants of a model kind are."""
 
