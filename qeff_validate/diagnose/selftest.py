@@ -125,6 +125,24 @@ class Examined:
             altered = made.altered(inputs, reference, some, dtype="float64")
             return {name: self._size(exact, outputs) for name, outputs in altered}
 
+    @cached_property
+    def _effects_of_graphs(self) -> dict[str, float]:
+        return {}
+
+    def _effect_of_graph(self, mutant: Mutant) -> float:
+        """Return the size of a graph mutant's effect: the changed graph itself is run in float64."""
+        import onnx
+
+        from qeff_validate.diagnose.wide import WideSession
+
+        if mutant.name not in self._effects_of_graphs:
+            made, graph = self._healthy.model(), onnx.load(str(self._healthy.onnx().path))
+            mutant.change(graph)
+            wide = WideSession(graph, made.graph.buckets)
+            found = made.infer(wide, self._healthy.inputs(), self._healthy.reference())
+            self._effects_of_graphs[mutant.name] = self._size(self._healthy.exact(), found)
+        return self._effects_of_graphs[mutant.name]
+
     def _size(self, wanted: Tensors, outputs: Tensors) -> float:
         """Return the greatest error of a row; infinity if outputs are not even alike in shape."""
         try:
@@ -149,7 +167,9 @@ class Examined:
         floor = self._healthy.floor(precision)
         level = float(next(floor.level(name) for name in SIZES if name in floor.errors))
         effect = self.effects.get(mutant.name, float("nan"))
-        if mutant.name not in self.effects and actual:
+        if mutant.level == "graph":
+            effect = self._effect_of_graph(mutant)
+        elif mutant.name not in self.effects and actual:
             effect = self._size({**self._healthy.exact(), **self._clean_outputs(stage)}, actual)
         broken = tuple(item.metric.name.rpartition(".")[2] for item in result.metrics if not item.passed)
         caught = result.status in ("fail", "error")
