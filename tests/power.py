@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from qeff_validate.case import Case
@@ -13,6 +15,7 @@ from qeff_validate.diagnose.score import Score, markdown
 from qeff_validate.diagnose.upstream import rows
 from qeff_validate.engine import Runner, environment, load, selftest
 from qeff_validate.protocols import Settings
+from qeff_validate.report import finite
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTED = {
@@ -43,28 +46,40 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "power.md")
+    parser.add_argument("--parts", type=Path, default=ROOT / "build" / "power", help="where sections that are done are")
+    parser.add_argument("--only", help="measure this config alone, and write no page")
     given = parser.parse_args()
-    parts = [HEAD.format(seeds=given.seeds)]
-    for path, names in TESTED.items():
+    sections = [part(path, names, given) for path, names in TESTED.items() if given.only in (None, path)]
+    if given.only is None:
+        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), ""]
+        (ROOT / "docs" / "power.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def part(path: str, names: Sequence[str], given: argparse.Namespace) -> str:
+    """Return the section of a config, measured unless it is there."""
+    file: Path = given.parts / f"{Path(path).stem}.md"
+    if not file.is_file():
         cases = [case for case in load([ROOT / path]) if case.name in names]
-        parts += [markdown(tested(path, cases, given.seeds)), ""]
-    parts += [
+        score = tested(path, cases, given.seeds)
+        versions = ", ".join(f"{name} {version}" for name, version in environment(Settings())["versions"].items())
+        text = f"{markdown(score)}\nMeasured on {time.strftime('%Y-%m-%d')} with {versions}.\n"
+        given.parts.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps(finite(score.plain())), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def upstream() -> str:
+    """Return the section of upstream's defects."""
+    head = [
         "## Upstream's defects, as stand-ins",
         "",
         "| defect | where | verdict | what it says |",
         "|---|---|---|---|",
     ]
-    runner = Runner()
-    found = rows(runner.pipeline)
-    parts += [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in row)} |" for row in found]
-    versions = environment(Settings())["versions"]
-    parts += [
-        "",
-        f"Measured on {time.strftime('%Y-%m-%d')} with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        "",
-    ]
-    given.out.write_text("\n".join(parts), encoding="utf-8")
+    found = rows(Runner().pipeline)
+    cells = [" | ".join(" ".join(cell.replace("|", "/").split()) for cell in row) for row in found]
+    return "\n".join([*head, *(f"| {row} |" for row in cells)])
 
 
 def tested(title: str, cases: list[Case], seeds: int) -> Score:
