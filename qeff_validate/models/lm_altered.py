@@ -71,7 +71,7 @@ class Altered:
         yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in found.items())
 
     def adapters(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits with each fault of what is served for an adapter; those of the reference where it is right."""
+        """Yield the logits with each fault of what is served for an adapter; the reference's where it is right."""
         own = self._inputs.adapters
         rows = dict(zip(own, np.split(reference, self._borders()), strict=True))
         for change in () if isinstance(self._model, PeftModel) else changes:
