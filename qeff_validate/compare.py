@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.floor import Floor, factor, tolerance_limit
+from qeff_validate.floor import Floor, factor, limit
 from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, systematic, worst_row
 from qeff_validate.tensors import Array, Tensors
 
@@ -162,11 +162,11 @@ def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
 
 def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:
     """Return the bound of a metric from the errors of legitimate runs; None if it would let anything pass."""
-    limit, times = tolerance_limit(floor.errors[name]), factor(floor.profile, name)
-    value = max(times * limit, least)
+    greatest, times = limit(name, floor.errors[name]), factor(floor.profile, name)
+    value = max(times * greatest, least)
     if not value < most:
         return None
-    why = f"{times:g} x {limit:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
+    why = f"{times:g} x {greatest:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
     return Bound(value, "floor", why, floor.level(name))
 
 
@@ -174,9 +174,9 @@ def stray_bounds(floor: Floor) -> dict[str, Bound]:
     """Return the bounds of a device's systematic errors."""
     bounds = {}
     for name, least in STRAYS.items():
-        limit, times = tolerance_limit(floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
-        why = f"{times:g} x {limit:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
-        bounds[name] = Bound(max(times * limit, least), "floor", why, float(np.median(floor.strays[name])))
+        greatest, times = limit(name, floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
+        why = f"{times:g} x {greatest:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
+        bounds[name] = Bound(max(times * greatest, least), "floor", why, float(np.median(floor.strays[name])))
     return bounds
 
 

@@ -166,7 +166,7 @@ class Pipeline:
             verdict = self.model().judge(reference, actual, inputs, terms)
             ceiling = self.ceiling()
             if floor is not None and ceiling is not None and verdict.metrics:
-                verdict = verdict.discriminating(ceiling.power(self.case.model, floor, verdict.metrics))
+                verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         times = {name: self.seconds[name] for name in stages if name in self.seconds}
         return Result(

@@ -17,6 +17,7 @@ class Faulty:
     def __init__(self, damaged: Callable[[Session], Any], name: str = "ort") -> None:
         self._inner, self._damaged = runtime(name), damaged
         self.name, self.kind = self._inner.name, self._inner.kind
+        self.sdk = getattr(self._inner, "sdk", None)
 
     def probe(self) -> str | None:
         return None

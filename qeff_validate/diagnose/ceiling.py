@@ -36,23 +36,26 @@ class Ceiling:
 
     Attributes:
         names: of the mutants that apply to it.
+        gross: those of them that nobody may ship.
         errors: for each metric the worst row with each of them, against the float64 reference.
     """
 
     names: tuple[str, ...]
+    gross: tuple[str, ...]
     errors: Mapping[str, Floats]
 
     def stored(self) -> dict[str, Any]:
         """Return it as tensors."""
-        names = np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8)
-        return {"names": names, **{f"errors.{name}": array for name, array in self.errors.items()}}
+        words = {"names": self.names, "gross": self.gross}
+        texts = {key: np.frombuffer("\n".join(names).encode(), dtype=np.uint8) for key, names in words.items()}
+        return {**texts, **{f"errors.{name}": array for name, array in self.errors.items()}}
 
     @classmethod
     def from_stored(cls, tensors: Tensors) -> Ceiling:
         """Read what `stored` gave."""
-        names = tuple(tensors["names"].tobytes().decode().split("\n"))
-        errors = {name: array for name, array in tensors.items() if name != "names"}
-        return cls(names, {name.removeprefix("errors."): np.asarray(found, float) for name, found in errors.items()})
+        names, gross = (tuple(filter(None, tensors[key].tobytes().decode().split("\n"))) for key in ("names", "gross"))
+        errors = {name: np.asarray(array, float) for name, array in tensors.items() if name.startswith("errors.")}
+        return cls(names, gross, {name.removeprefix("errors."): found for name, found in errors.items()})
 
     def visible(self, floor: Floor) -> Iterator[int]:
         """Yield the places of those that are not equivalent in a precision."""
@@ -60,8 +63,8 @@ class Ceiling:
             least = EQUIVALENT * floor.level(size)
             yield from (at for at, value in enumerate(self.errors[size]) if not value < least)
 
-    def power(self, kind: str, floor: Floor, judged: Sequence[Judged]) -> Power:
-        """Return which of the visible faults the bounds of a verdict would find."""
+    def power(self, floor: Floor, judged: Sequence[Judged]) -> Power:
+        """Return which of the visible faults the bounds of a verdict would find; loads no framework."""
         bounds = {
             item.metric.name.partition(".")[2]: item.bound.value for item in judged if item.bound and item.bound.value
         }
@@ -69,8 +72,7 @@ class Ceiling:
         seen = list(self.visible(floor))
         # NaN is beyond every bound
         missed = [self.names[at] for at in seen if all(self.errors[name][at] <= bounds[name] for name in gates)]
-        gross = {mutant.name for mutant in mutants(kind) if mutant.gross}
-        return Power(len(seen), tuple(missed), tuple(name for name in missed if name in gross))
+        return Power(len(seen), tuple(missed), tuple(name for name in missed if name in self.gross))
 
 
 def faults_key() -> str:
@@ -87,10 +89,16 @@ def tried(kind: str) -> tuple[Mutant, ...]:
 def measured(kind: str, made: Any, exact: Tensors, reference: Tensors, inputs: Any) -> Ceiling:
     """Try the mutants of a model kind on the original model of a wrapper (`protocols.Measured`)."""
     names: list[str] = []
+    faults = tried(kind)
     errors: list[Mapping[str, float]] = []
     with np.errstate(all="ignore"):
-        for name, outputs in made.altered(inputs, reference, tried(kind)):
+        for name, outputs in made.altered(inputs, reference, faults):
             names.append(name)
             errors.append(made.measure(exact, outputs, inputs))
     metrics = errors[0] if errors else {}
-    return Ceiling(tuple(names), {name: np.array([each[name] for each in errors], dtype=float) for name in metrics})
+    gross = {fault.name for fault in faults if fault.gross}
+    return Ceiling(
+        tuple(names),
+        tuple(filter(gross.__contains__, names)),
+        {name: np.array([each[name] for each in errors], dtype=float) for name in metrics},
+    )

@@ -75,6 +75,8 @@ class Mutant:
             return
         import torch
 
+        if not hasattr(model, "get_input_embeddings"):
+            raise Inapplicable("this is no model of transformers")
         with Patch() as patch:
             with torch.no_grad():
                 self.change(model, patch)

@@ -64,9 +64,10 @@ class FirstTokens:
         """Return 1 − cosine and |ratio of norms − 1| of an adapter's change of the base, here and in the reference."""
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
         norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # an adapter without effect gives NaN
             cosine = np.sum(wanted * got) / np.float64(norms[0] * norms[1])
-        return float(1 - cosine), abs(norms[1] / norms[0] - 1)
+            ratio = np.float64(norms[1]) / norms[0]
+        return float(1 - cosine), float(abs(ratio - 1))
 
     def strayed(self, adapter: int) -> float:
         """Return how far an adapter's change of the base is off from the reference's: root mean square."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from floors import EVEN, made_floor
-from scipy.stats import nct, norm
+from scipy.stats import chi2, nct, norm
 
 from qeff_validate.compare import bounds_for, stray_bounds
 from qeff_validate.errors import IncomparableError
-from qeff_validate.floor import K95, SQUARES, Floor, belonging, digest_of, factor, tolerance_limit
+from qeff_validate.floor import HALF_NORMAL, K95, SQUARES, Floor, belonging, digest_of, factor, limit, tolerance_limit
 from qeff_validate.logits import LEAST as LOGIT_LEAST
 from qeff_validate.models.continuations import DELTAS
 from qeff_validate.tensors import load_tensors, save_tensors
@@ -51,6 +51,20 @@ def test_too_few_errors_or_one_that_is_no_number_limit_nothing(errors: list[floa
 
 def test_errors_of_zero_are_the_least_and_no_crash() -> None:
     assert 0 < tolerance_limit([0.0] * 8) < 1e-200
+
+
+def test_magnitudes_of_what_lies_round_zero_have_the_limit_of_a_normal_distribution() -> None:
+    assert pytest.approx(norm.ppf(0.975) * math.sqrt(8 / chi2.ppf(0.05, 8)), abs=0.01) == HALF_NORMAL
+    draws = np.abs(np.random.default_rng(2).standard_normal((2000, 8)))
+    limits = np.array([limit("logits.mean_norm", row) for row in draws])
+    assert np.mean(limits > norm.ppf(0.975)) > 0.92
+    assert np.median(limits) < 4, "three times a root mean square"
+    unlucky = np.array([*[1e-5] * 7, 1e-12])
+    assert limit("mean_norm", unlucky) < 4e-5
+    assert limit("rel_l2", unlucky) > 1
+    even = np.full(8, 0.02)
+    assert limit("a.delta_norm", even) == pytest.approx(0.02)
+    assert limit("mean_norm", np.array([1e-5] * 7 + [math.nan])) == math.inf
 
 
 def test_factors_are_squared_for_squares_and_doubled_for_what_is_compressed() -> None:
