@@ -269,7 +269,7 @@ class Pipeline:
         made: Any = self.model()
         said: dict[str, Any] = {"model": self._body_key()}
         if hasattr(made, "settings"):
-            said["tokens"] = {"asked": made.asked(), "tokenizer": made.source.tokenizer_key()}
+            said["tokens"] = {"asked": made.asked(), "tokenizer": made.tokenizer_key()}
         return np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
 
     def _inputs(self) -> tuple[Tensors, Entry]:

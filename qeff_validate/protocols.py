@@ -181,6 +181,9 @@ class Prechecked(Protocol):
     def asked(self) -> Mapping[str, Any]:
         """Return what is to be tokenized (``texts``, ``prompt``), and how far; plain data."""
 
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with the tokenizer."""
+
     def rows(self) -> Any:
         """Return ``ids``, ``texts`` and ``pad`` as the tokenizer makes them now; loads no model."""
 

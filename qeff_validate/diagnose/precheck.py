@@ -173,7 +173,7 @@ def _recorded_tokens(made: Any, inputs: Any, kept: Any, *, near: bool) -> Rung:
         if kept and _spoken(kept["asked"]) != _spoken(plain(asked)):
             return Rung(name, "differs", "the reference was recorded for other texts than the case's")
         return Rung(name, "unknown", "the tokenizer is not on this host")
-    tokenizer = attempted(made.source.tokenizer_key) if hasattr(made, "source") else "none"
+    tokenizer = attempted(made.tokenizer_key)
     if kept and kept["asked"] == plain(asked) and without_versions(kept["tokenizer"]) == without_versions(tokenizer):
         return Rung(name, "same")
     rows = attempted(made.rows)

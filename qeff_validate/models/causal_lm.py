@@ -119,6 +119,10 @@ class PeftCausalLM:
         sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
         return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
 
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the tokenizer is."""
+        return self.source.tokenizer_key()
+
     def reach(self, inputs: Prompts) -> int:
         """Return how many positions the graph must have; the context may have more slots."""
         return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1

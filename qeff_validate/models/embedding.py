@@ -91,6 +91,10 @@ class PooledEmbedding:
         limits = {"seq_len": options.seq_len, "truncate": options.truncate, "boundary": self._builtin()}
         return {"texts": self._texts(), "prompt": options.prompt, **limits}
 
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the tokenizer is."""
+        return self.source.tokenizer_key()
+
     def reach(self, inputs: TokenRows) -> int:  # noqa: ARG002
         """Return how many positions the graph must have."""
         return self.options.seq_len[-1]

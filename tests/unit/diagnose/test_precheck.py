@@ -33,36 +33,24 @@ ASKED = {"texts": ["a b", "c", "d"], "prompt": "", "seq_len": [8], "truncate": F
 LORA = {"a": {"peft_method": "lora", "r": 4}}
 
 
-class Source:
-    """A source whose tokenizer is its letters."""
-
-    def __init__(self) -> None:
-        self.key: Any = {"words": "bert", "transformers": "5"}
-
-    def tokenizer_key(self) -> Any:
-        if isinstance(self.key, Exception):
-            raise self.key
-        return self.key
-
-
 class Wrapper:
     """A model wrapper that says what it is told to."""
 
     def __init__(self, **settings: Any) -> None:
         self.said = {"kind": "embedding", "head": dict(HEAD), **settings}
-        self.made, self.asks, self.files, self.source, self.tokenized = (
-            rows(),
-            dict(ASKED),
-            dict[str, Any](),
-            Source(),
-            0,
-        )
+        self.made, self.asks, self.files, self.tokenized = rows(), dict(ASKED), dict[str, Any](), 0
+        self.key: Any = {"words": "bert", "transformers": "5"}
 
     def settings(self) -> Mapping[str, Any]:
         return self.said
 
     def asked(self) -> Mapping[str, Any]:
         return self.asks
+
+    def tokenizer_key(self) -> Any:
+        if isinstance(self.key, Exception):
+            raise self.key
+        return self.key
 
     def rows(self) -> TokenRows:
         self.tokenized += 1
@@ -139,7 +127,7 @@ def test_recorded_inputs_of_the_same_texts_and_tokenizer_are_not_tokenized_again
 
 def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -> None:
     made = Wrapper()
-    made.source.key = {"words": "other"}
+    made.key = {"words": "other"}
     assert rung("token ids", made, recorded=recorded()).state == "same"
     assert made.tokenized == 1
     made.made = rows([1, 2, 3], [4, 9], [6])
@@ -161,7 +149,7 @@ def test_padding_and_number_of_rows_are_compared(now: TokenRows, said: str) -> N
 
 def test_recorded_inputs_are_unknown_where_nothing_can_be_tokenized() -> None:
     made = Wrapper()
-    made.source.key = ConfigError("no such directory")
+    made.key = ConfigError("no such directory")
 
     def refuse() -> TokenRows:
         raise ConfigError("no such directory")
@@ -212,6 +200,7 @@ def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[st
 def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
     graph = About(made_from(head={**HEAD, "pooling": "cls"}))
     assert rung("pooling", graph=graph, recorded=recorded()).state == "differs"
+    assert rung("pooling", graph=graph, recorded={}).state == "differs"
     assert rung("pooling", graph=About(), recorded=recorded()).state == "unknown"
 
 

@@ -151,3 +151,13 @@ def test_a_graph_for_adapters_of_another_rank_is_named(runner: Runner) -> None:
     own = runner.result(adapters(path).model_copy(update={"tolerance": "table"}), "ort")
     assert own.status == "pass", own.reason
     assert {rung.name for rung in own.prechecks if rung.state != "same"} == {"pooling", "normalize"}
+
+
+def test_a_recorded_reference_is_judged_where_its_source_is_gone(runner: Runner, exported: str, tmp_path: Path) -> None:
+    given = {"reference": str(runner.pipeline(case()).record(tmp_path)), "onnx": exported}
+    gone = case(artifacts=given).model_copy(update={"source": "path:/nowhere"})
+    result = Runner(store=tmp_path / "empty").result(gone, "ort")
+    assert result.status == "pass", result.reason
+    unknown = {rung.name: rung.detail for rung in result.prechecks if rung.state == "unknown"}
+    assert set(unknown) == {"token ids", "weights", "adapters"}
+    assert "directory /nowhere does not exist" in unknown["weights"]
