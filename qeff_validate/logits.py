@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import NOISE_SHARE, Bound, Judged, measured_bound, overridden
+from qeff_validate.compare import NOISE_SHARE, Bound, Judged, greatest, measured_bound, overridden
 from qeff_validate.floor import Floor
 from qeff_validate.metrics import Floats, Metric, systematic, worst_row
 from qeff_validate.tensors import Array
@@ -84,7 +84,8 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
         fallback = FALLBACK.get(precision, {})
         bounds = {name: Bound(value, "fallback", f"{precision} profile") for name, value in fallback.items()}
     else:
-        made = {name: measured_bound(name, floor, least, MOST[name]) for name, least in LEAST.items()}
+        most = greatest(floor.profile, FALLBACK, MOST)
+        made = {name: measured_bound(name, floor, least, most[name]) for name, least in LEAST.items()}
         bounds = {name: bound for name, bound in made.items() if bound is not None}
     if bounds:
         bounds["flips"] = Bound(0.0, "exact", "no token changes but between two that are level within the noise")

@@ -113,8 +113,7 @@ def test_the_check_of_the_seeds_is_a_function(capsys: pytest.CaptureFixture[str]
         qv.check_embed_model_pytorch_vs_onnx_vs_ai100(pooled, options={**OPTIONS, "pooling": "cls"})
 
 
-@pytest.mark.xfail(strict=True, reason="the ensemble takes what changes between runs for noise of float32")
-def test_the_check_fails_with_metric_bound_and_text_on_a_model_that_changes_between_runs() -> None:
+def test_a_model_that_changes_between_runs_is_no_measure_of_rounding() -> None:
     import torch
 
     class Restless(torch.nn.Module):
@@ -131,7 +130,7 @@ def test_the_check_fails_with_metric_bound_and_text_on_a_model_that_changes_betw
             hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             return (hidden * (1 + 0.01 * (self.calls % 2)),)
 
-    with pytest.raises(AssertionError, match=r"model-torch: fail.*norm_ratio 0\.0.*worst row"):
+    with pytest.raises(AssertionError, match="model-torch: inconclusive.*by more than rounding explains.*norm_ratio"):
         qv.check_embed_model_pytorch_vs_onnx_vs_ai100(Restless(), runtimes=("torch",), options=OPTIONS)
 
 
