@@ -15,7 +15,7 @@ from onnx import numpy_helper, parser
 from qeff_validate.diagnose import nodes
 from qeff_validate.diagnose.graphs import GRAPHS
 from qeff_validate.diagnose.mutants import Inapplicable, mutants
-from qeff_validate.diagnose.wide import effect64
+from qeff_validate.diagnose.wide import WideSession, effect64
 from qeff_validate.engine import Runner, load
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime
@@ -70,24 +70,23 @@ def exported(name: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "refused"),
+    ("case", "refused"),
     [("bert-cls", set()), ("llama-last", {BIAS}), ("bert-mean", set()), ("llama-lora", {BIAS})],
     ids=["torchscript-encoder", "torchscript-decoder", "dynamo-encoder", "dynamo-language-model"],
 )
-def test_each_mutant_changes_outputs_by_what_it_changes_in_float64(name: str, refused: set[str]) -> None:
-    clean, feeds = exported(name)
-    before, wanted, without = clean.SerializeToString(), ort(clean, feeds), set()
-    for mutant in NAMED:
+def test_each_mutant_changes_outputs_by_what_it_changes_in_float64(case: str, refused: set[str]) -> None:
+    clean, feeds = exported(case)
+    before, output, without = clean.SerializeToString(), clean.graph.output[0].name, set()
+    wanted, exact = ort(clean, feeds), WideSession(clean).run(feeds)[output]
+    for name, mutant in NAMED.items():
         try:
-            made = mutant_of(clean, mutant)
+            made = mutant_of(clean, name)
         except Inapplicable:
-            without.add(mutant)
+            without.add(name)
             continue
-        ((right, wrong),) = effect64(clean, made, [feeds])
-        output = clean.graph.output[0].name
-        size, least = effect(right[output], wrong[output]), 5e-2 if NAMED[mutant].gross else 2e-5
-        assert size > least, f"{mutant}: {size}"
-        assert effect(wanted, ort(made, feeds)) == pytest.approx(size, rel=0.1, abs=2e-6), mutant
+        size, least = effect(exact, WideSession(made).run(feeds)[output]), 5e-2 if mutant.gross else 2e-5
+        assert size > least, f"{name}: {size}"
+        assert effect(wanted, ort(made, feeds)) == pytest.approx(size, rel=0.1, abs=2e-6), name
     assert without == refused
     assert clean.SerializeToString() == before
 
@@ -230,18 +229,23 @@ def test_experts_are_weights_and_tables_of_words_are_none() -> None:
     model = parser.parse_model("""
     <ir_version: 8, opset_import: ["" : 18]> g (int64[n] ids, int64[n, 1] which) => (float[n, 4, 1] y)
     <float[9, 3] words, float[5, 4, 3] experts, float[3, 3] mixing> {
-        x = Gather <axis = 0> (words, ids)  same = Identity (mixing)  h = MatMul (x, same)
+        x = Gather <axis = 0> (words, ids)  turned = Transpose <perm = [1, 0]> (mixing)  same = Identity (turned)
+        h = MatMul (x, same)  routed = Softmax (h)
         chosen = GatherND (experts, which)  last = Constant <value_ints = [-1]> ()  u = Unsqueeze (h, last)
         y = MatMul (chosen, u) }
     """)
     rng = np.random.default_rng(5)
     for name, shape in (("words", (9, 3)), ("experts", (5, 4, 3)), ("mixing", (3, 3))):
         model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
-    assert [(weight.tensor.name, weight.summed) for weight in nodes.weights(model)] == [("mixing", -2), ("experts", -1)]
+    assert [(weight.tensor.name, weight.summed) for weight in nodes.weights(model)] == [("mixing", -1), ("experts", -1)]
     made = mutant_of(model, "one row of a weight negated")
     before, after = (numpy_helper.to_array(each.graph.initializer[1]) for each in (model, made))
     np.testing.assert_array_equal(after[:, 0], -before[:, 0])
     np.testing.assert_array_equal(after[:, 1:], before[:, 1:])
+    made = mutant_of(model, "the largest weight is zero")  # but for the last
+    assert [bool(numpy_helper.to_array(tensor).any()) for tensor in made.graph.initializer] == [True, True, False]
+    with pytest.raises(Inapplicable, match="no softmax behind a product of queries and keys"):
+        mutant_of(model, "one softmax gives zeros")
 
 
 def test_copies_of_one_weight_are_not_exchanged() -> None:
@@ -261,7 +265,10 @@ def test_copies_of_one_weight_are_not_exchanged() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMED) - {"output x 1.01"}))
 def test_a_graph_without_anything_to_change_says_so(name: str) -> None:
-    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[n] x) => (float[n] y) { y = Identity (x) }'
+    text = """
+    <ir_version: 8, opset_import: ["" : 18]> g (float[n] x) => (float[n] y) <float one = {1}> {
+        same = Identity (x)  more = Add (same, one)  root = Sqrt (more)  y = Softmax (root) }
+    """
     with pytest.raises(Inapplicable, match="graph"):
         NAMED[name].change(parser.parse_model(text))
 

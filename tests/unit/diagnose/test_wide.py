@@ -66,7 +66,7 @@ def graph(text: str) -> onnx.ModelProto:
 
 
 def test_everything_in_float32_is_widened_and_nothing_else() -> None:
-    model = graph("""(float[n] x, bool chosen) => (float[n] y) <float third = {0.333333333}> {
+    model = graph("""(float[n] x, bool chosen) => (float[n] y) <float third = {0.333333333}, float[1] s> {
         a = Constant <value_float = 0.1> ()  b = Constant <value = float[1] {0.2}> ()
         c = Constant <value_floats = [0.3]> ()  n = Constant <value_ints = [2]> ()
         many = Cast <to = 1> (n)  half = Cast <to = 10> (x)  again = Cast <to = 1> (half)
@@ -83,7 +83,10 @@ def test_everything_in_float32_is_widened_and_nothing_else() -> None:
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, wanted, rtol=1e-15)
     assert model.SerializeToString() == before
-    assert float64_graph(model).graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+    assert len(model.graph.value_info) == 1
+    wide = float64_graph(model)
+    onnx.checker.check_model(wide, full_check=True)
+    assert wide.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
 
 
 def test_the_error_function_is_not_rounded_to_float32() -> None:
