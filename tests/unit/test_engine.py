@@ -130,7 +130,7 @@ def test_a_model_that_changes_between_runs_is_no_measure_of_rounding() -> None:
             hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             return (hidden * (1 + 0.01 * (self.calls % 2)),)
 
-    with pytest.raises(AssertionError, match="model-torch: inconclusive.*by more than rounding explains.*norm_ratio"):
+    with pytest.raises(AssertionError, match=r"model-torch: inconclusive.*by more than rounding explains.*norm_ratio"):
         qv.check_embed_model_pytorch_vs_onnx_vs_ai100(Restless(), runtimes=("torch",), options=OPTIONS)
 
 
