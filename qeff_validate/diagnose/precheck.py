@@ -113,7 +113,11 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
         said = json.loads(recorded[ABOUT].tobytes()) if ABOUT in recorded else {}
     kind_of_source, _, rest = case.source.partition(":")
     near = in_memory or recorded is None or kind_of_source in NEAR or Path(rest or case.source).is_dir()
-    folder = attempted(lambda: getattr(getattr(made, "source", None), "path", None)) if near else None
+    folder = (
+        attempted(lambda: getattr(getattr(made, "source", None), "path", None))
+        if near and hasattr(made, "settings")
+        else None
+    )
     return Sides(graph, said, near, contents if isinstance(folder, Path) and folder.is_dir() else None)
 
 
