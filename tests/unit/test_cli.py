@@ -131,9 +131,15 @@ def test_report_json_has_the_documented_schema(first) -> None:
         gates = {metric["name"]: metric for metric in result["metrics"] if metric["bound"] is not None}
         assert {f"output.{name}" for name in ("rel_l2", "cosine", "norm_ratio", "max_abs_rms")} <= set(gates)
         for metric in gates.values():
-            assert set(metric) >= {"name", "value", "bound", "source", "worst", "passed"}
+            assert set(metric) >= {"name", "value", "bound", "source", "floor", "over_bound", "worst", "passed"}
             assert metric["passed"] is True
-            assert metric["worst"]["text"] in ("a b c", "d e", "the man", "(a row without a token)")
+            if metric["name"] in ("output.mean_signed", "output.mean_norm"):
+                assert (metric["worst"]["rows"], result["runtime"]) == (3, "sim"), "of the rows that hold a token"
+            else:
+                assert metric["worst"]["text"] in ("a b c", "d e", "the man", "(a row without a token)")
+        assert {"output.mean_signed", "output.mean_norm"} <= set(gates) or result["runtime"] != "sim"
+        power = result["power"]
+        assert (power["caught"], power["share"]) == (power["tried"], 1.0), power
     assert [result["precision"] for result in report["results"]] == ["fp32", "fp32", "fp16"]
 
 
