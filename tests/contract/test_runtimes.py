@@ -48,7 +48,9 @@ assert RUNTIMES, "no runtime is registered: is the package installed?"
 
 def pipeline(kind: str, **options: Any) -> Pipeline:
     spec = SMALL[kind]
-    case = Case(name="contract", model=kind, source=spec["source"], options={**spec["options"], **options})
+    case = Case(
+        name="contract", model=kind, source=spec["source"], options={**spec["options"], **options}, tolerance="table"
+    )
     return Pipeline(case, check(case), Store(), Silent())
 
 
