@@ -39,8 +39,6 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
         ConfigError: a file is missing, broken or pickled, or a tensor is of another type or not finite.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"adapter: directory {folder} does not exist")
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
@@ -77,8 +75,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the config of a saved adapter.
 
     Raises:
-        ConfigError: it is missing or broken.
+        ConfigError: the directory or its config is missing, or the config is broken.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"adapter: directory {folder} does not exist")
     path = folder / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
