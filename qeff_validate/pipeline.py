@@ -160,11 +160,11 @@ class Pipeline:
             with self._stage("run", adapter.name):
                 actual = self.actual = self.model().infer(watched, inputs, reference)
         base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
+        ceiling = self.ceiling()
         with self._stage("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
             terms = Terms(base["precision"], override, self.case.seed, floor, device)
             verdict = self.model().judge(reference, actual, inputs, terms)
-            ceiling = self.ceiling()
             if floor is not None and ceiling is not None and verdict.metrics:
                 verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
@@ -306,7 +306,7 @@ class Pipeline:
             return made
 
         return self._once(
-            "exact", lambda: self.store.tensors("reference", self._reference_key("float64"), make)[0], show=True
+            "reference in float64", lambda: self.store.tensors("reference", self._reference_key("float64"), make)[0], show=True
         )
 
     def floor(self, precision: Precision) -> Floor | None:
