@@ -305,9 +305,10 @@ class Pipeline:
             release_memory()
             return made
 
-        return self._once(
-            "reference in float64", lambda: self.store.tensors("reference", self._reference_key("float64"), make)[0], show=True
-        )
+        def get() -> Tensors:
+            return self.store.tensors("reference", self._reference_key("float64"), make)[0]
+
+        return self._once("reference in float64", get, show=True)
 
     def floor(self, precision: Precision) -> Floor | None:
         """Return how far legitimate runs of the original model are off in a precision, stored by model and inputs.
