@@ -196,8 +196,9 @@ class PooledEmbedding:
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
         body = self.source.body()
+        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
         for way in WAYS:
-            weights = CompressedWeights(body, block=way.block) if precision.weights else nullcontext()
+            weights = compressed.get(way.block, nullcontext())
             with weights, computing_as(body, precision.compute, way):
                 states = batched_states(body, inputs.ids, inputs.pad, way.batch)
             found = self._pooled(states, inputs, "float32")
