@@ -19,7 +19,7 @@ from faulty import Faulty
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Case
+from qeff_validate.case import Case, Precision
 from qeff_validate.diagnose.continuing import CONTINUING, serving
 from qeff_validate.diagnose.followed import Feeds, Followed
 from qeff_validate.diagnose.mutants import session_of
@@ -295,8 +295,10 @@ def test_adapter_that_cannot_be_told_from_another_is_inconclusive(second: dict[s
 def variant(made: Pipeline, **options: Any) -> Pipeline:
     """Return a pipeline of the same model and prompts in which what does not change is not made again."""
     found = pipeline(made.case.model_copy(update={"options": {**made.case.options, **options}}))
-    made.floor(), made.onnx()
-    found._done.update({name: made._done[name] for name in ("tokenize", "reference", "floor", "export")})
+    made.floor(Precision(compute="fp32")), made.ceiling(), made.onnx()
+    found._done.update(
+        {name: made._done[name] for name in ("tokenize", "reference", "noise floor in fp32", "faults tried", "export")}
+    )
     return found
 
 
