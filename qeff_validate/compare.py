@@ -176,10 +176,33 @@ def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound 
     return Bound(value, "floor", why, floor.level(name))
 
 
-def greatest(profile: str, table: Mapping[str, Mapping[str, float]], most: Mapping[str, float]) -> Mapping[str, float]:
-    """Return what measured bounds must stay below in a precision."""
-    near = table["fp32"] if profile == "fp32" else {}
-    return {**most, **{name: min(most[name], FAR * value) for name, value in near.items()}}
+def gate_bounds(
+    precision: str,
+    floor: Floor | None,
+    *,
+    table: Mapping[str, Mapping[str, float]],
+    least: Mapping[str, float],
+    most: Mapping[str, float],
+) -> dict[str, Bound]:
+    """Return bounds from the errors of legitimate runs, or those of a precision's table where none were measured.
+
+    Args:
+        precision: profile of what computes.
+        floor: the errors of legitimate runs.
+        table: bounds by precision.
+        least: what no measured bound is below, for each metric that gets one.
+        most: what a bound must stay below.
+    """
+    if floor is None:
+        return {
+            name: Bound(value, "fallback", f"{precision} profile") for name, value in table.get(precision, {}).items()
+        }
+    near = {name: FAR * value for name, value in table["fp32"].items()} if floor.profile == "fp32" else {}
+    made = {
+        name: measured_bound(name, floor, value, min(most[name], near.get(name, math.inf)))
+        for name, value in least.items()
+    }
+    return {name: bound for name, bound in made.items() if bound is not None}
 
 
 def stray_bounds(floor: Floor) -> dict[str, Bound]:
@@ -200,13 +223,7 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
         override: the case's own bounds, with ``why``.
         floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
     """
-    if floor is None:
-        fallback = FALLBACK.get(precision, {})
-        bounds = {name: Bound(value, "fallback", f"{precision} profile") for name, value in fallback.items()}
-    else:
-        most = greatest(floor.profile, FALLBACK, MOST)
-        made = {name: measured_bound(name, floor, LEAST[name], most[name]) for name in ROW_GATES}
-        bounds = {name: bound for name, bound in made.items() if bound is not None}
+    bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
         bounds["neighbour_order"] = Bound(0.0, "exact", "no neighbour moves further than noise allows")
     return bounds | overridden(override)

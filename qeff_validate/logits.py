@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import NOISE_SHARE, Bound, Judged, greatest, measured_bound, overridden
+from qeff_validate.compare import NOISE_SHARE, Bound, Judged, gate_bounds, overridden
 from qeff_validate.floor import Floor
 from qeff_validate.metrics import Floats, Metric, systematic, worst_row
 from qeff_validate.tensors import Array
@@ -80,13 +80,7 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
         override: the case's own bounds, with ``why``.
         floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
     """
-    if floor is None:
-        fallback = FALLBACK.get(precision, {})
-        bounds = {name: Bound(value, "fallback", f"{precision} profile") for name, value in fallback.items()}
-    else:
-        most = greatest(floor.profile, FALLBACK, MOST)
-        made = {name: measured_bound(name, floor, least, most[name]) for name, least in LEAST.items()}
-        bounds = {name: bound for name, bound in made.items() if bound is not None}
+    bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
         bounds["flips"] = Bound(0.0, "exact", "no token changes but between two that are level within the noise")
     return bounds | {name: bound for name, bound in overridden(override).items() if name in LOGIT_GATES}

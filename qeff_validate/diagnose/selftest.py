@@ -93,6 +93,8 @@ class Examined:
     def __init__(self, case: Case, pipeline: Callable[[Case], Any], folder: Path) -> None:
         self.case, self._pipeline, self._folder = case, pipeline, folder
         self._made = 0
+        self._effects_of_graphs: dict[str, float] = {}
+        self._clean: dict[str, Tensors] = {}
 
     @cached_property
     def _torch(self) -> Any:
@@ -124,10 +126,6 @@ class Examined:
         with np.errstate(all="ignore"):
             altered = made.altered(inputs, reference, some, dtype="float64")
             return {name: self._size(exact, outputs) for name, outputs in altered}
-
-    @cached_property
-    def _effects_of_graphs(self) -> dict[str, float]:
-        return {}
 
     def _effect_of_graph(self, mutant: Mutant) -> float:
         """Return the size of a graph mutant's effect: the changed graph itself is run in float64."""
@@ -172,9 +170,8 @@ class Examined:
         elif mutant.name not in self.effects and actual:
             effect = self._size({**self._healthy.exact(), **self._clean_outputs(stage)}, actual)
         broken = tuple(item.metric.name.rpartition(".")[2] for item in result.metrics if not item.passed)
-        caught = result.status in ("fail", "error")
-        verdict: Verdict = "caught" if caught else "equivalent" if effect < EQUIVALENT * level else "survived"
-        if caught and effect < EQUIVALENT * level:
+        verdict: Verdict = "caught" if result.status in ("fail", "error") else "survived"
+        if effect < EQUIVALENT * level:
             verdict = "equivalent"  # so small that to see it or not is no merit
         others = elsewhere(self._healthy, actual, precision.profile) if actual else {}
         reason = result.reason.splitlines()[0] if result.reason else ""
@@ -185,10 +182,6 @@ class Examined:
             self.clean(stage)
             self._clean[stage] = self._healthy.actual
         return self._clean[stage]
-
-    @cached_property
-    def _clean(self) -> dict[str, Tensors]:
-        return {}
 
     # --- how a mutant gets into an artifact ----------------------------------------------------------
 

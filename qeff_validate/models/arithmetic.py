@@ -88,7 +88,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._dtype, self._way = DTYPES[compute], way
         self._most = torch.finfo(self._dtype).max
         self._drawn = None if way.seed is None else torch.Generator().manual_seed(way.seed)
-        self._pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
+        if self._drawn is not None:  # never from torch's own generator, which is the caller's
+            self._pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
         self._weights: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.kept = 0
         """How many modules that compute in float32 are being run."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import Faulty
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
@@ -23,6 +22,7 @@ from qeff_validate.case import Case, Precision
 from qeff_validate.diagnose.continuing import CONTINUING, serving
 from qeff_validate.diagnose.followed import Feeds, Followed
 from qeff_validate.diagnose.mutants import session_of
+from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import check
 from qeff_validate.models import cache, decoder
 from qeff_validate.models.generate import _Batch

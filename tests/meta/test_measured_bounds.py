@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faulty import Faulty
 
 import qeff_validate as qv
 from qeff_validate.artifact import digest_tree
@@ -20,6 +19,7 @@ from qeff_validate.builders.store import PROVENANCE, Store
 from qeff_validate.case import Precision
 from qeff_validate.cli import main
 from qeff_validate.diagnose.mutants import mutants
+from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError
 from qeff_validate.floor import Floor

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty import Faulty
 
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
 from qeff_validate.diagnose.continuing import CONTINUING, serving
+from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.lm_relations import RELATIONS

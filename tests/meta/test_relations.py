@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faulty import Faulty
 
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
+from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import check
 from qeff_validate.models.metamorphic import RELATIONS
 from qeff_validate.pipeline import Pipeline, Silent
