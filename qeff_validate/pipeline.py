@@ -229,7 +229,21 @@ class Pipeline:
         if self._wrapper is not None:
             return self._wrapper
         create = model_kind(self.case).create
-        return self._once("model", lambda: create(self.case, self.options, self._given, self._tokenizer))
+
+        def make() -> Model:
+            wrapper = create(self.case, self.options, self._given, self._tokenizer)
+            if hasattr(wrapper, "share"):
+                wrapper.share = self._shared
+            return wrapper
+
+        return self._once("model", make)
+
+    def _shared(self, name: str, inputs: Any, run: Callable[[], Tensors]) -> Tensors:
+        """Return hidden states of a body, stored by body and token ids: cases with other poolings read them too."""
+        ids = {"ids": digest_of({str(row): tokens for row, tokens in enumerate(inputs.ids)}), "pad": inputs.pad}
+        made = {"body": self._body_key()["body"], **versions("torch"), "code": code_key()}
+        key = {"name": name, **ids, **made, "faults": faults_key() if name.startswith("faults") else None}
+        return self.store.tensors("states", key, run)[0]
 
     def inputs(self) -> Any:
         """Return the model's inputs: recorded ones, else stored by texts and tokenizer."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, Unavailable, suggest
@@ -146,6 +146,10 @@ class Change(Protocol):
         Raises:
             IncomparableError: the model has nothing that could be changed.
         """
+
+
+Share: TypeAlias = "Callable[[str, Any, Callable[[], Tensors]], Tensors]"
+"""Called with what is run, the inputs and how to run it: returns what an equal body gave for equal inputs before."""
 
 
 class Measured(Protocol):

@@ -7,18 +7,21 @@ compiler or simulator: operations are torch's own, and only what goes into them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from itertools import chain, pairwise
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qeff_validate.models.loading import quiet
-from qeff_validate.models.reference import LARGE
+
+T = TypeVar("T")
 
 Compute = Literal["fp32", "fp16", "bf16"]
 
@@ -29,11 +32,14 @@ PRODUCTS = frozenset({"addmm", "bmm", "linear", "matmul", "mm"})
 LEARNED = "_qeff_validate_learned"
 """Marks tensors that weights took part in."""
 
+ROUNDED = "_qeff_validate_rounded"
+"""Marks views of weights, which are rounded already: rounding them again would take longest of all."""
+
 KEPT = ("RMSNorm",)
 """Ends of names of classes that compute in float32 on a card too, because the compiler is asked for it."""
 
-POOL = 65521
-"""Random numbers that are drawn once; a prime, so that rows of a tensor do not get the same ones."""
+POOL = 1 << 22
+"""Random numbers that are drawn once for a way; each rounding takes its own stretch of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +51,75 @@ class Way:
         attention: an attention implementation of transformers.
         parts: products are sums of so many partial products.
         seed: None rounds to nearest; else each rounding goes up or down at random, as far as it lies.
-        batch: rows that run together, padded to the longest, last row first.
-    threads: of one operation; None: torch's own choice.
-    block: numbers that share a scale in a compressed format.
-    fused: a root mean square is one operation; else its factor is stored in the precision, which moves whole rows.
+        batch: rows that run together, padded to the longest; None: rows of equal length, without padding.
+        block: numbers that share a scale in a compressed format.
+        fused: a root mean square is one operation; else its factor is stored in the precision, which moves whole rows.
     """
 
     name: str
     attention: str = "eager"
     parts: int = 1
     seed: int | None = None
-    batch: int = 8
-    threads: int | None = None
+    batch: int | None = None
     block: int = 32
     fused: bool = True
 
 
 WAYS = (
-    Way("eager, each row by itself", batch=1),
-    Way("sdpa, batches of 8", "sdpa"),
-    Way("eager, sums in 2 parts, batches of 16, one thread", parts=2, batch=16, threads=1, fused=False),
-    Way("eager, sums in 4 parts, batches of 3", parts=4, batch=3, block=16, fused=False),
-    Way("sdpa, sums in 8 parts, batches of 8", "sdpa", parts=8, block=64),
-    Way("eager, random rounding, batches of 16", seed=1, batch=16, fused=False),
-    Way("eager, random rounding, batches of 8", seed=2),
-    Way("sdpa, random rounding, sums in 2 parts, batches of 5", "sdpa", parts=2, seed=3, batch=5, fused=False),
+    Way("eager, rows of equal length"),
+    Way("sdpa, padded batches of 8", "sdpa", batch=8),
+    Way("eager, sums in 2 parts, padded batches of 16", parts=2, batch=16, fused=False),
+    Way("eager, sums in 4 parts, padded batches of 3", parts=4, batch=3, block=16, fused=False),
+    Way("sdpa, sums in 8 parts, padded batches of 12", "sdpa", parts=8, batch=12, block=64),
+    Way("eager, random rounding, padded batches of 5", seed=1, batch=5, fused=False),
+    Way("eager, random rounding, rows of equal length", seed=2),
+    Way("sdpa, random rounding, sums in 2 parts, padded batches of 6", "sdpa", parts=2, seed=3, batch=6, fused=False),
 )
-"""The ensemble: kernels, orders of sums, batches, padding, threads, roundings, and layouts of compressed blocks."""
+"""The ensemble: kernels, orders of sums, batches, padding, roundings, and layouts of compressed blocks.
+
+Each way computes on one thread; in how many parts the threads of an operation sum is what ``parts`` varies.
+"""
+
+
+class Rounded:
+    """The weights of a model as a compiler stores them in a precision: clipped, and rounded to nearest; made once.
+
+    Those of a large model are kept in half the bytes, and widened each time they are read.
+    """
+
+    def __init__(self, compute: Compute, *, large: bool = False) -> None:
+        self._dtype, self._large = DTYPES[compute], large
+        self._tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def read(self, weight: nn.Parameter) -> Tensor:
+        """Return a float32 weight as it is after rounding, in float32."""
+        if id(weight) not in self._tensors:
+            most = torch.finfo(self._dtype).max
+            stored = weight.detach().to(self._dtype).clamp_(-most, most)
+            self._tensors[id(weight)] = weight, stored if self._large else stored.to(torch.float32)
+        return self._tensors[id(weight)][1].to(torch.float32)
+
+
+class RoundedInPlace(Rounded):
+    """The same for a model that is of no other use: its own parameters are rounded, and no second copy is kept.
+
+    Args:
+        compute: the precision.
+        model: its parameters are changed, but for those of modules that compute in float32 on a card too.
+    """
+
+    def __init__(self, compute: Compute, model: nn.Module) -> None:
+        super().__init__(compute)
+        exempt = {id(p) for m in model.modules() if type(m).__name__.endswith(KEPT) for p in m.parameters()}
+        most = torch.finfo(self._dtype).max
+        for parameter in model.parameters():
+            if id(parameter) not in exempt and parameter.dtype == torch.float32:
+                parameter.data.copy_(parameter.data.to(self._dtype).clamp_(-most, most))
+        self._exempt = exempt
+
+    def read(self, weight: nn.Parameter) -> Tensor:
+        """Return the weight, which is rounded already."""
+        return super().read(weight) if id(weight) in self._exempt else weight.detach()
 
 
 class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -80,17 +128,19 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         compute: the precision; in fp32 only the way differs.
         way: how.
-        keep: rounded weights are kept beside the weights; else they are rounded each time they are read.
+        weights: rounded weights that runs share; None: this one's own.
     """
 
-    def __init__(self, compute: Compute, way: Way, *, keep: bool = True) -> None:
+    def __init__(self, compute: Compute, way: Way, weights: Rounded | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype, self._way = DTYPES[compute], way
         self._most = torch.finfo(self._dtype).max
         self._drawn = None if way.seed is None else torch.Generator().manual_seed(way.seed)
         if self._drawn is not None:  # never from torch's own generator, which is the caller's
-            self._pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
-        self._weights: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+            pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
+            # in float32 an error for each sum; else what is below the last kept bit, drawn evenly
+            self._pool = _relative(pool) if self._dtype == torch.float32 else pool & ((1 << _DROPPED[self._dtype]) - 1)
+        self._weights = weights or Rounded(compute)
         self.kept = 0
         """How many modules that compute in float32 are being run."""
 
@@ -115,6 +165,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._read(found)
         if own is not None and func._schema.is_mutable:  # it has written into what it read
             found = own[0].copy_(found)
+        if own is not None and func.is_view:
+            setattr(found, ROUNDED, True)
         if learned:
             for value in _flat((found,)):
                 if isinstance(value, Tensor):
@@ -129,40 +181,39 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [self._read(item) for item in value]
         if isinstance(value, float):  # a compiler clips constants, such as what masks put in
             return min(max(value, -self._most), self._most)
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or hasattr(value, ROUNDED):
             return value
         if isinstance(value, nn.Parameter):
-            return self._stored(value)
+            return self._weights.read(value)
         if not hasattr(value, LEARNED):
             value = value.clamp(-self._most, self._most)
         return (value.to(self._dtype) if self._drawn is None else self._either(value)).to(torch.float32)
 
-    def _stored(self, weight: nn.Parameter) -> Tensor:
-        """Return a weight as a compiler stores it: clipped, and rounded to nearest."""
-        if self._weights is None:
-            return weight.detach().to(self._dtype).to(torch.float32).clamp_(-self._most, self._most)
-        if id(weight) not in self._weights:
-            rounded = weight.detach().clamp(-self._most, self._most).to(self._dtype).to(torch.float32)
-            self._weights[id(weight)] = weight, rounded
-        return self._weights[id(weight)][1]
-
     def _either(self, value: Tensor) -> Tensor:
         """Round up or down: add what is below the last kept bit, drawn evenly, and cut."""
-        bits = 23 - {torch.float16: 10, torch.bfloat16: 7}[self._dtype]
-        drawn = self._numbers(value.numel()).view(value.shape) & ((1 << bits) - 1)
-        cut = (value.contiguous().view(torch.int32) + drawn) & ~((1 << bits) - 1)
-        small = value.abs() < torch.finfo(self._dtype).smallest_normal
-        return torch.where(small | ~torch.isfinite(value), value, cut.view(torch.float32)).to(self._dtype)
+        cut = (value.view(torch.int32) + self._numbers(value)).bitwise_and_(-(1 << _DROPPED[self._dtype]))
+        return cut.view(torch.float32).to(self._dtype)  # infinity and torch's NaN keep all their bits
 
     def _blurred(self, value: Tensor) -> Tensor:
-        """Move each sum by up to half a unit in its last place."""
-        drawn = self._numbers(value.numel()).view(value.shape) / (1 << 30) - 0.5
-        return value * (1 + drawn * torch.finfo(torch.float32).eps)
+        """Move each sum by up to half a unit in its last place; a factor near 1 would only ever make it smaller."""
+        return torch.addcmul(value, value, self._numbers(value))
 
-    def _numbers(self, count: int) -> Tensor:
-        """Return numbers below 2³⁰, from a random place in the pool on: drawing them anew would take longest."""
-        start = int(torch.randint(0, POOL, (), generator=self._drawn))
-        return self._pool.roll(-start).repeat(-(-count // POOL))[:count]
+    def _numbers(self, like: Tensor) -> Tensor:
+        """Return numbers of the pool in the shape of a tensor, from a random place on: drawing anew takes longest."""
+        count = like.numel()
+        start = int(torch.randint(0, max(POOL - count, 1), (), generator=self._drawn))
+        if count > POOL:
+            return self._pool.roll(-start).repeat(-(-count // POOL))[:count].view(like.shape)
+        return self._pool[start : start + count].view(like.shape)
+
+
+_DROPPED: Mapping[torch.dtype, int] = {torch.float16: 13, torch.bfloat16: 16}
+"""Bits of a float32 number that a precision does not keep."""
+
+
+def _relative(drawn: Tensor) -> Tensor:
+    """Turn numbers below 2³⁰ into relative errors of up to half a unit in the last place of float32, of either sign."""
+    return (drawn / (1 << 30) - 0.5) * torch.finfo(torch.float32).eps
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -202,10 +253,12 @@ def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def computing_as(model: Any, compute: Compute, way: Way) -> Iterator[None]:
-    """Let a float32 model of transformers compute in a precision and a way; afterwards it is as it was."""
-    small = sum(parameter.nbytes for parameter in model.parameters()) <= LARGE
-    mode, threads = Arithmetic(compute, way, keep=small), torch.get_num_threads()
+def computing_as(model: Any, compute: Compute, way: Way, weights: Rounded | None = None) -> Iterator[None]:
+    """Let a float32 model of transformers compute in a precision and a way; afterwards it is as it was.
+
+    The attention is chosen by `attending`, because choosing it is nothing that two threads may do at once.
+    """
+    mode = Arithmetic(compute, way, weights)
 
     def enter(*_: Any) -> None:
         mode.kept += 1
@@ -218,16 +271,64 @@ def computing_as(model: Any, compute: Compute, way: Way) -> Iterator[None]:
             if type(module).__name__.endswith(KEPT):
                 held.callback(module.register_forward_pre_hook(enter).remove)
                 held.callback(module.register_forward_hook(leave).remove)
-        held.enter_context(attending(model.get_base_model() if hasattr(model, "get_base_model") else model, way))
-        held.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(way.threads or threads)
         with torch.no_grad(), mode:
             yield
 
 
+def run_ensemble(
+    model: Any,
+    compute: Compute,
+    run: Callable[[Any, Way], T],
+    *,
+    weights: Rounded,
+    compressed: Mapping[int, AbstractContextManager[Any]] | None = None,
+    ways: Sequence[Way] = WAYS,
+) -> list[T]:
+    """Run a float32 model of transformers in every way, as many side by side as torch has threads.
+
+    Many operations of a small model are too short to be shared by threads, which then wait for each other, and for
+    whatever else the machine does; whole ways have nothing to wait for.
+
+    Args:
+        model: is left as it is; each way gets modules of its own with the same weights.
+        compute: the precision.
+        run: called with such a model and its way, while it computes in the precision.
+        weights: rounded ones, for all ways.
+        compressed: by block size, what makes products read compressed weights.
+        ways: the ensemble.
+
+    Returns:
+        What ``run`` returned for each way, in their order.
+    """
+    threads = torch.get_num_threads()
+
+    def one(replica: Any, way: Way) -> T:
+        torch.set_num_threads(1)
+        with (compressed or {}).get(way.block, nullcontext()), computing_as(replica, compute, way, weights):
+            return run(replica, way)
+
+    with ExitStack() as held:
+        held.callback(torch.set_num_threads, threads)
+        replicas = [sharing_copy(model) for _ in ways]
+        for replica, way in zip(replicas, ways, strict=True):
+            held.enter_context(attending(replica, way))
+        if threads == 1:
+            return [one(replica, way) for replica, way in zip(replicas, ways, strict=True)]
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(min(threads, len(ways))) as pool:
+            return list(pool.map(one, replicas, ways))
+
+
+def sharing_copy(model: T) -> T:
+    """Return a copy of a model that shares its parameters and buffers."""
+    assert isinstance(model, nn.Module)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
 @contextmanager
 def attending(model: Any, way: Way) -> Iterator[None]:
-    """Let a model use an attention, where its architecture has it in this form."""
+    """Let a model use the attention of a way, where its architecture has it in this form."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         with quiet():

@@ -8,7 +8,7 @@ a run whose artifacts are all stored imports no framework.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.head import Head, published, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
-from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, padded
+from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
 from qeff_validate.models.sources import Given, Source, foreign, resolve
-from qeff_validate.protocols import Change, Graph, Session, Terms
+from qeff_validate.protocols import Change, Graph, Session, Share, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 
@@ -36,6 +36,10 @@ def __getattr__(name: str) -> Any:
 
         return PooledModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+SHARED_TOKENS = 1 << 14
+"""Hidden states of so many tokens are kept, so that the next pooling of the same body needs no run: 64 MB at 1024."""
 
 
 class PooledEmbedding:
@@ -52,6 +56,7 @@ class PooledEmbedding:
         self.case = case
         self.options = options
         self._given = None if given is None else Given(given, tokenizer)
+        self.share: Share = lambda name, inputs, run: run()  # noqa: ARG005
         dims = ("batch_size", "seq_len")
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if options.token_type_ids else [])]
         shape = (*dims, "hidden") if options.pooling == "none" else ("batch_size", "hidden")
@@ -183,55 +188,89 @@ class PooledEmbedding:
         Returns:
             ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
         """
+        return self._pooled(self._states(inputs, dtype), inputs, dtype)
+
+    def _states(self, inputs: TokenRows, dtype: str) -> Iterable[tuple[int, Floats]]:
         from qeff_validate.models.reference import hidden_states
 
-        return self._pooled(hidden_states(self.source.body(), inputs.ids, dtype), inputs, dtype)
+        def run() -> Iterator[tuple[int, Floats]]:
+            return hidden_states(self.source.body(), inputs.ids, dtype)
+
+        if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
+            return run()
+        stored = self.share(f"reference in {dtype}", inputs, lambda: {"states": packed(run(), dtype)})
+        return unpacked(stored["states"], inputs.ids)
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
         """Yield what `reference` returns if the body computes in the precision, in each of `arithmetic.WAYS`."""
-        from qeff_validate.models.arithmetic import WAYS, computing_as
-        from qeff_validate.models.emulated import CompressedWeights
-        from qeff_validate.models.reference import batched_states
-
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
-        body = self.source.body()
-        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
-        for way in WAYS:
-            weights = compressed.get(way.block, nullcontext())
-            with weights, computing_as(body, precision.compute, way):
-                states = batched_states(body, inputs.ids, inputs.pad, way.batch)
-            found = self._pooled(states, inputs, "float32")
+        name = f"ensemble in {precision.profile}"
+        runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
+        for way in sorted(runs):
+            found = self._pooled(unpacked(runs[way], inputs.ids), inputs, "float32")
             half = precision.compute == "fp16"
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
             }
 
+    def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
+        from qeff_validate.models.arithmetic import WAYS, Rounded, RoundedInPlace, Way, run_ensemble
+        from qeff_validate.models.emulated import CompressedWeights
+        from qeff_validate.models.reference import batched_states
+
+        def run(replica: Any, way: Way) -> Array:
+            return packed(batched_states(replica, inputs.ids, inputs.pad, way.batch).items(), "float32")
+
+        body, compute = self.source.body(), precision.compute
+        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
+        # a body of its own may be rounded in place, unless its weights are to be compressed as they are
+        weights = RoundedInPlace(compute, body) if not compressed and compute != "fp32" else Rounded(compute)
+        runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
+        return {str(at): states for at, states in enumerate(runs)}
+
     def altered(
         self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
         """Yield the vectors of the original model with each of some faults."""
+        changes = list(changes)
+        outputs: list[tuple[str, Tensors]] = []
+
+        def run() -> Tensors:
+            states: dict[str, Array] = {}
+            outputs.extend(self._altered(inputs, reference, changes, dtype, states))
+            return states
+
+        name = f"faults in {dtype}: {', '.join(change.name for change in changes)}"
+        states = self.share(name, inputs, run)
+        yield from outputs or self._altered(inputs, reference, changes, dtype, dict(states))
+
+    def _altered(
+        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str, states: dict[str, Array]
+    ) -> Iterator[tuple[str, Tensors]]:
         from qeff_validate.models.original import OriginalSession
-        from qeff_validate.models.reference import computing_in, pooled_alone
+        from qeff_validate.models.reference import computing_in, few_threads, pooled_alone
 
         head = self.head
         custom = partial(pooled_alone, head.pooling, dtype=dtype)
         finish = partial(oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
         pool = custom if head.custom else oracle.POOLINGS[head.pooling]
-        original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype)
+        original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
-        with computing_in(original.body, dtype, probe=probe):
+        with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
             for change in changes:
-                original.instead, original.changed, session = None, change.level == "body", cast("Session", original)
+                original.instead, original.fault, session = None, "", cast("Session", original)
                 with suppress(ValidateError), change.held(original.body):
-                    if change.level == "pooling":
+                    if change.level == "body":
+                        original.fault = change.name
+                    elif change.level == "pooling":
                         original.instead = change.change
                     elif change.level == "session":
                         session = change.change(original)
                     yield change.name, self.infer(session, inputs, reference)
 
-    def _pooled(self, states: Iterable[Floats | None], inputs: TokenRows, dtype: str) -> Tensors:
+    def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.reference import pooled_alone
 
         head = self.head
@@ -240,12 +279,11 @@ class PooledEmbedding:
             raw = pooled_alone(head.pooling, tokens, dtype) if head.custom else oracle.POOLINGS[head.pooling](tokens)
             return oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
 
-        rows = [None if tokens is None else vector(tokens) for tokens in states]
-        found = [row for row in rows if row is not None]
+        found = {row: vector(tokens).astype(dtype) for row, tokens in states}
         if inputs.per_token:
-            return {"output": np.concatenate(found).astype(dtype)}
-        empty = np.zeros_like(found[0])
-        return {"output": np.stack([empty if row is None else row for row in rows]).astype(dtype)}
+            return {"output": np.concatenate([found[row] for row in sorted(found)])}
+        empty = np.zeros_like(next(iter(found.values())))
+        return {"output": np.stack([found.get(row, empty) for row in range(len(inputs.ids))])}
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
         """Return the worst row of each row metric."""

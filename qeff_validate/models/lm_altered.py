@@ -20,7 +20,7 @@ from qeff_validate.models.reference import computing_in
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
-PLAIN = Way("as published, batches of 8")
+PLAIN = Way("as published, batches of 8", batch=8)
 
 
 class GivenLogits:
@@ -122,7 +122,8 @@ class Altered:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
         with foreign("run the Hugging Face model"), torch.no_grad():
-            return batched_logits(model, whole, [prompt.size for prompt in prompts], self._inputs.pad, PLAIN)
+            starts = [prompt.size for prompt in prompts]
+            return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

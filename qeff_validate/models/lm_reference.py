@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from qeff_validate.case import Precision
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.adapted import live_names
 from qeff_validate.models.adapter import CONFIG, WEIGHTS
-from qeff_validate.models.arithmetic import WAYS, Way, computing_as
+from qeff_validate.models.arithmetic import WAYS, Rounded, Way, run_ensemble
 from qeff_validate.models.emulated import CompressedCache, CompressedWeights
 from qeff_validate.models.loading import first_line, foreign, quiet
 from qeff_validate.models.options import BASE
 from qeff_validate.models.peft import generate_peft_config
-from qeff_validate.models.reference import computing_in
+from qeff_validate.models.reference import LARGE, computing_in, together
 from qeff_validate.tensors import Array, Tensors
 
 
@@ -69,29 +70,29 @@ def ensemble(
     adapters = frozenset(_adapter_parameters(model))
     compressed = {way.block: CompressedWeights(model, adapters, way.block) for way in WAYS if precision.weights}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in WAYS]
+    weights = Rounded(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
     for adapted in adapted_models(model, named, inputs.adapters):
         own, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]
         starts = [prompt.size for prompt in prompts]
-        for at, way in enumerate(WAYS):
-            weights = compressed.get(way.block, nullcontext())
-            with foreign("run the Hugging Face model"), weights, computing_as(adapted, precision.compute, way):
-                parts[at] += batched_logits(adapted, whole, starts, inputs.pad, way, keep=precision.kv is not None)
+        run = partial(batched_logits, texts=whole, starts=starts, pad=inputs.pad, keep=precision.kv is not None)
+        with foreign("run the Hugging Face model"):
+            runs = run_ensemble(adapted, precision.compute, run, weights=weights, compressed=compressed)
+        for part, logits in zip(parts, runs, strict=True):
+            part.extend(logits)
     return [{"logits": np.concatenate(part)} for part in parts]
 
 
 def batched_logits(
-    model: Any, texts: Sequence[Array], starts: Sequence[int], pad: int, way: Way, *, keep: bool = False
+    model: Any, way: Way, *, texts: Sequence[Array], starts: Sequence[int], pad: int, keep: bool = False
 ) -> list[Array]:
     """Return for each text the logits that choose its tokens from a start on.
 
-    Texts run together, the last one first, padded on the right to the longest of their batch; ``keep`` writes keys and
+    Texts run together as a way asks for, padded on the right to the longest of their batch; ``keep`` writes keys and
     values as MXINT8 holds them.
     """
     found: list[Array] = [np.zeros(0)] * len(texts)
-    order = list(reversed(range(len(texts))))
-    for start in range(0, len(order), way.batch):
-        rows = order[start : start + way.batch]
+    for rows in together(texts, way.batch):
         length = max(texts[row].size for row in rows) - 1
         padded = [np.pad(texts[row][:-1], (0, length + 1 - texts[row].size), constant_values=pad) for row in rows]
         mask = [np.arange(length) < texts[row].size - 1 for row in rows]

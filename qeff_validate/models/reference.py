@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,32 +23,56 @@ LARGE = 1 << 28
 """Bytes of float32 weights beyond which a body is widened layer by layer: slower, in half the memory."""
 
 
-def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[Floats | None]:
-    """Yield the hidden states of each row ``[n, hidden]`` in float64; None for a row without a token.
+TOGETHER = 2048
+"""Tokens of rows of equal length that run together at most."""
 
-    Each row runs by itself at its natural length, so no padding and no neighbour can touch it.
+
+def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[tuple[int, Floats]]:
+    """Yield each row that has a token, and its hidden states ``[n, hidden]`` in float64; the longest rows first.
+
+    Each row runs at its natural length, beside rows of that length alone, so that no padding can touch it.
     """
-    with torch.inference_mode(), computing_in(body, dtype, probe=lambda: _states(body, max(ids, key=len)[:2])):
-        for row in ids:
-            yield None if row.size == 0 else _states(body, row)[0].to(torch.float64).numpy()
+    longest = max(ids, key=len)
+    probe = partial(_states, body, longest[:2])
+    with torch.inference_mode(), few_threads(body), computing_in(body, dtype, probe=probe):
+        yield from _batched(body, ids, together(ids))
 
 
-def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int) -> list[Floats | None]:
-    """Return the hidden states of each row ``[n, hidden]`` in float64; None for a row without a token.
+def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int | None) -> dict[int, Floats]:
+    """Return what `hidden_states` yields, from rows that run together as a way asks for.
 
-    Rows run together, the last one first, padded on the right to the longest of their batch.
+    Args:
+        body: computes in float32, or as it is told from outside.
+        ids: token ids.
+        pad: id of the padding token.
+        batch: rows of similar length, padded on the right to the longest of so many; None: rows of equal length.
     """
-    found: list[Floats | None] = [None] * len(ids)
-    filled = [row for row in reversed(range(len(ids))) if ids[row].size]
-    for start in range(0, len(filled), batch):
-        rows = filled[start : start + batch]
+    return dict(_batched(body, ids, together(ids, batch), pad))
+
+
+def together(ids: Sequence[Array], batch: int | None = None) -> Iterator[list[int]]:
+    """Yield which rows run together, the longest first; those without a token do not.
+
+    Args:
+        ids: token ids of each row.
+        batch: so many rows; None: as many of equal length as `TOGETHER` allows.
+    """
+    order = sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: -ids[row].size)
+    for length, rows in groupby(order, key=lambda row: ids[row].size if batch is None else 0):
+        same, most = list(rows), batch or max(1, TOGETHER // length)
+        yield from (same[at : at + most] for at in range(0, len(same), most))
+
+
+def _batched(
+    body: nn.Module, ids: Sequence[Array], batches: Iterable[Sequence[int]], pad: int = 0
+) -> Iterator[tuple[int, Floats]]:
+    for rows in batches:
         length = max(ids[row].size for row in rows)
         padded = np.stack([np.pad(ids[row], (0, length - ids[row].size), constant_values=pad) for row in rows])
         mask = np.stack([np.arange(length) < ids[row].size for row in rows])
         states = _states(body, padded, mask)
         for row, hidden in zip(rows, states, strict=True):
-            found[row] = hidden[: ids[row].size].to(torch.float64).numpy()
-    return found
+            yield row, hidden[: ids[row].size].to(torch.float64).numpy()
 
 
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
@@ -85,6 +111,18 @@ def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
         vector = pooled(resolve_pooling(pooling), pooling, hidden, mask)[0]
     array: Floats = vector.to(torch.float64).numpy()
     return array
+
+
+@contextmanager
+def few_threads(body: nn.Module) -> Iterator[None]:
+    """Let a small body compute on one thread: its operations are too short to wait for a second one."""
+    threads = torch.get_num_threads()
+    try:
+        if sum(p.nbytes for p in body.parameters()) <= LARGE:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.tensors import Array, Tensors
 
@@ -119,3 +120,18 @@ def boundary_text(tokenize: Callable[[str], list[int]], prompt: str, length: int
                 return text
             words = max(1, words + missing)
     return None
+
+
+def packed(states: Iterable[tuple[int, Array]], dtype: str) -> Array:
+    """Return the hidden states of rows ``[n, hidden]`` as ``[tokens, hidden]``, in order of the rows."""
+    of = dict(states)
+    return np.concatenate([of[row] for row in sorted(of)]).astype(dtype)
+
+
+def unpacked(states: Array, ids: Sequence[Array]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield each row that has a token, and its hidden states in float64, from what `packed` returned."""
+    start = 0
+    for row, tokens in enumerate(ids):
+        if tokens.size:
+            yield row, states[start : start + tokens.size].astype(np.float64)
+            start += tokens.size
