@@ -192,7 +192,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _either(self, value: Tensor) -> Tensor:
         """Round up or down: add what is below the last kept bit, drawn evenly, and cut."""
         cut = (value.view(torch.int32) + self._numbers(value)).bitwise_and_(-(1 << _DROPPED[self._dtype]))
-        return cut.view(torch.float32).to(self._dtype)  # infinity and torch's NaN keep all their bits
+        # infinity keeps its bits; a NaN whose bits are all set would become a zero
+        return torch.where(torch.isnan(value), value, cut.view(torch.float32)).to(self._dtype)
 
     def _blurred(self, value: Tensor) -> Tensor:
         """Move each sum by up to half a unit in its last place; a factor near 1 would only ever make it smaller."""

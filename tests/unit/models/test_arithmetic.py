@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from qeff_validate.models.arithmetic import PRODUCTS, WAYS, Arithmetic, Way, computing_as, in_parts
+from qeff_validate.models.arithmetic import (
+    PRODUCTS,
+    WAYS,
+    Arithmetic,
+    Rounded,
+    RoundedInPlace,
+    Way,
+    attending,
+    computing_as,
+    in_parts,
+    run_ensemble,
+    sharing_copy,
+)
 from qeff_validate.models.reference import batched_states, hidden_states
 
 PLAIN = Way("to nearest")
@@ -227,31 +239,41 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("stop", [False, True], ids=["to the end", "broken off"])
-def test_weights_attention_threads_and_hooks_are_as_they_were(kind: str, stop: bool) -> None:
+def test_weights_attention_and_hooks_are_as_they_were(kind: str, stop: bool) -> None:
     model = small(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    threads, attention = torch.get_num_threads(), model.config._attn_implementation
+    attention = model.config._attn_implementation
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
-    plain = list(hidden_states(model, IDS[:2], "float32"))
-    way = Way("", attention="eager" if attention == "sdpa" else "sdpa", parts=2, seed=1, threads=threads + 1)
+    plain = by_row(model, IDS[:2], "float32")
+    way = Way("", attention="eager" if attention == "sdpa" else "sdpa", parts=2, seed=1, batch=4)
     try:
-        with computing_as(model, "fp16", way):
-            assert torch.get_num_threads() == threads + 1
+        with attending(model, way), computing_as(model, "fp16", way):
             assert model.config._attn_implementation == way.attention
-            batched_states(model, IDS[:2], 0, 4)
+            batched_states(model, IDS[:2], 0, way.batch)
             if stop:
                 raise Stop
     except Stop:
         pass
-    assert torch.get_num_threads() == threads
     assert model.config._attn_implementation == attention
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
-    again = list(hidden_states(model, IDS[:2], "float32"))
+    again = by_row(model, IDS[:2], "float32")
     assert all(np.array_equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 # --- the ensemble ----------------------------------------------------------------------------------------
+
+
+def by_row(model: Any, ids: Any, dtype: str) -> list[np.ndarray]:
+    return [states for _, states in sorted(hidden_states(model, ids, dtype))]
+
+
+def states_of_ids(model: Any, way: Way) -> list[np.ndarray]:
+    return [states for _, states in sorted(batched_states(model, IDS, 0, way.batch).items())]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def worst(one: Any, other: Any) -> float:
@@ -265,12 +287,10 @@ def test_the_ways_differ_from_each_other_and_none_is_far_off(kind: str) -> None:
     with torch.no_grad():  # as drawn, a layer adds so little to what it gets that its rounding is lost in that
         for parameter in model.parameters():
             parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
-    exact = list(hidden_states(model, IDS, "float64"))
+    exact = by_row(model, IDS, "float64")
     for compute, most in (("fp32", 5e-6), ("fp16", 1e-2), ("bf16", 8e-2)):
-        runs = {}
-        for way in WAYS:
-            with computing_as(model, compute, way):
-                runs[way] = batched_states(model, IDS, 0, way.batch)
+        found = run_ensemble(model, compute, states_of_ids, weights=Rounded(compute))
+        runs = dict(zip(WAYS, found, strict=True))
         errors = {way.name: worst(run, exact) for way, run in runs.items()}
         assert max(errors.values()) < most, errors
         assert min(errors.values()) > most / 1e3, "a run without rounding is none in this precision"
@@ -278,3 +298,55 @@ def test_the_ways_differ_from_each_other_and_none_is_far_off(kind: str) -> None:
             # in bf16 hardly any sum is so near to a middle that its order shows
             if compute != "bf16" or one.seed != other.seed:
                 assert worst(runs[one], runs[other]) > 0, (compute, one, other)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("compute", ["fp32", "fp16"])
+def test_side_by_side_ways_give_what_each_gives_alone_and_leave_the_model(kind: str, compute: Any) -> None:
+    model = small(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention, threads = model.config._attn_implementation, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run_ensemble(model, compute, states_of_ids, weights=Rounded(compute))
+        torch.set_num_threads(3)
+        together = run_ensemble(model, compute, states_of_ids, weights=Rounded(compute))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert all(equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert model.config._attn_implementation == attention
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_fails_in_a_way_is_raised_and_threads_are_as_they_were() -> None:
+    def stop(model: Any, way: Way) -> None:
+        raise Stop
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Stop):
+            run_ensemble(small("bert"), "fp16", stop, weights=Rounded("fp16"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_weights_rounded_once_in_half_the_bytes_or_in_place_are_the_same_weights(kind: str) -> None:
+    plain = run_ensemble(small(kind), "fp16", states_of_ids, weights=Rounded("fp16"))
+    large = run_ensemble(small(kind), "fp16", states_of_ids, weights=Rounded("fp16", large=True))
+    model = small(kind)
+    in_place = run_ensemble(model, "fp16", states_of_ids, weights=RoundedInPlace("fp16", model))
+    for runs in (large, in_place):
+        assert all(equal(one, other) for one, other in zip(plain, runs, strict=True))
+
+
+def test_a_copy_has_modules_of_its_own_and_the_same_weights() -> None:
+    model = small("bert")
+    twin = sharing_copy(model)
+    assert twin is not model
+    assert not set(twin.modules()) & set(model.modules())
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
+    assert twin.config is not model.config

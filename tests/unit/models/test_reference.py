@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qeff_validate.models import reference
-from qeff_validate.models.reference import computing_in, hidden_states
+from qeff_validate.models.reference import computing_in, few_threads, hidden_states, together
 from qeff_validate.models.sources import Random
 
-IDS = (np.array([5, 6, 7, 8]), np.array([], dtype=np.int64), np.array([9]))
+IDS = (np.array([5, 6, 7, 8]), np.array([], dtype=np.int64), np.array([9]), np.array([7, 9, 6, 5]))
 
 
 KINDS = ("bert", "distilbert", "albert", "deberta-v2", "modernbert", "nomic_bert", "gpt2", "qwen3")
@@ -19,17 +19,15 @@ KINDS = ("bert", "distilbert", "albert", "deberta-v2", "modernbert", "nomic_bert
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_equals_a_model_that_was_widened_whole(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "LARGE", 0 if large else 1 << 60)
-    ours = list(hidden_states(Random(kind, {}, 0).body(), IDS, "float64"))
+    ours = dict(hidden_states(Random(kind, {}, 0).body(), IDS, "float64"))
+    assert sorted(ours) == [0, 2, 3], "rows that have a token"
     whole = Random(kind, {}, 0).body().double()
-    for row, got in zip(IDS, ours, strict=True):
-        if row.size == 0:
-            assert got is None
-            continue
+    for row, got in ours.items():
         with torch.inference_mode():
-            wanted = whole(input_ids=torch.from_numpy(row)[None]).last_hidden_state[0].numpy()
+            wanted = whole(input_ids=torch.from_numpy(IDS[row])[None]).last_hidden_state[0].numpy()
         assert wanted.dtype == np.float64
         np.testing.assert_allclose(got, wanted, rtol=1e-13, atol=1e-13)
-    narrow = list(hidden_states(Random(kind, {}, 0).body(), IDS, "float32"))
+    narrow = dict(hidden_states(Random(kind, {}, 0).body(), IDS, "float32"))
     assert np.abs(narrow[0] - ours[0]).max() > 1e-9, "float64 was not used"
 
 
@@ -54,8 +52,7 @@ def test_a_body_that_reads_the_weights_of_its_layers_is_widened_at_once(monkeypa
     body.encoder.layer[0].forward = lambda hidden, *_, **__: (
         hidden @ body.encoder.layer[1].attention.output.dense.weight
     )
-    found = list(hidden_states(body, IDS, "float64"))
-    assert found[0] is not None
+    found = dict(hidden_states(body, IDS, "float64"))
     assert found[0].dtype == np.float64
 
 
@@ -73,3 +70,25 @@ def test_the_body_is_float32_again_bit_for_bit_also_after_a_failure(
     after = body.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {tensor.dtype for tensor in body.parameters()} == {torch.float32}
+
+
+def test_rows_of_equal_length_run_together_and_no_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [np.arange(length) for length in (3, 5, 0, 3, 1, 3, 5)]
+    assert list(together(ids)) == [[1, 6], [0, 3, 5], [4]]
+    monkeypatch.setattr(reference, "TOGETHER", 6)
+    assert list(together(ids)) == [[1], [6], [0, 3], [5], [4]], "a batch has a limit in tokens"
+    assert list(together(ids, 4)) == [[1, 6, 0, 3], [5, 4]], "batches of a way mix lengths"
+
+
+def test_small_bodies_compute_on_one_thread_and_threads_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, threads = Random("bert", {}, 0).body(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with few_threads(body):
+            assert torch.get_num_threads() == 1
+        monkeypatch.setattr(reference, "LARGE", 0)
+        with few_threads(body):
+            assert torch.get_num_threads() == 2, "a large one uses all"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
