@@ -173,6 +173,8 @@ def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound 
     if not value < most:
         return None
     why = f"{times:g} x {farthest:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
+    if floor.left_out:
+        why += f", with {floor.left_out} texts estimated from the others"
     return Bound(value, "floor", why, floor.level(name))
 
 
@@ -353,7 +355,10 @@ def _judge(
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
         judged.append(Judged(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
     if floor is not None and set(STRAYS) <= set(bounds):
-        common = systematic(floor.center[name][kept], got)
+        measured = range(len(actual)) if floor.rows is None else floor.rows.tolist()
+        places = [(at, row) for at, row in enumerate(measured) if row not in rows.tokenless]
+        center, mine = floor.center[name][[at for at, _ in places]], actual[[row for _, row in places]]
+        common = systematic(center, mine)
         judged += [Judged(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
     if rows.tokenless:
         judged.append(_tokenless(name, actual, rows))

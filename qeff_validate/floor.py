@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.errors import IncomparableError
 from qeff_validate.metrics import Floats
@@ -69,7 +70,9 @@ class Floor:
         of: digest of the reference outputs that it was measured for.
         errors: for each metric the worst row of each run, against float64.
         strays: for each systematic part of an error that of each run, against the mean of the others.
-        center: the mean of all runs, by output.
+        center: the mean of all runs, by output; of the measured rows.
+        rows: numbers of the rows of an output that were measured; None: all.
+        left_out: how many texts were not, and what they would add was estimated (`decisive_rows`).
     """
 
     profile: str
@@ -77,6 +80,8 @@ class Floor:
     errors: Mapping[str, Floats]
     strays: Mapping[str, Floats]
     center: Tensors
+    rows: NDArray[np.int64] | None = None
+    left_out: int = 0
 
     def level(self, name: str) -> float:
         """Return the geometric mean of a metric's errors: what is usual."""
@@ -85,18 +90,22 @@ class Floor:
     def stored(self) -> dict[str, Any]:
         """Return it as tensors."""
         parts = {"errors": self.errors, "strays": self.strays, "center": self.center}
-        about = np.frombuffer(f"{self.profile} {self.of}".encode(), dtype=np.uint8)
-        return {"about": about, **{f"{part}.{name}": array for part, of in parts.items() for name, array in of.items()}}
+        about = np.frombuffer(f"{self.profile} {self.of} {self.left_out}".encode(), dtype=np.uint8)
+        rows = {} if self.rows is None else {"rows": self.rows}
+        tensors = {f"{part}.{name}": array for part, of in parts.items() for name, array in of.items()}
+        return {"about": about, **rows, **tensors}
 
     @classmethod
     def from_stored(cls, tensors: Tensors) -> Floor:
         """Read what `stored` gave."""
-        profile, _, of = tensors["about"].tobytes().decode().partition(" ")
+        profile, of, left_out = tensors["about"].tobytes().decode().split(" ")
+        rows = tensors["rows"].astype(np.int64) if "rows" in tensors else None
         errors, strays, center = (  # float64 as they were written
             {name.removeprefix(part): array for name, array in tensors.items() if name.startswith(part)}
             for part in ("errors.", "strays.", "center.")
         )
-        return cls(profile, of, cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", strays), center)
+        named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", strays)
+        return cls(profile, of, *named, center, rows, int(left_out))
 
 
 def factor(profile: str, metric: str) -> float:

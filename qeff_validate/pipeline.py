@@ -12,17 +12,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
+from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
 from qeff_validate.diagnose.ceiling import Ceiling, faults_key
 from qeff_validate.diagnose.ceiling import measured as trials
 from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
@@ -312,17 +314,39 @@ class Pipeline:
         )
 
     def exact(self) -> Tensors:
-        """Return the float64 outputs of the Hugging Face model, stored like the reference."""
+        """Return the float64 outputs of the Hugging Face model for the rows that are measured, stored."""
 
         def make() -> Tensors:
-            made = self.model().reference(self.inputs(), dtype="float64")
+            made = self.model().reference(self.sample().inputs, dtype="float64")
             release_memory()
             return made
 
         def get() -> Tensors:
-            return self.store.tensors("reference", self._reference_key("float64"), make)[0]
+            return self.store.tensors("reference", self._measured_key(), make)[0]
 
         return self._once("reference in float64", get, show=True)
+
+    def sample(self) -> Sample:
+        """Return the rows that floor and faults are measured on: all of them, if they are few."""
+        made: Any = self.model()
+
+        def choose() -> Sample:
+            inputs, reference = self.inputs(), self.reference()
+            if not hasattr(made, "subset"):
+                return Sample(inputs, reference, None, DecisiveRows(()))
+            lengths = [tokens.size for tokens in inputs.ids]
+            few = len(lengths) <= MOST
+            choice = decisive_rows(lengths, () if few else made.sensitivity(inputs, reference), self.case.seed)
+            if not choice.left_out:
+                return Sample(inputs, reference, None, choice)
+            some, wanted, rows = made.subset(inputs, reference, choice.rows)
+            return Sample(some, wanted, rows, choice)
+
+        return self._once("rows to measure", choose)
+
+    def _measured_key(self) -> dict[str, Any]:
+        choice = self.sample().choice
+        return {**self._reference_key("float64"), "texts": list(choice.rows) if choice.left_out else None}
 
     def floor(self, precision: Precision) -> Floor | None:
         """Return how far legitimate runs of the original model are off in a precision, stored by model and inputs.
@@ -342,9 +366,9 @@ class Pipeline:
             return None
 
         def make() -> Tensors:
-            return measured(made, self.exact(), self.reference(), self.inputs(), precision).stored()
+            return measured(made, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
 
-        key = {**self._reference_key("float64"), "precision": precision.model_dump(mode="json")}
+        key = {**self._measured_key(), "precision": precision.model_dump(mode="json")}
 
         def get() -> Floor:
             return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
@@ -361,10 +385,10 @@ class Pipeline:
             return Ceiling.from_stored(found) if found else None
 
         def make() -> Tensors:
-            exact, reference = self.exact(), self.reference()
-            return trials(self.case.model, made, exact, reference, self.inputs()).stored()
+            exact, sample = self.exact(), self.sample()
+            return trials(self.case.model, made, exact, sample.reference, sample.inputs).stored()
 
-        key = {**self._reference_key("float64"), "faults": faults_key()}
+        key = {**self._measured_key(), "faults": faults_key()}
         return self._once(
             "faults tried", lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]), show=True
         )
@@ -472,17 +496,59 @@ class Pipeline:
                 raise
 
 
-def measured(made: Any, exact: Tensors, reference: Tensors, inputs: Any, precision: Precision) -> Floor:
-    """Run the ensemble of a model wrapper (`protocols.Measured`), and keep its errors and its mean."""
-    runs = list(made.ensemble(inputs, reference, precision))
-    errors = [made.measure(exact, run, inputs) for run in runs]
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What floor and faults are measured on.
+
+    Attributes:
+        inputs: of the measured texts.
+        reference: their float32 reference.
+        rows: the numbers of their rows of an output; None: all.
+        choice: which texts, and why.
+    """
+
+    inputs: Any
+    reference: Tensors
+    rows: NDArray[np.int64] | None
+    choice: DecisiveRows
+
+
+def measured(made: Any, exact: Tensors, sample: Sample, precision: Precision, of: str) -> Floor:
+    """Run the ensemble of a model wrapper (`protocols.Measured`), and keep its errors and its mean.
+
+    Args:
+        made: the model wrapper.
+        exact: the float64 reference of the sample.
+        sample: what is run.
+        precision: in which.
+        of: digest of the whole reference.
+    """
+    inputs = sample.inputs
+    runs = list(made.ensemble(inputs, sample.reference, precision))
+    errors = by_metric([made.measure(exact, run, inputs) for run in runs])
+    if sample.choice.left_out:
+        places = [sample.choice.rows.index(text) for text in sample.choice.drawn]
+        drawn = [by_metric(list(alone(made, exact, run, inputs, places))) for run in runs]
+        errors = {
+            name: worst_of_all(values, np.stack([run[name] for run in drawn]), sample.choice.left_out)
+            for name, values in errors.items()
+        }
     total = {name: sum(run[name].astype(np.float64) for run in runs) for name in runs[0]}
     strays = []
     for run in runs:  # against the others alone: a mean that a run has part in is nearer to it
         others = {name: (total[name] - run[name]) / (len(runs) - 1) for name in run}
         strays.append(made.strays(others, run, inputs))
     center = {name: (array / len(runs)).astype(np.float32) for name, array in total.items()}
-    return Floor(precision.profile, digest_of(reference), by_metric(errors), by_metric(strays), center)
+    return Floor(precision.profile, of, errors, by_metric(strays), center, sample.rows, sample.choice.left_out)
+
+
+def alone(
+    made: Any, exact: Tensors, outputs: Tensors, inputs: Any, texts: Sequence[int]
+) -> Iterator[Mapping[str, float]]:
+    """Yield the errors of each of some texts."""
+    for text in texts:
+        one, wanted, rows = made.subset(inputs, exact, [text])
+        yield made.measure(wanted, {name: array[rows] for name, array in outputs.items()}, one)
 
 
 def by_metric(found: Sequence[Mapping[str, float]]) -> dict[str, Floats]:

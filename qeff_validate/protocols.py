@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, Unavailable, suggest
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -171,6 +171,12 @@ class Measured(Protocol):
 
     def strays(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the systematic parts of outputs' errors against what the precision gives on average."""
+
+    def sensitivity(self, inputs: Any, reference: Tensors) -> Sequence[float]:
+        """Return how much rounding is expected to move each text, as far as the reference tells; the order counts."""
+
+    def subset(self, inputs: Any, reference: Tensors, texts: Sequence[int]) -> tuple[Any, Tensors, Array]:
+        """Return inputs and reference of some texts alone, and which rows of an output are theirs, int64."""
 
 
 class Prechecked(Protocol):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
@@ -303,6 +304,23 @@ class PeftCausalLM:
     def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
         """Return the systematic parts of logits' errors."""
         return {metric.name: metric.value for metric in logit_strays(center["logits"], outputs["logits"])}
+
+    def sensitivity(self, inputs: Prompts, reference: Tensors) -> Sequence[float]:
+        """Return the greatest spread of a prompt's logits: what is rounded in them is relative to their size."""
+        parts = _split(reference["logits"], reference["steps"])
+        spreads = np.array([float(np.max(logits.astype(np.float64).std(axis=1))) for logits in parts])
+        return list(spreads.reshape(-1, len(inputs.ids)).max(axis=0))
+
+    def subset(
+        self, inputs: Prompts, reference: Tensors, texts: Sequence[int]
+    ) -> tuple[Prompts, Tensors, NDArray[np.int64]]:
+        """Return prompts, their continuations with each adapter, and the numbers of the rows of logits."""
+        size, ends = len(inputs.ids), np.cumsum(reference["steps"])
+        places = [size * adapter + text for adapter in range(len(inputs.adapters)) for text in texts]
+        rows = np.concatenate([np.arange(ends[at] - reference["steps"][at], ends[at]) for at in places])
+        chosen = {name: array[places if name == "steps" else rows] for name, array in reference.items()}
+        ids, labels = tuple(inputs.ids[text] for text in texts), tuple(inputs.texts[text] for text in texts)
+        return replace(inputs, ids=ids, texts=labels), chosen, rows.astype(np.int64)
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
         """Compare logits, choices, adapters' effects and second visits."""

@@ -91,7 +91,8 @@ def judge_continuations(
     judged = judge_logits(reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos)
     if terms.device and floor is not None:
         limits = stray_bounds(floor)
-        found = logit_strays(floor.center["logits"], actual["logits"])
+        measured = actual["logits"] if floor.rows is None else actual["logits"][floor.rows]
+        found = logit_strays(floor.center["logits"], measured)
         judged += [Judged(replace(item, name=f"logits.{item.name}"), limits[item.name]) for item in found]
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
     effects, weak = _effects(first, terms.precision, floor)

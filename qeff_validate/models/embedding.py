@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Rows, Verdict, bounds_for, compare, stray_bounds, strays, worst_errors
@@ -292,6 +293,28 @@ class PooledEmbedding:
     def strays(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
         """Return the systematic parts of vectors' errors."""
         return strays(center, outputs, Rows(inputs.labels, inputs.tokenless))
+
+    def sensitivity(self, inputs: TokenRows, reference: Tensors) -> Sequence[float]:
+        """Return how far the hidden states of a row cancel in their mean, else how short its vector is.
+
+        It does not depend on the pooling as long as hidden states are kept, so that poolings share their ensembles.
+        """
+        if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
+            return list(-np.linalg.norm(reference["output"].astype(np.float64), axis=1))
+        values = dict.fromkeys(range(len(inputs.ids)), 0.0)
+        for row, states in self._states(inputs, "float32"):
+            values[row] = float(np.sqrt(np.mean(np.square(states))) / np.linalg.norm(states.mean(axis=0)))
+        return list(values.values())
+
+    def subset(
+        self, inputs: TokenRows, reference: Tensors, texts: Sequence[int]
+    ) -> tuple[TokenRows, Tensors, NDArray[np.int64]]:
+        """Return rows, vectors and the numbers of the vectors of some texts."""
+        rows = np.array(texts, dtype=np.int64)
+        if inputs.per_token:
+            ends = np.cumsum([ids.size for ids in inputs.ids])
+            rows = np.concatenate([np.arange(ends[text] - inputs.ids[text].size, ends[text]) for text in texts])
+        return inputs.subset(texts), {name: array[rows] for name, array in reference.items()}, rows
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
         """Compare vectors row by row."""

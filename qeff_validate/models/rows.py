@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,11 @@ class TokenRows:
         if self.per_token:
             return frozenset()
         return frozenset(row for row, ids in enumerate(self.ids) if ids.size == 0)
+
+    def subset(self, texts: Sequence[int]) -> TokenRows:
+        """Return some of the texts."""
+        ids, labels = tuple(self.ids[text] for text in texts), tuple(self.texts[text] for text in texts)
+        return replace(self, ids=ids, texts=labels)
 
     def stored(self) -> dict[str, Array]:
         """Return the rows as arrays for a safetensors file."""

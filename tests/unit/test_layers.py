@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
     {"suites", "plugin", "cli"}, {"engine"}, {"pipeline"}, {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
-    {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"metrics"}, {"artifact"}, {"tensors"},
-    {"errors"},
+    {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
+    {"artifact"}, {"tensors"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

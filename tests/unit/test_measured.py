@@ -12,9 +12,10 @@ import pytest
 
 from qeff_validate.case import Precision
 from qeff_validate.compare import Rows, Verdict, bounds_for, compare, strays, worst_errors
+from qeff_validate.decisive_rows import DecisiveRows
 from qeff_validate.floor import Floor, digest_of
 from qeff_validate.models.continuations import judge_continuations, measure_continuations
-from qeff_validate.pipeline import by_metric, measured
+from qeff_validate.pipeline import Sample, by_metric, measured
 from qeff_validate.protocols import Terms
 from qeff_validate.tensors import Tensors
 
@@ -24,11 +25,17 @@ EXACT = np.random.default_rng(1004).normal(size=(8, 64))
 EXACT[3] = 0
 
 
+ALL = Sample(None, {}, None, DecisiveRows(()))
+
+
 def near(size: float, seed: int) -> np.ndarray:
     """The reference with noise of this relative size in every row."""
     noise = np.random.default_rng(seed).normal(size=EXACT.shape)
     norms = np.linalg.norm(EXACT, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
     return (EXACT + size * noise * norms).astype(np.float32)
+
+
+OF = digest_of({"output": near(0, 0)})
 
 
 class Ensemble:
@@ -52,8 +59,8 @@ def test_the_worst_row_of_each_run_is_kept_and_rows_without_a_token_take_no_part
     made = Ensemble(0.1)
     made.runs[2][5] = EXACT[5] * 1.2
     made.runs[4][3] = 9.0
-    floor = measured(made, {"output": EXACT}, {"output": near(0, 0)}, None, Precision(compute="fp16", weights="mxfp6"))
-    assert (floor.profile, floor.of) == ("fp16+mxfp6", digest_of({"output": near(0, 0)}))
+    floor = measured(made, {"output": EXACT}, ALL, Precision(compute="fp16", weights="mxfp6"), OF)
+    assert (floor.profile, floor.of) == ("fp16+mxfp6", OF)
     wanted = [0.1] * RUNS
     wanted[2] = 0.2
     assert floor.errors["rel_l2"] == pytest.approx(wanted, rel=1e-5)
@@ -63,7 +70,7 @@ def test_the_worst_row_of_each_run_is_kept_and_rows_without_a_token_take_no_part
 
 def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others() -> None:
     made = Ensemble(0.01, shift=0.05)
-    floor = measured(made, {"output": EXACT}, {"output": near(0, 0)}, None, Precision(compute="fp16"))
+    floor = measured(made, {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     runs = np.stack(made.runs).astype(np.float64)
     np.testing.assert_allclose(floor.center["output"], runs.mean(0), rtol=1e-6, atol=1e-7)
     kept = [row for row in range(8) if row != 3]
@@ -78,7 +85,7 @@ def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others(
 
 @pytest.mark.parametrize(("size", "status"), [(0.1, "pass"), (0.19, "pass"), (0.25, "fail"), (0.4, "fail")])
 def test_verdicts_on_other_noise_of_this_size(size: float, status: str) -> None:
-    floor = measured(Ensemble(0.1), {"output": EXACT}, {"output": near(0, 0)}, None, Precision(compute="fp16"))
+    floor = measured(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     # rel_l2 alone: the other metrics of this noise are not of the same size in each draw
     override = {"cosine": 0.9, "norm_ratio": 0.9, "max_abs_rms": 9, "why": "rel_l2"}
     bounds = bounds_for("fp16", floor=floor, override=override)
@@ -87,7 +94,7 @@ def test_verdicts_on_other_noise_of_this_size(size: float, status: str) -> None:
 
 
 def test_one_run_more_of_the_same_noise_passes_every_gate() -> None:
-    floor = measured(Ensemble(0.1), {"output": EXACT}, {"output": near(0, 0)}, None, Precision(compute="fp16"))
+    floor = measured(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     bounds = bounds_for("fp16", floor=floor, override={})
     for seed in range(100, 120):
         verdict = compare({"output": near(0, 0)}, {"output": near(0.1, seed)}, bounds, rows=ROWS, floor=floor)
