@@ -209,8 +209,8 @@ def test_the_table_measures_nothing(tmp_path: Path) -> None:
         sources = {item.bound.source for item in result.metrics if item.bound}
         assert sources == ({"fallback", "exact"} if tolerance == "table" else {"floor", "exact"})
         assert (result.power is None) == (tolerance == "table")
-    assert kinds["table"] == {"inputs", "reference"}
-    assert kinds["auto"] == {"inputs", "reference", "floor", "ceiling"}
+    assert kinds["table"] == {"inputs", "reference", "states"}
+    assert kinds["auto"] == {"inputs", "reference", "states", "floor", "ceiling"}
 
 
 def test_bounds_that_let_gross_faults_through_prove_nothing() -> None:
