@@ -250,7 +250,7 @@ class PooledEmbedding:
         self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str, states: dict[str, Array]
     ) -> Iterator[tuple[str, Tensors]]:
         from qeff_validate.models.original import OriginalSession
-        from qeff_validate.models.reference import computing_in, few_threads, pooled_alone
+        from qeff_validate.models.reference import computing_in, few_threads, pooled_alone, unpadded_states
 
         head = self.head
         custom = partial(pooled_alone, head.pooling, dtype=dtype)
@@ -261,11 +261,14 @@ class PooledEmbedding:
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
         with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
             for change in changes:
-                original.instead, original.fault, session = None, "", cast("Session", original)
+                original.instead, session = None, cast("Session", original)
                 with suppress(ValidateError), change.held(original.body):
                     if change.level == "body":
-                        original.fault = change.name
-                    elif change.level == "pooling":
+                        if change.name not in states:
+                            states[change.name] = packed(unpadded_states(original.body, inputs.ids), dtype)
+                        yield change.name, self._pooled(unpacked(states[change.name], inputs.ids), inputs, dtype)
+                        continue
+                    if change.level == "pooling":
                         original.instead = change.change
                     elif change.level == "session":
                         session = change.change(original)

@@ -32,7 +32,7 @@ class OriginalSession:
         pool: real tokens of a row ``[n, hidden]`` to its vector; ``[n, hidden]`` again if there is no pooling.
         finish: what comes after any pooling.
         dtype: ``float32`` or ``float64``, in which the body computes already; vectors are in it too.
-        states: hidden states that are known, by fault and feeds; those of further runs are added.
+        states: hidden states that are known, by the digest of what was fed; those of further runs are added.
     """
 
     shapes: tuple[Shapes, ...] = ()
@@ -51,8 +51,6 @@ class OriginalSession:
         self.body = body
         self.instead: Callable[[Tensor, Tensor], Tensor] | None = None
         """A pooling by another: hidden states ``[batch, seq, hidden]`` and mask to ``[batch, hidden]``."""
-        self.fault = ""
-        """What is wrong with the body; empty if it is as it was."""
         self._pool, self._finish, self._dtype = pool, finish, dtype
         self._states = {} if states is None else states
         self._bytes = sum(array.nbytes for array in self._states.values())
@@ -80,7 +78,7 @@ class OriginalSession:
         fed = hashlib.sha256()
         for spec in self.inputs:
             fed.update(f"{feeds[spec.name].shape}".encode() + feeds[spec.name].tobytes())
-        key = f"{self.fault}: {fed.hexdigest()}"
+        key = fed.hexdigest()
         if key in self._states:
             return torch.from_numpy(self._states[key])
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}

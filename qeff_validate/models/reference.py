@@ -38,6 +38,12 @@ def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator
         yield from _batched(body, ids, together(ids))
 
 
+def unpadded_states(body: nn.Module, ids: Sequence[Array]) -> Iterator[tuple[int, Floats]]:
+    """Yield what `hidden_states` yields of a body that computes in a precision and with threads of its own already."""
+    with torch.no_grad():
+        yield from _batched(body, ids, together(ids))
+
+
 def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int | None) -> dict[int, Floats]:
     """Return what `hidden_states` yields, from rows that run together as a way asks for.
 
