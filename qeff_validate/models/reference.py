@@ -13,6 +13,7 @@ from torch import nn
 
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.metrics import Floats
+from qeff_validate.models.order import probes, refuse_change
 from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
@@ -21,14 +22,31 @@ LARGE = 1 << 28
 """Bytes of float32 weights beyond which a body is widened layer by layer: slower, in half the memory."""
 
 
-def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[Floats | None]:
+def hidden_states(
+    body: nn.Module, ids: Sequence[Array], dtype: str, labels: Sequence[str] = ()
+) -> Iterator[Floats | None]:
     """Yield the hidden states of each row ``[n, hidden]`` in float64; None for a row without a token.
 
-    Each row runs by itself at its natural length, so no padding and no neighbour can touch it.
+    Each row runs by itself at its natural length, so no padding and no neighbour can touch it. With ``labels`` some
+    rows run once more at the end.
+
+    Raises:
+        UnstableReferenceError: at the end, if these give other values than before.
     """
+
+    def run(row: int) -> Floats:
+        states: Floats = _states(body, ids[row])[0].to(torch.float64).numpy()
+        return states
+
+    repeated = probes([row.size for row in ids]) if labels else []
+    first: dict[int, Floats] = {}
     with torch.inference_mode(), computing_in(body, dtype, probe=lambda: _states(body, max(ids, key=len)[:2])):
-        for row in ids:
-            yield None if row.size == 0 else _states(body, row)[0].to(torch.float64).numpy()
+        for row in range(len(ids)):
+            states = run(row) if ids[row].size else None
+            if states is not None and row in repeated:
+                first[row] = states
+            yield states
+        refuse_change(first, run, labels, dtype)
 
 
 def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int) -> list[Floats | None]:
@@ -52,14 +70,14 @@ def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int) 
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
     """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
     by_length = sorted((row for row in ids if row.size), key=len)
-    worst = 0.0
+    shifts = []
     with torch.inference_mode():
         for row in (by_length[0], by_length[-1]):
             padded = np.concatenate([np.full(5, pad), row])
             moved = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
             alone = _states(body, row)[0]
-            worst = max(worst, float((moved - alone).norm() / alone.norm()))
-    return worst
+            shifts.append(float((moved - alone).norm() / alone.norm()))
+    return float(np.max(shifts))  # NaN, if one of them is
 
 
 def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:

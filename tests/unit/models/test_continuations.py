@@ -220,7 +220,10 @@ def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_wea
     wanted["logits"][4, 4] = np.inf
     found = actual(wanted)
     found["logits"][4, 4] = found["again"][4, 4] = 1.0
-    assert judge(wanted, found).reason == "the reference itself holds NaN or infinity"
+    verdict = judge(wanted, found)
+    told = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
+    assert (verdict.status, verdict.reason) == ("inconclusive", told)
+    assert verdict.compared == verdict.planned - 2, "the row was visited twice"
     weak = reference(effect=0.01)
     verdict = judge(weak, actual(weak, again((0, 0), 5.0)))
     assert verdict.status == "fail"
