@@ -304,7 +304,7 @@ def compare(
     unusable: dict[str, list[int]] = {}
     for name in sorted(reference):
         wanted, got = finite_rows(reference[name]), finite_rows(actual[name])
-        usable = got | wanted if relation else wanted
+        usable = np.ones_like(got) if relation else wanted
         unusable[name] = [row for row in rows.judged() if not usable[row]]
         broken = [row for row in rows.judged() if usable[row] and not (got[row] and wanted[row])]
         both = actual[name] if not relation else np.where(got[:, None], reference[name], actual[name])

@@ -194,10 +194,12 @@ class Pipeline:
                 verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         built = {name: self.seconds[name] for name in stages if name in self.seconds}
+        file = tuple(self._file_findings(adapter))
+        unmeasured = file if verdict.status == "fail" and not measurable(precision) else ()
         return Result(
             **base,
             status=verdict.status,
-            reason=verdict.reason,
+            reason=". ".join((verdict.reason, *unmeasured)),
             stage="compare" if verdict.status != "pass" else None,
             metrics=verdict.metrics,
             planned=verdict.planned,
@@ -209,7 +211,7 @@ class Pipeline:
                 "digest": artifact.digest,
             },
             notes=tuple(inputs.notes),
-            findings=(*self._file_findings(adapter), *verdict.findings, *told),
+            findings=(*file, *verdict.findings, *told),
             power=verdict.power,
         )
 
