@@ -139,6 +139,11 @@ class Pipeline:
         path = Path(brought.onnx)
         return self._once("precision of the file", lambda: graph_precision(path))
 
+    def _file_may_be_the_cause(self, adapter: Runtime) -> bool:
+        """Return whether a user's file rounds in ways that no bound allows for."""
+        file = self._file_precision(adapter.kind)
+        return bool(file.weights) or (bool(file.where) and self._precision(adapter).compute == "fp32")
+
     def _file_findings(self, adapter: Runtime) -> Iterator[str]:
         """Say in what precision a user's file computes, if it is not float32."""
         file = self._file_precision(adapter.kind)
@@ -195,7 +200,7 @@ class Pipeline:
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         built = {name: self.seconds[name] for name in stages if name in self.seconds}
         file = tuple(self._file_findings(adapter))
-        unmeasured = file if verdict.status == "fail" and not measurable(precision) else ()
+        unmeasured = file if verdict.status == "fail" and self._file_may_be_the_cause(adapter) else ()
         return Result(
             **base,
             status=verdict.status,

@@ -42,9 +42,10 @@ class GraphPrecision:
     """What an ONNX file computes in.
 
     Attributes:
-        compute: the coarsest floating type that a product reads.
+        compute: the floating type that half of the products read, or a coarser one; fewer products in a coarser type
+            are no precision of the file's, but may be a fault.
         weights: ``int8`` or ``int4`` if weights or activations are quantized to integers, ``fp8``; None: neither.
-        where: the operators that say so, for messages.
+        where: how many products read what, for messages; empty if all are float32.
     """
 
     compute: Compute = "fp32"
@@ -101,11 +102,13 @@ def precision_of(model: Any) -> GraphPrecision:
     """Return the precision of a loaded ONNX model without local functions."""
     reader = _Reader()
     reader.read(model.graph, {}, {})
-    compute = reader.coarsest(reader.found)
     weights = f"int{reader.bits}" if reader.bits else "fp8" if reader.eights else None
-    where = reader.integers if weights else reader.found.get(compute, {})
-    operators = ", ".join(f"{count} {name}" for name, count in sorted(where.items()))
-    return GraphPrecision(compute, weights, operators if (compute, weights) != ("fp32", None) else "")
+    total = sum(reader.found.values())
+    coarser = {name: sum(reader.found.get(other, 0) for other in COMPUTE[at:]) for at, name in enumerate(COMPUTE)}
+    compute = [name for name in COMPUTE if 2 * coarser[name] >= total][-1] if total else "fp32"
+    parts = [f"{reader.found[name]} of {total} products in {WORDS[name]}" for name in WORDS if name in reader.found]
+    parts += [f"{count} {name}" for name, count in sorted(reader.integers.items())]
+    return GraphPrecision(compute, weights, ", ".join(parts))
 
 
 class _Reader:
@@ -124,8 +127,8 @@ class _Reader:
             if hasattr(TensorProto, name)
         }
         self._eights = {value for name, value in TensorProto.DataType.items() if name.startswith("FLOAT8")}
-        self.found: dict[str, dict[str, int]] = {}
-        """By precision: how many products of each operator read it."""
+        self.found: dict[str, int] = {}
+        """By precision: how many products read it."""
         self.integers: dict[str, int] = {}
         self.bits = 0
         """Of the narrowest integers that weights are stored in; 0: none."""
@@ -166,8 +169,7 @@ class _Reader:
         if node.op_type in PRODUCTS:
             read = [held[name] for name in inputs if name in held]
             compute = self.coarsest([*read, *([self._floats[kind]] if kind in self._floats else [])])
-            counts = self.found.setdefault(compute, {})
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+            self.found[compute] = self.found.get(compute, 0) + 1
         self._integers(node, attributes, known)
         for name in filter(None, node.output):
             own = known.setdefault(name, kind) if kind else known.get(name, 0)

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 import qeff_validate as qv
 from qeff_validate.case import Precision
 from qeff_validate.diagnose.graph_precision import GraphPrecision, combined, graph_precision, measurable, precision_of
+from qeff_validate.diagnose.mutants import mutants
 from qeff_validate.engine import Runner
 
 HEAD = '<ir_version: 8, opset_import: ["" : 21, "com.microsoft" : 1, "local" : 1]>'
@@ -48,9 +49,14 @@ GRAPHS = {
         f"g (float16[2,4] x) => (float[2,4] y) <{F32}> {{ a = Cast<to=1>(x) b = Exp(a) y = MatMul(b, w) }}",
         ("fp32", None),
     ),
-    "one float16 product among others": (
+    "one float16 product of three": (
         f"g (float[2,4] x) => (float[2,4] y) <{F32}> {{ a = MatMul(x, w) b = Cast<to=10>(a) c = Cast<to=10>(w)"
-        " d = MatMul(b, c) y = Cast<to=1>(d) }",
+        " d = MatMul(b, c) e = Cast<to=1>(d) f = Exp(e) y = MatMul(f, w) }",
+        ("fp32", None),
+    ),
+    "two float16 products of three": (
+        f"g (float[2,4] x) => (float[2,4] y) <{F32}> {{ a = MatMul(x, w) b = Cast<to=10>(a) c = Cast<to=10>(w)"
+        " d = MatMul(b, c) e = MatMul(d, c) y = Cast<to=1>(e) }",
         ("fp16", None),
     ),
     "int8 weights": (
@@ -97,7 +103,7 @@ def test_precision_is_that_of_what_is_multiplied(name: str) -> None:
     text, wanted = GRAPHS[name]
     found = precision_of(parser.parse_model(f"{HEAD} {text}"))
     assert (found.compute, found.weights) == wanted
-    assert bool(found.where) == (wanted != ("fp32", None))
+    assert bool(found.where) == (wanted != ("fp32", None) or name == "one float16 product of three")
 
 
 def test_a_file_is_read_without_its_weights_and_through_local_functions(tmp_path: Path) -> None:
@@ -114,7 +120,7 @@ def test_a_file_is_read_without_its_weights_and_through_local_functions(tmp_path
     whole.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float16), "w"))
     onnx.save(whole, str(tmp_path / "w.onnx"), save_as_external_data=True, location="w.bin", size_threshold=0)
     (tmp_path / "w.bin").unlink()
-    assert graph_precision(tmp_path / "w.onnx") == GraphPrecision("fp16", None, "1 MatMul")
+    assert graph_precision(tmp_path / "w.onnx") == GraphPrecision("fp16", None, "1 of 1 products in float16")
 
 
 def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
@@ -221,6 +227,18 @@ def test_integer_sums_that_overflow_on_a_device_fail_with_int8_in_the_reason(
     assert (result.status, result.precision) == ("fail", "fp16+int8")
     assert "NaN or infinite in 4 of 5 rows" in result.reason
     assert "the file computes in int8 (" in result.reason
+
+
+def test_one_float16_product_in_a_float32_file_is_a_fault_that_is_named(
+    runner: Runner, exported: str, tmp_path: Path
+) -> None:
+    mutant = next(mutant for mutant in mutants("embedding") if mutant.name == "graph: one product of fp16 operands")
+    model = onnx.load(exported)
+    mutant.change(model)
+    result = runner.result(case(save(model, str(tmp_path / "one.onnx"))), "ort")
+    assert (result.status, result.precision) == ("fail", "fp32")
+    assert "the file computes in float32 (1 of " in result.reason
+    assert "products in float16); the bounds are those of fp32" in result.reason
 
 
 def test_a_float32_file_has_no_finding(runner: Runner, exported: str) -> None:
