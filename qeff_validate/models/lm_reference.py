@@ -56,7 +56,7 @@ def continuations(
                 tokens.append(texts[-1][prompt.size :])
             if count == 0:
                 first = {row: logits[row] for row in probes([text.size for text in texts])}
-                refuse_change(first, partial(_repeated, adapted, texts, inputs.ids, dtype), inputs.labels, dtype)
+                refuse_change(first, partial(_repeated, adapted, texts, inputs.ids, dtype), inputs.labels)
     return {
         "logits": np.concatenate(logits),
         "tokens": np.concatenate(tokens),

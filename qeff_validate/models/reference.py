@@ -46,7 +46,7 @@ def hidden_states(
             if states is not None and row in repeated:
                 first[row] = states
             yield states
-        refuse_change(first, run, labels, dtype)
+        refuse_change(first, run, labels)
 
 
 def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int) -> list[Floats | None]:

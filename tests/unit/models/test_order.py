@@ -90,11 +90,11 @@ def test_rows_that_run_again_are_the_first_the_shortest_and_the_longest_but_one(
 
 def test_rounding_is_no_change_and_everything_else_is() -> None:
     before = {1: np.random.default_rng(0).standard_normal((4, 8))}
-    refuse_change(before, lambda _: before[1] * (1 + 1e-6), ["", "x"], "float32")
-    refuse_change({1: before[1] * np.nan}, lambda _: before[1] * np.nan, ["", "x"], "float32")
+    refuse_change(before, lambda _: before[1] * (1 + 1e-6), ["", "x"])
+    refuse_change({1: before[1] * np.nan}, lambda _: before[1] * np.nan, ["", "x"])
     for after in (before[1] * (1 + 1e-4), before[1] * np.nan, np.zeros((4, 8))):
         with pytest.raises(UnstableReferenceError, match=r"row 1 \('x'\) other values when it is run again"):
-            refuse_change(before, lambda _, after=after: after, ["", "x"], "float32")
+            refuse_change(before, lambda _, after=after: after, ["", "x"])
 
 
 def test_a_suspicion_stays_when_what_was_fed_is_right_and_goes_when_it_is_wrong() -> None:
