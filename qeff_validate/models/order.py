@@ -80,7 +80,7 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
         if np.array_equal(after, wide, equal_nan=True) or change <= STABLE:
             continue
         raise UnstableReferenceError(
-            f"the original model gives row {row} ({labels[row]!r}) other values when it is run again after other rows"
-            f" (relative L2 {change:.1e}): it keeps state from row to row or draws random numbers, so its answers"
+            f"the original model gives row {row} ({labels[row][:40]!r}) other values when it is run again after other"
+            f" rows (relative L2 {change:.1e}): it keeps state from row to row or draws random numbers, so its answers"
             " change with the order of rows and are no reference"
         )
