@@ -231,7 +231,8 @@ def test_noise_that_hides_everything_gives_no_bound_and_no_verdict() -> None:
 
 
 def test_noise_in_float32_that_no_rounding_explains_gives_no_bound_and_no_verdict() -> None:
-    floor = made_floor({**EVEN, "rel_l2": 1e-2}, profile="fp32")
+    even = {"rel_l2": 1e-2, "cosine": 1e-10, "norm_ratio": 1e-6, "max_abs_rms": 1e-5}
+    floor = made_floor(even, profile="fp32")
     bounds = bounds_for("fp32", floor=floor, override={})
     verdict = judge({"output": clean()}, bounds=bounds, floor=floor, precision="fp32")
     assert verdict.status == "inconclusive"
