@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         IncomparableError,
         RunError,
         Unavailable,
+        UnstableReferenceError,
         ValidateError,
     )
     from qeff_validate.models.peft import apply_peft, generate_peft_config, load_model_and_tokenizer
@@ -41,6 +42,7 @@ _HOMES = {
     "Settings": "protocols",
     "TensorSpec": "tensors",
     "Unavailable": "errors",
+    "UnstableReferenceError": "errors",
     "ValidateError": "errors",
     "apply_peft": "models.peft",
     "build": "engine",
@@ -65,6 +67,7 @@ __all__ = [
     "Settings",
     "TensorSpec",
     "Unavailable",
+    "UnstableReferenceError",
     "ValidateError",
     "apply_peft",
     "build",

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.floor import Floor, factor, limit
@@ -17,6 +18,12 @@ from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, 
 from qeff_validate.tensors import Array, Tensors
 
 Status = Literal["pass", "fail", "inconclusive", "error", "not_run"]
+
+NON_FINITE = "non_finite"
+"""End of the name of the gate that counts values which are not finite."""
+
+NAMED, MOST_LISTED = 5, 100
+"""So many rows are named in a message, and listed in a report."""
 
 ROW_GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms")
 
@@ -105,6 +112,8 @@ class Verdict:
     planned: int = 0
     compared: int = 0
     power: Power | None = None
+    findings: tuple[str, ...] = ()
+    """What a reader should know and no gate depends on."""
 
     def discriminating(self, power: Power) -> Verdict:
         """Return the verdict with its power; without a power to find what nobody may ship, nothing passes."""
@@ -119,14 +128,27 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of an output are: their labels for messages, and which of them hold no token."""
+    """What the rows of an output are.
+
+    Attributes:
+        labels: one for each row, for messages.
+        tokenless: rows that hold no token.
+        zeros: token-less rows must be zeros, as our own wrapper pools them; else what they hold is a finding.
+        reached: rows that change with the content of a token-less row in their batch.
+    """
 
     labels: Sequence[str]
     tokenless: frozenset[int] = field(default_factory=frozenset)
+    zeros: bool = True
+    reached: Sequence[int] = ()
 
     def kept(self) -> list[int]:
         """Return the rows that hold a token."""
         return [row for row in range(len(self.labels)) if row not in self.tokenless]
+
+    def judged(self) -> list[int]:
+        """Return the rows that a verdict depends on."""
+        return list(range(len(self.labels))) if self.zeros else self.kept()
 
 
 def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
@@ -153,23 +175,23 @@ def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, fl
 
 
 def worst_errors(reference: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
-    """Return the worst value of each row metric of outputs, over all rows that hold a token."""
+    """Return the worst value of each row metric of outputs, over all rows that hold a token; NaN if one is NaN."""
     kept = rows.kept()
-    found = [row_errors(array[kept], outputs[name][kept]) for name, array in reference.items()]
-    return {name: max(worst_row(name, getattr(errors, name)).value for errors in found) for name in ROW_GATES}
+    errors = [row_errors(array[kept], outputs[name][kept]) for name, array in reference.items()]
+    return {name: greatest(worst_row(name, getattr(each, name)).value for each in errors) for name in ROW_GATES}
 
 
 def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
     """Return the systematic parts of outputs' errors, over all rows that hold a token."""
     kept = rows.kept()
     found = [metric for name, array in center.items() for metric in systematic(array[kept], outputs[name][kept])]
-    return {name: float(np.max([metric.value for metric in found if metric.name == name])) for name in STRAYS}
+    return {name: greatest(metric.value for metric in found if metric.name == name) for name in STRAYS}
 
 
 def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:
     """Return the bound of a metric from the errors of legitimate runs; None if it would reach ``most``."""
     farthest, times = limit(name, floor.errors[name]), factor(floor.profile, name)
-    value = max(times * farthest, least)
+    value = greatest((times * farthest, least))
     if not value < most:
         return None
     why = f"{times:g} x {farthest:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
@@ -208,12 +230,14 @@ def gate_bounds(
 
 
 def stray_bounds(floor: Floor) -> dict[str, Bound]:
-    """Return the bounds of a device's systematic errors."""
+    """Return the bounds of a device's systematic errors; none where the noise is not finite."""
     bounds = {}
     for name, least in STRAYS.items():
         farthest, times = limit(name, floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
+        if not np.isfinite(farthest):
+            continue
         why = f"{times:g} x {farthest:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
-        bounds[name] = Bound(max(times * farthest, least), "floor", why, float(np.median(floor.strays[name])))
+        bounds[name] = Bound(greatest((times * farthest, least)), "floor", why, float(np.median(floor.strays[name])))
     return bounds
 
 
@@ -231,6 +255,15 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
     return bounds | overridden(override)
 
 
+def relation_precision(profile: str) -> str:
+    """Return the profile that two runs of one session are compared by: both read the same compressed weights.
+
+    Integers that are computed with stay in it: what one row rounds to may depend on its neighbours.
+    """
+    compute, _, kept = profile.partition("+")
+    return compute if all(part.startswith("mx") for part in kept.split("+") if part) else profile
+
+
 def overridden(override: Mapping[str, Any]) -> dict[str, Bound]:
     """Return the bounds that a case brings itself."""
     values = {name: float(value) for name, value in override.items() if name != "why"}
@@ -245,42 +278,94 @@ def compare(
     rows: Rows,
     floor: Floor | None = None,
     seed: int = 0,
+    precision: str = "",
+    relation: bool = False,
 ) -> Verdict:
     """Compare outputs of a target with the reference: names, dtypes, shapes, finiteness, then every metric.
+
+    A row that is not finite fails by itself; the metrics are those of all other rows.
 
     Args:
         reference: by output name, [n, d] float arrays; rows without a token hold zeros.
         actual: the same names, dtypes and shapes, or the verdict is ``fail``.
         bounds: a bound for each gate.
-        rows: labels and token-less rows; these must be zeros in ``actual`` and take no part in the metrics.
+        rows: labels and token-less rows; these take no part in the metrics.
         floor: of legitimate runs, for the order of neighbours, and for systematic errors if ``bounds`` has theirs.
         seed: draws rows for pairwise metrics.
+        precision: profile of what computed ``actual``, for messages.
+        relation: ``reference`` comes from the same session as ``actual``, so a row that is not finite in it fails too.
     """
-    planned = len(reference) * len(rows.labels)
+    planned = len(reference) * len(rows.judged())
     problem = structure_problem(reference, actual, len(rows.labels))
     if problem:
         return Verdict("fail", problem, planned=planned)
-    bad = non_finite(actual, rows)
-    if bad:
-        return Verdict("fail", bad[0], (bad[1],), planned=planned)
-    if not math.isfinite(sum(float(np.sum(array, dtype=np.float64)) for array in reference.values())):
-        return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
-    kept = rows.kept()
-    if not reference or not kept:
+    if not reference or not rows.kept():
         return Verdict("inconclusive", "nothing to compare: no output, or no row with a token", planned=planned)
-    missing = [name for name in GATES if name not in bounds]
-    if missing:
-        return Verdict("inconclusive", without_bound(missing, floor), planned=planned)
     judged: list[Judged] = []
+    findings: list[str] = []
+    unusable: dict[str, list[int]] = {}
     for name in sorted(reference):
-        judged += _judge(name, reference[name], actual[name], bounds, rows, kept, floor, seed)
-    return _conclude(judged, planned, compared=len(reference) * len(rows.labels))
+        wanted, got = finite_rows(reference[name]), finite_rows(actual[name])
+        usable = np.ones_like(got) if relation else wanted
+        unusable[name] = [row for row in rows.judged() if not usable[row]]
+        broken = [row for row in rows.judged() if usable[row] and not (got[row] and wanted[row])]
+        both = actual[name] if not relation else np.where(got[:, None], reference[name], actual[name])
+        judged += non_finite(name, both, broken, rows)
+        kept = [row for row in rows.kept() if wanted[row] and got[row]]
+        if kept:
+            judged += _judge(name, reference[name], actual[name], bounds, rows, kept, floor, seed)
+        if rows.tokenless and rows.zeros:
+            judged.append(_tokenless(name, actual[name], rows))
+        elif rows.tokenless:
+            findings += _filler_findings(name, actual[name], rows)
+    judged += _reached(rows)
+    verdict = _conclude(judged, planned, compared=planned - sum(map(len, unusable.values())))
+    missing = [name for name in GATES if name not in bounds]
+    if missing and verdict.status != "fail":
+        verdict = replace(verdict, status="inconclusive", reason=without_bound(missing, floor, precision))
+    return replace(with_unusable(verdict, unusable, rows.labels), findings=tuple(findings))
 
 
-def without_bound(missing: Sequence[str], floor: Floor | None) -> str:
+def greatest(values: Iterable[float]) -> float:
+    """Return the greatest of some numbers; NaN if one of them is NaN, which Python's ``max`` loses."""
+    return float(np.max(np.fromiter(values, np.float64)))
+
+
+def finite_rows(array: Array) -> NDArray[np.bool_]:
+    """Return for each row of ``[n, d]`` whether all its values are finite, bool ``[n]``."""
+    with np.errstate(all="ignore"):
+        # NaN or infinite if any element is; a float64 sum of float32 values cannot overflow by itself
+        finite: NDArray[np.bool_] = np.isfinite(np.sum(array, axis=1, dtype=np.float64))
+    return finite
+
+
+def with_unusable(verdict: Verdict, unusable: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Verdict:
+    """Return a verdict that names the rows in which the reference itself is not finite; such a verdict never passes."""
+    texts = [
+        f"the reference itself holds NaN or infinity in {len(places)} of {len(labels)} rows of {name}:"
+        f" {named_rows(places, labels)}"
+        for name, places in unusable.items()
+        if places
+    ]
+    if not texts:
+        return verdict
+    if verdict.status == "fail":
+        return replace(verdict, reason="; ".join([verdict.reason, *texts]))
+    return replace(verdict, status="inconclusive", reason="; ".join(filter(None, [*texts, verdict.reason])))
+
+
+def named_rows(places: Sequence[int], labels: Sequence[str]) -> str:
+    """Return numbers and labels of rows for a message; of many rows the first ones."""
+    names = ", ".join(f"row {row} ({labels[row]!r})" for row in places[:NAMED])
+    return f"{names} and {len(places) - NAMED} more" if len(places) > NAMED else names
+
+
+def without_bound(missing: Sequence[str], floor: Floor | None, precision: str = "") -> str:
     """Say why there is no verdict without bounds, and what to do."""
     remedy = "give one with its reason in the case's tolerance"
     text = f"no sound bound for {', '.join(missing)}: {remedy}"
+    if floor is None and "+" in precision:
+        return f"no noise was measured for {precision.partition('+')[2]}, so there is {text}"
     if floor is None:
         return text
     if not np.isfinite([value for values in floor.errors.values() for value in values]).all():
@@ -309,23 +394,29 @@ def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None
     return None
 
 
-def non_finite(actual: Tensors, rows: Rows) -> tuple[str, Judged] | None:
-    """Say where NaN or infinity stands first, with the gate that it breaks; None if all values are finite."""
-    for name, array in actual.items():
-        # a sum over a row is NaN or infinite if any element is; in float64 it cannot overflow by itself
-        finite = np.isfinite(np.sum(array, axis=1, dtype=np.float64))
-        if not finite.all():
-            row = int(np.argmin(finite))
-            column = int(np.argmin(np.isfinite(array[row])))
-            count = int(sum(np.count_nonzero(~np.isfinite(array[r])) for r in np.flatnonzero(~finite)))
-            worst = {"row": row, "column": column, "text": rows.labels[row]}
-            metric = Metric(f"{name}.non_finite", float(count), worst)
-            reason = (
-                f"{name}: {count} of {array.size} values are NaN or infinite in {np.count_nonzero(~finite)} of"
-                f" {len(array)} rows; first at row {row}, column {column} ({rows.labels[row]!r})"
-            )
-            return reason, Judged(metric, Bound(0.0, "exact", "every value must be finite"))
-    return None
+def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> list[Judged]:
+    """Return the gate that rows break which are not finite; nothing if there are none.
+
+    Args:
+        name: of the output.
+        array: ``[n, d]``.
+        places: rows that are not finite.
+        rows: labels, and how many rows are judged.
+    """
+    if not places:
+        return []
+    row = places[0]
+    worst = {
+        "row": row,
+        "column": int(np.argmin(np.isfinite(array[row]))),
+        "text": rows.labels[row],
+        "rows": len(places),
+        "of_rows": len(rows.judged()),
+        "of_values": len(rows.judged()) * array.shape[1],
+        "others": [{"row": other, "text": rows.labels[other]} for other in places[1:MOST_LISTED]],
+    }
+    count = float(sum(np.count_nonzero(~np.isfinite(array[place])) for place in places))
+    return [Judged(Metric(f"{name}.{NON_FINITE}", count, worst), Bound(0.0, "exact", "every value must be finite"))]
 
 
 def _judge(
@@ -338,14 +429,15 @@ def _judge(
     floor: Floor | None,
     seed: int,
 ) -> list[Judged]:
-    wanted, got = (reference, actual) if not rows.tokenless else (reference[kept], actual[kept])
+    whole = len(kept) == len(reference)
+    wanted, got = (reference, actual) if whole else (reference[kept], actual[kept])
     errors = row_errors(wanted, got)
     found = [worst_row(metric, getattr(errors, metric)) for metric in ROW_GATES]
     worst = worst_row("mean_abs", errors.mean_abs)
     found.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
-    if len(kept) >= 3:
+    if len(kept) >= 3 and "rel_l2" in bounds:
         usual = bounds["rel_l2"].floor
-        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else max(usual, LEAST["rel_l2"] / 10)
+        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else greatest((usual, LEAST["rel_l2"] / 10))
         found += neighbour_metrics(wanted, got, noise=noise, seed=seed)
     judged = []
     for metric in found:
@@ -354,23 +446,61 @@ def _judge(
         if metric.name == "max_abs_rms":
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
         judged.append(Judged(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
-    if floor is not None and set(STRAYS) <= set(bounds):
-        measured = range(len(actual)) if floor.rows is None else floor.rows.tolist()
-        places = [(at, row) for at, row in enumerate(measured) if row not in rows.tokenless]
-        center, mine = floor.center[name][[at for at, _ in places]], actual[[row for _, row in places]]
-        common = systematic(center, mine)
+    measured = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
+    places = np.flatnonzero(np.isin(measured, kept))
+    if floor is not None and set(STRAYS) <= set(bounds) and places.size:
+        common = systematic(floor.center[name][places], actual[measured[places]])
         judged += [Judged(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
-    if rows.tokenless:
-        judged.append(_tokenless(name, actual, rows))
     return judged
 
 
 def _tokenless(name: str, actual: Array, rows: Rows) -> Judged:
-    found = sorted(rows.tokenless)
-    worst = found[int(np.argmax([np.max(np.abs(actual[row])) for row in found]))]
-    count = float(sum(np.count_nonzero(actual[row]) for row in found))
-    metric = Metric(f"{name}.tokenless_rows", count, {"row": worst, "text": rows.labels[worst], "rows": len(found)})
+    places = sorted(rows.tokenless)
+    worst = places[int(np.argmax([np.max(np.abs(actual[row])) for row in places]))]
+    count = float(sum(np.count_nonzero(actual[row]) for row in places))
+    metric = Metric(f"{name}.tokenless_rows", count, {"row": worst, "text": rows.labels[worst], "rows": len(places)})
     return Judged(metric, Bound(0.0, "exact", "a row without a token pools to zeros"))
+
+
+def _filler_findings(name: str, actual: Array, rows: Rows) -> list[str]:
+    """Say what stands in rows without a token, if it is not zeros; nobody feeds such a row, so nobody reads it."""
+    places = sorted(rows.tokenless)
+    groups = {
+        "are not finite": [row for row in places if not np.isfinite(actual[row]).all()],
+        "are not zeros": [row for row in places if np.isfinite(actual[row]).all() and actual[row].any()],
+    }
+    effect = "change with them" if rows.reached else "do not change with them"
+    return [
+        f"{name}: {len(group)} of {len(places)} rows without a token {what} ({named_rows(group, rows.labels)});"
+        f" they are nobody's input and are not judged; other rows of their batch {effect}"
+        for what, group in groups.items()
+        if group
+    ]
+
+
+def _reached(rows: Rows) -> list[Judged]:
+    """Return the gate that rows break which change with a token-less row of their batch."""
+    if not rows.reached:
+        return []
+    row = rows.reached[0]
+    metric = Metric("rows.changed_by_filler", float(len(rows.reached)), {"row": row, "text": rows.labels[row]})
+    why = "a row is the same bit for bit, whatever fills the batch beside it"
+    return [Judged(metric, Bound(0.0, "exact", why))]
+
+
+def rows_beyond(reference: Tensors, actual: Tensors, bounds: Mapping[str, Bound], rows: Rows) -> set[int]:
+    """Return the rows with a token that are beyond a bound of a row metric or not finite; the reference is finite."""
+    beyond: set[int] = set()
+    kept = np.array([row for row in rows.kept() if all(finite_rows(array)[row] for array in reference.values())], int)
+    if not kept.size:
+        return beyond
+    for name, array in reference.items():
+        errors = row_errors(array[kept], actual[name][kept])
+        for gate in ROW_GATES:
+            if gate in bounds:
+                beyond |= set(kept[~(getattr(errors, gate) <= bounds[gate].value)].tolist())
+        beyond |= set(kept[~finite_rows(actual[name])[kept]].tolist())
+    return beyond
 
 
 def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
@@ -399,8 +529,22 @@ def all_hold(judged: Sequence[Judged], planned: int) -> Verdict:
 def sentence(item: Judged) -> str:
     """Say of a gate that failed: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail
+    if item.metric.name.endswith(f".{NON_FINITE}"):
+        return _non_finite_sentence(item.metric)
     text = f"{item.metric.name} {item.metric.value:.3g}, allowed {item.bound.value:.3g} ({item.bound.source})"
     worst = item.metric.worst
     if "row" not in worst:
         return f"{text}, over all {worst['rows']} rows"
     return f"{text}, worst row {worst['row']} ({worst['text']!r})"
+
+
+def _non_finite_sentence(metric: Metric) -> str:
+    worst = metric.worst
+    text = (
+        f"{metric.name.rpartition('.')[0]}: {metric.value:.0f} of {worst['of_values']} values are NaN or infinite in"
+        f" {worst['rows']} of {worst['of_rows']} rows; first at row {worst['row']}, column {worst['column']}"
+        f" ({worst['text']!r})"
+    )
+    names = [f"row {other['row']} ({other['text']!r})" for other in worst["others"][: NAMED - 1]]
+    more = worst["rows"] - 1 - len(names)
+    return text + (f", then {', '.join(names)}" if names else "") + (f" and {more} more" if more else "")

@@ -7,6 +7,7 @@
     ├── BuildError          an artifact could not be made: export, compile
     ├── RunError            a runtime refused or failed a run
     └── IncomparableError   nothing valid could be compared
+        └── UnstableReferenceError   the original model gives a row other values from run to run
 
 A mismatch is not an exception: it is a `Verdict`. An exception means "could not tell".
 Foreign exceptions are translated once, where they enter, with ``raise … from exc``.
@@ -46,6 +47,10 @@ class RunError(ValidateError):
 
 class IncomparableError(ValidateError):
     """There is nothing valid to compare."""
+
+
+class UnstableReferenceError(IncomparableError):
+    """What the original model gives for a row depends on the rows before or beside it, so it is no reference."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -65,10 +65,11 @@ class Text:
 
 
 def log_softmax(logits: Array) -> Floats:
-    """Return log-probabilities in float64 over the last axis."""
+    """Return log-probabilities in float64 over the last axis; NaN in rows that hold NaN or infinity."""
     wide = logits.astype(np.float64)
-    wide = wide - wide.max(axis=-1, keepdims=True)
-    found: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        wide = wide - wide.max(axis=-1, keepdims=True)
+        found: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
     return found
 
 
@@ -106,23 +107,30 @@ def judge_logits(
     labels: Sequence[str],
     texts: Sequence[Text],
     eos: frozenset[int],
+    kept: Sequence[int] | None = None,
 ) -> list[Judged]:
     """Measure logits ``[n, vocab]`` of the same continuations against their bounds.
 
     Args:
-        reference: of the reference, finite.
-        actual: finite, of the same shape.
+        reference: of the reference.
+        actual: of the same shape.
         bounds: from `logit_bounds`.
         labels: one for each row.
         texts: the rows of each continuation.
         eos: ids that end a text.
+        kept: the rows that are measured, in order, those that are finite on both sides; None: all.
 
     Returns:
-        Gates, and what is shown: ``kl_p50``, ``same_top1`` and the first divergent token.
+        Gates, and what is shown: ``kl_p50``, ``same_top1`` and the first divergent token; nothing without rows.
     """
+    places = np.arange(len(reference)) if kept is None else np.array(kept, dtype=int)
+    if not places.size:
+        return []
+    if len(places) < len(reference):
+        reference, actual = reference[places], actual[places]
     wanted, got = log_softmax(reference), log_softmax(actual)
-    judged = [_placed(metric, bounds.get(metric.name), labels) for metric in _errors(wanted, got)]
-    return judged + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos)
+    judged = [_placed(metric, bounds.get(metric.name), labels, places) for metric in _errors(wanted, got)]
+    return judged + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos, places)
 
 
 def _divergences(wanted: Floats, got: Floats) -> Floats:
@@ -152,6 +160,7 @@ def _flips(
     labels: Sequence[str],
     texts: Sequence[Text],
     eos: frozenset[int],
+    places: NDArray[np.int_],
 ) -> list[Judged]:
     """Judge changed choices: none beyond a tie, and ties within the budget that the noise gives."""
     ours, theirs = wanted.argmax(axis=-1), got.argmax(axis=-1)
@@ -163,21 +172,25 @@ def _flips(
     tie = changed & (margin <= SIGMAS * sigma)
     runner_up = np.sort(wanted, axis=-1)[:, -2]
     gap = wanted[rows, ours] - runner_up
-    spread = max(float(np.sqrt(2 * min(float(np.median(kl)), allowed))), 1e-300)
+    spread = float(np.maximum(np.sqrt(2 * np.minimum(np.median(kl), allowed)), 1e-300))
     expected = float(sum(0.5 * math.erfc(value / spread / 2) for value in gap))  # two logits of noise `spread` each
     budget = Bound(math.ceil(1 + 3 * expected), "floor", f"{expected:.2g} ties are expected to flip by the noise")
     beyond, kinds = changed & ~tie, _kinds(ours, theirs, tie, eos)
     place = {"row": int(np.argmax(beyond if beyond.any() else changed))}
     return [
         _placed(
-            Metric("flips", float(beyond.sum()), {**place, **_divergence(ours, theirs, beyond, kinds, texts)}),
+            Metric("flips", float(beyond.sum()), {**place, **_divergence(ours, theirs, beyond, kinds, texts, places)}),
             bounds.get("flips"),
             labels,
+            places,
         ),
         _placed(
-            Metric("tie_flips", float(tie.sum()), {"row": int(np.argmax(tie))}), budget if bounds else None, labels
+            Metric("tie_flips", float(tie.sum()), {"row": int(np.argmax(tie))}),
+            budget if bounds else None,
+            labels,
+            places,
         ),
-        _placed(Metric("same_top1", float(np.mean(~changed)), place), None, labels),
+        _placed(Metric("same_top1", float(np.mean(~changed)), place), None, labels, places),
     ]
 
 
@@ -188,21 +201,28 @@ def _kinds(ours: Array, theirs: Array, tie: Array, eos: frozenset[int]) -> list[
 
 
 def _divergence(
-    ours: Array, theirs: Array, beyond: Array, kinds: Sequence[str], texts: Sequence[Text]
+    ours: Array,
+    theirs: Array,
+    beyond: Array,
+    kinds: Sequence[str],
+    texts: Sequence[Text],
+    places: NDArray[np.int_],
 ) -> dict[str, Any]:
     """Describe the first divergent token, of those beyond a tie if there are any; count texts by the kind of theirs."""
     changed = np.flatnonzero(ours != theirs)
     if not changed.size:
         return {}
-    row = int(np.argmax(beyond) if beyond.any() else changed[0])
+    at = int(np.argmax(beyond) if beyond.any() else changed[0])
+    row = int(places[at])
     text = next(text for text in texts if row in text.rows)
-    first = [min(rows) for text in texts if (rows := set(text.rows).intersection(changed.tolist()))]
+    kind_by_row = {int(places[index]): kinds[index] for index in changed.tolist()}
+    first = [next(row for row in text.rows if row in kind_by_row) for text in texts if {*text.rows} & {*kind_by_row}]
     return {
         "prompt": text.label,
         "step": row - text.rows.start,
-        "kind": kinds[row],
-        "tokens": [int(ours[row]), int(theirs[row])],
-        "texts": dict(Counter(kinds[at] for at in first)),
+        "kind": kinds[at],
+        "tokens": [int(ours[at]), int(theirs[at])],
+        "texts": dict(Counter(kind_by_row[row] for row in first)),
     }
 
 
@@ -218,6 +238,7 @@ def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) ->
     return ~fine
 
 
-def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str]) -> Judged:
-    place = {**metric.worst, "text": labels[metric.worst["row"]]}
+def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> Judged:
+    row = int(places[metric.worst["row"]])
+    place = {**metric.worst, "row": row, "text": labels[row]}
     return Judged(Metric(f"logits.{metric.name}", metric.value, place), bound)

@@ -22,14 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
+from qeff_validate.builders.about import about
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
 from qeff_validate.diagnose.ceiling import Ceiling, faults_key
 from qeff_validate.diagnose.ceiling import measured as trials
+from qeff_validate.diagnose.graph_precision import GraphPrecision, combined, graph_precision, measurable
 from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.diagnose.watched import Watched
-from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
+from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.metrics import Floats
 from qeff_validate.models.sources import versions
@@ -116,6 +118,8 @@ class Pipeline:
             base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
             base["precision"] = self._precision(adapter).profile
             return judge(base)
+        except UnstableReferenceError as exc:
+            return Result(**base, status="inconclusive", reason=str(exc), stage="reference")
         except ValidateError as exc:
             stage = "config" if isinstance(exc, ConfigError) else exc.stage
             return Result(**base, status="error", reason=str(exc), stage=stage)
@@ -125,8 +129,30 @@ class Pipeline:
             return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
 
     def _precision(self, adapter: Runtime) -> Precision:
-        """Return what a runtime computes with: hosts are not asked for anything but float32."""
-        return self.case.precision if adapter.kind == "qpc" else Precision(compute="fp32")
+        """Return what a runtime computes with: hosts are asked for float32 alone, and a user's file has its own."""
+        asked = self.case.precision if adapter.kind == "qpc" else Precision(compute="fp32")
+        return combined(asked, self._file_precision(adapter.kind))
+
+    def _file_precision(self, kind: Kind) -> GraphPrecision:
+        """Return what the user's ONNX file computes in; float32 where there is none."""
+        brought = self.case.artifacts
+        if kind == "module" or brought.onnx is None or (kind == "qpc" and brought.qpc is not None):
+            return GraphPrecision()
+        path = Path(brought.onnx)
+        return self._once("precision of the file", lambda: graph_precision(path))
+
+    def _file_may_be_the_cause(self, adapter: Runtime) -> bool:
+        """Return whether a user's file rounds in ways that no bound allows for."""
+        file = self._file_precision(adapter.kind)
+        return bool(file.weights) or (bool(file.where) and self._precision(adapter).compute == "fp32")
+
+    def _file_findings(self, adapter: Runtime) -> Iterator[str]:
+        """Say in what precision a user's file computes, if it is not float32."""
+        file = self._file_precision(adapter.kind)
+        if file != GraphPrecision():
+            precision = self._precision(adapter)
+            said = f"the bounds are those of {precision.profile}" if measurable(precision) else "no noise is measured"
+            yield f"the file computes in {file.words} ({file.where}); {said}"
 
     def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         base["prechecks"] = rungs = self.prechecks(adapter.kind)
@@ -151,7 +177,8 @@ class Pipeline:
 
     def _numbers(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
-        reference, floor = self.reference(), self.floor(self._precision(adapter))
+        reference, precision = self.reference(), self._precision(adapter)
+        floor = self.floor(precision) if measurable(precision) else None
         artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
         with ExitStack() as held:
             start = time.perf_counter()
@@ -161,33 +188,58 @@ class Pipeline:
             loaded = time.perf_counter() - start
             with self._stage("run", adapter.name):
                 actual = self.actual = self.model().infer(watched, inputs, reference)
+                times = session.timings(len(inputs.labels))
+                reached, told = self._fillers(adapter, watched, actual)
         base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
         ceiling = self.ceiling()
         with self._stage("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
-            terms = Terms(base["precision"], override, self.case.seed, floor, device)
+            ours, padded = not self._foreign(adapter.kind), watched.padded()
+            terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
             verdict = self.model().judge(reference, actual, inputs, terms)
             if floor is not None and ceiling is not None and verdict.metrics:
                 verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
-        times = {name: self.seconds[name] for name in stages if name in self.seconds}
+        built = {name: self.seconds[name] for name in stages if name in self.seconds}
+        file = tuple(self._file_findings(adapter))
+        unmeasured = file if verdict.status == "fail" and self._file_may_be_the_cause(adapter) else ()
         return Result(
             **base,
             status=verdict.status,
-            reason=verdict.reason,
+            reason=". ".join((verdict.reason, *unmeasured)),
             stage="compare" if verdict.status != "pass" else None,
             metrics=verdict.metrics,
             planned=verdict.planned,
             compared=verdict.compared,
-            timings_s={**times, "load": round(loaded, 4), **session.timings(len(inputs.labels))},
+            timings_s={**built, "load": round(loaded, 4), **times},
             artifact={
                 "kind": artifact.kind,
                 "path": str(artifact.path) if artifact.path else None,
                 "digest": artifact.digest,
             },
             notes=tuple(inputs.notes),
+            findings=(*file, *verdict.findings, *told),
             power=verdict.power,
         )
+
+    def _foreign(self, kind: Kind) -> bool:
+        """Return whether a runtime of this kind opens a file of the user's that this library has not exported."""
+        brought = self.case.artifacts
+        if kind == "qpc" and brought.qpc:
+            path = Path(brought.qpc)
+            return self._once("origin of the QPC", lambda: about("qpc", path).model is None)
+        if kind == "module" or not brought.onnx:
+            return False
+        path = Path(brought.onnx)
+        return self._once("origin of the file", lambda: about("onnx", path).model is None)
+
+    def _fillers(self, adapter: Runtime, session: Session, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
+        """Return the rows that change with a token-less row beside them, in a graph of others, and findings."""
+        made: Any = self.model()
+        if not self._foreign(adapter.kind) or not self.inputs().tokenless or not hasattr(made, "reached"):
+            return (), ()
+        reached: tuple[Sequence[int], Sequence[str]] = made.reached(session, self.inputs(), actual)
+        return reached
 
     def relation(self, adapter: Runtime, name: str) -> Result:
         """Judge a metamorphic relation on one runtime: two ways to run the same rows, compared with each other."""
@@ -209,6 +261,7 @@ class Pipeline:
             metrics=verdict.metrics,
             planned=verdict.planned,
             compared=verdict.compared,
+            findings=(*self._file_findings(adapter), *verdict.findings),
         )
 
     @contextmanager

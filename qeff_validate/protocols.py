@@ -7,7 +7,7 @@ elsewhere, and a method that is added here must be written by everybody who ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -100,6 +100,10 @@ class Terms:
         seed: draws rows for metrics of pairs.
         floor: errors of legitimate runs of the original model in this precision; None: they were not measured.
         device: the outputs are a device's, so systematic errors are looked for as well.
+        ours: the graph is this library's export, so rows without a token must be zeros; in graphs of others they may
+            hold anything.
+        reached: rows that change with the content of a token-less row in their batch (`Filled`).
+        padded: rows that were fed with padding.
     """
 
     precision: str
@@ -107,6 +111,9 @@ class Terms:
     seed: int
     floor: Floor | None = None
     device: bool = False
+    ours: bool = True
+    reached: Sequence[int] = ()
+    padded: Collection[int] = ()
 
 
 class Inputs(Protocol):
@@ -202,6 +209,17 @@ class Prechecked(Protocol):
 
     def published(self) -> Mapping[str, Any]:
         """Return what files beside the weights say that the case decides: pooling, normalize, max_seq_length."""
+
+
+class Filled(Protocol):
+    """What a model wrapper may offer besides whose batches may hold rows without a token."""
+
+    def reached(self, session: Session, inputs: Any, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
+        """Run batches with a token-less row once more with a real row in its place.
+
+        Returns:
+            The rows that only the token-less row changes, and findings.
+        """
 
 
 class Model(Protocol):

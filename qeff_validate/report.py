@@ -63,6 +63,7 @@ class Result:
     timings_s: Mapping[str, float] = field(default_factory=dict)
     artifact: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
     expected: str | None = None
     power: Power | None = None
     prechecks: tuple[Rung, ...] = ()
@@ -83,6 +84,7 @@ class Result:
             "timings_s": dict(self.timings_s),
             "artifact": dict(self.artifact) if self.artifact is not None else None,
             "notes": list(self.notes),
+            "findings": list(self.findings),
             "expected": self.expected,
             "power": None if self.power is None else _power(self.power),
             "prechecks": [{"name": rung.name, "state": rung.state, "detail": rung.detail} for rung in self.prechecks],
@@ -218,8 +220,8 @@ HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", 
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    gates = [m for m in result["metrics"] if m["bound"]]
-    worst = max(gates, key=_nearness, default=None)
+    gates = [m for m in result["metrics"] if m["bound"] or not m["passed"]]
+    worst = max(gates, key=nearness, default=None)
     times, power = result["timings_s"], result["power"]
     name = result["runtime"] + (" (simulated)" if result["simulated"] else "")
     coverage = result["coverage"]
@@ -237,8 +239,11 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _nearness(metric: Mapping[str, Any]) -> float:
-    return math.inf if metric["value"] == "nan" else float(metric["value"]) / metric["bound"]
+def nearness(metric: Mapping[str, Any]) -> tuple[bool, float]:
+    """Return what sorts a gate of a plain result by: gates that failed come last, then by value over bound."""
+    value, bound = float(metric["value"]), float(metric["bound"])
+    ratio = value / bound if bound else math.inf if value else 0.0
+    return not metric["passed"], math.inf if math.isnan(ratio) else ratio
 
 
 def _beside_bound(metric: Mapping[str, Any]) -> str:
@@ -265,7 +270,7 @@ def table(plain: Mapping[str, Any]) -> Table:
 
 
 def problems(plain: Mapping[str, Any]) -> list[str]:
-    """Return a line for every result that did not pass, and for every note, with its reason."""
+    """Return a line for every result that did not pass, with its reason, and for every finding and note."""
     lines = []
     for result in plain["results"]:
         head = f"{result['case']}-{result['runtime']}"
@@ -273,6 +278,7 @@ def problems(plain: Mapping[str, Any]) -> list[str]:
             stage = f" at {result['stage']}" if result["stage"] else ""
             known = f" (expected: {result['expected']})" if result["expected"] else ""
             lines.append(f"{head}: {result['status']}{stage}{known}: {result['reason']}")
+        lines += [f"{head}: finding: {finding}" for finding in result.get("findings", ())]
         lines += [f"{head}: note: {note}" for note in result["notes"]]
     return lines
 
@@ -330,7 +336,7 @@ def markdown(plain: Mapping[str, Any]) -> str:
     parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
     found = problems(plain)
     if found:
-        parts += ["## What did not pass, and notes", ""]
+        parts += ["## What did not pass, findings and notes", ""]
         parts += [f"- {text.splitlines()[0]}" + "".join(f"\n  {x}" for x in text.splitlines()[1:]) for text in found]
         parts.append("")
     parts += [*(f"{text}\n" for text in closing(plain))]

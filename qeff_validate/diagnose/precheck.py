@@ -22,6 +22,7 @@ from qeff_validate.case import Case
 from qeff_validate.diagnose.contents import Found, found_in
 from qeff_validate.diagnose.settings import NAMES, Said, adapters, body, head, without_versions
 from qeff_validate.errors import ValidateError
+from qeff_validate.models.order import switches
 from qeff_validate.report import Result, Rung
 from qeff_validate.tensors import Tensors
 
@@ -79,6 +80,7 @@ def ladder(made: Any, inputs: Any, sides: Sides, body_key: Callable[[], Mapping[
         "token ids": merged("token ids", _tokens(made, inputs, sides)),
         "max length": _length(made, inputs, sides.graph, published),
         "weights": _weights(sides, body_key),
+        "positions": _positions(made, inputs),
         "adapters": merged("adapters", (adapters(who, theirs, ours) for who, theirs in sides.said())),
     }
     for name in ("pooling", "normalize"):
@@ -222,6 +224,18 @@ def _length(made: Any, inputs: Any, graph: About | None, published: Mapping[str,
     return Rung(name, "same", note)
 
 
+def _positions(made: Any, inputs: Any) -> Rung:
+    """Suspect rotary frequencies that change with the length of what is read."""
+    name, reach = "positions", made.reach(inputs)
+    for kind, switch in switches(inputs.tables).items():
+        if reach > switch:
+            text = f"rope_type {kind!r} changes its frequencies beyond {switch} positions, and the case reaches {reach}"
+            return Rung(
+                name, "unknown", f"{text}: what a row gives depends on the length that it is run at", suspect=True
+            )
+    return Rung(name, "unknown", "nothing was fed")
+
+
 def _weights(sides: Sides, body_key: Callable[[], Mapping[str, Any]]) -> Rung:
     said, found = sides.said(), []
     ours: Any = "the model is not on this host"
@@ -260,6 +274,9 @@ def settled(result: Result) -> Result:
 
 
 def with_rungs(rungs: Sequence[Rung], fed: Iterable[Rung]) -> tuple[Rung, ...]:
-    """Return a ladder with the rungs that were settled while it was fed."""
+    """Return a ladder with the rungs that were settled while it was fed; a suspicion stays unless one differs."""
     found = {rung.name: rung for rung in fed}
-    return tuple(found.get(rung.name, rung) for rung in rungs)
+    return tuple(
+        rung if rung.suspect and found.get(rung.name, rung).state != "differs" else found.get(rung.name, rung)
+        for rung in rungs
+    )

@@ -311,7 +311,8 @@ def _nearest(result: Result) -> str:
     gates = [item for item in result.metrics if item.bound is not None and item.bound.value > 0]
     if not gates:
         return ""
-    near = max(gates, key=lambda item: item.metric.value / item.bound.value if item.bound else 0.0)
+    shares = [item.metric.value / item.bound.value if item.bound else 0.0 for item in gates]
+    near = gates[int(np.argmax(shares))]  # the first NaN, if there is one
     assert near.bound is not None
     return f"nearest bound: {near.metric.name} {near.metric.value:.2e} of {near.bound.value:.2e}"
 

@@ -30,6 +30,7 @@ class Watched:
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         self.shapes: tuple[Shapes, ...] = session.shapes
         self._rows = [tuple(np.asarray(row).tolist()) for row in getattr(inputs, "ids", ())]
+        self._padded: set[tuple[int, ...]] = set()
         self._known, self._left = frozenset(self._rows), set(self._rows)
         self._going: dict[int, list[int]] = {}
         self._wrong: dict[str, str] = {}
@@ -50,6 +51,10 @@ class Watched:
     def reset(self) -> None:
         """Forget retained state."""
         self._session.reset()
+
+    def padded(self) -> frozenset[int]:
+        """Return the rows that were fed with padding under an ``attention_mask``."""
+        return frozenset(at for at, row in enumerate(self._rows) if row in self._padded)
 
     def rungs(self) -> Iterator[Rung]:
         """Yield the rungs ``mask`` and ``positions``, once everything was fed."""
@@ -72,6 +77,8 @@ class Watched:
     def _see_masks(self, ids: Array, masks: Array) -> None:
         for at, (row, mask) in enumerate(zip(ids, masks, strict=True)):
             tokens = tuple(row[mask != 0].tolist())
+            if len(tokens) < mask.size:
+                self._padded.add(tokens)
             if not np.isin(mask, (0, 1)).all():
                 self._wrong.setdefault("mask", f"that of row {at} of a batch holds other numbers than 0 and 1")
             elif tokens not in self._known:

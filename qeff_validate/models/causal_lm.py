@@ -26,6 +26,7 @@ from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
 from qeff_validate.models.continuations import judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
+from qeff_validate.models.order import refuse_frequencies_by_length
 from qeff_validate.models.prompts import LONG, TEXTS
 from qeff_validate.models.rows import TokenRows
 from qeff_validate.models.serving import one_by_one, side_by_side, stacked
@@ -249,9 +250,14 @@ class PeftCausalLM:
         Returns:
             ``logits`` ``[n, vocab]`` from one forward pass over each whole text without our cache, in ``dtype``;
             ``tokens`` int64 ``[n]``, those that float32 chose; ``steps`` int64, how many each text has.
+
+        Raises:
+            UnstableReferenceError: what the model gives for a text depends on the texts before it.
         """
         from qeff_validate.models.lm_reference import continuations
 
+        sizes = [tokens.size for tokens in inputs.ids]
+        refuse_frequencies_by_length(inputs.tables, [*sizes, self.reach(inputs)])
         model = self._taken()
         found = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
         self._loaded = model

@@ -15,11 +15,13 @@ from qeff_validate.compare import (
     Rows,
     Status,
     Verdict,
+    finite_rows,
     measured_bound,
     non_finite,
     sentence,
     stray_bounds,
     structure_problem,
+    with_unusable,
     without_bound,
 )
 from qeff_validate.floor import Floor
@@ -77,32 +79,35 @@ def judge_continuations(
     if problem:
         return Verdict("fail", problem, planned=planned)
     lengths = [tokens.size for tokens in inputs.ids]
-    bad = non_finite({"logits": actual["logits"]}, Rows(labels))
-    if bad:
-        where = pattern(np.asarray(~np.isfinite(actual["logits"]).all(axis=1)), texts, adapters, lengths)
-        return Verdict("fail", f"{bad[0]}; {where}", (bad[1],), planned=planned)
-    if not np.isfinite(reference["logits"]).all():
-        return Verdict("inconclusive", "the reference itself holds NaN or infinity", planned=planned)
-    floor = terms.floor
-    bounds = logit_bounds(terms.precision, override=terms.override, floor=floor)
+    floor, bounds = terms.floor, logit_bounds(terms.precision, override=terms.override, floor=terms.floor)
+    usable, finite = finite_rows(reference["logits"]), finite_rows(actual["logits"])
+    kept = np.flatnonzero(usable & finite)
+    judged = non_finite("logits", actual["logits"], np.flatnonzero(usable & ~finite).tolist(), Rows(labels))
+    judged += judge_logits(
+        reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept.tolist()
+    )
+    measured = np.arange(len(labels)) if floor is None or floor.rows is None else floor.rows
+    places = np.flatnonzero(np.isin(measured, kept))
+    if terms.device and floor is not None and places.size:
+        limits = stray_bounds(floor)
+        strays = logit_strays(floor.center["logits"][places], actual["logits"][measured[places]])
+        judged += [Judged(replace(item, name=f"logits.{item.name}"), limits.get(item.name)) for item in strays]
+    first = FirstTokens.of(reference["logits"], actual, texts, adapters)
+    effects, weak = _effects(first, terms.precision, floor) if first.at.size else ([], [])
+    judged += [*effects, _revisits(actual, labels, again)]
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
-        return Verdict("inconclusive", without_bound(missing, floor), planned=planned)
-    judged = judge_logits(reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos)
-    if terms.device and floor is not None:
-        limits = stray_bounds(floor)
-        measured = actual["logits"] if floor.rows is None else actual["logits"][floor.rows]
-        found = logit_strays(floor.center["logits"], measured)
-        judged += [Judged(replace(item, name=f"logits.{item.name}"), limits[item.name]) for item in found]
-    first = FirstTokens.of(reference["logits"], actual, texts, adapters)
-    effects, weak = _effects(first, terms.precision, floor)
-    judged += [*effects, _revisits(actual, labels, again)]
+        weak = [without_bound(missing, floor, terms.precision)]
     verdict = _conclude(judged, weak, planned)
-    if verdict.status != "fail":
-        return verdict
-    beyond = rows_beyond(reference["logits"], actual["logits"], bounds)
-    told = [*first.told(beyond), pattern(beyond, texts, adapters, lengths), _divergence(judged), verdict.reason]
-    return replace(verdict, reason="; ".join(filter(None, told)))
+    unusable = np.flatnonzero(~usable)
+    if verdict.status == "fail" and not missing:
+        beyond = rows_beyond(reference["logits"], actual["logits"], bounds) & usable
+        told = [*first.told(beyond), pattern(beyond, texts, adapters, lengths), _divergence(judged), verdict.reason]
+        verdict = replace(verdict, reason="; ".join(filter(None, told)))
+    elif verdict.status == "fail" and not finite[usable].all():
+        verdict = replace(verdict, reason=f"{verdict.reason}; {pattern(usable & ~finite, texts, adapters, lengths)}")
+    verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()))
+    return with_unusable(verdict, {"logits": unusable.tolist()}, labels)
 
 
 def _texts(steps: Array, adapters: Sequence[str], prompts: Sequence[str]) -> list[Text]:
@@ -151,7 +156,7 @@ def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[l
         place = {"row": first.rows[at], "text": first.labels[at]}
         level = noise_level(precision) if floor is None else floor.level(f"{name}.strayed")
         size = first.apart(0, at)
-        ratio = size / level if level > 0 else np.inf
+        ratio = np.inf if level == 0 else size / level
         judged.append(Judged(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
         if not ratio >= needed:
             weak.append(
@@ -182,7 +187,8 @@ def _change_bound(adapter: str, metric: str, floor: Floor | None) -> Bound | Non
 
 def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:
     """Judge second visits: equal to the first bit for bit, on the same session."""
-    differing = (actual["logits"][:again] != actual["again"]).any(axis=1)
+    first, second = actual["logits"][:again], actual["again"]
+    differing = ~((first == second) | (np.isnan(first) & np.isnan(second))).all(axis=1)
     row = int(np.argmax(differing))
     metric = Metric("revisit", float(differing.sum()), {"row": row, "text": labels[row]})
     return Judged(metric, Bound(0.0, "exact", "a second visit gives the same bits: no state is left over"))
@@ -190,10 +196,10 @@ def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:
 
 def _divergence(judged: Sequence[Judged]) -> str:
     """Say where a choice changed beyond a tie first."""
-    flips = next(item for item in judged if item.metric.name == "logits.flips")
-    place = flips.metric.worst
-    if flips.passed:
+    flips = next((item for item in judged if item.metric.name == "logits.flips"), None)
+    if flips is None or flips.passed:
         return ""
+    place = flips.metric.worst
     wanted, got = place["tokens"]
     kind = {"stop": "one of them ends the text", "non-tie": "no tie"}.get(place["kind"], place["kind"])
     return f"first divergent token: {place['prompt']} at step {place['step']}, {got} instead of {wanted}, {kind}"

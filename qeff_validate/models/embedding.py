@@ -18,15 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.case import Case, Precision
-from qeff_validate.compare import Rows, Verdict, bounds_for, compare, stray_bounds, strays, worst_errors
+from qeff_validate.compare import (
+    Rows,
+    Verdict,
+    bounds_for,
+    compare,
+    relation_precision,
+    rows_beyond,
+    stray_bounds,
+    strays,
+    worst_errors,
+)
 from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
+from qeff_validate.models.fillers import rows_reached
 from qeff_validate.models.head import Head, published, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
+from qeff_validate.models.order import refuse_frequencies_by_length
 from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
 from qeff_validate.models.sources import Given, Source, foreign, resolve
+from qeff_validate.models.symptoms import padding_hint
 from qeff_validate.protocols import Change, Graph, Session, Share, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
@@ -188,14 +201,18 @@ class PooledEmbedding:
 
         Returns:
             ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
+
+        Raises:
+            UnstableReferenceError: what the body gives for a row depends on the rows before or beside it.
         """
+        refuse_frequencies_by_length(inputs.tables, [row.size for row in inputs.ids if row.size])
         return self._pooled(self._states(inputs, dtype), inputs, dtype)
 
     def _states(self, inputs: TokenRows, dtype: str) -> Iterable[tuple[int, Floats]]:
         from qeff_validate.models.reference import hidden_states
 
         def run() -> Iterator[tuple[int, Floats]]:
-            return hidden_states(self.source.body(), inputs.ids, dtype)
+            return hidden_states(self.source.body(), inputs.ids, dtype, inputs.texts)
 
         if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
             return run()
@@ -324,8 +341,22 @@ class PooledEmbedding:
         bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
         if terms.device and terms.floor is not None:
             bounds = stray_bounds(terms.floor) | bounds
-        rows = Rows(inputs.labels, inputs.tokenless)
-        return compare(reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed)
+        rows = Rows(inputs.labels, inputs.tokenless, zeros=terms.ours, reached=terms.reached)
+        verdict = compare(
+            reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed, precision=terms.precision
+        )
+        if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
+            return verdict
+        said = padding_hint(
+            rows_beyond(reference, actual, bounds, rows), terms.padded, rows.kept(), actual, terms.precision
+        )
+        return replace(verdict, reason=f"{said}; {verdict.reason}") if said else verdict
+
+    def reached(self, session: Session, inputs: TokenRows, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
+        """See `protocols.Filled`."""
+        if inputs.per_token or any(len(array) != len(inputs.ids) for array in actual.values()):
+            return (), ()
+        return rows_reached(partial(self.infer, session), inputs, self._batch_size(session), actual)
 
     def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
         """Judge one of `metamorphic.RELATIONS` on the rows that hold a token."""
@@ -333,8 +364,10 @@ class PooledEmbedding:
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
         # both ways read the same compressed weights
-        bounds = bounds_for(terms.precision.partition("+")[0], override=terms.override)
-        return compare(expected, actual, bounds, rows=Rows(labels), seed=terms.seed)
+        bounds = bounds_for(relation_precision(terms.precision), override=terms.override)
+        return compare(
+            expected, actual, bounds, rows=Rows(labels), seed=terms.seed, precision=terms.precision, relation=True
+        )
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.

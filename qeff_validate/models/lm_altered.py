@@ -16,7 +16,7 @@ from qeff_validate.models.arithmetic import Way
 from qeff_validate.models.lm_reference import adapted_models, batched_logits, loaded_adapter
 from qeff_validate.models.loading import foreign
 from qeff_validate.models.options import BASE
-from qeff_validate.models.reference import computing_in
+from qeff_validate.models.reference import computing_in, few_threads
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
@@ -121,7 +121,7 @@ class Altered:
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
-        with foreign("run the Hugging Face model"), torch.no_grad():
+        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(model):
             starts = [prompt.size for prompt in prompts]
             return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
 

@@ -30,8 +30,9 @@ from qeff_validate.models.arithmetic import WAYS, Rounded, Way, run_ensemble
 from qeff_validate.models.emulated import CompressedCache, CompressedWeights
 from qeff_validate.models.loading import first_line, foreign, quiet
 from qeff_validate.models.options import BASE
+from qeff_validate.models.order import probes, refuse_change
 from qeff_validate.models.peft import generate_peft_config
-from qeff_validate.models.reference import LARGE, computing_in, together
+from qeff_validate.models.reference import LARGE, computing_in, few_threads, together
 from qeff_validate.tensors import Array, Tensors
 
 
@@ -45,13 +46,17 @@ def continuations(
     """Continue every prompt with the base and with each adapter; see `PeftCausalLM.reference`."""
     logits: list[Array] = []
     tokens: list[Array] = []
-    for adapted in adapted_models(model, named, inputs.adapters):
-        for prompt in inputs.ids:
-            # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
-            with foreign("run the Hugging Face model"), torch.no_grad():
-                text = _greedy(adapted, prompt, steps, inputs.eos)
-                logits.append(_logits(adapted, text, prompt.size, dtype))
-                tokens.append(text[prompt.size :])
+    for count, adapted in enumerate(adapted_models(model, named, inputs.adapters)):
+        texts: list[Array] = []
+        # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
+        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(adapted):
+            for prompt in inputs.ids:
+                texts.append(_greedy(adapted, prompt, steps, inputs.eos))
+                logits.append(_logits(adapted, texts[-1], prompt.size, dtype))
+                tokens.append(texts[-1][prompt.size :])
+            if count == 0:
+                first = {row: logits[row] for row in probes([text.size for text in texts])}
+                refuse_change(first, partial(_repeated, adapted, texts, inputs.ids, dtype), inputs.labels)
     return {
         "logits": np.concatenate(logits),
         "tokens": np.concatenate(tokens),
@@ -250,6 +255,11 @@ def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array
             break
         fed = torch.tensor([[token]])
     return np.array(text, dtype=np.int64)
+
+
+def _repeated(model: Any, texts: Sequence[Array], prompts: Sequence[Array], dtype: str, row: int) -> Array:
+    """Return the logits of a text once more."""
+    return _logits(model, texts[row], prompts[row].size, dtype)
 
 
 def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:

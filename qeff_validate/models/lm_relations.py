@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import Rows, Verdict, all_hold, non_finite
+from qeff_validate.compare import Rows, Verdict, all_hold, finite_rows, non_finite, relation_precision
 from qeff_validate.errors import IncomparableError
 from qeff_validate.logits import Text, judge_logits, logit_bounds
 from qeff_validate.models.generate import Plan, generate, in_dtypes, padding, takes_ids
@@ -139,7 +139,7 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
     state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")
-    compute, _, kept = terms.precision.partition("+")
+    _, _, kept = terms.precision.partition("+")
     if name in AGAINST_FLOAT32 and kept:
         raise IncomparableError(f"the other side computes in float32, and this session keeps {kept}")
     if name == "kv_cache":
@@ -152,15 +152,20 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
     expected, actual = np.concatenate(usual), np.concatenate(found)
     texts = _texts(inputs.labels, usual)
     labels = [f"{text.label!r} +{step}" for text in texts for step in range(len(text.rows))]
-    for array in (expected, actual):
-        bad = non_finite({"logits": array}, Rows(labels))
-        if bad:
-            return Verdict("fail", bad[0], (bad[1],), planned=len(labels))
-    bounds = logit_bounds(compute, override=terms.override)
-    if not bounds:
-        reason = f"no sound bound for precision {compute}: give bounds with their reason in the tolerance"
-        return Verdict("inconclusive", reason, planned=len(labels))
-    return all_hold(judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos), len(labels))
+    finite = [finite_rows(array) for array in (expected, actual)]
+    kept = np.flatnonzero(finite[0] & finite[1]).tolist()
+    judged = [
+        item
+        for array, good in zip((expected, actual), finite, strict=True)
+        for item in non_finite("logits", array, np.flatnonzero(~good).tolist(), Rows(labels))
+    ]
+    bounds = logit_bounds(relation_precision(terms.precision), override=terms.override)
+    judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept)
+    verdict = all_hold(judged, len(labels))
+    if not bounds and verdict.status != "fail":
+        reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
+        return replace(verdict, status="inconclusive", reason=reason)
+    return verdict
 
 
 def _texts(labels: Sequence[str], logits: Sequence[Array]) -> list[Text]:

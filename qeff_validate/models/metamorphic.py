@@ -97,7 +97,7 @@ def padding_sides(model: Any, session: Session, rows: TokenRows) -> Pair:
     from qeff_validate.models.reference import left_padding_shift
 
     shift = left_padding_shift(model.source.body(), rows.ids, rows.pad)
-    if shift > SIDE_FREE:
+    if not shift <= SIDE_FREE:
         raise IncomparableError(
             f"padding before a row changes what the Hugging Face body itself returns (relative L2 {shift:.1e}):"
             " its positions count from the first column"

@@ -15,6 +15,7 @@ from torch import nn
 
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.metrics import Floats
+from qeff_validate.models.order import probes, refuse_change
 from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
 from qeff_validate.tensors import Array
@@ -27,15 +28,32 @@ TOGETHER = 2048
 """Tokens of rows of equal length that run together at most."""
 
 
-def hidden_states(body: nn.Module, ids: Sequence[Array], dtype: str) -> Iterator[tuple[int, Floats]]:
-    """Yield each row that has a token, and its hidden states ``[n, hidden]`` in float64; the longest rows first.
+def hidden_states(
+    body: nn.Module, ids: Sequence[Array], dtype: str, labels: Sequence[str] = ()
+) -> Iterator[tuple[int, Floats]]:
+    """Yield each row that has a token, and its hidden states ``[n, hidden]`` in float64; the shortest rows first.
 
-    Each row runs at its natural length, beside rows of that length alone, so that no padding can touch it.
+    Each row runs at its natural length, beside rows of that length alone, so that no padding can touch it. With
+    ``labels`` some rows run once more at the end.
+
+    Raises:
+        UnstableReferenceError: at the end, if these give other values than before.
     """
     longest = max(ids, key=len)
+    repeated = probes([row.size for row in ids]) if labels else []
+    first: dict[int, Floats] = {}
+
+    def again(row: int) -> Floats:
+        states: Floats = _states(body, ids[row])[0].to(torch.float64).numpy()
+        return states
+
     probe = partial(_states, body, longest[:2])
     with torch.inference_mode(), few_threads(body), computing_in(body, dtype, probe=probe):
-        yield from _batched(body, ids, together(ids))
+        for row, states in _batched(body, ids, together(ids)):
+            if row in repeated:
+                first[row] = states
+            yield row, states
+        refuse_change(first, again, labels)
 
 
 def unpadded_states(body: nn.Module, ids: Sequence[Array]) -> Iterator[tuple[int, Floats]]:
@@ -57,13 +75,13 @@ def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int |
 
 
 def together(ids: Sequence[Array], batch: int | None = None) -> Iterator[list[int]]:
-    """Yield which rows run together, the longest first; those without a token do not.
+    """Yield which rows run together, the shortest first; those without a token do not.
 
     Args:
         ids: token ids of each row.
         batch: so many rows; None: as many of equal length as `TOGETHER` allows.
     """
-    order = sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: -ids[row].size)
+    order = sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: ids[row].size)
     for length, rows in groupby(order, key=lambda row: ids[row].size if batch is None else 0):
         same, most = list(rows), batch or max(1, TOGETHER // length)
         yield from (same[at : at + most] for at in range(0, len(same), most))
@@ -84,14 +102,14 @@ def _batched(
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
     """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
     by_length = sorted((row for row in ids if row.size), key=len)
-    worst = 0.0
+    shifts = []
     with torch.inference_mode():
         for row in (by_length[0], by_length[-1]):
             padded = np.concatenate([np.full(5, pad), row])
             moved = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
             alone = _states(body, row)[0]
-            worst = max(worst, float((moved - alone).norm() / alone.norm()))
-    return worst
+            shifts.append(float((moved - alone).norm() / alone.norm()))
+    return float(np.max(shifts))  # NaN, if one of them is
 
 
 def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:

@@ -63,11 +63,14 @@ def judge_scaled(
     off = run(0.0)
     state, alone = (adapter, replace(plan, adapter=0)) if takes_ids(session) else (base, plan)
     without = np.concatenate(generate(session, inputs.ids, alone, state=state, forced=forced))
+    full = run(1.0) - off
+    for logits in (off, without, full):
+        if not np.isfinite(logits).all():
+            return Verdict("fail", "logits with a share of the adapter are NaN or infinite", planned=len(forced))
     level = noise_level(terms.precision)
     if _size(off - log_softmax(without)) > VISIBLE * level:
         raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
-    full = run(1.0) - off
-    share = min(SHARE, CLEAR * level / _size(full)) if full.any() else SHARE
+    share = float(np.minimum(SHARE, CLEAR * level / _size(full))) if full.any() else SHARE
     if not _size(full) * share >= VISIBLE * level:
         raise IncomparableError(
             f"a share of {share:.3g} of the adapter changes log-probabilities by some {_size(full) * share:.1e}, too"

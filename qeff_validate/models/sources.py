@@ -32,7 +32,7 @@ from qeff_validate.models.loading import (
     without_cache,
 )
 from qeff_validate.models.made import VOCABULARY, Random, Tiny
-from qeff_validate.models.tables import file_tables, module_tables
+from qeff_validate.models.tables import file_tables, folder_switch, module_tables
 
 __all__ = [
     "Folder",
@@ -94,8 +94,8 @@ class Folder:
         return {"files": digest_files(self._with(*TOKENIZER), root=self.path), **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return them from the headers of the files."""
-        return file_tables(self._with(*WEIGHTS))
+        """Return them from the headers of the files and the config."""
+        return {**file_tables(self._with(*WEIGHTS)), **folder_switch(self.path / "config.json")}
 
     def body(self) -> Any:
         """Load the body from safetensors."""

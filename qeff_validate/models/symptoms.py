@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_validate.compare import finite_rows
 from qeff_validate.logits import Text, log_softmax
 from qeff_validate.metrics import Floats
 from qeff_validate.tensors import Array, Tensors
 
 ALIKE = 0.2
 """Outputs are somebody else's if they are nearer to them than this share of the way to what they should be."""
+
+
+STRONGER = 0.1
+"""An adapter that is more than this share stronger or weaker than in the reference has another scale."""
+
+ALIGNED = 0.99
+"""An adapter's change with at least this cosine to the reference's has its direction (`continuations.DELTAS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +51,19 @@ class FirstTokens:
 
     @classmethod
     def of(cls, reference: Array, actual: Tensors, texts: Sequence[Text], adapters: Sequence[str]) -> FirstTokens:
-        """Pick first tokens out of all rows."""
+        """Pick first tokens out of all rows; prompts with one that is not finite, with any adapter, are left out."""
         at = np.array([text.rows.start for text in texts]).reshape(len(adapters), -1)
+        starts, labels = at[:, 0], [texts[int(i * at.shape[1])].label for i in range(len(adapters))]
+        finite = finite_rows(reference) & finite_rows(actual["logits"])
+        at = at[:, finite[at].all(axis=0)]
         with np.errstate(invalid="ignore"):  # second visits may hold anything
             again = log_softmax(actual["again"][at[:2]])
-            second = actual["again"].astype(np.float64)
-            apart = np.abs(second - actual["logits"][: len(second)].astype(np.float64)).max(axis=1)
-        moved = [float(part.max()) for part in np.split(apart, at[1:2, 0])]
-        labels = [texts[int(i * at.shape[1])].label for i in range(len(adapters))]
-        rows = [int(row) for row in at[:, 0]]
-        return cls(
-            adapters, rows, labels, log_softmax(reference[at]), log_softmax(actual["logits"][at]), again, moved, at
-        )
+            second, usual = actual["again"], actual["logits"][: len(actual["again"])]
+            apart = np.abs(second.astype(np.float64) - usual.astype(np.float64))
+            apart[(second == usual) | (np.isnan(second) & np.isnan(usual))] = 0  # equal infinities too
+        moved = [float(part.max()) for part in np.split(apart.max(axis=1), starts[1:2])]
+        wanted, got = log_softmax(reference[at]), log_softmax(actual["logits"][at])
+        return cls(adapters, [int(row) for row in starts], labels, wanted, got, again, moved, at)
 
     def apart(self, one: int, other: int) -> float:
         """Return how far two adapters are apart in the reference: root mean square."""
@@ -75,6 +84,8 @@ class FirstTokens:
 
     def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
         """Say what a fault in these tokens looks like."""
+        if not self.at.size:
+            return
         for i, name in enumerate(self.adapters):
             if not beyond[self.at[i]].any():
                 continue
@@ -106,13 +117,18 @@ class FirstTokens:
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
         cosine, strength = 1 - self.change(adapter)[0], float(np.sum(wanted * got) / np.sum(wanted * wanted))
         name = self.adapters[adapter]
-        if abs(strength - 1) > 0.1:
+        if abs(strength - 1) > STRONGER:
             yield (
                 f"adapter {name!r} acts {strength:.2g} times as strongly as in the reference (cosine {cosine:.2g}):"
                 " another scale (alpha / r, or alpha / √r with rsLoRA), merged and fed, or a part of it missing"
             )
-        else:
+        elif not cosine >= ALIGNED:
             yield f"adapter {name!r} changes other things than in the reference (cosine {cosine:.2g})"
+        else:
+            yield (
+                f"adapter {name!r} changes what it should, as strongly as in the reference (cosine {cosine:.4g}):"
+                " the error is small, as that of rounding is"
+            )
 
     def _left_over(self, visit: int) -> str:
         name, before = self.adapters[visit], self.adapters[0 if visit else -1]
@@ -172,3 +188,31 @@ def _prompts(hit: Sequence[int], lengths: Sequence[int]) -> Iterator[str]:
         yield f"only prompts of up to {max(sizes)} tokens"
     else:
         yield f"only prompts {', '.join(str(at + 1) for at in hit)} of {len(lengths)}"
+
+
+def padding_hint(
+    bad: Collection[int], padded: Collection[int], judged: Sequence[int], outputs: Tensors, precision: str
+) -> str:
+    """Say that only rows with padding are wrong, if that is so and rows of full length were judged too.
+
+    Args:
+        bad: rows that are beyond a bound or not finite.
+        padded: rows that were fed with padding.
+        judged: all rows that were judged.
+        outputs: ``[rows, …]``.
+        precision: profile of what computed them.
+    """
+    full = [row for row in judged if row not in padded]
+    if not bad or not full or not set(bad) <= set(padded):
+        return ""
+    broken = sum(not all(np.isfinite(array[row]).all() for array in outputs.values()) for row in bad)
+    several = f"{len(bad)} of {len(judged) - len(full)} rows with padding"
+    rest = f"all {len(full)} rows of full length are right"
+    if not broken:
+        return f"{several} are beyond their bounds, and {rest}: padding reaches what a row gives"
+    what = "half precision ends at 65504" if precision.startswith("fp16") else f"this is {precision}"
+    return (
+        f"{several} are wrong, {broken} of them not finite, and {rest}: padding overflows ({what}; a mask of -inf or"
+        " -3.4e38 that is added twice or multiplied by 0, a softmax over a place that sees nothing, and a sum over"
+        " padded places give infinity or NaN)"
+    )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens and positions a model knows: the rows of its tables, by the names that transformers gives them."""
+"""How many tokens and positions a model knows: the rows of its tables, by the names that transformers gives them.
+
+Beside them stands the length beyond which rotary frequencies change, under ``rope_dynamic`` or ``rope_longrope``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from typing import Any
 
 TOKENS = re.compile(r"(^|.*\.)(word_embeddings?|embed_tokens|tok_embeddings|embed_in|wte)\.weight")
 POSITIONS = re.compile(r"(^|.*\.)(position_embeddings?|embed_positions|wpe)\.weight")
+
+ROPE = "rope_"
+"""Begins the name of a length beyond which rotary frequencies depend on what is read; the rope_type comes next."""
 
 MOST_HEADER = 100 << 20
 
@@ -29,8 +35,48 @@ def tables(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def module_tables(model: Any) -> dict[str, int]:
-    """Return the tables of a torch module."""
-    return tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    """Return the tables of a torch module, and where its rotary frequencies change."""
+    config: Any = getattr(model, "config", None)
+    switch = frequency_switch(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) | switch
+
+
+def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return from a Hugging Face config the length beyond which rotary frequencies depend on what is read.
+
+    ``dynamic`` grows its base with the longest text so far, ``longrope`` takes other factors; others have no such
+    length.
+    """
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else config
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return {}
+    found: dict[str, int] = {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):  # one for each kind of layer
+        kind = str(part.get("rope_type") or part.get("type") or "")
+        places = [config.get("max_position_embeddings")]
+        if kind in ("longrope", "su"):
+            own = "original_max_position_embeddings"
+            kind, places = "longrope", [part.get(own), config.get(own), *places]
+        elif "dynamic" in kind:
+            kind = "dynamic"
+        else:
+            continue
+        length = next((place for place in places if isinstance(place, int)), None)
+        if length is not None:
+            name = f"{ROPE}{kind}"
+            found[name] = min(length, found.get(name, length))
+    return found
+
+
+def folder_switch(config: Path) -> dict[str, int]:
+    """Return the same of a config.json; nothing if it cannot be read."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return frequency_switch(content) if isinstance(content, dict) else {}
 
 
 def file_tables(files: Iterable[Path]) -> dict[str, int]:

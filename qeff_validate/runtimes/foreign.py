@@ -34,6 +34,12 @@ class Foreign:
         ours_out = {theirs: ours for ours, theirs in self._outputs.items()}
         self.inputs = _renamed(session.inputs, ours_in)
         self.outputs = _renamed([s for s in session.outputs if not ours_out or s.name in ours_out], ours_out)
+        wide = {spec.name: spec.dtype for spec in graph.outputs if not spec.name.endswith(RETAINED)}
+        self._widened = {
+            spec.name: wide[spec.name]
+            for spec in self.outputs
+            if spec.name in wide and spec.dtype != wide[spec.name] and {spec.dtype, wide[spec.name]} <= HALVES
+        }
         both = {**ours_in, **ours_out}
         self.shapes: tuple[Shapes, ...] = tuple(
             {both.get(name, name): dims for name, dims in shapes.items()} for shapes in session.shapes
@@ -55,7 +61,12 @@ class Foreign:
         theirs = {self._outputs.get(name, name): name for name in names}
         given = {self._inputs.get(name, name): array for name, array in feeds.items()}
         found = self._session.run(given, fetch=list(theirs))
-        return {theirs[name]: array for name, array in found.items()}
+        outputs = {theirs[name]: array for name, array in found.items()}
+        # half precision fits into float32, so nothing is lost; state goes back as it came
+        return {
+            name: array.astype(self._widened[name]) if name in self._widened else array
+            for name, array in outputs.items()
+        }
 
     def reset(self) -> None:
         """Forget retained state."""
@@ -72,9 +83,9 @@ def _problems(what: str, got: Sequence[TensorSpec], wanted: Sequence[TensorSpec]
     problems += [f"{what} {name!r} is unknown" for name in given if name not in known]
     for name in known.keys() & given.keys():
         spec, other = known[name], given[name]
-        # ids and masks may be int32, as some exporters make them, and state on a card is half precision; anything else
-        # changes what is fed or read
-        free = HALVES if name.removesuffix(RETAINED) in state else INTEGERS
+        # ids and masks may be int32, as some exporters make them; state on a card is half precision, and so are outputs
+        # of a graph that computes in it; anything else changes what is fed or read
+        free = HALVES if what == "output" or name.removesuffix(RETAINED) in state else INTEGERS
         if spec.dtype != other.dtype and not {spec.dtype, other.dtype} <= free:
             problems.append(f"{what} {name!r} has dtype {other.dtype}, wanted {spec.dtype}")
         if len(spec.shape) != len(other.shape):

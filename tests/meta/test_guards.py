@@ -230,6 +230,15 @@ def test_noise_that_hides_everything_gives_no_bound_and_no_verdict() -> None:
     assert "anything would pass; no sound bound for rel_l2:" in verdict.reason
 
 
+def test_noise_in_float32_that_no_rounding_explains_gives_no_bound_and_no_verdict() -> None:
+    even = {"rel_l2": 1e-2, "cosine": 1e-10, "norm_ratio": 1e-6, "max_abs_rms": 1e-5}
+    floor = made_floor(even, profile="fp32")
+    bounds = bounds_for("fp32", floor=floor, override={})
+    verdict = judge({"output": clean()}, bounds=bounds, floor=floor, precision="fp32")
+    assert verdict.status == "inconclusive"
+    assert "off by more than rounding explains, as those of a model that draws random numbers" in verdict.reason
+
+
 def test_a_nan_bound_fails_even_if_it_got_past_the_config() -> None:
     bounds = {**bounds_for("fp32", override={}), "rel_l2": Bound(math.nan, "case", "a slip")}
     assert judge({"output": clean()}, bounds=bounds).status == "fail"

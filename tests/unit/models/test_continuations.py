@@ -220,7 +220,10 @@ def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_wea
     wanted["logits"][4, 4] = np.inf
     found = actual(wanted)
     found["logits"][4, 4] = found["again"][4, 4] = 1.0
-    assert judge(wanted, found).reason == "the reference itself holds NaN or infinity"
+    verdict = judge(wanted, found)
+    told = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
+    assert (verdict.status, verdict.reason) == ("inconclusive", told)
+    assert verdict.compared == verdict.planned - 2, "the row was visited twice"
     weak = reference(effect=0.01)
     verdict = judge(weak, actual(weak, again((0, 0), 5.0)))
     assert verdict.status == "fail"
@@ -263,6 +266,61 @@ def test_an_error_that_all_rows_have_fails_on_a_device_alone(change: Callable[..
 
     assert judge(wanted, actual(wanted, altered), floor=floor()).status == "pass"
     assert failed(judge(wanted, actual(wanted, altered), floor=floor(), device=True)) == {gate}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_hide_no_other_row_and_no_other_adapter(bad: float) -> None:
+    """The prompt with the bad row is left out of what adapters change; one that is half as strong is still named."""
+    wanted = reference()
+    found = actual(wanted, halved)
+    found["logits"][of("base")][0, 7] = bad
+    found["again"][0] = found["logits"][0]
+    verdict = judge(wanted, found)
+    assert (verdict.status, verdict.compared) == ("fail", verdict.planned)
+    assert "adapter 'b' acts 0.5 times as strongly as in the reference (cosine 1)" in verdict.reason
+    assert {"logits.non_finite", "adapter.a.delta_norm", "logits.all_error"} <= failed(verdict)
+    assert "revisit" not in failed(verdict), "both visits gave the same"
+    shown = {item.metric.name: item.metric.value for item in verdict.metrics}
+    assert np.isfinite([value for name, value in shown.items() if name != "logits.non_finite"]).all()
+
+
+def test_logits_that_are_all_nan_fail_and_nothing_else_is_measured() -> None:
+    wanted = reference()
+    found = actual(wanted, lambda rows: [array.fill(np.nan) for array in rows.values()])
+    verdict = judge(wanted, found)
+    assert (verdict.status, failed(verdict)) == ("fail", {"logits.non_finite"})
+    assert verdict.reason.startswith("18 of 18 rows fail; logits: 720 of 720 values are NaN or infinite in 18 of 18")
+
+
+@pytest.mark.parametrize("size", [1e-3, 3e-3])
+def test_a_change_in_the_right_direction_is_never_called_another_one(size: float) -> None:
+    """A small error beside an adapter's effect: the cosine is next to 1, so the adapter does what it should."""
+    wanted = reference()
+    noise = np.random.default_rng(9).standard_normal((ROWS, VOCAB))
+
+    def altered(found: Rows) -> None:
+        for name in ("a", "b"):
+            found["logits"][of(name)] += (size * noise).astype(np.float32)
+        found["again"][:] = found["logits"][: 2 * ROWS]
+
+    verdict = judge(wanted, actual(wanted, altered), precision="fp32")
+    assert verdict.status == "fail"
+    assert "adapter 'a' changes what it should, as strongly as in the reference (cosine " in verdict.reason
+    assert "other things" not in verdict.reason
+
+
+def test_a_change_in_another_direction_is_called_so() -> None:
+    wanted = reference()
+    noise = np.random.default_rng(9).standard_normal((ROWS, VOCAB))
+
+    def altered(found: Rows) -> None:
+        found["logits"][of("a")] += (0.15 * noise).astype(np.float32)
+        found["again"][:] = found["logits"][: 2 * ROWS]
+
+    assert (
+        "adapter 'a' changes other things than in the reference (cosine 0.8"
+        in judge(wanted, actual(wanted, altered), precision="fp32").reason
+    )
 
 
 # --- which rows --------------------------------------------------------------------------------------

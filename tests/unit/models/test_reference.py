@@ -74,10 +74,10 @@ def test_the_body_is_float32_again_bit_for_bit_also_after_a_failure(
 
 def test_rows_of_equal_length_run_together_and_no_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [np.arange(length) for length in (3, 5, 0, 3, 1, 3, 5)]
-    assert list(together(ids)) == [[1, 6], [0, 3, 5], [4]]
+    assert list(together(ids)) == [[4], [0, 3, 5], [1, 6]]
     monkeypatch.setattr(reference, "TOGETHER", 6)
-    assert list(together(ids)) == [[1], [6], [0, 3], [5], [4]], "a batch has a limit in tokens"
-    assert list(together(ids, 4)) == [[1, 6, 0, 3], [5, 4]], "batches of a way mix lengths"
+    assert list(together(ids)) == [[4], [0, 3], [5], [1], [6]], "a batch has a limit in tokens"
+    assert list(together(ids, 4)) == [[4, 0, 3, 5], [1, 6]], "batches of a way mix lengths"
 
 
 def test_small_bodies_compute_on_one_thread_and_threads_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
