@@ -231,6 +231,9 @@ def _weights(sides: Sides, body_key: Callable[[], Mapping[str, Any]]) -> Rung:
         rung = body(who, theirs, ours)
         if who == GRAPH and rung.state == "unknown" and sides.contents is not None:
             rung = _by_contents(rung, attempted(sides.contents), own=theirs is not None)
+        if who == GRAPH and sides.graph is not None and sides.graph.contrib and rung.state != "differs":
+            contrib = f"the graph has contrib operators: {sides.graph.contrib}"
+            rung = Rung(rung.name, "unknown", "; ".join(filter(None, (rung.detail, contrib))), suspect=True)
         found.append(rung)
     return merged("weights", found)
 
