@@ -29,8 +29,23 @@ def tables(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def module_tables(model: Any) -> dict[str, int]:
-    """Return the tables of a torch module."""
-    return tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    """Return the tables of a torch module, and ``first_position``, the row of its first token, unless it is 0.
+
+    RoBERTa, XLM-R and MPNet begin behind the row of their padding token, OPT and BART at an offset.
+    """
+    sizes = tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    if "positions" not in sizes:
+        return sizes
+    first = max(
+        (_first_row(module) for name, module in model.named_modules() if POSITIONS.fullmatch(f"{name}.weight")),
+        default=0,
+    )
+    return sizes | ({"first_position": first} if first else {})
+
+
+def _first_row(table: Any) -> int:
+    padding, offset = getattr(table, "padding_idx", None), getattr(table, "offset", 0)
+    return int(offset) if padding is None else int(padding) + 1
 
 
 def file_tables(files: Iterable[Path]) -> dict[str, int]:
