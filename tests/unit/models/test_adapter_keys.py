@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -200,3 +201,12 @@ def test_values_of_other_types_are_told_by_name(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert words in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/random", "pipe"])
+def test_a_config_that_never_ends_is_not_read(device: str, tmp_path: Path) -> None:
+    if device == "pipe":
+        os.mkfifo(tmp_path / "adapter_config.json")
+    else:
+        (tmp_path / "adapter_config.json").symlink_to(device)
+    assert "is no regular file" in refusal(str(tmp_path))
