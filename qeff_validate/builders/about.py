@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Kind
+from qeff_validate.sdk.simulated.contrib import contrib_summary
 
 KEY = "qeff_validate"
 """Of an entry in an ONNX file's metadata: the fingerprint of the model wrapper, as JSON."""
@@ -26,11 +27,13 @@ class About:
         model: fingerprint of the wrapper that it was exported from; None if nothing says so.
         most: tokens of its longest row, where that is fixed.
         slots: greatest number of positions that it keeps keys and values of, where that is fixed.
+        contrib: operators that are not ONNX's own, and what made them; None if there are none, or it is not known.
     """
 
     model: Mapping[str, Any] | None = None
     most: int | None = None
     slots: int | None = None
+    contrib: str | None = None
 
 
 def about(kind: Kind, path: Path, ids: str = "input_ids") -> About:
@@ -52,7 +55,7 @@ def _of_onnx(path: Path, ids: str) -> About:
 
     model = onnx.load(str(path), load_external_data=False)
     widths = [value.type.tensor_type.shape.dim[1].dim_value for value in model.graph.input if value.name == ids]
-    return About(recorded_in(model), widths[0] or None if widths else None)
+    return About(recorded_in(model), widths[0] or None if widths else None, contrib=contrib_summary(model))
 
 
 def recorded_in(model: Any) -> Any:

@@ -95,7 +95,7 @@ def compile_qpc(
     code, lines = run_child(command, timeout_s=options.timeout_s, say=say)
     (folder / "compile.log").write_text("\n".join([" ".join(command), *lines, ""]), encoding="utf-8")
     if code != 0:
-        raise BuildError(f"the compiler failed with exit code {code}: {_last(lines)}\n{_shown(command, lines)}")
+        raise BuildError(f"the compiler failed with exit code {code}: {_reason(lines)}\n{_shown(command, lines)}")
     if not (folder / "qpc" / "programqpc.bin").is_file():
         raise BuildError(f"the compiler said success but wrote no programqpc.bin\n{_shown(command, lines)}")
 
@@ -230,8 +230,13 @@ def _flag_name(key: str) -> str:
     return key.lstrip("-").replace("_", "-")
 
 
-def _last(lines: Sequence[str]) -> str:
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+def _reason(lines: Sequence[str]) -> str:
+    """Return the lines that say why: the last one, which names no cause, and what says more before or behind it."""
+    said = [line.strip() for line in lines if line.strip()] or ["it printed nothing"]
+    if said[-1].startswith("simulator: "):
+        return " ".join(said[-2:])
+    causes = [line for line in said[:-1] if "Error message:" in line]
+    return " ".join([*causes[-1:], said[-1]])
 
 
 def _shown(command: Sequence[str], lines: Sequence[str]) -> str:

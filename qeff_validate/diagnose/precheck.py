@@ -20,6 +20,7 @@ from qeff_validate.artifact import Kind
 from qeff_validate.builders.about import About, about
 from qeff_validate.case import Case
 from qeff_validate.diagnose.contents import Found, found_in
+from qeff_validate.diagnose.graph_positions import GraphPositions, graph_positions
 from qeff_validate.diagnose.settings import NAMES, Said, adapters, body, head, without_versions
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.order import switches
@@ -47,12 +48,14 @@ class Sides:
         recorded: what a recorded reference says that it was made from; None if the reference is run.
         near: the source can be looked at without a network.
         contents: looks for the source's weights in the graph; None if that cannot be done.
+        places: takes the row of the model's first position, and tells how the graph reads that table; None as above.
     """
 
     graph: About | None = None
     recorded: Mapping[str, Any] | None = None
     near: bool = True
     contents: Callable[[], Found] | None = None
+    places: Callable[[int], GraphPositions | None] | None = None
 
     def said(self) -> list[tuple[str, Said]]:
         """Return what each side says that it was made from, with words that begin a sentence."""
@@ -76,12 +79,18 @@ def ladder(made: Any, inputs: Any, sides: Sides, body_key: Callable[[], Mapping[
         ours = attempted(made.settings)
     published = attempted(made.published) if sides.near else {}
     published = {} if isinstance(published, str) else published
+    first = inputs.tables.get("first_position", 0)
+    look = sides.places if "positions" in inputs.tables else None
+    places = None if look is None else attempted(lambda: look(first))
+    places = places if isinstance(places, GraphPositions) else None
     climbed = {
         "token ids": merged("token ids", _tokens(made, inputs, sides)),
-        "max length": _length(made, inputs, sides.graph, published),
+        "positions": _positions(made, inputs, first, places),
+        "max length": _length(made, inputs, sides.graph, published, places),
         "weights": _weights(sides, body_key),
-        "positions": _positions(made, inputs),
-        "adapters": merged("adapters", (adapters(who, theirs, ours) for who, theirs in sides.said())),
+        "adapters": _bases(
+            merged("adapters", (adapters(who, theirs, ours) for who, theirs in sides.said())), made, published
+        ),
     }
     for name in ("pooling", "normalize"):
         rung = merged(name, (head(name, who, theirs, ours) for who, theirs in sides.said()))
@@ -100,7 +109,7 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
         in_memory: the model is the caller's own.
     """
     given = case.artifacts
-    graph, contents = None, None
+    graph, contents, places = None, None, None
     if kind == "qpc" and given.qpc:
         graph = about("qpc", Path(given.qpc))
     elif kind != "module" and given.onnx:
@@ -109,6 +118,10 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
 
         def contents() -> Found:
             return found_in(path, sorted(made.source.path.glob("*.safetensors")))
+
+        def places(first: int) -> GraphPositions | None:
+            ids, mask = (given.inputs.get(name, name) for name in ("input_ids", "attention_mask"))
+            return graph_positions(path, sorted(made.source.path.glob("*.safetensors")), ids, mask, first)
 
     said = None
     if recorded is not None:
@@ -120,7 +133,8 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
         if near and hasattr(made, "settings")
         else None
     )
-    return Sides(graph, said, near, contents if isinstance(folder, Path) and folder.is_dir() else None)
+    local = isinstance(folder, Path) and folder.is_dir()
+    return Sides(graph, said, near, contents if local else None, places if local else None)
 
 
 def attempted(get: Callable[[], Any]) -> Any:
@@ -207,11 +221,60 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _length(made: Any, inputs: Any, graph: About | None, published: Mapping[str, Any]) -> Rung:
+def _bases(rung: Rung, made: Any, published: Mapping[str, Any]) -> Rung:
+    """Add which base an adapter names, if its last part is not in the case's source: a copy may have another name."""
+    kind, _, source = getattr(getattr(made, "case", None), "source", "").partition(":")
+    if kind in ("random", "tiny") or rung.state == "differs":
+        return rung
+    notes = [
+        f"adapter {name!r} was trained on {base!r} by its adapter_config.json, the case's source is {source or kind!r}"
+        for name, base in published.get("bases", {}).items()
+        if isinstance(base, str) and base and Path(base).name.lower() not in (source or kind).lower()
+    ]
+    if not notes:
+        return rung
+    return replace(rung, detail="; ".join(filter(None, (rung.detail, *notes))), suspect=True)
+
+
+def _positions(made: Any, inputs: Any, first: int, places: GraphPositions | None) -> Rung:
+    """Compare where positions begin, and suspect rotary frequencies that change with the length of what is read.
+
+    What is fed is seen later.
+    """
+    reach = made.reach(inputs)
+    for kind, switch in switches(inputs.tables).items():
+        if reach > switch:
+            text = (
+                f"rope_type {kind!r} changes its frequencies beyond {switch} positions, and the case reaches {reach}:"
+                " what a row gives depends on the length that it is run at"
+            )
+            return Rung("positions", "unknown", text, suspect=True)
+    if places is None or places.begins == first:
+        return Rung("positions", "unknown", "nothing was fed")
+    why = " (RoBERTa, XLM-R, MPNet and others begin behind the padding token's row)" if first else ""
+    text = f"the graph gives the first token row {places.begins} of the table of positions, the model row {first}{why}"
+    return Rung("positions", "differs", text)
+
+
+def _length(
+    made: Any,
+    inputs: Any,
+    graph: About | None,
+    published: Mapping[str, Any],
+    places: GraphPositions | None,
+) -> Rung:
     name, reach, longest = "max length", made.reach(inputs), max(ids.size for ids in inputs.ids)
     positions, told = inputs.tables.get("positions"), published.get("max_seq_length")
-    if positions is not None and reach > positions:
-        return Rung(name, "differs", f"the case asks for {reach} tokens, the model has positions for {positions}")
+    first = inputs.tables.get("first_position", 0)
+    if positions is not None and reach > positions - first:
+        text = f"the case asks for {reach} tokens, the model has positions for {positions - first}"
+        rows = f" (a table of {positions} rows, in which the first token has row {first})" if first else ""
+        return Rung(name, "differs", f"{text}{rows}")
+    if places is not None and longest > places.rows - places.begins:
+        text = (
+            f"the graph's table of positions serves {places.rows - places.begins} tokens, the longest row has {longest}"
+        )
+        return Rung(name, "differs", text)
     if graph is not None and graph.most is not None and longest > graph.most:
         return Rung(name, "differs", f"the graph takes {graph.most} tokens, the longest row has {longest}")
     if graph is not None and graph.slots is not None and reach > graph.slots:
@@ -220,20 +283,9 @@ def _length(made: Any, inputs: Any, graph: About | None, published: Mapping[str,
         return Rung(
             name, "unknown", f"the graph takes {graph.most} tokens, the case asks for {reach}; no row is longer"
         )
-    note = f"sentence-transformers' files cut at {told}, the case asks for {reach}" if told and reach > told else ""
-    return Rung(name, "same", note)
-
-
-def _positions(made: Any, inputs: Any) -> Rung:
-    """Suspect rotary frequencies that change with the length of what is read."""
-    name, reach = "positions", made.reach(inputs)
-    for kind, switch in switches(inputs.tables).items():
-        if reach > switch:
-            text = f"rope_type {kind!r} changes its frequencies beyond {switch} positions, and the case reaches {reach}"
-            return Rung(
-                name, "unknown", f"{text}: what a row gives depends on the length that it is run at", suspect=True
-            )
-    return Rung(name, "unknown", "nothing was fed")
+    limits = {"sentence-transformers' files cut": told, "the tokenizer cuts": published.get("model_max_length")}
+    notes = [f"{who} at {limit}, the case asks for {reach}" for who, limit in limits.items() if limit and reach > limit]
+    return Rung(name, "same", "; ".join(notes))
 
 
 def _weights(sides: Sides, body_key: Callable[[], Mapping[str, Any]]) -> Rung:
@@ -245,6 +297,9 @@ def _weights(sides: Sides, body_key: Callable[[], Mapping[str, Any]]) -> Rung:
         rung = body(who, theirs, ours)
         if who == GRAPH and rung.state == "unknown" and sides.contents is not None:
             rung = _by_contents(rung, attempted(sides.contents), own=theirs is not None)
+        if who == GRAPH and sides.graph is not None and sides.graph.contrib and rung.state != "differs":
+            contrib = f"the graph has contrib operators: {sides.graph.contrib}"
+            rung = Rung(rung.name, "unknown", "; ".join(filter(None, (rung.detail, contrib))), suspect=True)
         found.append(rung)
     return merged("weights", found)
 
@@ -276,7 +331,10 @@ def settled(result: Result) -> Result:
 def with_rungs(rungs: Sequence[Rung], fed: Iterable[Rung]) -> tuple[Rung, ...]:
     """Return a ladder with the rungs that were settled while it was fed; a suspicion stays unless one differs."""
     found = {rung.name: rung for rung in fed}
-    return tuple(
-        rung if rung.suspect and found.get(rung.name, rung).state != "differs" else found.get(rung.name, rung)
-        for rung in rungs
-    )
+
+    def settled_rung(rung: Rung) -> Rung:
+        seen = found.get(rung.name, rung)
+        stays = rung.state == "differs" or (rung.suspect and seen.state != "differs")
+        return rung if stays else seen
+
+    return tuple(map(settled_rung, rungs))

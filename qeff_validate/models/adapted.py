@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapter import NOT_CONTENT
+from qeff_validate.models.adapter_keys import key_differences
 from qeff_validate.models.cache import state_shapes
 from qeff_validate.models.loading import foreign
 from qeff_validate.models.options import BASE
@@ -24,6 +25,13 @@ from qeff_validate.tensors import Array, Tensors
 
 OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """Options that say how an adapter starts; PEFT's default mostly is a start without effect."""
+
+UNEXPORTABLE: Mapping[str, str] = {
+    "alora_invocation_tokens": "activated LoRA (aLoRA) looks for its invocation tokens in each prompt",
+    "arrow_config": "Arrow chooses among adapters for each token",
+    "target_parameters": "LoRA on parameters, such as the experts of a mixture, computes whole weights in each run",
+}
+"""Options of PEFT that work in PyTorch and have no graph here, and why."""
 
 SAME = 1e-5
 """Greatest relative L2 of logits with an adapter that has no effect: DoRA and OFT round, others change no bit."""
@@ -82,13 +90,22 @@ def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
     eos = _eos(model)
     if not configs:
         return Loaded(model, dims, {}, {BASE: {}}, eos)
-    _alike(configs, tensors)
+    _alike(configs)
+    _refuse_unexportable(next(iter(configs.values())))
     plain = _probe(model)
     adapted = apply_peft(model, fresh(next(iter(configs.values()))))
     _take_out_effect(adapted, plain)
     off = adapter_tensors(adapted)
     _same_shapes(off, tensors)
-    return Loaded(adapted, dims, live_names(adapted), {BASE: off, **tensors}, eos, brought)
+    live = live_names(adapted)
+    _refuse_unequal_views(live, adapted, tensors)
+    return Loaded(adapted, dims, live, {BASE: off, **tensors}, eos, brought)
+
+
+def _refuse_unexportable(config: PeftConfig) -> None:
+    for option, why in UNEXPORTABLE.items():
+        if getattr(config, option, None):
+            raise ConfigError(f"adapter option {option} is not supported: {why}, and that does not export to ONNX")
 
 
 def fresh(config: PeftConfig) -> PeftConfig:
@@ -127,19 +144,26 @@ def _take_out_effect(adapted: Any, plain: torch.Tensor) -> None:
 
 
 def live_names(model: Any, adapter: str = "default") -> dict[str, str]:
-    """Return the name in the model of each tensor that PEFT would save, found by its storage.
+    """Return the name in the model of each tensor that PEFT would save, found by its storage and layout.
+
+    With ``ensure_weight_tying`` an adapter of the head is a transposed view of the embedding's, so storage alone is
+    not enough.
 
     Raises:
         ConfigError: PEFT saves a tensor that is none of the model's own.
     """
     saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    own = {tensor.data_ptr(): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    found = {}
+    names = {_memory(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    live = {}
     for name, tensor in saved.items():
-        if tensor.data_ptr() not in own:
+        if _memory(tensor) not in names:
             raise ConfigError(f"adapter tensor {name!r} is no parameter of the model, so it cannot become an input")
-        found[name] = own[tensor.data_ptr()]
-    return found
+        live[name] = names[_memory(tensor)]
+    return live
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def _made(
@@ -171,7 +195,7 @@ def _taken_off(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, A
     return configs, tensors, model.unload()
 
 
-def _alike(configs: Mapping[str, PeftConfig], tensors: Mapping[str, Tensors]) -> None:
+def _alike(configs: Mapping[str, PeftConfig]) -> None:
     first, *others = configs
     wanted = _content(configs[first])
     for name in others:
@@ -180,7 +204,6 @@ def _alike(configs: Mapping[str, PeftConfig], tensors: Mapping[str, Tensors]) ->
         if differing:
             said = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
             raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}; give each a case")
-    _same_shapes(tensors[first], {name: tensors[name] for name in others})
 
 
 def _content(config: PeftConfig) -> dict[str, Any]:
@@ -190,16 +213,35 @@ def _content(config: PeftConfig) -> dict[str, Any]:
 
 
 def _same_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
-    shapes = {name: array.shape for name, array in wanted.items()}
     for adapter, tensors in others.items():
-        got = {name: array.shape for name, array in tensors.items()}
-        for name in sorted(shapes.keys() | got.keys()):
-            if shapes.get(name) != got.get(name):
-                theirs, ours = (list(found[name]) if name in found else "nothing" for found in (got, shapes))
-                raise ConfigError(
-                    f"adapter {adapter!r}: {name}: the adapter has {theirs}, this model has {ours}: another rank, other"
-                    " target modules, or an adapter of another base"
-                )
+        reason = key_differences(_shapes_of(tensors), _shapes_of(wanted))
+        if reason:
+            raise ConfigError(f"adapter {adapter!r}: {reason}")
+
+
+def _shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in tensors.items()}
+
+
+def _refuse_unequal_views(live: Mapping[str, str], model: Any, adapters: Mapping[str, Tensors]) -> None:
+    """Refuse adapters whose copies of a tied tensor differ: PEFT keeps one, whichever it loads last.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    state = dict((*model.named_parameters(), *model.named_buffers()))
+    views: dict[int, list[str]] = {}
+    for saved, name in live.items():
+        views.setdefault(state[name].data_ptr(), []).append(saved)
+    for first, *others in views.values():
+        for other in others:
+            for adapter, tensors in adapters.items():
+                same = state[live[first]].shape == state[live[other]].shape
+                if not np.array_equal(tensors[first], tensors[other] if same else tensors[other].T):
+                    raise ConfigError(
+                        f"adapter {adapter!r}: {first} and {other} are one tied tensor (ensure_weight_tying), and the"
+                        " adapter has two different ones: save it anew with PEFT"
+                    )
 
 
 def _eos(model: Any) -> frozenset[int]:

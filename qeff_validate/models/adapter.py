@@ -80,6 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"adapter: directory {folder} does not exist")
     path = folder / CONFIG
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise ConfigError(f"adapter: {path} is no regular file, so it is not read")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

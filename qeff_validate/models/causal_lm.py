@@ -25,6 +25,7 @@ from qeff_validate.logits import logit_strays
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
 from qeff_validate.models.continuations import judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
+from qeff_validate.models.head import tokenizer_length
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.order import refuse_frequencies_by_length
 from qeff_validate.models.prompts import LONG, TEXTS
@@ -130,8 +131,12 @@ class PeftCausalLM:
         return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1
 
     def published(self) -> Mapping[str, Any]:
-        """Return nothing: there is no pooling."""
-        return {}
+        """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
+        saved = {name: made for name, made in self.options.named().items() if isinstance(made, str)}
+        bases = {
+            name: read_config(Path(made).expanduser()).get("base_model_name_or_path") for name, made in saved.items()
+        }
+        return {**tokenizer_length(getattr(self.source, "path", None)), "bases": bases}
 
     def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
         """Return what each adapter is made from; without weights, only what shapes the graph."""

@@ -106,13 +106,18 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
     return Head(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
 
 
+MOST_LENGTH = 10**9
+"""transformers writes 1e30 for a tokenizer without a limit."""
+
+
 def published(folder: Path | None) -> dict[str, Any]:
-    """Return what sentence-transformers' files in a directory say that a case may decide otherwise; nothing if unclear.
+    """Return what the files in a directory say that a case may decide otherwise; nothing if unclear.
 
     Returns:
-        ``pooling``, ``normalize`` and ``max_seq_length``, those that are said.
+        ``pooling``, ``normalize`` and ``max_seq_length`` by sentence-transformers, ``model_max_length`` by the
+        tokenizer, those that are said.
     """
-    found: dict[str, Any] = {}
+    found = tokenizer_length(folder)
     with suppress(ConfigError):
         if folder is not None and (folder / "modules.json").is_file():
             head = resolve_head(EmbeddingOptions(pooling="auto"), folder)
@@ -120,6 +125,15 @@ def published(folder: Path | None) -> dict[str, Any]:
             length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
             found |= {"max_seq_length": length} if isinstance(length, int) else {}
     return found
+
+
+def tokenizer_length(folder: Path | None) -> dict[str, Any]:
+    """Return ``model_max_length`` of a directory's tokenizer; nothing if it has none, which is written as 1e30."""
+    with suppress(ConfigError, AttributeError):
+        if folder is not None and (folder / "tokenizer_config.json").is_file():
+            length = _read(folder / "tokenizer_config.json").get("model_max_length")
+            return {"model_max_length": length} if isinstance(length, int) and 0 < length < MOST_LENGTH else {}
+    return {}
 
 
 def _mode(config: Mapping[str, Any], folder: Path) -> str:

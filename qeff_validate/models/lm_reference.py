@@ -144,6 +144,7 @@ def merged(
     """
     with foreign("load the adapter with PEFT"):
         adapted = loaded_adapter(model, made, tensors)
+    _untie(adapted)
     try:
         whole = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError, TypeError) as exc:
@@ -153,6 +154,20 @@ def merged(
             _logits(whole, np.concatenate([prompt, text]), prompt.size, "float32")
             for prompt, text in zip(prompts, forced, strict=True)
         ]
+
+
+def _untie(model: Any) -> None:
+    """Give every module its own copy of a weight that it shares with another.
+
+    PEFT merges an adapter of a tied embedding into the one weight, so that the head changes as well.
+    """
+    owners: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.data_ptr() in owners:
+                copied = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                module.register_parameter(name, copied)
+            owners.add(parameter.data_ptr())
 
 
 def kept(

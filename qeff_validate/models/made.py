@@ -90,7 +90,7 @@ class Random:
 
     def tables(self) -> Mapping[str, int]:
         """Return those of the body without its numbers."""
-        return module_tables(_empty(self._config(), f"random:{self.model_type}"))
+        return module_tables(empty_body(self._config(), f"random:{self.model_type}"))
 
     def body(self) -> Any:
         """Build the body."""
@@ -149,7 +149,7 @@ class Tiny:
 
     def tables(self) -> Mapping[str, int]:
         """Return those of the body without its numbers."""
-        return module_tables(_empty(self._config(), f"tiny:{self.name}"))
+        return module_tables(empty_body(self._config(), f"tiny:{self.name}"))
 
     def body(self) -> Any:
         """Build the body.
@@ -293,7 +293,7 @@ def words_for(config: Any) -> tuple[Tokenize, int]:
     return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
 
 
-def _empty(config: Any, name: str) -> Any:
+def empty_body(config: Any, name: str) -> Any:
     """Build a body without numbers."""
     import torch
     from transformers import AutoModel
@@ -303,7 +303,7 @@ def _empty(config: Any, name: str) -> Any:
 
 
 def _refuse_large(config: Any, name: str) -> None:
-    model = _empty(config, name)
+    model = empty_body(config, name)
     size = sum(parameter.numel() for parameter in model.parameters() if config.vocab_size not in parameter.shape)
     if size > MOST_PARAMETERS:
         worst, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())

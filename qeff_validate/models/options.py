@@ -155,6 +155,11 @@ class PeftCausalLMOptions(Strict):
 def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokenizer: Any = None) -> Model:
     from qeff_validate.models.causal_lm import PeftCausalLM
 
+    if options.mixed_batch and not options.named() and not hasattr(given, "peft_config"):
+        raise ConfigError(
+            f"case {case.name!r}: mixed_batch: each row of a batch chooses an adapter, and there is none: give adapters"
+            " ({name: directory}) or peft_method: lora, or leave mixed_batch out"
+        )
     if case.exporter == "torchscript":
         raise ConfigError(
             f"case {case.name!r}: exporter torchscript cannot trace weights that are inputs: leave exporter out, or"

@@ -26,7 +26,9 @@ from torch import nn
 from qeff_validate.case import Case, explain
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.models.adapter import adapter_fingerprint, read_adapter
+from qeff_validate.models.adapter_keys import key_differences
 from qeff_validate.models.loading import first_line
+from qeff_validate.models.module_patterns import check_patterns
 from qeff_validate.models.peft_config import (
     APPLY_KEYS,
     MODEL_KEYS,
@@ -191,6 +193,7 @@ def _refuse_adapted(model: Any) -> None:
 def _check_names(model: Any, config: Any) -> None:
     """Refuse names of modules that match none: PEFT complains only if not one of them does."""
     names = [name for name, _ in model.named_modules() if name]
+    check_patterns(config, names)
     for option in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
         wanted = getattr(config, option, None)
         for part in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
@@ -257,14 +260,9 @@ def _load(adapted: Any, tensors: Mapping[str, Array], folder: Any) -> None:
     """Set an adapter's weights; each must be there, no other, and in the shape that config and base give."""
     expected = {name: array.shape for name, array in adapter_tensors(adapted).items()}
     shapes = {name: array.shape for name, array in tensors.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        ours, theirs = expected.get(name), shapes.get(name)
-        if ours != theirs:
-            said = [f"{list(shape)}" if shape is not None else "nothing" for shape in (theirs, ours)]
-            raise ConfigError(
-                f"adapter {folder}: {name}: the file has {said[0]}, adapter_config.json on this base gives {said[1]}:"
-                " another rank, other target modules, or an adapter of another base"
-            )
+    reason = key_differences(shapes, expected)
+    if reason:
+        raise ConfigError(f"adapter {folder}: {reason}")
     result: Any = set_peft_model_state_dict(adapted, {name: torch.from_numpy(array) for name, array in tensors.items()})
     if result.unexpected_keys:
         raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(result.unexpected_keys)[0]!r}")

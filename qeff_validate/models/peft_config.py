@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -241,7 +242,9 @@ def _built(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            config = METHODS[method](task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base, **given)
+            config = METHODS[method](
+                task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base, **copy.deepcopy(dict(given))
+            )
         except Exception as exc:  # each config checks in its own way
             raise ConfigError(f"{where}: {' '.join(str(exc).split()) or first_line(exc)}") from exc
     for warning in caught:

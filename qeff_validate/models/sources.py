@@ -31,7 +31,7 @@ from qeff_validate.models.loading import (
     versions,
     without_cache,
 )
-from qeff_validate.models.made import VOCABULARY, Random, Tiny
+from qeff_validate.models.made import VOCABULARY, Random, Tiny, empty_body
 from qeff_validate.models.tables import file_tables, folder_switch, module_tables
 
 __all__ = [
@@ -75,7 +75,10 @@ class Source(Protocol):
         """Return the tokenizer and the id of its padding token."""
 
     def tables(self) -> Mapping[str, int]:
-        """Return how many ``tokens`` and learned ``positions`` the body knows, as far as that is cheap to say."""
+        """Return how many ``tokens`` and learned ``positions`` the body knows, as far as that is cheap to say.
+
+        ``first_position`` is the row of the first token in the table of positions, if it is not 0.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,21 @@ class Folder:
         return {"files": digest_files(self._with(*TOKENIZER), root=self.path), **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return them from the headers of the files and the config."""
-        return {**file_tables(self._with(*WEIGHTS)), **folder_switch(self.path / "config.json")}
+        """Return them from the headers of the files and the config; where positions begin, only the class knows."""
+        sizes = file_tables(self._with(*WEIGHTS))
+        first = self._first_position() if "positions" in sizes else {}
+        return {**sizes, **first, **folder_switch(self.path / "config.json")}
+
+    def _first_position(self) -> Mapping[str, int]:
+        from transformers import AutoConfig
+
+        try:
+            with foreign(f"read the config in {self.path}"), quiet():
+                config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            sizes = module_tables(empty_body(config, str(self.path)))
+        except ConfigError:  # loading will say it
+            return {}
+        return {name: size for name, size in sizes.items() if name == "first_position"}
 
     def body(self) -> Any:
         """Load the body from safetensors."""

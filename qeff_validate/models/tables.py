@@ -35,10 +35,26 @@ def tables(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def module_tables(model: Any) -> dict[str, int]:
-    """Return the tables of a torch module, and where its rotary frequencies change."""
+    """Return the tables of a torch module, where its positions begin, and where its rotary frequencies change.
+
+    ``first_position`` is the row of the first token, unless it is 0: RoBERTa, XLM-R and MPNet begin behind the row of
+    their padding token, OPT and BART at an offset.
+    """
     config: Any = getattr(model, "config", None)
     switch = frequency_switch(config.to_dict()) if hasattr(config, "to_dict") else {}
-    return tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) | switch
+    sizes = tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) | switch
+    if "positions" not in sizes:
+        return sizes
+    first = max(
+        (_first_row(module) for name, module in model.named_modules() if POSITIONS.fullmatch(f"{name}.weight")),
+        default=0,
+    )
+    return sizes | ({"first_position": first} if first else {})
+
+
+def _first_row(table: Any) -> int:
+    padding, offset = getattr(table, "padding_idx", None), getattr(table, "offset", 0)
+    return int(offset) if padding is None else int(padding) + 1
 
 
 def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:

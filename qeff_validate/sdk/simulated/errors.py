@@ -21,11 +21,27 @@ def opset_of(model: Any) -> int:
     return max((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD), default=1)
 
 
-def rejected(model: Any, why: str, operator: str = "") -> CompileError:
-    """Returns the importer's error about a model, or one of its operators, in the form of qaic-contract §8."""
+def rejected(model: Any, why: str, operator: str = "", node: Any = None) -> CompileError:
+    """Returns the importer's error in the form of qaic-contract §8, and behind it, marked, what a card's omits.
+
+    Args:
+        model: ModelProto.
+        why: The reason.
+        operator: The operator that is at fault, if it is one.
+        node: The node that is at fault, if it is known; its operator need not be given.
+    """
+    operator = operator or (node.op_type if node is not None else "")
     where = f"Operator-'{operator}'" if operator else "Model"
+    place = "" if node is None else f"{named(node)}: "
     return CompileError(
         f"QAIC_ERROR: Error message: [{where}, opset_version-{opset_of(model)}, ir_version-{model.ir_version}]"
         f" : {why}\n"
-        "QAICException:Unable to AddNodesToGraphFromModel"
+        "QAICException:Unable to AddNodesToGraphFromModel\n"
+        f"simulator: {place}{' '.join(why.split())}"
     )
+
+
+def named(node: Any) -> str:
+    """Returns the name of a NodeProto, or its first output if it has none, with domain and operator."""
+    name = f"node '{node.name}'" if node.name else f"the node that computes '{next(iter(node.output), '')}'"
+    return f"{name} ({node.domain or 'ai.onnx'}::{node.op_type})"

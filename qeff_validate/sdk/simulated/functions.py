@@ -11,10 +11,11 @@ from typing import Any
 
 from onnx import inliner, parser
 
+from .contrib import QUALCOMM
 from .errors import opset_of, rejected
 from .static import check_function, nodes_of
 
-CLOUD, AISW = "com.qualcomm.cloud", "com.qti.aisw.onnx"
+CLOUD, AISW = QUALCOMM
 # Values inside of CustomRMSNorm. The compiler knows it as one operator, so nothing is rounded in there.
 WIDE = "sim.wide:"
 MIN_BODY_OPSET = 13
@@ -32,12 +33,15 @@ def inline(model: Any, *, sub_functions: bool = False) -> Any:
     for key in called & carried.keys():
         if key[0] not in (CLOUD, AISW):  # the compiler knows these as operators
             check_function(model, carried[key], carried)
-    for domain, name in sorted(_custom(model) - carried.keys()):
+    custom = _custom(model)
+    for domain, name in sorted(custom.keys() - carried.keys()):
         body = _built_in(domain, name, opset_of(model))
         if body is None:
-            raise rejected(model, f"unsupported operator {domain}::{name}, and the model has no function for it", name)
+            why = f"unsupported operator {domain}::{name}, and the model has no function for it"
+            raise rejected(model, why, node=custom[domain, name])
         if opset_of(model) < MIN_BODY_OPSET:
-            raise rejected(model, f"{domain}::{name} without a function needs opset {MIN_BODY_OPSET} or higher", name)
+            why = f"{domain}::{name} without a function needs opset {MIN_BODY_OPSET} or higher"
+            raise rejected(model, why, node=custom[domain, name])
         model.functions.append(parser.parse_function(body))
     if not model.functions:
         return model
@@ -47,9 +51,10 @@ def inline(model: Any, *, sub_functions: bool = False) -> Any:
     return inliner.inline_local_functions(model, convert_version=True)
 
 
-def _custom(model: Any) -> set[tuple[str, str]]:
+def _custom(model: Any) -> dict[tuple[str, str], Any]:
+    """Returns a node of each of Qualcomm's operators, by domain and operator."""
     nodes = [node for part in (model.graph, *model.functions) for node in nodes_of(part)]
-    return {(node.domain, node.op_type) for node in nodes if node.domain in (CLOUD, AISW)}
+    return {(node.domain, node.op_type): node for node in nodes if node.domain in QUALCOMM}
 
 
 def _mark_inside(function: Any) -> None:

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import shape_inference
 
 from . import functions
+from .contrib import ACCEPTED, contrib_nodes, maker
 from .errors import STANDARD, CompileError, opset_of, rejected
 from .static import nodes_of, shapes_of
 from .weights import Weight, detach
@@ -112,10 +113,15 @@ def _check(model: Any) -> None:
     opset = opset_of(model)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise rejected(model, f"opset {opset} is not supported; export with {MIN_OPSET} to {MAX_OPSET}")
-    if unsupported := list(dict.fromkeys(_unsupported(model))):
-        more = f": {', '.join(unsupported)}" if len(unsupported) > 1 else ""
+    if unsupported := list(_unsupported(model)):
+        operators = list(dict.fromkeys(node.op_type for node in unsupported))
+        more = f": {', '.join(operators)}" if len(operators) > 1 else ""
         why = f"unsupported operator{'s' if more else ''}{more}; see -operators-supported=onnx"
-        raise rejected(model, why, unsupported[0])
+        raise rejected(model, why, node=unsupported[0])
+    for node in contrib_nodes(model):
+        if (node.domain, node.op_type) not in ACCEPTED:
+            why = f"unsupported operator {node.domain}::{node.op_type}, {maker(node.domain, node.op_type)}"
+            raise rejected(model, why, node=node)
     if model.graph.sparse_initializer:
         raise rejected(model, "sparse initializers are not supported")
     # The checker wants external data to exist; for the structure, a stub may as well be an input.
@@ -132,7 +138,7 @@ def _check(model: Any) -> None:
         raise rejected(model, str(error)) from error
 
 
-def _unsupported(model: Any) -> Iterator[str]:
+def _unsupported(model: Any) -> Iterator[Any]:
     local = {(function.domain, function.name) for function in model.functions}
     for part in (model.graph, *model.functions):
         imports = part.opset_import if isinstance(part, onnx.FunctionProto) else model.opset_import
@@ -140,7 +146,7 @@ def _unsupported(model: Any) -> Iterator[str]:
         for node in nodes_of(part):
             standard = node.domain in STANDARD and (node.domain, node.op_type) not in local
             if standard and not _has(node.op_type, opset):
-                yield node.op_type
+                yield node
 
 
 def _has(operator: str, opset: int) -> bool:

@@ -34,7 +34,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from .errors import STANDARD, CompileError
+from .errors import STANDARD, CompileError, named
 from .precision import Plan
 from .static import rename, subgraphs
 from .weights import Weight
@@ -199,7 +199,7 @@ def _rounded(node: Any, types: Mapping[str, int]) -> list[Any]:
             continue
         if name not in types:
             raise CompileError(
-                f"The type of '{name}', output of {node.domain or 'ai.onnx'}::{node.op_type} '{node.name}', "
+                f"simulator: the type of '{name}', output of {named(node)}, "
                 "is not known from shape inference, so it can not be rounded; give it a value_info"
             )
         if types[name] == FLOAT:

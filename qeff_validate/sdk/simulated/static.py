@@ -61,7 +61,7 @@ def check_function(model: Any, function: Any, functions: Functions) -> None:
     for node, name in _undecided_in(function, set(), functions):
         if node.op_type in ("Expand", "Tile"):
             why = f"non-constant {name} for {node.op_type} in sub-function {function.name}; leave out -sub-functions"
-            raise rejected(model, why, node.op_type)
+            raise rejected(model, why, node=node)
 
 
 def _undecided_in(function: Any, known: set[str], functions: Functions) -> Iterator[tuple[Any, str]]:
@@ -108,7 +108,7 @@ def _check(model: Any, graph: Any, known: set[str], shapes: _Shapes) -> None:
             why = f"All dims must be static: those of '{node.output[0]}' depend on data"
         else:
             why = f"{node.op_type}: '{name}' input must be a constant tensor"
-        raise rejected(model, f"{why} (node '{node.name or node.output[0]}')", node.op_type)
+        raise rejected(model, f"{why} (node '{node.name or node.output[0]}')", node=node)
     for node in graph.node:
         for inner in subgraphs(node):
             _check(model, inner, known | {t.name for t in inner.initializer}, {**shapes, **shapes_of(inner)})
@@ -137,7 +137,7 @@ def computed_once(node: Any, known: Collection[str]) -> bool:
 def _check_shapes(model: Any, node: Any, shapes: _Shapes) -> None:
     found = [shapes.get(name) for name in node.input]
     if node.op_type == "Trilu" and len(found) > 1 and found[1]:
-        raise rejected(model, "Diagonal must be scalar\nFunction verification failed", "Trilu")
+        raise rejected(model, "Diagonal must be scalar\nFunction verification failed", node=node)
     if node.op_type not in ("ScatterND", "ScatterElements"):
         return
     data, indices, updates = found
@@ -147,7 +147,7 @@ def _check_shapes(model: Any, node: Any, shapes: _Shapes) -> None:
     want = indices if node.op_type == "ScatterElements" else (*indices[:-1], *data[count:])
     if updates != want:
         why = f"Indices and updates must have same lengths! Updates have shape {list(updates)}, not {list(want)}"
-        raise rejected(model, why, node.op_type)
+        raise rejected(model, why, node=node)
 
 
 def shapes_of(graph: Any) -> dict[str, tuple[int | None, ...]]:

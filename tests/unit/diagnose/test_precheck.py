@@ -225,6 +225,8 @@ def test_what_sentence_transformers_says_is_a_remark() -> None:
         (About(most=2), {}, "differs", "the graph takes 2 tokens, the longest row has 3"),
         (About(most=3), {}, "unknown", "no row is longer"),
         (About(most=8), {}, "same", ""),
+        (About(), {"positions": 10, "first_position": 2}, "same", ""),
+        (About(), {"positions": 9, "first_position": 2}, "differs", "positions for 7 (a table of 9 rows, in which the"),
         (About(slots=7), {}, "differs", "keeps 7 positions"),
         (About(slots=8), {}, "same", ""),
         (None, {}, "same", ""),
@@ -483,3 +485,53 @@ def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Pa
         assert sides_of(case, "onnx", object(), {}, in_memory=False).near is near
         assert sides_of(case, "onnx", object(), None, in_memory=False).near is True
     assert model(qv.Case(name="c", source="random:bert")).settings()["head"] == HEAD
+
+
+@pytest.mark.parametrize(("limit", "said"), [(7, "the tokenizer cuts at 7, the case asks for 8"), (8, ""), (None, "")])
+def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
+    made = Wrapper()
+    made.files = {"model_max_length": limit}
+    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "max length")
+    assert (found.state, found.detail) == ("same", said)
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "suspect"),
+    [
+        ("path:/models/Llama-3", "meta/llama-3", False),
+        ("org/Llama-3", "meta/Llama-3", False),
+        ("path:/models/llama-3", "meta/Llama-2", True),
+        ("org/other", "meta/Llama-2", True),
+        ("random:llama", "meta/Llama-2", False),
+        ("path:/models/x", None, False),
+        ("path:/models/x", "", False),
+    ],
+)
+def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | None, suspect: bool) -> None:
+    made = Wrapper()
+    made.files = {"bases": {"a": base}}
+    made.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
+    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "adapters")
+    assert (found.state, found.suspect) == ("same", suspect)
+    assert (f"was trained on {base!r}" in found.detail) == suspect
+
+
+def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
+    graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
+    found = rung("weights", graph=graph)
+    assert (found.state, found.suspect) == ("unknown", True)
+    assert (
+        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in found.detail
+    )
+
+
+def test_contrib_operators_are_counted(tmp_path: Path) -> None:
+    nodes = [helper.make_node("FastGelu", ["x"], ["h"], domain="com.microsoft"), helper.make_node("Neg", ["h"], ["y"])]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=opsets), tmp_path / "m"
+    )
+    found = about("onnx", tmp_path / "m").contrib
+    assert found is not None
+    assert found.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")

@@ -114,9 +114,9 @@ UNFIT: Mapping[str, tuple[dict[str, str], list[str]]] = {
     "a pickle": ({"a": "pickle"}, ["adapter_model.bin is a pickle, which may run code", "save_pretrained(NEW_DIR)"]),
     "a wider base": (
         {"a": "wide"},
-        ["adapter 'a': ", "the adapter has [4, 96], this model has [4, 64]", "an adapter of another base"],
+        ["adapter 'a': ", "the adapter has [4, 96], the config on this model gives [4, 64]", "so another base"],
     ),
-    "a deeper base": ({"a": "deep"}, ["layers.2.", "this model has nothing: ", "an adapter of another base"]),
+    "a deeper base": ({"a": "deep"}, ["layers.2.", "the adapter reaches layer 2", "last layer with an adapter is 1"]),
     "another family": ({"a": "gpt2"}, ["LlamaForCausalLM has no module 'c_attn'", "Another base?"]),
     "another rank": ({"a": "good", "b": "rank"}, ["adapters 'a' and 'b' cannot share a graph: r: 4 and 8", "a case"]),
     "other targets": ({"a": "good", "b": "target"}, ["cannot share a graph: target_modules: ['q_proj', 'v_proj'] and"]),

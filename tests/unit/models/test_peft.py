@@ -342,10 +342,10 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "config", "words"),
     [
-        (lambda t: t.pop(FIRST), {}, f"{FIRST}: the file has nothing, adapter_config.json on this base gives [4, 32]"),
-        (lambda t: t.update(extra=torch.zeros(1)), {}, "extra: the file has [1], adapter_config.json"),
-        (lambda t: None, {"r": 8}, "the file has [4, 32], adapter_config.json on this base gives [8, 32]"),
-        (lambda t: None, {"target_modules": ["k_proj"]}, "another rank, other target modules"),
+        (lambda t: t.pop(FIRST), {}, f"missing: 1 tensors that the adapter lacks: {FIRST!r}"),
+        (lambda t: t.update(extra=torch.zeros(1)), {}, "modules: the adapter has tensors for 'extra'"),
+        (lambda t: None, {"r": 8}, "the adapter has [4, 32], the config on this model gives [8, 32]"),
+        (lambda t: None, {"target_modules": ["k_proj"]}, "tensors for 'q_proj' (nearest: 'k_proj'), 'v_proj'"),
         (lambda t: None, {"target_modules": ["c_attn"]}, "no module 'c_attn'"),
         (lambda t: t[FIRST].fill_(float("nan")), {}, "holds numbers that are not finite"),
         (lambda t: t.update({FIRST: t[FIRST].double()}), {}, f"{FIRST} is F64; wanted one of BF16"),
@@ -369,7 +369,7 @@ def test_saved_adapter_that_does_not_fit_is_refused_before_anything_is_done(
 
 def test_adapter_of_another_base_is_refused(lora: Path) -> None:
     wider = Random("llama", {"hidden_size": 64}, 0).causal_lm()
-    with pytest.raises(ConfigError, match=re.escape("has [4, 32], adapter_config.json on this base gives [4, 64]")):
+    with pytest.raises(ConfigError, match=re.escape("has [4, 32], the config on this model gives [4, 64]")):
         apply_peft(wider, {"adapter": lora})
     with pytest.raises(ConfigError, match="has no module 'q_proj'"):
         apply_peft(Random("gpt2", {}, 0).causal_lm(), {"adapter": lora})

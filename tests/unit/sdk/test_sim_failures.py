@@ -160,3 +160,67 @@ def test_a_fault_of_the_simulator_itself(make_linear, compile_onnx, monkeypatch)
     assert compiled.code == 255
     assert "ZeroDivisionError" in compiled.err
     assert not compiled.directory.exists()
+
+
+@pytest.mark.parametrize("precision", [(), ("-convert-to-fp16",)])
+@pytest.mark.parametrize(
+    ("domain", "operator", "words"),
+    [
+        ("com.microsoft", "BiasGelu", "made by ONNX Runtime's optimizer"),
+        ("com.microsoft", "SkipLayerNormalization", "Optimum's ORTOptimizer: save the graph without optimization"),
+        ("com.microsoft", "DynamicQuantizeMatMul", "made by onnxruntime.quantization or Optimum's ORTQuantizer"),
+        ("com.microsoft.nchwc", "Conv", "for the processor that it ran on"),
+        ("ai.onnx.contrib", "BertTokenizer", "onnxruntime-extensions"),
+        ("ai.onnx.ml", "Normalizer", "skl2onnx"),
+        ("org.pytorch.aten", "ATen", "PyTorch's exporter"),
+        ("pkg.torch.ops", "scaled", "PyTorch's exporter"),
+        ("my.ops", "Fancy", "a custom operator: export the model with standard operators"),
+    ],
+)
+def test_a_contrib_operator_is_named_with_what_made_it(
+    domain, operator, words, precision, tmp_path, make_model, compile_process
+):
+    nodes = [node(operator, ["x"], ["h"], domain=domain, name="the one"), node("Neg", ["h"], ["y"])]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(domain, 1)]
+    m = make_model(nodes, {"x": (F, [2, 4])}, {"y": (F, [2, 4])}, opsets=opsets)
+    done = compile_process(m, *precision)
+    refused(done, tmp_path / "qpc", HEAD.format(operator), f"unsupported operator {domain}::{operator}", words, TAIL)
+    assert f"simulator: node 'the one' ({domain}::{operator}): unsupported operator" in done.stderr.splitlines()[-1]
+
+
+def broken(kind, make_model):
+    """Returns a model with one fault, and what the simulator says of it."""
+    if kind == "no operator of ONNX":
+        nodes = [node("Foo", ["x"], ["y"], name="first")]
+        return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "node 'first' (ai.onnx::Foo): unsupported operator"
+    if kind == "no name":
+        nodes = [node("Foo", ["x"], ["y"])]
+        return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "the node that computes 'y' (ai.onnx::Foo): "
+    if kind == "Qualcomm's":
+        nodes = [node("CtxFoo", ["x"], ["y"], name="ctx", domain="com.qualcomm.cloud")]
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.qualcomm.cloud", 1)]
+        m = make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}, opsets=opsets)
+        return m, "node 'ctx' (com.qualcomm.cloud::CtxFoo): unsupported operator"
+    if kind == "shapes":
+        nodes = [node("MatMul", ["x", "w"], ["y"], name="product")]
+        return make_model(nodes, {"x": (F, [2, 3])}, {"y": (F, [2, 2])}, {"w": np.ones((4, 2), np.float32)}), "product"
+    if kind == "depends on data":
+        nodes = [node("NonZero", ["x"], ["y"], name="search")]
+        return make_model(nodes, {"x": (F, [3])}, {"y": (I64, [1, "n"])}), "node 'search' (ai.onnx::NonZero): All dims"
+    nodes = [node("Neg", ["x", "x"], ["y"], name="two")]
+    return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "two"
+
+
+@pytest.mark.parametrize(
+    "kind", ["no operator of ONNX", "no name", "Qualcomm's", "shapes", "depends on data", "inputs"]
+)
+def test_the_simulator_says_which_node_and_why_behind_the_text_of_a_real_compiler(
+    kind, tmp_path, make_model, compile_process
+):
+    m, words = broken(kind, make_model)
+    done = compile_process(m)
+    refused(done, tmp_path / "qpc", "QAIC_ERROR: Error message: [")
+    real, simulated = done.stderr.splitlines()[-2:]
+    assert real == TAIL
+    assert simulated.startswith("simulator: ")
+    assert words in simulated

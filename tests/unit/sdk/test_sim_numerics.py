@@ -222,9 +222,12 @@ def test_opsets(opset, make_model, compile_onnx, client):
 
 
 def test_unknown_types_are_refused(make_model, compile_onnx):
-    m = make_model([node("BiasGelu", ["x", "b"], ["h"], domain="com.microsoft"), node("Neg", ["h"], ["y"])],
-                   {"x": (F, [2, 4])}, {"y": (F, [2, 4])}, {"b": np.ones(4, np.float32)})  # fmt: skip
+    attributes = {"K": 16, "N": 2, "bits": 4, "block_size": 16, "name": "product"}
+    m = make_model([node("MatMulNBits", ["x", "q", "s"], ["h"], domain="com.microsoft", **attributes),
+                    node("Neg", ["h"], ["y"])],
+                   {"x": (F, [2, 16]), "s": (F, [2])}, {"y": (F, [2, 2])},
+                   {"q": np.ones((2, 1, 8), np.uint8)})  # fmt: skip
     compiled = compile_onnx(m, "-convert-to-fp16")
     assert compiled.code == 255
-    assert "'h'" in compiled.err
+    assert "'h', output of node 'product' (com.microsoft::MatMulNBits)" in compiled.err
     assert "value_info" in compiled.err

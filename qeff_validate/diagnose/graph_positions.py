@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which row of a model's table of positions a foreign ONNX graph reads for the first token; no framework is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.models.adapter import DTYPES
+from qeff_validate.models.tables import POSITIONS, header
+from qeff_validate.tensors import Array
+
+MOST_NODES = 200
+"""Nodes from token ids to positions; exporters write some twenty."""
+
+TOKENS = 3
+"""Tokens of the row that is tried."""
+
+CONTROL = frozenset({"If", "Loop", "Scan"})
+"""Operators that hold graphs; they and local functions are not computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPositions:
+    """How a graph reads the table of positions.
+
+    Attributes:
+        begins: row of the model's table that the first token gets.
+        rows: rows of the model's table that are in the graph, counted from the model's first row.
+    """
+
+    begins: int
+    rows: int
+
+
+def graph_positions(onnx_file: Path, files: Sequence[Path], ids: str, mask: str, first: int) -> GraphPositions | None:
+    """Find the model's table of positions in a graph, bit for bit, and compute which row the first token reads.
+
+    Args:
+        onnx_file: the graph.
+        files: the model's safetensors files.
+        ids: what the graph calls ``input_ids``.
+        mask: what it calls ``attention_mask``.
+        first: the model's row of the first token; a table that is cut there counts too.
+
+    Returns:
+        None if the table is not there as it is, or if how it is read cannot be told.
+    """
+    import onnx
+
+    table = _table(files)
+    if table is None:
+        return None
+    model = onnx.load(str(onnx_file), load_external_data=False)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Gather" or node.input[0] not in constants:
+            continue
+        start = _start(constants[node.input[0]], onnx_file.parent, table, first)
+        if start is None:
+            continue
+        row = _first_index(model, node.input[1], {ids: _ids(), mask: np.ones((1, TOKENS), np.int64)})
+        return None if row is None else GraphPositions(start + row, start + constants[node.input[0]].dims[0])
+    return None
+
+
+def _table(files: Sequence[Path]) -> Array | None:
+    """Return the only float32 table of positions of safetensors files."""
+    tables = []
+    for file in files:
+        entries, start = header(file)
+        for name, entry in entries.items():
+            if POSITIONS.fullmatch(name) and entry["dtype"] == "F32" and len(entry["shape"]) == 2:
+                at = start + entry["data_offsets"][0]
+                tables.append(np.memmap(file, DTYPES["F32"], "r", at, tuple(entry["shape"])))
+    return tables[0] if len(tables) == 1 else None
+
+
+def _start(tensor: Any, folder: Path, table: Array, first: int) -> int | None:
+    """Return where in the model's table a graph's tensor begins; None if it is another tensor."""
+    from onnx import TensorProto, external_data_helper, numpy_helper
+
+    if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or tensor.dims[1] != table.shape[1]:
+        return None
+    if tensor.data_location == TensorProto.EXTERNAL:
+        external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    array = numpy_helper.to_array(tensor)
+    for start in dict.fromkeys((0, first)):
+        if np.array_equal(array, table[start : start + len(array)]):
+            return start
+    return None
+
+
+def _ids() -> Array:
+    return np.arange(5, 5 + TOKENS, dtype=np.int64)[None]
+
+
+def _first_index(model: Any, name: str, rows: Mapping[str, Array]) -> int | None:
+    """Compute the first element of a value that depends on token ids, mask and positions alone."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    nodes = _ancestors(model.graph, name)
+    if nodes is None:
+        return None
+    needed = {value for node in nodes for value in node.input} | {name}
+    inputs = [info for info in model.graph.input if info.name in needed]
+    rows = {**rows, "position_ids": np.arange(TOKENS, dtype=np.int64)[None]}
+    if any(info.name not in rows for info in inputs):
+        return None
+    feeds = {}
+    for info in inputs:
+        dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+        dims = [dim.dim_value or None for dim in info.type.tensor_type.shape.dim]
+        shape = [fixed or size for fixed, size in zip(dims, (1, TOKENS), strict=True)]
+        feeds[info.name] = np.resize(rows[info.name], shape).astype(dtype)
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    graph = helper.make_graph(nodes, "positions", inputs, [helper.make_empty_tensor_value_info(name)], constants)
+    try:
+        (index,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import)).run(None, feeds)
+        return int(np.asarray(index).flat[0])
+    except Exception:  # it raises whatever numpy does; the runtime will say what is wrong with the graph
+        return None
+
+
+def _ancestors(graph: Any, name: str) -> list[Any] | None:
+    """Return the nodes that a value comes from, in order; None if they are many, or more than plain operators."""
+    wanted, nodes = {name}, []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted.update(node.input)
+            if len(nodes) > MOST_NODES or node.op_type in CONTROL or node.domain not in ("", "ai.onnx"):
+                return None
+    return nodes[::-1]
