@@ -312,7 +312,7 @@ def problems(plain: Mapping[str, Any]) -> list[str]:
             known = f" (expected: {result['expected']})" if result["expected"] else ""
             lines.append(f"{head}: {result['status']}{stage}{known}: {result['reason']}")
         lines += [f"{head}: note: {note}" for note in result["notes"]]
-    return lines + list(plain["unwritten"])
+    return lines + list(plain.get("unwritten", ()))
 
 
 def closing(plain: Mapping[str, Any]) -> list[str]:

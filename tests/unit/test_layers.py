@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
     {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
+    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
+    {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
     {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
     {"artifact"}, {"json_tensor"}, {"tensors"}, {"folders"}, {"errors"},
 )  # fmt: skip
