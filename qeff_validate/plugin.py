@@ -156,7 +156,7 @@ def pytest_collection(session: pytest.Session) -> None:
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
     path = _place(config, "report")
-    if path is not None and _report_wanted(config) and not (config.option.collectonly or _is_worker(config)):
+    if path is not None and _report_wanted(config) and not (_only_shown(config) or _is_worker(config)):
         from qeff_validate.errors import ConfigError
         from qeff_validate.folders import check_writable
 
@@ -300,7 +300,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Note which tests are about to run; the report of an earlier run goes before the first of them."""
     config = session.config
-    if config.option.collectonly or getattr(config.option, "setupplan", False):
+    if _only_shown(config):
         return
     config.stash[_OUTCOME].running = True
     config.stash[_OUTCOME].planned |= {
@@ -363,6 +363,11 @@ def _remove_old_report(config: pytest.Config) -> None:
 
         remove_reports(path)
         config.stash[_REMOVED] = True
+
+
+def _only_shown(config: pytest.Config) -> bool:
+    """Say whether tests are listed and not run."""
+    return bool(config.option.collectonly or getattr(config.option, "setupplan", False))
 
 
 def _report_wanted(config: pytest.Config) -> bool:

@@ -90,6 +90,9 @@ def read_recorded(path: Path) -> Tensors:
                 f"tensor {floors[0]!r} widens bounds, and no digest says that it was measured with these outputs:"
                 f" record it anew (run --record), or leave out what begins with {FLOOR!r}"
             )
+        inputs = sorted(name for name in tensors if is_input(name))
+        if inputs and not set(INPUTS) <= set(inputs):
+            raise IncomparableError(f"it holds {inputs[0]!r}, and inputs need all of {', '.join(map(repr, INPUTS))}")
         if ABOUT in tensors:
             parse_json_tensor(tensors, ABOUT, About)
         outputs = outputs_of(tensors)

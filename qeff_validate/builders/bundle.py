@@ -149,7 +149,7 @@ def _manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate({key: value for key, value in data.items() if key != "schema"})
     except ValidationError as exc:
-        raise ConfigError(explain(exc, str(path))) from exc
+        raise ConfigError(explain(exc, str(path), data)) from exc
 
 
 def _differences(folder: Path, files: Mapping[str, str]) -> list[str]:

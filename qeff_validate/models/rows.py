@@ -127,8 +127,8 @@ def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
             f"tensor 'lengths' does not fit: its rows (at least {least} tokens each, the shortest has"
             f" {min(lengths, default=0)}) have {total} tokens, and tensor 'ids' has {ids.size}"
         )
-    if ids.size and ids.min() < 0:
-        raise IncomparableError(f"tensor 'ids' holds {ids.min()}: token ids are not negative")
+    if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31:
+        raise IncomparableError(f"tensor 'ids' holds {ids.min()} to {ids.max()}: token ids are from 0 to 2147483647")
     return tuple(np.split(ids, np.cumsum(lengths)[:-1]))
 
 
