@@ -108,8 +108,12 @@ class SessionOutcome:
         problems = [f"{len(lost)} of {len(self.planned)} planned tests did not report, first {lost[0]}"] if lost else []
         plain = [each for of_test in self.results.values() for each in of_test]
         if not any(each["coverage"]["compared"] for each in plain) and not self.passed & self.planned.keys():
-            why = "every test of the suites was skipped" if self.planned else "no test of the suites was selected"
-            problems.append(f"nothing was compared: {why}")
+            why = "no test of the suites was selected"
+            if self.planned:
+                why = (
+                    "no test of the suites got that far" if lost or self.failures else "all tests of them were skipped"
+                )
+            problems.append(f"nothing was compared by the suites: {why}")
         ran = {each["runtime"] for each in plain if each["status"] != "not_run"}
         ran |= {self.planned[test][1] for test in self.passed & self.planned.keys()}
         selected = {runtime for _, runtime in self.planned.values()}
@@ -123,6 +127,8 @@ class SessionOutcome:
 
 def _reason(report: Any) -> str:
     """Return the message of a failure in one line."""
-    crash = getattr(getattr(report, "longrepr", None), "reprcrash", None)
+    if isinstance(report.longrepr, str):
+        return report.longrepr  # that of a worker that died
+    crash = getattr(report.longrepr, "reprcrash", None)
     text = str(getattr(crash, "message", None) or getattr(report, "longreprtext", "") or "no reason was given")
     return next((line for line in text.splitlines() if line.strip()), text)
