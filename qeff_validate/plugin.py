@@ -138,8 +138,8 @@ def _check_marks(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"{place} has a meaning of its own here, and marks of cases only select tests")
             if mark not in known and _strict_markers(config):
                 raise pytest.UsageError(
-                    f"{place} is not registered, and --strict-markers is on.{suggest(mark, known)} Or add it to markers in"
-                    " the ini file"
+                    f"{place} is not registered, and --strict-markers is on.{suggest(mark, known)} Or add it to"
+                    " markers in the ini file"
                 )
 
 
