@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qeff_validate.compare import MOST, check_tolerance
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.logits import MOST as LOGIT_MOST
+
+DECISIVE_MARKS = frozenset({
+    "filterwarnings", "flaky", "parameterize", "parameterise", "parametrise", "parametrize", "skip", "skipif",
+    "timeout", "tryfirst", "trylast", "usefixtures", "xfail",
+})  # fmt: skip
+"""Marks by which pytest or a common plugin decides whether, how often or in which order a test counts."""
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -80,6 +87,11 @@ class Expect(Strict):
     reason: Annotated[str, Field(min_length=1)] = Field(description="why this is accepted for now")
     until: date = Field(description="the last day on which it is, YYYY-MM-DD")
 
+    @field_validator("until", mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        return date.fromisoformat(value) if isinstance(value, str) else value  # JSON, and YAML in quotes
+
 
 class Case(Strict):
     """One row of a config: what to validate, on which runtimes, within which bounds."""
@@ -126,6 +138,19 @@ class Case(Strict):
                 check_tolerance(runtime, bounds, {**MOST, **LOGIT_MOST})
             except ConfigError as exc:
                 raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("marks")
+    @classmethod
+    def _only_selecting(cls, value: list[str]) -> list[str]:
+        for mark in value:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", mark):
+                raise ValueError(f"{mark!r} is no name of a mark: use letters, digits and underscores")
+            if mark.lower() in DECISIVE_MARKS:
+                raise ValueError(
+                    f"{mark!r} would decide whether a test counts, and marks only select tests (-m): state a known"
+                    " failure with expect: {runtime, status, reason, until}"
+                )
         return value
 
     @field_validator("runtimes")

@@ -57,6 +57,10 @@ def run(
         str | None, typer.Option(help="a source instead of a config: path:DIR, random:bert, a hub id")
     ] = None,
     bundle: Annotated[Path | None, typer.Option(help="a bundle that 'build' made, instead of a config")] = None,
+    bundle_digest: Annotated[
+        str | None,
+        typer.Option("--bundle-digest", help="the digest that 'build' printed; another bundle is refused"),
+    ] = None,
     kind: Annotated[str, typer.Option(help="model kind of --model")] = "embedding",
     option: Annotated[list[str] | None, typer.Option(help="option of --model, KEY=VALUE; repeatable")] = None,
     case: Annotated[
@@ -84,24 +88,29 @@ def run(
     """
     from qeff_validate.builders.bundle import read_bundle
     from qeff_validate.engine import case_for, load, validate
+    from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
-    from qeff_validate.report import problems
+    from qeff_validate.report import problems, remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
         raise typer.BadParameter("give config files, --model SOURCE or --bundle DIR, one of the three")
+    if bundle_digest is not None and bundle is None:
+        raise typer.BadParameter("--bundle-digest says what to expect of --bundle DIR, which is missing")
+    check_writable(report, "--report")
+    remove_reports(report)
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
     else:
-        cases = load(configs or []) if bundle is None else read_bundle(bundle)
+        cases = load(configs or []) if bundle is None else read_bundle(bundle, digest=bundle_digest)
     cases = _chosen(cases, case or [])
     names = _split(runtimes) if runtimes is not None else None
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
+    if bundle is not None and names not in (None, cases[0].runtimes):
+        raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and is judged there alone")
     ids = tuple(_number(text) for text in _split(device_ids))
     settings = Settings(sdk=sdk, device_ids=ids, run_timeout_s=run_timeout)
     required = _known_runtimes(_split(require))
-    if report.exists() and not report.is_dir():
-        raise ConfigError(f"--report: {report} is a file; name a directory")
     made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose), record=record)
     unwritten = _write(made, report)
     plain = made.plain()
@@ -137,7 +146,8 @@ def selftest(
 
     from qeff_validate.diagnose.score import markdown
     from qeff_validate.engine import load, selftest
-    from qeff_validate.report import finite
+    from qeff_validate.folders import check_writable
+    from qeff_validate.report import finite, write_texts
 
     stages = _split(stage)
     for name in stages:
@@ -145,14 +155,14 @@ def selftest(
             raise ConfigError(f"--stage: no stage is called {name!r}.{suggest(name, ('fp32', 'device'))}")
     known = load(configs)
     chosen = _chosen(known, case or []) if case else _spread([one for one in known if "slow" not in one.marks], cases)
+    check_writable(report, "--report")
     title = ", ".join(path.name for path in configs)
     out = _console()
     with _console(stderr=True).status("starting") as status:
         score = selftest(chosen, title=title, seeds=seeds, stages=stages, progress=status.update)  # type: ignore[arg-type]
     _show(out, score)
-    report.mkdir(parents=True, exist_ok=True)
-    (report / "selftest.json").write_text(json.dumps(finite(score.plain()), indent=1) + "\n", encoding="utf-8")
-    (report / "selftest.md").write_text(markdown(score), encoding="utf-8")
+    text = json.dumps(finite(score.plain()), indent=1) + "\n"
+    write_texts(report, {"selftest.json": text, "selftest.md": markdown(score)})
     out.print(f"report: {report / 'selftest.json'}, {report / 'selftest.md'}", markup=False, soft_wrap=True)
     raise typer.Exit(1 if score.shortfalls() else 0)
 
@@ -197,8 +207,10 @@ def build(
     from qeff_validate.protocols import Settings
 
     cases = _chosen(load(configs), case or [])
-    make(cases, bundle, runtime, store=store, settings=Settings(sdk=sdk), progress=Terminal(verbose))
-    _console().print(f"bundle of {len(cases)} cases for {runtime}: {bundle}", markup=False, soft_wrap=True)
+    digest = make(cases, bundle, runtime, store=store, settings=Settings(sdk=sdk), progress=Terminal(verbose))
+    out = _console()
+    out.print(f"bundle of {len(cases)} cases for {runtime}: {bundle}", markup=False, soft_wrap=True)
+    out.print(f"digest: {digest}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("list", epilog="Exit codes: 0 the configs are sound · 2 one of them is not.")
@@ -291,8 +303,8 @@ def _write(made: Report, folder: Path) -> ValidateError | None:
     """Write the report; a failure is returned, so that what was found out is still printed."""
     try:
         made.write(folder)
-    except OSError as exc:
-        return ValidateError(f"cannot write the report to {folder}: {exc.strerror}; choose another --report DIR")
+    except ValidateError as exc:
+        return exc
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.errors import ConfigError, IncomparableError, suggest
 from qeff_validate.floor import Floor, factor, limit
 from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, systematic, worst_row
 from qeff_validate.tensors import Array, Tensors
@@ -189,7 +189,13 @@ def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
 
 
 def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:
-    """Return the bound of a metric from the errors of legitimate runs; None if it would reach ``most``."""
+    """Return the bound of a metric from the errors of legitimate runs; None if it would reach ``most``.
+
+    Raises:
+        IncomparableError: the floor has no errors in this metric.
+    """
+    if name not in floor.errors:
+        raise IncomparableError(f"the noise floor has no errors of the metric {name!r}: measure or record it anew")
     farthest, times = limit(name, floor.errors[name]), factor(floor.profile, name)
     value = greatest((times * farthest, least))
     if not value < most:
@@ -233,6 +239,8 @@ def stray_bounds(floor: Floor) -> dict[str, Bound]:
     """Return the bounds of a device's systematic errors; none where the noise is not finite."""
     bounds = {}
     for name, least in STRAYS.items():
+        if name not in floor.strays:
+            raise IncomparableError(f"the noise floor has no {name!r} of a device: measure or record it anew")
         farthest, times = limit(name, floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
         if not np.isfinite(farthest):
             continue

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Artifacts, Case, explain, load_cases
+from qeff_validate.case import Artifacts, Case, Inputs, explain, load_cases
 from qeff_validate.compare import check_tolerance
-from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.folders import check_writable
 from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
@@ -83,6 +84,11 @@ def check(case: Case) -> Any:
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
             )
     kind = model_kind(case)
+    for mark in case.marks:
+        if mark in registered("runtimes"):  # `-m ai100` would select tests of other runtimes
+            raise ConfigError(
+                f"case {case.name!r}: marks: {mark!r} is the mark of the tests on that runtime: choose another name"
+            )
     for name, bounds in own.items():
         check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, kind.bounds)
     try:
@@ -115,10 +121,11 @@ def validate(
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
 
     Returns:
-        A report with one result for each case and runtime. A mismatch is a result, and so is an error.
+        A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
+        fails after all is in ``Report.unwritten``.
 
     Raises:
-        ConfigError: a case or runtime name is wrong, before anything is run.
+        ConfigError: a case or runtime name is wrong, or ``record`` cannot be written to; before anything is run.
     """
     cases = [case] if isinstance(case, Case) else list(case)
     runner = Runner(store=store, settings=settings, progress=progress, model=model, tokenizer=tokenizer)
@@ -126,14 +133,21 @@ def validate(
     for item, name in planned:
         check(item)
         runner.adapter(name)
+    if record is not None:
+        check_writable(record, "--record")
     results: list[Result] = []
     recorded: set[str] = set()
+    unwritten: list[str] = []
     for item, name in planned:
         results.append(runner.result(item, name))
         if record is not None and results[-1].planned and item.name not in recorded:
             recorded.add(item.name)
-            runner.pipeline(item).record(record)
-    return Report(tuple(results), environment(runner.settings))
+            try:
+                runner.pipeline(item).record(record)
+            except Exception as exc:  # whatever happens to a file, verdicts are kept
+                kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
+                unwritten.append(f"{item.name}: not recorded: {kind}{exc}")
+    return Report(tuple(results), environment(runner.settings), tuple(unwritten))
 
 
 def bundle(
@@ -144,7 +158,7 @@ def bundle(
     store: Path | str | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> str:
     """Build the QPCs of cases for a runtime, with recorded references, into one folder for another host.
 
     Args:
@@ -155,18 +169,22 @@ def bundle(
         settings: SDK prefix.
         progress: is told of each long step.
 
+    Returns:
+        The bundle's digest (hex SHA-256), which `builders.bundle.read_bundle` can be asked to expect.
+
     Raises:
-        ConfigError: the runtime opens no QPC, the folder exists, or a case is wrong.
+        ConfigError: the runtime opens no QPC, the folder exists or cannot be written, or a case is wrong.
         ValidateError: a build failed; nothing is left.
     """
-    from qeff_validate.builders.bundle import write_bundle
+    from qeff_validate.builders.bundle import check_new, write_bundle
 
     runner = Runner(store=store, settings=settings, progress=progress)
     adapter = runner.adapter(name)
     if adapter.kind != "qpc":
         raise ConfigError(f"a bundle holds QPCs, and {name} opens {adapter.kind}: name ai100 or sim")
-    if folder.exists():
-        raise ConfigError(f"--bundle: {folder} exists already; name a new directory")
+    check_new(folder)
+    for case in cases:
+        check(case)
     with tempfile.TemporaryDirectory() as records:
         members = []
         for case in cases:
@@ -174,8 +192,16 @@ def bundle(
             recorded = pipeline.record(Path(records))
             qpc = pipeline.artifact("qpc", getattr(adapter, "sdk", None)).path
             assert qpc is not None
-            members.append((case, qpc, recorded))
-        write_bundle(folder, members, runtime=name, environment=environment(runner.settings))
+            members.append((_with_texts(case, pipeline.model()), qpc, recorded))
+        return write_bundle(folder, members, runtime=name, environment=environment(runner.settings))
+
+
+def _with_texts(case: Case, model: Any) -> Case:
+    """Return a case that holds its texts instead of naming their file, which another host need not have."""
+    if case.inputs.texts_file is None:
+        return case
+    texts = model.asked()["texts"] if hasattr(model, "asked") else None
+    return case.model_copy(update={"inputs": Inputs(texts=texts)})
 
 
 class Runner:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.errors import IncomparableError
+from qeff_validate.json_tensor import text_of
 from qeff_validate.metrics import Floats
-from qeff_validate.tensors import Tensors
+from qeff_validate.tensors import Array, Tensors
 
 K95: Mapping[int, float] = MappingProxyType({
     3: 7.656, 4: 5.144, 5: 4.203, 6: 3.708, 7: 3.399, 8: 3.187, 9: 3.031, 10: 2.911, 12: 2.736, 16: 2.524, 20: 2.396,
@@ -97,15 +98,31 @@ class Floor:
 
     @classmethod
     def from_stored(cls, tensors: Tensors) -> Floor:
-        """Read what `stored` gave."""
-        profile, of, left_out = tensors["about"].tobytes().decode().split(" ")
-        rows = tensors["rows"].astype(np.int64) if "rows" in tensors else None
+        """Read what `stored` gave.
+
+        Raises:
+            IncomparableError: a tensor is missing, or of another dtype or shape.
+        """
+        words = text_of(tensors, "about").split(" ")
+        if len(words) != 3 or not (words[2].isascii() and words[2].isdecimal() and len(words[2]) < 10):
+            raise IncomparableError("tensor 'about' of the noise floor is no precision, digest and number of texts")
+        profile, of, left_out = words
+        rows = _row_numbers(tensors["rows"]) if "rows" in tensors else None
         errors, strays, center = (  # float64 as they were written
             {name.removeprefix(part): array for name, array in tensors.items() if name.startswith(part)}
             for part in ("errors.", "strays.", "center.")
         )
+        for name, array in {**errors, **strays}.items():
+            if array.dtype != np.float64 or array.ndim != 1 or np.any(np.asarray(array, np.float64) < 0):
+                raise IncomparableError(f"the noise floor of {name!r} is no list of errors, float64 [runs]")
         named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", strays)
         return cls(profile, of, *named, center, rows, int(left_out))
+
+
+def _row_numbers(rows: Array) -> NDArray[np.int64]:
+    if rows.dtype != np.int64 or rows.ndim != 1 or np.any(np.asarray(rows, np.int64) < 0):
+        raise IncomparableError("tensor 'rows' of the noise floor holds no row numbers, int64 [rows]")
+    return rows.astype(np.int64)
 
 
 def factor(profile: str, metric: str) -> float:
@@ -157,4 +174,13 @@ def belonging(floor: Floor, reference: Tensors, profile: str) -> Floor:
             "the noise floor was measured for other reference outputs than these:"
             " record it anew with them (run --record), or leave it out"
         )
+    for name, array in floor.center.items():
+        if name not in reference or array.dtype.kind != "f":
+            raise IncomparableError(f"the noise floor has a mean of {name!r}, which is no output of the reference")
+        rows, *columns = reference[name].shape
+        if floor.rows is not None and np.any(floor.rows >= rows):
+            raise IncomparableError(f"the noise floor was measured on rows beyond the {rows} of the reference")
+        measured = rows if floor.rows is None else len(floor.rows)
+        if array.shape != (measured, *columns):
+            raise IncomparableError(f"the noise floor's mean of output {name!r} has not the shape of the reference")
     return floor

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -33,31 +32,17 @@ from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, wi
 from qeff_validate.diagnose.watched import Watched
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.floor import Floor, belonging, digest_of
+from qeff_validate.json_tensor import json_tensor
 from qeff_validate.metrics import Floats
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
+from qeff_validate.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
 from qeff_validate.report import Result, Rung
 from qeff_validate.runtimes.foreign import Foreign
 from qeff_validate.sdk.locate import Sdk
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, load_tensors, save_tensors
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, save_tensors
 
 T = TypeVar("T")
-
-INPUTS = ("ids", "lengths", "texts")
-"""Names of inputs in a recorded file, beside those that start with ``inputs.``."""
-
-FLOOR = "floor."
-"""Begins the names of tensors of floors and ceiling in a recorded file; the precision or ``ceiling`` comes next."""
-
-
-def is_input(name: str) -> bool:
-    """Say whether a tensor of a recorded file is an input."""
-    return name in INPUTS or name.startswith("inputs.")
-
-
-def is_beside(name: str) -> bool:
-    """Say whether a tensor of a recorded file is no output of the reference."""
-    return is_input(name) or name.startswith(FLOOR) or name == ABOUT
 
 
 class Progress(Protocol):
@@ -304,33 +289,46 @@ class Pipeline:
         """Return the model's inputs: recorded ones, else stored by texts and tokenizer."""
         recorded = self._recorded()
         if "ids" in recorded:
-            return self._once("inputs", lambda: self.model().inputs(recorded))
+
+            def read() -> Any:
+                with naming(self.case.artifacts.reference):
+                    return self.model().inputs(recorded)
+
+            return self._once("inputs", read)
         return self._once("inputs", lambda: self.model().inputs(self._inputs()[0]))
 
     def _recorded(self) -> Tensors:
         """Return the tensors of ``artifacts: {reference: …}``; none if the case names no such file."""
         path = self.case.artifacts.reference
-        return {} if path is None else self._once("recorded", lambda: load_tensors(Path(path)))
+        return {} if path is None else self._once("recorded", lambda: read_recorded(Path(path)))
 
     def record(self, folder: Path) -> Path:
-        """Write inputs, reference outputs and floors to ``<folder>/<case>.safetensors``, by one rename."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write inputs, reference outputs and floors to ``<folder>/<case>.safetensors``, by one rename.
+
+        Raises:
+            ValidateError: the file cannot be written; nothing is left of it.
+        """
         stored = self._recorded() if "ids" in self._recorded() else self._inputs()[0]
         floors = [self.floor(precision) for precision in (Precision(compute="fp32"), self.case.precision)]
-        kept = {floor.profile: floor.stored() for floor in floors if floor is not None}
+        measured_parts = {floor.profile: floor.stored() for floor in floors if floor is not None}
         ceiling = self.ceiling()
-        kept |= {} if ceiling is None else {"ceiling": ceiling.stored()}
-        extra = {f"{FLOOR}{profile}/{name}": array for profile, of in kept.items() for name, array in of.items()}
+        measured_parts |= {} if ceiling is None else {"ceiling": ceiling.stored()}
+        extra = parts(measured_parts)
         if self.case.artifacts.reference is None:
             extra[ABOUT] = self._about()
         elif ABOUT in self._recorded():
             extra[ABOUT] = self._recorded()[ABOUT]
+        tensors = {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra}
         path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
         try:
-            save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(temporary, sealed(tensors))
             os.replace(temporary, path)
+        except OSError as exc:
+            raise ValidateError(f"cannot write {path}: {exc.strerror or exc}") from exc
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return path
 
     def _about(self) -> Array:
@@ -339,7 +337,7 @@ class Pipeline:
         said: dict[str, Any] = {"model": self._body_key()}
         if hasattr(made, "settings"):
             said["tokens"] = {"asked": made.asked(), "tokenizer": made.tokenizer_key()}
-        return np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
+        return json_tensor(said)
 
     def _inputs(self) -> tuple[Tensors, Entry]:
         made = self.model()
@@ -361,10 +359,17 @@ class Pipeline:
             return self.model().reference(self.inputs(), dtype="float32")
 
         if self.case.artifacts.reference is not None:
-            return {name: array for name, array in self._recorded().items() if not is_beside(name)}
+            return self._once("recorded reference", self._recorded_outputs)
         return self._once(
             "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
         )
+
+    def _recorded_outputs(self) -> Tensors:
+        outputs, model = outputs_of(self._recorded()), self.model()
+        if hasattr(model, "check_recorded"):
+            with naming(self.case.artifacts.reference):
+                model.check_recorded(outputs, self.inputs())
+        return outputs
 
     def exact(self) -> Tensors:
         """Return the float64 outputs of the Hugging Face model for the rows that are measured, stored."""
@@ -413,8 +418,9 @@ class Pipeline:
         if self.case.tolerance == "table":
             return None
         if self.case.artifacts.reference is not None:
-            found = self._recorded_under(profile)
-            return belonging(Floor.from_stored(found), self.reference(), profile) if found else None
+            stored, reference = part(self._recorded(), profile), self.reference()
+            with naming(self.case.artifacts.reference):
+                return belonging(Floor.from_stored(stored), reference, profile) if stored else None
         if not hasattr(made, "ensemble"):
             return None
 
@@ -434,8 +440,9 @@ class Pipeline:
         if self.case.tolerance == "table" or not hasattr(made, "altered"):
             return None
         if self.case.artifacts.reference is not None:
-            found = self._recorded_under("ceiling")
-            return Ceiling.from_stored(found) if found else None
+            stored = part(self._recorded(), "ceiling")
+            with naming(self.case.artifacts.reference):
+                return Ceiling.from_stored(stored) if stored else None
 
         def make() -> Tensors:
             exact, sample = self.exact(), self.sample()
@@ -445,11 +452,6 @@ class Pipeline:
         return self._once(
             "faults tried", lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]), show=True
         )
-
-    def _recorded_under(self, name: str) -> Tensors:
-        """Return tensors of a recorded file that belong to a floor or to the ceiling."""
-        start = f"{FLOOR}{name}/"
-        return {n.removeprefix(start): array for n, array in self._recorded().items() if n.startswith(start)}
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
         """Return the artifact that a runtime of this kind opens."""

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+
+from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOutcome, Target
 
 if TYPE_CHECKING:
     from qeff_validate.case import Case
@@ -43,6 +47,10 @@ OPTIONS = {
 
 _CASES: pytest.StashKey[Any] = pytest.StashKey()
 _RESULT: pytest.StashKey[Any] = pytest.StashKey()
+_OUTCOME: pytest.StashKey[SessionOutcome] = pytest.StashKey()
+_REPORT: pytest.StashKey[Mapping[str, Any]] = pytest.StashKey()
+_PROBLEMS: pytest.StashKey[list[str]] = pytest.StashKey()
+_REMOVED: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,7 +67,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
+    """Register the markers, and what collects the reports of the suites."""
+    config.stash[_OUTCOME] = SessionOutcome()
+    config.pluginmanager.register(config.stash[_OUTCOME], "qeff_validate-outcome")
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
 
@@ -109,15 +119,57 @@ def _cases(config: pytest.Config) -> Sequence[Case]:
         for name in _listed(config, "runtimes") + _listed(config, "require"):
             if name not in registered("runtimes"):
                 raise pytest.UsageError(f"no runtime is called {name!r}.{suggest(name, registered('runtimes'))}")
+        _check_marks(config)
     cases: Sequence[Case] = config.stash[_CASES]
     return cases
+
+
+def _check_marks(config: pytest.Config) -> None:
+    """Refuse marks that decide whether a test counts, and unknown ones under ``--strict-markers``."""
+    from qeff_validate.errors import suggest
+
+    # such as "slow: takes long" and "flaky(reruns=1): runs again"; what takes arguments does more than select
+    signatures = [line.partition(":")[0].strip() for line in config.getini("markers")]
+    known = {signature.partition("(")[0].strip(): "(" in signature for signature in signatures}
+    for case in config.stash[_CASES]:
+        for mark in case.marks:
+            place = f"case {case.name!r}: marks: {mark!r}"
+            if known.get(mark):
+                raise pytest.UsageError(f"{place} has a meaning of its own here, and marks of cases only select tests")
+            if mark not in known and _strict_markers(config):
+                raise pytest.UsageError(
+                    f"{place} is not registered, and --strict-markers is on.{suggest(mark, known)} Or add it to"
+                    " markers in the ini file"
+                )
+
+
+def _strict_markers(config: pytest.Config) -> bool:
+    if getattr(config.option, "strict_markers", False):  # before pytest 9
+        return True
+    for name in ("strict_markers", "strict"):
+        with suppress(KeyError, ValueError):
+            value = config.getini(name)
+            if value is not None:
+                return bool(value)
+    return False
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
-    if any(option(session.config, name) for name in ("config", "runtimes", "require")):
-        _cases(session.config)
+    config = session.config
+    if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
+        _cases(config)
+    path = _place(config, "report")
+    if path is not None and _report_wanted(config) and not (_only_shown(config) or _is_worker(config)):
+        from qeff_validate.errors import ConfigError
+        from qeff_validate.folders import check_writable
+
+        try:
+            check_writable(path, "--qv-report")
+        except ConfigError as exc:
+            raise pytest.UsageError(str(exc)) from exc
+        _remove_old_report(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -136,6 +188,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             marks = [getattr(pytest.mark, mark) for mark in (name, *case.marks)]
             params.append(pytest.param((case, name), id=f"{case.name}-{name}", marks=marks))
     metafunc.parametrize("qv_target", params)
+
+
+def _runtimes(case: Case, chosen: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*(chosen or case.runtimes), "ai100"]))
 
 
 @pytest.fixture(scope="session")
@@ -217,13 +273,25 @@ def _usable(request: pytest.FixtureRequest, result: Result) -> Result:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Attach the result to the report, so that it reaches the controller under xdist too."""
+    """Attach case, runtime and result to the report, so that they reach the controller under xdist too."""
     report = yield
+    target = _target(item)
+    if target is not None:
+        report.qv_target = list(target)
     plain = item.stash.get(_RESULT, None)
     if plain is not None:
         report.qv_result = plain
         del item.stash[_RESULT]
     return report
+
+
+def _target(item: pytest.Item) -> Target | None:
+    """Return case and runtime of a test that uses ``qv_target``, None of another one."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "qv_target" not in parameters:
+        return None
+    target = parameters["qv_target"]
+    return (target[0].name, target[1]) if isinstance(target, tuple) else NO_TARGET
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -233,30 +301,109 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"qeff_validate: {chosen}"] if chosen else []
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print what was compared, and write the report."""
-    found = [
-        report.qv_result
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if hasattr(report, "qv_result")
-    ]
-    if not found:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Note which tests are about to run; the report of an earlier run goes before the first of them."""
+    config = session.config
+    if _only_shown(config):
         return
-    from qeff_validate.engine import environment
-    from qeff_validate.protocols import Settings
-    from qeff_validate.report import closing, merged, write_reports
+    config.stash[_OUTCOME].running = True
+    config.stash[_OUTCOME].planned |= {
+        item.nodeid: target for item in getattr(session, "items", []) if (target := _target(item))
+    }
+    _remove_old_report(config)
 
-    found.sort(key=lambda plain: (plain["case"], plain["runtime"]))
-    plain = merged(found, environment(Settings(sdk=option(config, "sdk"))))
-    summary = plain["summary"]
-    terminalreporter.section("qeff_validate")
-    counts = ", ".join(f"{summary[name]} {name}" for name in ("pass", "fail", "inconclusive", "error", "not_run"))
-    terminalreporter.write_line(f"{summary['rows_compared']} rows compared: {counts}")
-    for line in closing(plain):
-        terminalreporter.write_line(line)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Note what a worker is about to run."""
+    outcome = node.config.stash[_OUTCOME]
+    runtimes = [entry.name for entry in entry_points(group="qeff_validate.runtimes")]
+    if any(f"-{name}" in test for test in ids for name in runtimes):  # else leave the engine alone
+        cases, chosen = _cases(node.config), _listed(node.config, "runtimes")
+        targets = {f"{case.name}-{name}": (case.name, name) for case in cases for name in _runtimes(case, chosen)}
+        outcome.add_ids(ids, targets)
+    _remove_old_report(node.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the report; nothing compared, a required runtime that did not run, or a lost test is no success."""
+    config = session.config
+    outcome = config.stash[_OUTCOME]
+    if _is_worker(config) or not outcome.running:
+        return
+    outcome.stopped = str(session.shouldfail or session.shouldstop or ("interrupted" if exitstatus == 2 else ""))
+    asked = _asked(config) or bool(config.getoption("--qv-require"))
+    problems = outcome.problems(_listed(config, "require"), asked=asked)
+    if _report_wanted(config):
+        problems += _concluded(config, outcome)
+    config.stash[_PROBLEMS] = problems
+    if problems and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = NOTHING_COMPARED
+
+
+def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
+    """Make the report of a session and write it; return why it could not be written."""
+    from qeff_validate.engine import environment
+    from qeff_validate.errors import ValidateError
+    from qeff_validate.protocols import Settings
+    from qeff_validate.report import merged, write_reports
+
+    config.stash[_REPORT] = merged(outcome.plain_results(), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
-    if path:
-        path.mkdir(parents=True, exist_ok=True)
-        write_reports(plain, path)
-        terminalreporter.write_line(f"report: {path / 'report.json'}")
+    try:
+        if path is not None:
+            write_reports(config.stash[_REPORT], path)
+    except ValidateError as exc:
+        return [str(exc)]
+    return []
+
+
+def _remove_old_report(config: pytest.Config) -> None:
+    """Remove the report of an earlier run, if this one will write its own."""
+    path = _place(config, "report")
+    if path is not None and _report_wanted(config) and not _is_worker(config) and not config.stash.get(_REMOVED, False):
+        from qeff_validate.report import remove_reports
+
+        remove_reports(path)
+        config.stash[_REMOVED] = True
+
+
+def _only_shown(config: pytest.Config) -> bool:
+    """Say whether tests are listed and not run."""
+    return bool(config.option.collectonly or getattr(config.option, "setupplan", False))
+
+
+def _report_wanted(config: pytest.Config) -> bool:
+    """Say whether this session writes a report; a directory in the ini file is for sessions with the suites alone."""
+    return bool(config.stash[_OUTCOME].planned or _asked(config) or config.getoption("--qv-report"))
+
+
+def _asked(config: pytest.Config) -> bool:
+    """Say whether the command line names the suites."""
+    return any("qeff_validate.suites" in text.replace("/", ".") for text in map(str, config.args))
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what was compared and proved, and why the session is no success."""
+    plain, problems = config.stash.get(_REPORT, None), config.stash.get(_PROBLEMS, [])
+    if plain is None and not problems:
+        return
+    terminalreporter.section("qeff_validate")
+    if plain is not None:
+        from qeff_validate.report import MARKS, closing
+
+        counts = ", ".join(f"{plain['summary'][name]} {name}" for name in MARKS)
+        terminalreporter.write_line(f"{plain['summary']['rows_compared']} rows compared: {counts}")
+        for line in closing(plain):
+            terminalreporter.write_line(line)
+        path = _place(config, "report")
+        if path is not None:
+            terminalreporter.write_line(f"report: {path / 'report.json'}")
+    for problem in problems:
+        terminalreporter.write_line(f"ERROR: {problem}", red=True)

@@ -8,11 +8,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_validate.compare import Judged, Power, Status
+from qeff_validate.errors import ValidateError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,6 +122,8 @@ class Report:
 
     results: tuple[Result, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    unwritten: tuple[str, ...] = ()
+    """Why recordings could not be written; no verdict depends on them."""
 
     @property
     def passed(self) -> bool:
@@ -128,6 +132,8 @@ class Report:
 
     def exit_code(self, *, require: Iterable[str] = (), allow_inconclusive: bool = False) -> int:
         """Return 2 for a wrong config, 1 for a mismatch or inconclusive, 3 for an error or nothing compared, else 0.
+
+        A recording that could not be written counts as an error.
 
         Args:
             require: runtimes whose ``not_run`` counts as an error.
@@ -143,15 +149,18 @@ class Report:
         if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
             return 1
         compared = any(result.compared for result in self.results)
-        return 3 if statuses["error"] or unmet or not compared else 0
+        return 3 if statuses["error"] or unmet or not compared or self.unwritten else 0
 
     def plain(self) -> dict[str, Any]:
         """Return the report as report.json holds it; non-finite numbers are strings."""
-        return merged([result.plain() for result in self.results], self.environment)
+        return merged([result.plain() for result in self.results], self.environment, unwritten=self.unwritten)
 
     def write(self, folder: Path) -> None:
-        """Write ``report.json`` and ``report.md`` into a folder, each by one rename."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
+
+        Raises:
+            ValidateError: they cannot be written.
+        """
         write_reports(self.plain(), folder)
 
     def table(self) -> Table:
@@ -179,23 +188,52 @@ class Report:
 
 
 def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
-    """Write the files of a report from its plain form."""
-    _replace(folder / "report.json", json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(folder / "report.md", markdown(plain))
+    """Write the files of a report from its plain form.
+
+    Raises:
+        ValidateError: they cannot be written.
+    """
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_texts(folder, {"report.json": text, "report.md": markdown(plain)})
 
 
-def merged(plains: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> dict[str, Any]:
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files by their names into a folder, each by one rename.
+
+    Raises:
+        ValidateError: they cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            _replace(folder / name, text)
+    except OSError as exc:
+        raise ValidateError(f"cannot write the report to {folder}: {exc.strerror}; choose another directory") from exc
+
+
+def remove_reports(folder: Path) -> None:
+    """Remove the report of an earlier run, so that nobody takes it for that of a run that ends without one."""
+    for name in ("report.json", "report.md"):
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def merged(
+    plains: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], *, unwritten: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the plain form of a report from the plain results of several processes."""
     counts = Counter(result["status"] for result in plains)
     rows = sum(result["coverage"]["compared"] for result in plains)
     summary = {**{status: counts[status] for status in MARKS}, "results": len(plains), "rows_compared": rows}
-    return {"schema": SCHEMA, "environment": dict(environment), "results": list(plains), "summary": summary}
+    beside = {"unwritten": list(unwritten), "summary": summary}
+    return {"schema": SCHEMA, "environment": dict(environment), "results": list(plains), **beside}
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # a lone surrogate, which UTF-8 does not have, becomes its JSON escape
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -280,12 +318,13 @@ def problems(plain: Mapping[str, Any]) -> list[str]:
             lines.append(f"{head}: {result['status']}{stage}{known}: {result['reason']}")
         lines += [f"{head}: finding: {finding}" for finding in result.get("findings", ())]
         lines += [f"{head}: note: {note}" for note in result["notes"]]
-    return lines
+    return lines + list(plain.get("unwritten", ()))
 
 
 def closing(plain: Mapping[str, Any]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
     results = plain["results"]
+    unsettled = {(result["case"], result["runtime"]) for result in results if result["status"] == "error"}
     lines = []
     for (runtime, simulated), group in _groups(results).items():
         passed = [result for result in group if result["status"] == "pass"]
@@ -293,6 +332,7 @@ def closing(plain: Mapping[str, Any]) -> list[str]:
         if held:
             lines.append(f"Held: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
         good = [result for result in passed if result["reference"] != "itself"]
+        good = [result for result in good if (result["case"], result["runtime"]) not in unsettled]
         if not good:
             continue
         rows = sum(result["coverage"]["compared"] for result in good)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,22 +117,33 @@ def wanted_outputs(outputs: Sequence[TensorSpec], fetch: Sequence[str] | None) -
 
 
 def save_tensors(path: Path, tensors: Tensors) -> None:
-    """Write named arrays to a safetensors file."""
+    """Write named arrays to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written: no room, or no permission.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, os.fspath(path))
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, os.fspath(path))
+    except SafetensorError as exc:  # it tells the system's error number in its text alone
+        number = re.search(r"os error (\d+)", str(exc))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from exc
 
 
 def load_tensors(path: Path) -> dict[str, Array]:
     """Read a safetensors file.
 
     Raises:
-        Unavailable: the file is missing, cut short or no safetensors file.
+        Unavailable: the file is missing, cut short, no safetensors file, or holds a dtype that numpy does not know.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return dict(load_file(os.fspath(path)))
-    except (OSError, SafetensorError) as exc:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, MemoryError) as exc:
         raise Unavailable(f"cannot read {path} as safetensors: {exc}") from exc

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bundles: QPCs with their inputs and reference outputs, built on one host and judged on another.
 
-Layout: ``bundle.json`` (runtime, cases, the digest of every file) and, for each case, ``CASE/qpc/programqpc.bin``,
-``CASE/about.json`` (what the QPC was made from) and ``CASE/reference.safetensors``. Reading verifies every byte first;
-nothing of a changed bundle is judged.
+Layout: ``bundle.json`` (runtime, cases, the digest of every file, and a digest of all of this) and, for each case,
+``CASE/qpc/programqpc.bin``, ``CASE/about.json`` (what the QPC was made from) and ``CASE/reference.safetensors``.
+Reading verifies every byte first; nothing of a changed bundle is judged, and nothing that a bundle names is imported.
+
+The digest finds accidents and edits. It is no signature: who edits a bundle on purpose can compute it anew, but not for
+somebody who knows the digest that was printed when the bundle was built.
 """
 
 from __future__ import annotations
@@ -17,18 +20,41 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qeff_validate.artifact import digest_tree
+from qeff_validate.artifact import digest_file, digest_tree, fingerprint
 from qeff_validate.builders.about import BESIDE
-from qeff_validate.case import Artifacts, Case, explain
+from qeff_validate.case import Artifacts, Case, Strict, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
+from qeff_validate.folders import check_writable, folder_entries
+from qeff_validate.protocols import runtime as runtime_for
 
 MANIFEST = "bundle.json"
-SCHEMA = 1
+SCHEMA = 2
+
+MOST_BYTES = 64 << 20
+"""A greater manifest is not read; that of a hundred cases has 200 kB."""
+
+
+class Manifest(Strict):
+    """What ``bundle.json`` holds beside ``schema``."""
+
+    runtime: str
+    cases: list[Case]
+    files: dict[str, str]
+    environment: dict[str, Any]
+    digest: str
+
+
+def check_new(folder: Path) -> None:
+    """Raise ConfigError unless a bundle can be written there: it does not exist yet, and its parent is writable."""
+    check_writable(folder.parent, "--bundle")
+    check_writable(folder, "--bundle")
+    if os.path.lexists(folder):
+        raise ConfigError(f"--bundle: {folder} exists already; name a new directory")
 
 
 def write_bundle(
     folder: Path, members: Sequence[tuple[Case, Path, Path]], *, runtime: str, environment: Mapping[str, Any]
-) -> None:
+) -> str:
     """Write a bundle; the folder appears by one rename.
 
     Args:
@@ -37,12 +63,14 @@ def write_bundle(
         runtime: for which the QPCs were compiled, ``ai100`` or ``sim``.
         environment: of the host that built them.
 
+    Returns:
+        The digest of the bundle: hex SHA-256 of its manifest, which holds the digest of every file.
+
     Raises:
         ConfigError: the folder exists, or a case cannot be written down.
         BuildError: the disk is full or may not be written.
     """
-    if folder.exists():
-        raise ConfigError(f"--bundle: {folder} exists already; name a new directory")
+    check_new(folder)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for case, qpc, reference in members:
@@ -57,46 +85,96 @@ def write_bundle(
             "files": digest_tree(work),
             "environment": dict(environment),
         }
+        manifest["digest"] = fingerprint(manifest)
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         os.replace(work, folder)
     except OSError as exc:
         raise BuildError(f"cannot write the bundle {folder}: {exc.strerror or exc}; nothing was kept") from exc
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return str(manifest["digest"])
 
 
-def read_bundle(folder: Path) -> list[Case]:
+def read_bundle(folder: Path, *, digest: str | None = None) -> list[Case]:
     """Return the cases of a bundle, with paths to its files.
 
+    Args:
+        folder: the bundle.
+        digest: that `write_bundle` returned; None: any bundle that fits its own digest.
+
     Raises:
-        ConfigError: it is no bundle, or one of another schema.
-        Unavailable: a file is missing, changed or too many; the message names them.
+        ConfigError: it is no bundle, one of another schema, or one for a runtime that opens no QPC.
+        Unavailable: a file or the manifest is changed, missing, added, or no file; the message names it.
     """
+    manifest = _manifest(folder)
+    if digest is not None and manifest.digest != digest.strip().lower():
+        raise Unavailable(f"{folder} has the digest {manifest.digest}, expected was {digest}: it is another bundle")
+    if runtime_for(manifest.runtime).kind != "qpc":
+        raise ConfigError(f"{folder} is for {manifest.runtime}, which opens no QPC, and a bundle holds nothing else")
+    outside = [case.name for case in manifest.cases if case.inputs.texts_file is not None]
+    if outside:
+        raise ConfigError(f"{folder}: case {outside[0]!r} names a texts_file, and a bundle holds its texts itself")
+    names = [case.name for case in manifest.cases]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"{folder}/{MANIFEST} names the cases {names}: at least one is needed, and each once")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema, files, runtime = manifest["schema"], manifest["files"], manifest["runtime"]
-        cases = [Case.model_validate_json(json.dumps(plain)) for plain in manifest["cases"]]
-    except ValidationError as exc:
-        raise ConfigError(explain(exc, str(folder / MANIFEST))) from exc
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ConfigError(f"{folder} is no bundle: cannot read its {MANIFEST}: {exc}") from exc
-    if schema != SCHEMA:
-        raise ConfigError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}")
-    found = {name: digest for name, digest in digest_tree(folder).items() if name != MANIFEST}
-    wrong = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
+        wrong = _differences(folder, manifest.files)
+    except OSError as exc:
+        raise Unavailable(f"cannot read {folder}: {exc}") from exc
     if wrong:
-        raise Unavailable(
-            f"{folder} is not as it was built: {', '.join(wrong)} changed, missing or added; copy it anew"
-        )
-    return [_located(case, folder / case.name, runtime) for case in cases]
+        raise Unavailable(f"{folder} is not as it was built: {', '.join(wrong)}; copy it anew")
+    return [_located(case, folder / case.name, manifest.runtime) for case in manifest.cases]
+
+
+def _manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ConfigError(f"{folder} is no bundle: {MANIFEST} is missing, or no ordinary file")
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ConfigError(f"{folder} is no bundle: {MANIFEST} has more than {MOST_BYTES} bytes")
+        data = json.loads(text.decode("utf-8"))
+        digest = fingerprint({key: value for key, value in dict(data).items() if key != "digest"})
+    except (OSError, TypeError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{folder} is no bundle: cannot read its {MANIFEST}: {exc}") from exc
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema is None:
+        raise ConfigError(f"{folder} is no bundle: {MANIFEST} is no mapping with a schema")
+    if schema != SCHEMA:
+        raise ConfigError(f"{folder} is a bundle of schema {schema!r}, this version reads {SCHEMA}: build it anew")
+    if data.get("digest") != digest:
+        raise Unavailable(f"{folder} is not as it was built: {MANIFEST} changed; copy it anew")
+    try:
+        return Manifest.model_validate({key: value for key, value in data.items() if key != "schema"})
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, str(path), data)) from exc
+
+
+def _differences(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with which file; only files that the manifest names are opened."""
+    wrong, missing = [], set(files)
+    for path, problem in folder_entries(folder):
+        name = path.as_posix()
+        missing.discard(name)
+        if problem:
+            wrong.append(f"{name} {problem}, and a bundle has only files")
+        elif name != MANIFEST and (name not in files or digest_file(folder / path) != files[name]):
+            wrong.append(f"{name} changed, missing or added")
+    return wrong + [f"{name} changed, missing or added" for name in sorted(missing)]
 
 
 def _plain(case: Case, runtime: str) -> dict[str, Any]:
     update = {"runtimes": [runtime], "artifacts": Artifacts()}
     try:
-        return case.model_copy(update=update).plain()
+        plain = case.model_copy(update=update).plain()
+        Case.model_validate(json.loads(json.dumps(plain)))
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, f"case {case.name!r} cannot be written down")) from exc
     except ValueError as exc:
         raise ConfigError(f"case {case.name!r} cannot be written down: {exc}") from exc
+    return plain
 
 
 def _located(case: Case, folder: Path, runtime: str) -> Case:

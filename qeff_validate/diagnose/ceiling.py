@@ -19,7 +19,9 @@ import numpy as np
 from qeff_validate.artifact import digest_tree, fingerprint
 from qeff_validate.compare import Judged, Power
 from qeff_validate.diagnose.mutants import Mutant, mutants
+from qeff_validate.errors import IncomparableError
 from qeff_validate.floor import Floor
+from qeff_validate.json_tensor import text_of
 from qeff_validate.metrics import Floats
 from qeff_validate.tensors import Tensors
 
@@ -52,10 +54,17 @@ class Ceiling:
 
     @classmethod
     def from_stored(cls, tensors: Tensors) -> Ceiling:
-        """Read what `stored` gave."""
-        names, gross = (tuple(filter(None, tensors[key].tobytes().decode().split("\n"))) for key in ("names", "gross"))
-        errors = {name: np.asarray(array, float) for name, array in tensors.items() if name.startswith("errors.")}
-        return cls(names, gross, {name.removeprefix("errors."): found for name, found in errors.items()})
+        """Read what `stored` gave.
+
+        Raises:
+            IncomparableError: a tensor is missing, or of another dtype or shape.
+        """
+        names, gross = (tuple(filter(None, text_of(tensors, key).split("\n"))) for key in ("names", "gross"))
+        errors = {name: array for name, array in tensors.items() if name.startswith("errors.")}
+        for name, array in errors.items():
+            if array.dtype != np.float64 or array.shape != (len(names),):
+                raise IncomparableError(f"the faults' {name!r} are no numbers of {len(names)} faults, float64 [faults]")
+        return cls(names, gross, {name.removeprefix("errors."): np.asarray(found) for name, found in errors.items()})
 
     def visible(self, floor: Floor) -> Iterator[int]:
         """Yield the places of those that are not equivalent in a precision."""

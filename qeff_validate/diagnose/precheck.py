@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,11 @@ def ladder(made: Any, inputs: Any, sides: Sides, body_key: Callable[[], Mapping[
         "max length": _length(made, inputs, sides.graph, published, places),
         "weights": _weights(sides, body_key),
         "adapters": _bases(
-            merged("adapters", (adapters(who, theirs, ours) for who, theirs in sides.said())), made, published
+            merged("adapters", (legible(adapters, who, theirs, ours) for who, theirs in sides.said())), made, published
         ),
     }
     for name in ("pooling", "normalize"):
-        rung = merged(name, (head(name, who, theirs, ours) for who, theirs in sides.said()))
+        rung = merged(name, (legible(partial(head, name), who, theirs, ours) for who, theirs in sides.said()))
         climbed[name] = _beside(rung, ours, published)
     return tuple(climbed.get(name, Rung(name, "unknown", "nothing was fed")) for name in RUNGS)
 
@@ -145,6 +146,14 @@ def attempted(get: Callable[[], Any]) -> Any:
         return f"{type(exc).__name__}: {exc}".splitlines()[0]
 
 
+def legible(compare: Callable[[str, Said, Any], Rung], who: str, theirs: Said, ours: Any) -> Rung:
+    """Return what a comparison with a graph's or a file's own words gives; these may be of any form."""
+    try:
+        return compare(who, theirs, ours)
+    except (AttributeError, IndexError, KeyError, RecursionError, StopIteration, TypeError, ValueError) as exc:
+        return Rung("", "unknown", f"what {who} from cannot be read: {type(exc).__name__}: {exc}", suspect=True)
+
+
 def merged(name: str, found: Iterable[Rung]) -> Rung:
     """Return one rung of what several sides say: what differs, else what is unknown, else the same."""
     rungs = list(found)
@@ -154,7 +163,7 @@ def merged(name: str, found: Iterable[Rung]) -> Rung:
         of = [rung for rung in rungs if rung.state == state]
         if of:
             details = "; ".join(dict.fromkeys(rung.detail for rung in of if rung.detail))
-            return replace(of[0], detail=details, suspect=any(rung.suspect for rung in of))
+            return replace(of[0], name=name, detail=details, suspect=any(rung.suspect for rung in of))
     raise AssertionError
 
 
@@ -178,10 +187,16 @@ def _tokens(made: Any, inputs: Any, sides: Sides) -> list[Rung]:
             found.append(Rung(name, "differs", f"{text}: is it the model's own tokenizer?"))
             break
     if sides.recorded is not None:
-        found.append(_recorded_tokens(made, inputs, sides.recorded.get("tokens"), near=sides.near))
+        found.append(_recorded_tokens(made, inputs, _kept(sides.recorded.get("tokens")), near=sides.near))
     elif most is None and not found:
         found.append(Rung(name, "same", "made from the case; how many the model embeds is not known"))
     return found
+
+
+def _kept(tokens: Any) -> Any:
+    """Return what a file says of its token ids; None if it does not say ``asked`` and ``tokenizer``."""
+    fits = isinstance(tokens, Mapping) and all(isinstance(tokens.get(key), Mapping) for key in ("asked", "tokenizer"))
+    return tokens if fits else None
 
 
 def _recorded_tokens(made: Any, inputs: Any, kept: Any, *, near: bool) -> Rung:
@@ -213,7 +228,9 @@ def _recorded_tokens(made: Any, inputs: Any, kept: Any, *, near: bool) -> Rung:
 
 def _spoken(asked: Mapping[str, Any]) -> list[list[str]] | None:
     texts = asked.get("texts")
-    return texts and [f"{asked.get('prompt', '')}{text}".split() for text in texts]
+    if not isinstance(texts, list):
+        return None
+    return [f"{asked.get('prompt', '')}{text}".split() for text in texts]
 
 
 def plain(value: Any) -> Any:
@@ -294,7 +311,7 @@ def _weights(sides: Sides, body_key: Callable[[], Mapping[str, Any]]) -> Rung:
     if said and sides.near:
         ours = attempted(body_key)
     for who, theirs in said:
-        rung = body(who, theirs, ours)
+        rung = legible(body, who, theirs, ours)
         if who == GRAPH and rung.state == "unknown" and sides.contents is not None:
             rung = _by_contents(rung, attempted(sides.contents), own=theirs is not None)
         if who == GRAPH and sides.graph is not None and sides.graph.contrib and rung.state != "differs":

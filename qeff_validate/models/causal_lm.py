@@ -7,7 +7,6 @@ adapter, which PEFT makes without effect. Frameworks are imported inside the fun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,20 +15,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, PositiveInt
 
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
+from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.logits import logit_strays
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
-from qeff_validate.models.continuations import judge_continuations, measure_continuations
+from qeff_validate.models.continuations import check_continuations, judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.head import tokenizer_length
 from qeff_validate.models.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.order import refuse_frequencies_by_length
 from qeff_validate.models.prompts import LONG, TEXTS
-from qeff_validate.models.rows import TokenRows
+from qeff_validate.models.rows import RowsText, TokenRows, split_ids
 from qeff_validate.models.serving import one_by_one, side_by_side, stacked
 from qeff_validate.models.sources import Given, Source, resolve
 from qeff_validate.models.tables import module_tables
@@ -172,7 +173,7 @@ class PeftCausalLM:
         return {
             "ids": np.concatenate(rows.ids),
             "lengths": np.array([tokens.size for tokens in rows.ids], dtype=np.int64),
-            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+            "texts": json_tensor(about),
             **weights,
         }
 
@@ -211,18 +212,26 @@ class PeftCausalLM:
                 yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
 
     def inputs(self, stored: Tensors) -> Prompts:
-        """Return prompts and adapters from their stored form."""
-        about = json.loads(stored["texts"].tobytes())
-        ids = tuple(np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1]))
-        adapters: dict[str, dict[str, Array]] = {name: {} for name in about["adapters"]}
-        for key, array in stored.items():
-            if key.startswith("inputs."):
-                name, _, tensor = key.removeprefix("inputs.").rpartition("/")
-                adapters[name][tensor] = array
-        self._graph = _graph(about["interface"], self._served(adapters), self.options)
-        eos = frozenset(about["eos"])
-        texts, notes = tuple(about["texts"]), tuple(about["notes"])
-        return Prompts(ids, texts, about["pad"], eos, adapters, notes, about.get("tables", {}))
+        """Return prompts and adapters from their stored form.
+
+        Raises:
+            IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
+        """
+        about = parse_json_tensor(stored, "texts", PromptsText)
+        ids = split_ids(stored, len(about.texts), least=1)
+        adapters = _stored_adapters(stored, about.adapters)
+        self._graph = _graph(about.interface.model_dump(), self._served(adapters), self.options)
+        texts, notes = tuple(about.texts), tuple(about.notes)
+        return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, notes, about.tables)
+
+    def check_recorded(self, reference: Tensors, inputs: Prompts) -> None:
+        """Refuse recorded outputs that do not fit the prompts.
+
+        Raises:
+            IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
+        """
+        vocabulary = self.graph.outputs[0].shape[-1]
+        check_continuations(reference, len(inputs.ids) * len(inputs.adapters), self.options.max_new_tokens, vocabulary)
 
     def _taken(self) -> Any:
         """Return the model without adapters. Loading takes long, so who has used it puts it back into `_loaded`."""
@@ -360,6 +369,42 @@ class PeftCausalLM:
 
         made = named.get(adapter)
         return getattr(lm_reference, what)(self.source.causal_lm(), made, inputs.adapters[adapter], inputs.ids, *given)
+
+
+class Interface(BaseModel):
+    """Heads and size of each layer's keys and values, and the size of the vocabulary."""
+
+    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
+    vocab: PositiveInt
+
+
+class PromptsText(RowsText):
+    """What the tensor ``texts`` holds beside the token ids."""
+
+    eos: list[int]
+    interface: Interface
+    adapters: list[str]
+
+
+def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
+    """Return the tensors of each adapter; all have the same names, dtypes and shapes, for they share a graph."""
+    adapters: dict[str, dict[str, Array]] = {name: {} for name in names}
+    if BASE not in adapters:
+        raise IncomparableError(f"tensor 'texts': adapters are {list(names)}, and {BASE!r} is not among them")
+    for key, array in stored.items():
+        if key.startswith("inputs."):
+            name, _, tensor = key.removeprefix("inputs.").rpartition("/")
+            if name not in adapters:
+                raise IncomparableError(f"tensor {key!r} belongs to no adapter in {list(names)}")
+            adapters[name][tensor] = array
+    wanted = {key: (array.dtype, array.shape) for key, array in adapters[BASE].items()}
+    for name, tensors in adapters.items():
+        if {key: (array.dtype, array.shape) for key, array in tensors.items()} != wanted:
+            raise IncomparableError(f"the tensors 'inputs.{name}/…' have other names, dtypes or shapes than the base's")
+        for key, array in tensors.items():
+            if array.dtype.kind != "f":
+                raise IncomparableError(f"tensor 'inputs.{name}/{key}' is {array.dtype}, and weights are real numbers")
+    return adapters
 
 
 def _split(values: Array, steps: Array) -> list[Array]:

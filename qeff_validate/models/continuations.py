@@ -24,6 +24,7 @@ from qeff_validate.compare import (
     with_unusable,
     without_bound,
 )
+from qeff_validate.errors import IncomparableError
 from qeff_validate.floor import Floor
 from qeff_validate.logits import (
     LOGIT_GATES,
@@ -123,6 +124,38 @@ def _structure(reference: Tensors, actual: Tensors, rows: int, again: int) -> st
             ended = "a continuation ended early" if found < wanted else "a continuation went on behind its end"
             return f"{'second visits' if what == 'again' else what} have {found} rows, wanted {wanted}: {ended}"
     return structure_problem({"logits": reference["logits"]}, {"logits": actual["logits"]}, rows)
+
+
+def check_continuations(reference: Tensors, texts: int, steps: int, vocabulary: int | str) -> None:
+    """Refuse the outputs of a reference that do not fit each other.
+
+    Args:
+        reference: wanted are ``logits`` float ``[n, vocab]``, ``tokens`` int64 ``[n]``, and ``steps`` int64 with sum n.
+        texts: how many continuations there are.
+        steps: how many tokens one has at most.
+        vocabulary: the number of columns.
+
+    Raises:
+        IncomparableError: one is missing, of another dtype or shape, or out of range.
+    """
+    if set(reference) != {"logits", "tokens", "steps"}:
+        raise IncomparableError(f"outputs are {sorted(reference)}, wanted are logits, steps and tokens")
+    logits, tokens, counts = (reference[name] for name in ("logits", "tokens", "steps"))
+    for name in ("tokens", "steps"):
+        if reference[name].dtype != np.int64 or reference[name].ndim != 1:
+            found = f"{reference[name].dtype} {list(reference[name].shape)}"
+            raise IncomparableError(f"tensor {name!r} is {found}, wanted int64 [n]")
+    if logits.dtype.kind != "f" or logits.ndim != 2 or logits.shape[1] != vocabulary:
+        found = f"{logits.dtype} {list(logits.shape)}"
+        raise IncomparableError(f"tensor 'logits' is {found}, wanted real numbers [n, {vocabulary}]")
+    if len(counts) != texts or not all(1 <= count <= steps for count in counts.tolist()):
+        raise IncomparableError(f"tensor 'steps' is no list of {texts} numbers of tokens from 1 to {steps}")
+    if not int(counts.sum()) == len(tokens) == len(logits):
+        raise IncomparableError(
+            f"tensors 'steps', 'tokens' and 'logits' do not fit: {counts.sum()}, {len(tokens)} and {len(logits)} rows"
+        )
+    if tokens.min() < 0 or tokens.max() >= logits.shape[1]:
+        raise IncomparableError(f"tensor 'tokens' holds ids from {tokens.min()} to {tokens.max()} of {vocabulary}")
 
 
 def measure_continuations(

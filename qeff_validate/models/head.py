@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_file
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.module_search import find_module
 from qeff_validate.models.options import POOLINGS, EmbeddingOptions
 
 MODES: Mapping[str, str] = {
@@ -62,11 +62,8 @@ def _name(function: Any) -> str:
 def _source_digest(pooling: Any) -> str:
     """Return a digest of the file that a custom pooling comes from, and what it closes over."""
     if isinstance(pooling, str):
-        try:
-            spec = importlib.util.find_spec(pooling.partition(":")[0])
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or spec.origin is None:
+        spec = find_module(pooling.partition(":")[0])
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             raise ConfigError(f"pooling {pooling!r}: there is no such module")
         return digest_file(Path(spec.origin))
     function = pooling if inspect.isfunction(pooling) else type(pooling).__call__

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, NonNegativeInt
 
+from qeff_validate.errors import IncomparableError
+from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.tensors import Array, Tensors
 
 FILLERS = (
@@ -21,6 +23,15 @@ FILLERS = (
 """Words that most tokenizers turn into one token each; boundary rows are built from them."""
 
 EMPTY_ROW = "(a row without a token)"
+
+
+class RowsText(BaseModel):
+    """What the tensor ``texts`` holds beside the token ids."""
+
+    texts: list[str]
+    notes: list[str]
+    pad: NonNegativeInt
+    tables: dict[str, NonNegativeInt] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +83,53 @@ class TokenRows:
         return {
             "ids": np.concatenate(self.ids).astype(np.int64),
             "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
-            "texts": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+            "texts": json_tensor(about),
         }
 
     @classmethod
     def from_stored(cls, stored: Tensors, *, per_token: bool = False) -> TokenRows:
-        """Return the rows that `stored` wrote."""
-        about = json.loads(stored["texts"].tobytes())
-        ends = np.cumsum(stored["lengths"].astype(np.int64))
-        ids = tuple(np.split(stored["ids"], ends[:-1]))
-        texts, notes = tuple(about["texts"]), tuple(about["notes"])
-        return cls(ids, int(about["pad"]), texts, notes, per_token, about.get("tables", {}))
+        """Return the rows that `stored` wrote.
+
+        Raises:
+            IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
+        """
+        about = parse_json_tensor(stored, "texts", RowsText)
+        ids = split_ids(stored, len(about.texts), least=0)
+        if not any(row.size for row in ids):
+            raise IncomparableError("tensor 'ids' is empty: no row holds a token")
+        return cls(ids, about.pad, tuple(about.texts), tuple(about.notes), per_token, about.tables)
+
+
+def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
+    """Return the token ids of each row from ``ids`` and ``lengths``, both int64 ``[n]``.
+
+    Args:
+        stored: tensors by name.
+        rows: how many there are.
+        least: tokens that a row has at least.
+
+    Raises:
+        IncomparableError: they are missing, of another dtype or rank, or do not fit each other.
+    """
+    for name in ("ids", "lengths"):
+        if name not in stored:
+            raise IncomparableError(f"tensor {name!r} is missing")
+        if stored[name].dtype != np.int64 or stored[name].ndim != 1:
+            raise IncomparableError(
+                f"tensor {name!r} is {stored[name].dtype} {list(stored[name].shape)}, wanted int64 [n]"
+            )
+    ids, lengths = stored["ids"], stored["lengths"].tolist()
+    if len(lengths) != rows:
+        raise IncomparableError(f"tensor 'lengths' has {len(lengths)} rows, tensor 'texts' has {rows}")
+    if not lengths or min(lengths) < least or sum(lengths) != ids.size:
+        total = sum(lengths)
+        raise IncomparableError(
+            f"tensor 'lengths' does not fit: its rows (at least {least} tokens each, the shortest has"
+            f" {min(lengths, default=0)}) have {total} tokens, and tensor 'ids' has {ids.size}"
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31:
+        raise IncomparableError(f"tensor 'ids' holds {ids.min()} to {ids.max()}: token ids are from 0 to 2147483647")
+    return tuple(np.split(ids, np.cumsum(lengths)[:-1]))
 
 
 def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:

@@ -9,7 +9,6 @@ the functions that need them, so that a fingerprint costs no import of torch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from qeff_validate.models.loading import (
     without_cache,
 )
 from qeff_validate.models.made import VOCABULARY, Random, Tiny, empty_body
+from qeff_validate.models.module_search import find_module
 from qeff_validate.models.tables import file_tables, folder_switch, module_tables
 
 __all__ = [
@@ -296,10 +296,7 @@ def _folder(path: Path, case: Case) -> Folder:
 
 def _package(rest: str) -> Path:
     module, _, inside = rest.partition("/")
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
+    spec = find_module(module)
     if spec is None or not spec.submodule_search_locations:
         name = module.split(".")[0].replace("_", "-")
         raise Unavailable(

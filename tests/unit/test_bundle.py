@@ -98,7 +98,7 @@ def test_an_added_file_is_named(copied: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "is no bundle"), ("{", "is no bundle"), ('{"schema": 1}', "is no bundle"), ("other", "schema 99")],
+    [(None, "is no bundle"), ("{", "is no bundle"), ('{"schema": 1}', "build it anew"), ("other", "schema 99")],
 )
 def test_what_is_no_bundle_is_a_config_error(copied: Path, tmp_path: Path, text: str | None, words: str) -> None:
     manifest = copied / "bundle.json"

@@ -105,7 +105,7 @@ def test_markers_are_registered_for_other_peoples_tests(pytester: pytest.Pyteste
 def test_unknown_marker_in_a_case_is_an_error_under_strict_markers(pytester: pytest.Pytester) -> None:
     result = quick(pytester, "--strict-markers", "--qv-config", own(pytester, "marks: [slwo]"))
     assert result.ret != pytest.ExitCode.OK
-    assert "'slwo' not found in `markers` configuration option" in result.stdout.str()
+    assert "marks: 'slwo' is not registered, and --strict-markers is on. Did you mean 'slow'?" in result.stderr.str()
 
 
 def test_collection_loads_no_framework(pytester: pytest.Pytester) -> None:

@@ -72,7 +72,7 @@ def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Pa
 
     plain = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert plain["schema"] == 1
-    assert set(plain) == {"schema", "environment", "results", "summary"}
+    assert set(plain) == {"schema", "environment", "results", "summary", "unwritten"}
     (one,) = plain["results"]
     assert set(one) >= {"case", "runtime", "reference", "precision", "simulated", "status", "reason", "stage"}
     assert set(one) >= {"metrics", "coverage", "timings_s", "artifact"}
