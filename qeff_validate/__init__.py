@@ -7,7 +7,10 @@ Public names are loaded on first use; importing this package imports no framewor
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is loaded; child processes inherit it
 
 if TYPE_CHECKING:
     from qeff_validate.artifact import Artifact

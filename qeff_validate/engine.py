@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind
@@ -26,6 +25,7 @@ from qeff_validate.protocols import Model, Runtime, Settings, model_kind, regist
 from qeff_validate.report import Report, Result
 from qeff_validate.runtimes.isolated import Isolated
 from qeff_validate.sdk.locate import Sdk, installed, simulated
+from qeff_validate.yaml_reader import parse_yaml
 
 if TYPE_CHECKING:
     from qeff_validate.diagnose.score import Score
@@ -60,12 +60,14 @@ def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = (
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"option {text!r}: wanted KEY=VALUE, e.g. pooling=cls")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"option {text!r}: the value is no YAML: {exc}") from exc
-    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-.")
-    case = Case(name=name or "model", model=kind, source=source, options=given)
+        given[key] = parse_yaml(value, f"option {key}")
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-._+")[
+        :100
+    ]
+    try:
+        case = Case(name=name or "model", model=kind, source=source, options=given)
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, "--model")) from exc
     check(case)
     return case
 
@@ -197,10 +199,10 @@ class Runner:
         self._pipeline: Pipeline | None = None
 
     def adapter(self, name: str) -> Runtime:
-        """Return the runtime adapter of this name, made once; one with native bindings opens in a child process."""
+        """Return the runtime adapter of this name, made once; what opens files may do so in a child process."""
         if name not in self._adapters:
             made = runtime(name, self.settings)
-            self._adapters[name] = Isolated(made, name, self.settings) if made.kind == "qpc" else made
+            self._adapters[name] = Isolated(made, name, self.settings) if made.kind != "module" else made
         return self._adapters[name]
 
     def result(self, case: Case, name: str) -> Result:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
+from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
@@ -591,13 +592,16 @@ def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
 
     Raises:
         ConfigError: it is not there.
+        BuildError: it is an ONNX file that cannot be read, or becomes too large when it is opened.
     """
     files = path if kind == "onnx" else path / "programqpc.bin"
     if not files.is_file():
         raise ConfigError(f"case {case.name!r}: artifacts.{kind}: there is no file {files}")
+    if kind == "onnx":
+        check_graph(path)
     beside = digest_files((p for p in path.parent.iterdir() if p.is_file()), root=path.parent) if kind == "onnx" else {}
     digest = fingerprint({"file": digest_file(files), "beside": beside})
-    return Artifact(kind, path, digest, {"given": str(path)})
+    return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
 
 
 class Timed:

@@ -24,6 +24,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_tree, fingerprint
 from qeff_validate.errors import BuildError
+from qeff_validate.files import expand_user
 from qeff_validate.tensors import Tensors, load_tensors, save_tensors
 
 PROVENANCE = "provenance.json"
@@ -66,7 +67,7 @@ class Store:
     """Entries below one directory: ``root``, else ``$QEFF_VALIDATE_HOME``, else the user's cache directory."""
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.root = Path(root).expanduser().resolve() if root is not None else default_root()
+        self.root = expand_user(root).resolve() if root is not None else default_root()
 
     def entry(
         self,
@@ -203,7 +204,7 @@ def default_root() -> Path:
     """Return ``$QEFF_VALIDATE_HOME`` or the user's cache directory."""
     home = os.environ.get("QEFF_VALIDATE_HOME")
     if home:
-        return Path(home).expanduser().resolve()
+        return expand_user(home).resolve()
     from platformdirs import user_cache_path
 
     return user_cache_path("qeff-validate")

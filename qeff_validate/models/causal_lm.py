@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
+from qeff_validate.files import expand_user
 from qeff_validate.logits import logit_strays
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
 from qeff_validate.models.continuations import judge_continuations, measure_continuations
@@ -137,7 +137,7 @@ class PeftCausalLM:
         keys: dict[str, Any] = {}
         for name, made in self.options.named().items():
             if isinstance(made, str):
-                folder = Path(made).expanduser()
+                folder = expand_user(made)
                 found = [folder / file for file in (WEIGHTS, CONFIG) if (folder / file).is_file()]
                 keys[name] = digest_files(found, root=folder) if weights else {"saved": content(read_config(folder))}
             else:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Rows, Verdict, bounds_for, compare, stray_bounds, strays, worst_errors
 from qeff_validate.errors import ConfigError, RunError, ValidateError
+from qeff_validate.files import read_lines
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
@@ -29,6 +30,9 @@ from qeff_validate.models.rows import EMPTY_ROW, TokenRows, batches, boundary_te
 from qeff_validate.models.sources import Given, Source, foreign, resolve
 from qeff_validate.protocols import Change, Graph, Session, Share, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
+
+MOST_BYTES = 64 << 20
+"""Of a texts_file: every text is run, one by one, by the reference."""
 
 
 def __getattr__(name: str) -> Any:
@@ -116,8 +120,8 @@ class PooledEmbedding:
         if self.case.inputs.texts_file is not None:
             path = Path(self.case.inputs.texts_file)
             try:
-                texts = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as exc:
+                texts = read_lines(path, most_bytes=MOST_BYTES)
+            except (OSError, ValueError) as exc:
                 raise ConfigError(f"case {self.case.name!r}: cannot read texts_file {path}: {exc}") from exc
         else:
             texts = list(TEXTS if self.case.inputs.texts is None else self.case.inputs.texts)

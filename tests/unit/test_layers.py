@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 ORDER = (
     {"suites", "plugin", "cli"}, {"engine"}, {"pipeline"}, {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
     {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
-    {"artifact"}, {"tensors"}, {"errors"},
+    {"artifact"}, {"tensors"}, {"files", "yaml_reader"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
