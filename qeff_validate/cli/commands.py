@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -269,6 +270,8 @@ def store_prune(
     """Delete entries that were not used for some days; what is needed again is built again."""
     from qeff_validate.builders.store import Store
 
+    if not math.isfinite(days):
+        raise ConfigError(f"--days: {days} is no number of days")
     gone = Store(store).prune(unused_since=time.time() - days * 86400)
     for kept in gone:
         _console().print(_kept(kept), markup=False, highlight=False, soft_wrap=True)
