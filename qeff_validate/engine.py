@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from qeff_validate.builders.store import Store
 from qeff_validate.case import Artifacts, Case, explain, load_cases
 from qeff_validate.compare import check_tolerance
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.files import temporary_folder
 from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
@@ -169,11 +169,11 @@ def bundle(
         raise ConfigError(f"a bundle holds QPCs, and {name} opens {adapter.kind}: name ai100 or sim")
     if folder.exists():
         raise ConfigError(f"--bundle: {folder} exists already; name a new directory")
-    with tempfile.TemporaryDirectory() as records:
+    with temporary_folder() as records:
         members = []
         for case in cases:
             pipeline = runner.pipeline(case)
-            recorded = pipeline.record(Path(records))
+            recorded = pipeline.record(records)
             qpc = pipeline.artifact("qpc", getattr(adapter, "sdk", None)).path
             assert qpc is not None
             members.append((case, qpc, recorded))
@@ -247,8 +247,8 @@ def selftest(
         check(case)
         if case.tolerance == "table" or case.artifacts != Artifacts():
             raise ConfigError(f"case {case.name!r}: selftest needs tolerance: auto, and no artifacts of your own")
-    with tempfile.TemporaryDirectory() as folder:
-        store, graphs = Store(Path(folder) / "store"), Path(folder) / "graphs"
+    with temporary_folder() as folder:
+        store, graphs = Store(folder / "store"), folder / "graphs"
 
         def pipeline(case: Case) -> Pipeline:
             return Pipeline(case, check(case), store, Silent())

@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import os
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qeff_validate.errors import ConfigError
 
+_PREFIX = "qeff-validate-work-"
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -57,3 +65,71 @@ def read_lines(path: Path, *, most_bytes: int) -> list[str]:
     if lines[-1] == "":
         lines.pop()  # what ends with a line break has no further line
     return [line.removesuffix("\r") for line in lines]
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name beside a path for a file or folder that will replace it; those of dead processes are deleted."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        number = other.name.rpartition(".")[2]
+        if number.isdecimal() and _is_dead(int(number)):
+            _delete(other)
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder that is gone afterwards; if this process is killed, the next one that makes one deletes it.
+
+    The folder is locked with ``flock(2)`` while its process lives.
+    """
+    for other in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        number = _locked(other)
+        if number is not None:
+            _delete(other)
+            os.close(number)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        number = _locked(folder)
+        if number is not None and folder.is_dir():
+            break
+        if number is not None:  # another process has deleted it before it was locked
+            os.close(number)
+    try:
+        yield folder
+    finally:
+        _delete(folder)
+        os.close(number)
+
+
+def _locked(folder: Path) -> int | None:
+    """Return a descriptor that holds the lock of a folder of ours; None if somebody else holds it."""
+    try:
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(number).st_uid == os.getuid():
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+    except OSError:
+        pass
+    os.close(number)
+    return None
+
+
+def _is_dead(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's, or no process id
+        return False
+    return False
+
+
+def _delete(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -31,6 +31,7 @@ from qeff_validate.diagnose.ceiling import measured as trials
 from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.diagnose.watched import Watched
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
+from qeff_validate.files import temporary_beside
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.metrics import Floats
 from qeff_validate.models.sources import versions
@@ -273,7 +274,8 @@ class Pipeline:
             extra[ABOUT] = self._about()
         elif ABOUT in self._recorded():
             extra[ABOUT] = self._recorded()[ABOUT]
-        path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
+        path = folder / f"{self.case.name}.safetensors"
+        temporary = temporary_beside(path)
         try:
             save_tensors(temporary, {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra})
             os.replace(temporary, path)

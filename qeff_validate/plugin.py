@@ -38,7 +38,7 @@ OPTIONS = {
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
-    "run-timeout": "seconds after which a run without an answer is ended (ai100, sim)",
+    "run-timeout": "seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)",
 }
 
 _CASES: pytest.StashKey[Any] = pytest.StashKey()

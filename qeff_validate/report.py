@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_validate.compare import Judged, Power, Status
+from qeff_validate.files import temporary_beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -191,7 +192,7 @@ def merged(plains: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) 
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

@@ -21,6 +21,7 @@ from qeff_validate.artifact import digest_tree
 from qeff_validate.builders.about import BESIDE
 from qeff_validate.case import Artifacts, Case, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
+from qeff_validate.files import temporary_beside
 
 MANIFEST = "bundle.json"
 SCHEMA = 1
@@ -43,7 +44,7 @@ def write_bundle(
     """
     if folder.exists():
         raise ConfigError(f"--bundle: {folder} exists already; name a new directory")
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    work = temporary_beside(folder)
     try:
         for case, qpc, reference in members:
             shutil.copytree(qpc, work / case.name / "qpc")

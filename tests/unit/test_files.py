@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from qeff_validate.case import Case, Inputs
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
-from qeff_validate.files import read_bytes, read_lines
+from qeff_validate.files import read_bytes, read_lines, temporary_beside, temporary_folder
 
 SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r"
 """What `str.splitlines` splits at besides."""
@@ -70,3 +72,50 @@ def test_file_that_grows_while_it_is_read_is_still_limited(tmp_path: Path) -> No
     assert read_bytes(Path("/proc/self/status"), most_bytes=10**6), "says that it has no bytes, and has some"
     with pytest.raises(OSError, match="at most 3"):
         read_bytes(Path("/proc/self/status"), most_bytes=3)
+
+
+# --- temporary names -----------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from qeff_validate.files import temporary_folder
+with temporary_folder() as folder:
+    (folder / "file").write_text("x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("ending", ["exit", "kill"])
+def test_temporary_folder_of_a_dead_process_is_deleted_by_the_next(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "qeff-validate-work-file").write_text("no folder")
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        held = Path(process.stdout.readline().strip())
+        with temporary_folder() as own:
+            assert held.parent == own.parent == tmp_path
+            assert (held / "file").exists()
+        if ending == "kill":
+            process.kill()
+    assert held.exists() is (ending == "kill")
+    with temporary_folder() as own:
+        assert sorted(tmp_path.iterdir()) == sorted([own, tmp_path / "qeff-validate-work-file"])
+
+
+def test_names_beside_a_path_that_dead_processes_left_are_deleted(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    dead, living = tmp_path / f".r[1].json.{process.pid}", tmp_path / f".r[1].json.{os.getppid()}"
+    others = [living, tmp_path / ".r[1].json.bak", tmp_path / f".r1.json.{process.pid}", tmp_path / "r[1].json"]
+    others += [tmp_path / f".r[1].json.{10**30}"]
+    dead.mkdir()
+    (dead / "file").write_text("x")
+    for path in others:
+        path.write_text("x")
+    assert temporary_beside(tmp_path / "r[1].json") == tmp_path / f".r[1].json.{os.getpid()}"
+    assert sorted(tmp_path.iterdir()) == sorted(others)
