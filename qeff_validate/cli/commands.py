@@ -68,7 +68,10 @@ def run(
     require: Annotated[str, typer.Option(help="runtimes that must run; 'not run' is then an error")] = "",
     device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
     run_timeout: Annotated[
-        float, typer.Option(min=0.001, help="seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)")
+        float,
+        typer.Option(
+            min=0.001, help="seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)"
+        ),
     ] = 600,
     sdk: Sdk = None,
     report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
