@@ -8,6 +8,8 @@ from qeff_validate.cli import signals
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    with signals.at_start():
-        from qeff_validate.cli.commands import run_command
+    signals.exit_on_signals()
+    from qeff_validate.cli.commands import run_command
+
+    signals.raise_on_signals()
     return run_command(args)

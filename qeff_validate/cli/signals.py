@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+
+TYPE_CHECKING = False  # what is imported before the handlers are set is a time in which no signal is heeded
+if TYPE_CHECKING:
+    from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """What a shell makes of a process that ended by these signals."""
@@ -17,14 +18,16 @@ _received: list[int] = []
 """Signals so far. Libraries swallow the exception (in a ``__del__``, in an import), so each step looks here too."""
 
 
-@contextmanager
-def at_start() -> Iterator[None]:
-    """Heed signals from here on; inside of the context only modules are loaded, so there is nothing to clean up."""
+def exit_on_signals() -> None:
+    """End at once from now on: only modules are loaded, so there is nothing to clean up."""
     _received.clear()
-    sys.unraisablehook = _quiet_hook
     for number in EXIT_CODES:
         signal.signal(number, _exit)
-    yield
+
+
+def raise_on_signals() -> None:
+    """Raise an exception from now on, in the main thread."""
+    sys.unraisablehook = _quiet_hook
     for number in EXIT_CODES:
         signal.signal(number, _raise)
 
