@@ -6,10 +6,15 @@ Public names are loaded on first use; importing this package imports no framewor
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import os
+
+TYPE_CHECKING = False  # typing itself would be a tenth of the time in which the command line heeds no signal yet
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is loaded; child processes inherit it
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from qeff_validate.artifact import Artifact
     from qeff_validate.case import Case
     from qeff_validate.engine import build, model, validate
@@ -86,6 +91,8 @@ def __getattr__(name: str) -> Any:
 
         return version("qeff-validate")
     if name in _HOMES:
+        import importlib
+
         return getattr(importlib.import_module(f"qeff_validate.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'qeff_validate' has no attribute {name!r}")
 

@@ -25,6 +25,7 @@ class Artifact:
         digest: hex SHA-256 that identifies the content.
         provenance: how it was made: what went in, with versions.
         payload: the in-memory object of a module.
+        untrusted: the user brings it: its graph may never end, so it is opened in a process of its own.
         buckets: values of the symbols for which it is used; sizes of retained state that no fed input tells.
     """
 
@@ -34,6 +35,7 @@ class Artifact:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     payload: Any = None
     buckets: tuple[Mapping[str, int], ...] = ()
+    untrusted: bool = False
 
 
 def digest_file(path: Path) -> str:

@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qeff_validate.compare import MOST, check_tolerance
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.files import expand_user, read_bytes
 from qeff_validate.logits import MOST as LOGIT_MOST
+from qeff_validate.yaml_reader import MOST_VALUES, expanded_size, parse_yaml
+
+MOST_BYTES = 4 << 20
+"""Of a config: 100,000 short texts. More belong into a texts_file."""
+
+LONGEST_S = 10_000_000
+"""A time limit of four months; the system's clocks take no infinite one."""
+
+LARGEST_SEED = 2**63 - 1
+"""What every random generator takes."""
 
 DECISIVE_MARKS = frozenset({
     "filterwarnings", "flaky", "parameterize", "parameterise", "parametrise", "parametrize", "skip", "skipif",
@@ -26,17 +37,28 @@ DECISIVE_MARKS = frozenset({
 Positive = Annotated[int, Field(ge=1)]
 
 
+def _without_control_characters(value: str) -> str:
+    wrong = next((char for char in value if not char.isprintable() and ord(char) < 128), None)
+    if wrong is not None:
+        raise ValueError(f"the character U+{ord(wrong):04X} has no place in a name or path")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_without_control_characters)]
+"""A path or an identifier, of which the system takes no NUL."""
+
+
 class Strict(BaseModel):
     """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Inputs(Strict):
     """The texts of a case; the built-in corpus if neither is given."""
 
     texts: list[str] | None = Field(None, description="texts to embed, at least three distinct ones")
-    texts_file: str | None = Field(None, description="UTF-8 file with one text per line, relative to the config")
+    texts_file: Name | None = Field(None, description="UTF-8 file with one text per line, relative to the config")
 
     @model_validator(mode="after")
     def _one(self) -> Inputs:
@@ -52,7 +74,7 @@ class Compile(Strict):
     aic_hw_version: Literal["ai100", "ai200"] = Field("ai100", description="target hardware")
     num_devices: Literal[1] = Field(1, description="cards that share the model")
     mos: int | None = Field(None, description="on-chip memory effort; the compiler's own choice if null")
-    timeout_s: float = Field(1800, gt=0, description="the compiler is stopped after so many seconds")
+    timeout_s: float = Field(1800, gt=0, le=LONGEST_S, description="the compiler is stopped after so many seconds")
     flags: dict[str, str | int | bool] = Field({}, description="further flags: {multicast-weights: true}")
 
 
@@ -72,9 +94,9 @@ class Precision(Strict):
 class Artifacts(Strict):
     """Files that exist already and are judged as they are; paths are relative to the config."""
 
-    onnx: str | None = Field(None, description="an ONNX file, instead of an export")
-    qpc: str | None = Field(None, description="a directory with programqpc.bin, instead of a compilation")
-    reference: str | None = Field(None, description="recorded inputs and outputs (run --record), instead of a model")
+    onnx: Name | None = Field(None, description="an ONNX file, instead of an export")
+    qpc: Name | None = Field(None, description="a directory with programqpc.bin, instead of a compilation")
+    reference: Name | None = Field(None, description="recorded inputs and outputs (run --record), instead of a model")
     inputs: dict[str, str] = Field({}, description="{our name: name in the file}, e.g. {input_ids: ids}")
     outputs: dict[str, str] = Field({}, description="{output: name in the file}; other outputs are then left alone")
 
@@ -96,10 +118,12 @@ class Expect(Strict):
 class Case(Strict):
     """One row of a config: what to validate, on which runtimes, within which bounds."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", description="unique; appears in test ids")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200, description="unique; appears in test ids"
+    )
     model: str = Field("embedding", description="model kind")
-    source: str = Field(description="package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE, tiny:DIR_OR_ID or a hub id")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    source: Name = Field(description="package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE, tiny:DIR_OR_ID or a hub id")
+    revision: Name | None = Field(None, description="commit, tag or branch of a hub id")
     config: dict[str, Any] = Field({}, description="overrides of the Hugging Face config of a random: source")
     options: dict[str, Any] = Field({}, description="options of the model kind")
     inputs: Inputs = Inputs()
@@ -114,7 +138,7 @@ class Case(Strict):
     )
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
     expect: list[Expect] = Field([], description="known failures; one mapping or a list of them")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     marks: list[str] = Field([], description="pytest marks of the case's tests")
 
     @field_validator("expect", mode="before")
@@ -203,14 +227,10 @@ def schema() -> str:
 
 def _read(path: Path) -> list[Case]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+        text = read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"cannot read config {path}: {exc}") from exc
-    try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{path} is no YAML: {exc}") from exc
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config is a mapping with 'cases:', this is {type(data).__name__}")
     data = _with_defaults(data, path)
@@ -218,22 +238,7 @@ def _read(path: Path) -> list[Case]:
         config = Config.model_validate(data)
     except ValidationError as exc:
         raise ConfigError(explain(exc, str(path), data)) from exc
-    return [_absolute(case, path.resolve().parent) for case in config.cases]
-
-
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path, above: tuple[yaml.Node, ...] = ()) -> None:
-    if node is not None and any(node is one for one in above):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: an alias stands inside what it stands for")
-    above = above if node is None else (*above, node)
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for (key, value), name in zip(node.value, keys, strict=True):
-            if keys.count(name) > 1:
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {name!r} stands twice in one mapping")
-            _refuse_repeated_keys(value, path, above)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, path, above)
+    return [_absolute(case, path) for case in config.cases]
 
 
 def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -246,6 +251,8 @@ def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: defaults.{key}: unknown key.{suggest(str(key), allowed)}")
     if not isinstance(cases, list):
         return data
+    if len(cases) * expanded_size(defaults) > MOST_VALUES:
+        raise ConfigError(f"{path}: defaults of {len(cases):,} cases make more than {MOST_VALUES:,} values")
     return {**data, "cases": [_merge(defaults, case) if isinstance(case, dict) else case for case in cases]}
 
 
@@ -257,9 +264,14 @@ def _merge(defaults: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _absolute(case: Case, folder: Path) -> Case:
+def _absolute(case: Case, config: Path) -> Case:
+    folder = config.resolve().parent
+
     def place(path: str) -> str:
-        return str(folder / Path(path).expanduser())
+        try:
+            return str(folder / expand_user(path))
+        except ConfigError as exc:
+            raise ConfigError(f"{config}: case {case.name!r}: {exc}") from exc
 
     update: dict[str, Any] = {}
     if case.source.startswith("path:"):
@@ -298,7 +310,7 @@ def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
             message = error["msg"].removeprefix("Value error, ")
             # what has no place of its own is about several keys, and the message names them
             told = "got" in message or not place
-            yield f"{head}: {message}" if told else f"{head}: {message} (got {error['input']!r})"
+            yield f"{head}: {message}" if told else f"{head}: {message} (got {reprlib.repr(error['input'])})"
 
 
 def exc_fields(exc: ValidationError) -> list[str]:

@@ -7,12 +7,10 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind
@@ -20,6 +18,7 @@ from qeff_validate.builders.store import Store
 from qeff_validate.case import Artifacts, Case, Inputs, explain, load_cases
 from qeff_validate.compare import check_tolerance
 from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
@@ -27,6 +26,7 @@ from qeff_validate.protocols import Model, Runtime, Settings, model_kind, regist
 from qeff_validate.report import Report, Result
 from qeff_validate.runtimes.isolated import Isolated
 from qeff_validate.sdk.locate import Sdk, installed, simulated
+from qeff_validate.yaml_reader import parse_yaml
 
 if TYPE_CHECKING:
     from qeff_validate.diagnose.score import Score
@@ -61,12 +61,14 @@ def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = (
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"option {text!r}: wanted KEY=VALUE, e.g. pooling=cls")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"option {text!r}: the value is no YAML: {exc}") from exc
-    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-.")
-    case = Case(name=name or "model", model=kind, source=source, options=given)
+        given[key] = parse_yaml(value, f"option {key}")
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-._+")[
+        :100
+    ]
+    try:
+        case = Case(name=name or "model", model=kind, source=source, options=given)
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, "--model")) from exc
     check(case)
     return case
 
@@ -185,11 +187,11 @@ def bundle(
     check_new(folder)
     for case in cases:
         check(case)
-    with tempfile.TemporaryDirectory() as records:
+    with temporary_folder() as records:
         members = []
         for case in cases:
             pipeline = runner.pipeline(case)
-            recorded = pipeline.record(Path(records))
+            recorded = pipeline.record(records)
             qpc = pipeline.artifact("qpc", getattr(adapter, "sdk", None)).path
             assert qpc is not None
             members.append((_with_texts(case, pipeline.model()), qpc, recorded))
@@ -223,10 +225,10 @@ class Runner:
         self._pipeline: Pipeline | None = None
 
     def adapter(self, name: str) -> Runtime:
-        """Return the runtime adapter of this name, made once; one with native bindings opens in a child process."""
+        """Return the runtime adapter of this name, made once; what opens files may do so in a child process."""
         if name not in self._adapters:
             made = runtime(name, self.settings)
-            self._adapters[name] = Isolated(made, name, self.settings) if made.kind == "qpc" else made
+            self._adapters[name] = Isolated(made, name, self.settings) if made.kind != "module" else made
         return self._adapters[name]
 
     def result(self, case: Case, name: str) -> Result:
@@ -271,8 +273,8 @@ def selftest(
         check(case)
         if case.tolerance == "table" or case.artifacts != Artifacts():
             raise ConfigError(f"case {case.name!r}: selftest needs tolerance: auto, and no artifacts of your own")
-    with tempfile.TemporaryDirectory() as folder:
-        store, graphs = Store(Path(folder) / "store"), Path(folder) / "graphs"
+    with temporary_folder() as folder:
+        store, graphs = Store(folder / "store"), folder / "graphs"
 
         def pipeline(case: Case) -> Pipeline:
             return Pipeline(case, check(case), store, Silent())

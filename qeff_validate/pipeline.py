@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
 from qeff_validate.builders.about import about
+from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
@@ -31,6 +32,7 @@ from qeff_validate.diagnose.graph_precision import GraphPrecision, combined, gra
 from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.diagnose.watched import Watched
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
+from qeff_validate.files import temporary_beside
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.metrics import Floats
@@ -319,7 +321,8 @@ class Pipeline:
         elif ABOUT in self._recorded():
             extra[ABOUT] = self._recorded()[ABOUT]
         tensors = {**{n: stored[n] for n in stored if is_input(n)}, **self.reference(), **extra}
-        path, temporary = folder / f"{self.case.name}.safetensors", folder / f".{self.case.name}.{os.getpid()}"
+        path = folder / f"{self.case.name}.safetensors"
+        temporary = temporary_beside(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_tensors(temporary, sealed(tensors))
@@ -646,13 +649,16 @@ def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
 
     Raises:
         ConfigError: it is not there.
+        BuildError: it is an ONNX file that cannot be read, or becomes too large when it is opened.
     """
     files = path if kind == "onnx" else path / "programqpc.bin"
     if not files.is_file():
         raise ConfigError(f"case {case.name!r}: artifacts.{kind}: there is no file {files}")
+    if kind == "onnx":
+        check_graph(path)
     beside = digest_files((p for p in path.parent.iterdir() if p.is_file()), root=path.parent) if kind == "onnx" else {}
     digest = fingerprint({"file": digest_file(files), "beside": beside})
-    return Artifact(kind, path, digest, {"given": str(path)})
+    return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
 
 
 class Timed:

@@ -42,7 +42,7 @@ OPTIONS = {
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
-    "run-timeout": "seconds after which a run without an answer is ended (ai100, sim)",
+    "run-timeout": "seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)",
 }
 
 _CASES: pytest.StashKey[Any] = pytest.StashKey()
@@ -154,10 +154,22 @@ def _strict_markers(config: pytest.Config) -> bool:
     return False
 
 
+def _run_timeout(config: pytest.Config) -> float:
+    from qeff_validate.errors import ConfigError
+    from qeff_validate.protocols import Settings
+
+    limit = option(config, "run-timeout")
+    try:
+        return Settings().run_timeout_s if limit is None else Settings(run_timeout_s=float(limit)).run_timeout_s
+    except (ValueError, ConfigError) as exc:
+        raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}: {exc}") from exc
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
     config = session.config
+    _run_timeout(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
     path = _place(config, "report")
@@ -205,12 +217,7 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
     if not all(text.isdecimal() for text in ids):
         raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
     settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
-    limit = option(config, "run-timeout")
-    if limit is not None:
-        try:
-            settings = replace(settings, run_timeout_s=float(limit))
-        except ValueError as exc:
-            raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}") from exc
+    settings = replace(settings, run_timeout_s=_run_timeout(config))
     return Runner(store=_place(config, "store"), settings=settings)
 
 

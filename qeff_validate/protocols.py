@@ -58,6 +58,10 @@ class Runtime(Protocol):
         """Open an artifact of this kind; whatever is held is released when the context ends."""
 
 
+LONGEST_RUN_S = 10_000_000
+"""A limit of four months for one run; the system's clocks take no infinite one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How runtimes are to be set up.
@@ -73,6 +77,12 @@ class Settings:
     device_ids: tuple[int, ...] = ()
     threads: int | None = None
     run_timeout_s: float = 600
+
+    def __post_init__(self) -> None:
+        if not 0 < self.run_timeout_s <= LONGEST_RUN_S:
+            raise ConfigError(
+                f"the time limit of a run is {self.run_timeout_s} s: give 0.001 to {LONGEST_RUN_S:,} seconds"
+            )
 
 
 @dataclass(frozen=True, slots=True)

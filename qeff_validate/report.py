@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_validate.compare import Judged, Power, Status
 from qeff_validate.errors import ValidateError
+from qeff_validate.files import temporary_beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,7 +231,7 @@ def merged(
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         # a lone surrogate, which UTF-8 does not have, becomes its JSON escape
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

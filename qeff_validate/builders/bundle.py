@@ -24,6 +24,7 @@ from qeff_validate.artifact import digest_file, digest_tree, fingerprint
 from qeff_validate.builders.about import BESIDE
 from qeff_validate.case import Artifacts, Case, Strict, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
+from qeff_validate.files import temporary_beside
 from qeff_validate.folders import check_writable, folder_entries
 from qeff_validate.protocols import runtime as runtime_for
 
@@ -71,7 +72,7 @@ def write_bundle(
         BuildError: the disk is full or may not be written.
     """
     check_new(folder)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    work = temporary_beside(folder)
     try:
         for case, qpc, reference in members:
             shutil.copytree(qpc, work / case.name / "qpc")

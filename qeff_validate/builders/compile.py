@@ -137,7 +137,7 @@ def intake(onnx: Path) -> Intake:
     }
     made_by = {name: node for node in graph.node for name in node.output}
     found: dict[str, None] = {}
-    pending = [node for node in graph.node if node.op_type in ("Sin", "Cos")]
+    pending = [node for node in graph.node if node.op_type in ("Sin", "Cos") and node.output]
     while pending:
         node = pending.pop()
         if node.output[0] not in found and not (node.op_type == "Cast" and _to_integer(node)):
@@ -152,6 +152,7 @@ def _norms(graph: Any, made_by: Mapping[str, Any]) -> Iterator[str]:
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
+    seen: set[str] = set()
     for node in graph.node:
         square = made_by.get(node.input[0]) if node.op_type == "ReduceMean" and node.input else None
         if square is None or not (square.op_type == "Pow" or _is_square(square)):
@@ -160,13 +161,16 @@ def _norms(graph: Any, made_by: Mapping[str, Any]) -> Iterator[str]:
         chain = [node]
         while chain:
             (inside,) = chain
+            if not inside.output or inside.output[0] in seen:  # a graph that is none: it has a cycle
+                break
+            seen.add(inside.output[0])
             yield inside.output[0]
             chain = [user for user in users.get(inside.output[0], []) if user.op_type in ("Add", "Sqrt", "Reciprocal")]
             chain = chain if len(chain) == 1 else []
 
 
 def _is_square(node: Any) -> bool:
-    return bool(node.op_type == "Mul" and node.input[0] == node.input[1])
+    return bool(node.op_type == "Mul" and len(node.input) == 2 and node.input[0] == node.input[1])
 
 
 def _to_integer(node: Any) -> bool:

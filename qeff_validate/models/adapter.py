@@ -14,6 +14,7 @@ from safetensors import SafetensorError, deserialize
 
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
+from qeff_validate.files import expand_user
 from qeff_validate.tensors import Array
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -38,7 +39,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     Raises:
         ConfigError: a file is missing, broken or pickled, or a tensor is of another type or not finite.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_user(folder)
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
+from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.logits import logit_strays
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
@@ -134,9 +134,7 @@ class PeftCausalLM:
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
         saved = {name: made for name, made in self.options.named().items() if isinstance(made, str)}
-        bases = {
-            name: read_config(Path(made).expanduser()).get("base_model_name_or_path") for name, made in saved.items()
-        }
+        bases = {name: read_config(expand_user(made)).get("base_model_name_or_path") for name, made in saved.items()}
         return {**tokenizer_length(getattr(self.source, "path", None)), "bases": bases}
 
     def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
@@ -144,7 +142,7 @@ class PeftCausalLM:
         keys: dict[str, Any] = {}
         for name, made in self.options.named().items():
             if isinstance(made, str):
-                folder = Path(made).expanduser()
+                folder = expand_user(made)
                 found = [folder / file for file in (WEIGHTS, CONFIG) if (folder / file).is_file()]
                 keys[name] = digest_files(found, root=folder) if weights else {"saved": content(read_config(folder))}
             else:

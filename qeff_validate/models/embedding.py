@@ -30,6 +30,7 @@ from qeff_validate.compare import (
     worst_errors,
 )
 from qeff_validate.errors import ConfigError, RunError, ValidateError
+from qeff_validate.files import read_lines
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
@@ -42,6 +43,9 @@ from qeff_validate.models.sources import Given, Source, foreign, resolve
 from qeff_validate.models.symptoms import padding_hint
 from qeff_validate.protocols import Change, Graph, Session, Share, Terms
 from qeff_validate.tensors import Array, Tensors, TensorSpec
+
+MOST_BYTES = 64 << 20
+"""Of a texts_file: every text is run, one by one, by the reference."""
 
 
 def __getattr__(name: str) -> Any:
@@ -129,8 +133,8 @@ class PooledEmbedding:
         if self.case.inputs.texts_file is not None:
             path = Path(self.case.inputs.texts_file)
             try:
-                texts = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as exc:
+                texts = read_lines(path, most_bytes=MOST_BYTES)
+            except (OSError, ValueError) as exc:
                 raise ConfigError(f"case {self.case.name!r}: cannot read texts_file {path}: {exc}") from exc
         else:
             texts = list(TEXTS if self.case.inputs.texts is None else self.case.inputs.texts)

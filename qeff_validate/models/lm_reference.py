@@ -9,7 +9,6 @@ our cache, wrapper, decode loop or names of adapter tensors is used.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 
 from qeff_validate.case import Precision
 from qeff_validate.errors import IncomparableError
+from qeff_validate.files import temporary_folder
 from qeff_validate.models.adapted import live_names
 from qeff_validate.models.adapter import CONFIG, WEIGHTS
 from qeff_validate.models.arithmetic import WAYS, Rounded, Way, run_ensemble
@@ -250,7 +250,8 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def _folder(made: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """Return a directory that PEFT can load, with an adapter's config and tensors."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as path:
+        folder = str(path)
         if isinstance(made, str):
             shutil.copy(Path(made) / CONFIG, folder)
         else:

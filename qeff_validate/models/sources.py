@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.files import expand_user
 from qeff_validate.models.adapter import content
 from qeff_validate.models.gguf import Gguf
 from qeff_validate.models.loading import (
@@ -258,7 +259,7 @@ def resolve(case: Case) -> Source:
             f"case {case.name!r}: config: overrides fit only a random: or tiny: source, not {case.source!r}"
         )
     if prefix in {"package", "path"} and rest:
-        path = _package(rest) if prefix == "package" else Path(rest).expanduser()
+        path = _package(rest) if prefix == "package" else expand_user(rest)
         return Gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path, case)
     if ":" in case.source or not case.source:
         raise ConfigError(
@@ -270,7 +271,7 @@ def resolve(case: Case) -> Source:
 
 
 def _tiny(rest: str, case: Case) -> Tiny:
-    folder = Path(rest).expanduser()
+    folder = expand_user(rest)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"case {case.name!r}: {folder} holds no config.json, so it is no Hugging Face model")

@@ -27,6 +27,9 @@ LOG = logging.getLogger(__name__)
 OPEN_SECONDS = 600
 """For opening and for closing: reading tens of gigabytes, and a driver that is slow to let go."""
 
+START_SECONDS = 20
+"""How much longer than a run opening may take, if that is less: the process has to start and import first."""
+
 GRACE_SECONDS = 10
 """How long a process whose work is done, or in vain, may take to release its card and end."""
 
@@ -38,10 +41,10 @@ LOG_BYTES = 1 << 20
 
 
 class Isolated:
-    """Opens artifacts in a child process; all else is asked of the adapter itself.
+    """Opens QPCs and untrusted artifacts in a child process; all else is asked of the adapter itself.
 
     Args:
-        adapter: the runtime, made here; it is never opened.
+        adapter: the runtime, made here; it opens what this library exported itself.
         name: the name of its entry point, by which the child makes its own.
         settings: what both are made with.
     """
@@ -59,12 +62,18 @@ class Isolated:
 
     @contextmanager
     def open(self, artifact: Artifact) -> Iterator[Session]:
-        """Open an artifact in a new process, which is gone when the context ends.
+        """Open an artifact, as a rule in a new process, which is gone when the context ends.
+
+        What this library exported itself holds nothing that could hang, and stays in this process.
 
         Raises:
             RunError: the process died, or did not answer in time and was killed.
             ValidateError: what the adapter raised there.
         """
+        if artifact.kind != "qpc" and not artifact.untrusted:
+            with self._adapter.open(artifact) as session:
+                yield session
+            return
         request = {
             "runtime": self._entry,
             "settings": asdict(self._settings),
@@ -76,8 +85,9 @@ class Isolated:
                 "buckets": [dict(bucket) for bucket in artifact.buckets],
             },
         }
-        with _child(self.name) as child:
-            described, _ = child.ask(f"while opening {artifact.path}", request, limit=OPEN_SECONDS)
+        limit = min(OPEN_SECONDS, self._settings.run_timeout_s + START_SECONDS)
+        with _child(self.name, card=artifact.kind == "qpc") as child:
+            described, _ = child.ask(f"while opening {artifact.path}", request, limit=limit)
             yield IsolatedSession(child, described, str(artifact.path), self._settings.run_timeout_s)
             child.ask(f"while closing {artifact.path}", {"do": "close"}, limit=OPEN_SECONDS)
 
@@ -116,8 +126,8 @@ class IsolatedSession:
 class Child:
     """A process that answers, and what it prints."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, card: bool) -> None:
+        self._name, self._card = name, card
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed by leave)
         self._asked_at = 0
         ours, theirs = socket.socketpair()
@@ -156,10 +166,14 @@ class Child:
                 reply, found = self._channel.receive()
         except TimeoutError as exc:
             kill(self.process)
+            hint = (
+                "qaic-util -q shows the card's state, qaic-util -s resets it"
+                if self._card
+                else "does the graph hold a Loop that never ends?"
+            )
             raise RunError(
-                f"{self._name} did not answer for {limit:g} s {doing}, so its process was killed: qaic-util -q shows"
-                " the card's state, qaic-util -s resets it; --run-timeout is the limit of a run"
-                f"{self._said(self._asked_at)}"
+                f"{self._name} did not answer for {limit:g} s {doing}, so its process was killed: {hint};"
+                f" --run-timeout is the limit of a run{self._said(self._asked_at)}"
             ) from exc
         except Closed as exc:
             raise RunError(self._died(doing)) from exc
@@ -184,9 +198,11 @@ class Child:
         except subprocess.TimeoutExpired:
             kill(self.process)
             code = self.process.returncode
-        hint = "the kernel log tells whether memory ran out" if code == -9 else "qaic-util -q shows the card's state"
+        hints = ["native code of the runtime failed"]
+        hints += ["the kernel log tells whether memory ran out"] if code == -9 else []
+        hints += ["qaic-util -q shows the card's state"] if self._card and code != -9 else []
         return (
-            f"the process of {self._name} {ending(code)} {doing}: native code of the runtime failed; {hint}, and"
+            f"the process of {self._name} {ending(code)} {doing}: {'; '.join(hints)}, and"
             f" running the case again tells whether it comes back{self._said(0)}"
         )
 
@@ -209,8 +225,8 @@ class Child:
 
 
 @contextmanager
-def _child(name: str) -> Iterator[Child]:
-    child = Child(name)
+def _child(name: str, *, card: bool) -> Iterator[Child]:
+    child = Child(name, card=card)
     grace = 0.0  # an interruption waits for nothing
     try:
         yield child

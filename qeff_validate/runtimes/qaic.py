@@ -183,6 +183,12 @@ class QaicSession:
         dtypes = [_dtype(binding) for binding in self._bindings]
         combos = [[tuple(shape.dims) for shape in allowed.shapes] for allowed in description.allowed_shapes]
         combos = combos or [[tuple(binding.dims) for binding in self._bindings]]
+        if len(set(names)) != len(names) or any(len(dims) != len(names) for dims in combos):
+            raise RunError(
+                f"{call}: its description has {len(names)} bindings, and names or shapes that do not fit them"
+            )
+        if any(dim < 0 for shapes in combos for dims in shapes for dim in dims):
+            raise RunError(f"{call}: its description has negative dims")
         self.shapes: tuple[Shapes, ...] = tuple(dict(zip(names, dims, strict=True)) for dims in combos)
         specs = [
             TensorSpec(name, dtype, _symbolic(name, [shapes[name] for shapes in self.shapes]))

@@ -23,6 +23,7 @@ from xml.etree import ElementTree as ET
 
 from qeff_validate.artifact import digest_tree, fingerprint
 from qeff_validate.errors import Unavailable
+from qeff_validate.files import expand_user
 
 DEFAULT_PREFIX = "/opt/qti-aic"
 SIMULATED = Path(__file__).resolve().parent / "simulated"
@@ -191,7 +192,7 @@ class Sdk:
 
 def installed(prefix: str | None = None) -> Sdk:
     """Return the installed SDK: ``prefix``, else ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``."""
-    return Sdk(Path(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX).expanduser())
+    return Sdk(expand_user(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX))
 
 
 @lru_cache(maxsize=1)

@@ -206,6 +206,8 @@ def test_error_on_one_runtime_does_not_lose_the_result_of_another(first, store: 
         (("--require", "ai10"), "--require: no runtime is called 'ai10'. Did you mean 'ai100'?"),
         (("--device-ids", "0,x"), "--device-ids: 'x' is no card id; give numbers such as 0,1"),
         (("--report", "cases.yaml"), "--report: cases.yaml is a file; name a directory"),
+        *(((f"--run-timeout={value}",), "--run-timeout") for value in ("0", "nan", "1h")),
+        (("--run-timeout=inf",), "the time limit of a run is inf s"),
         (("--runtmes", "ort"), "No such option: --runtmes (Possible options: --run-timeout, --runtimes)"),
         (("nowhere.yaml",), "cannot read config nowhere.yaml: [Errno 2] No such file"),
     ],
@@ -218,6 +220,15 @@ def test_wrong_usage_exits_2_names_the_value_and_starts_nothing(
     assert message in said(done)
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.yaml"]
+
+
+@pytest.mark.parametrize("days", ["nan", "inf", "soon"])
+def test_prune_wants_a_number_of_days(days: str, tmp_path: Path) -> None:
+    done = cli("store", "prune", f"--days={days}", "--store", tmp_path / "store", cwd=tmp_path)
+    assert done.returncode == 2, said(done)
+    assert "--days" in said(done)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("run",), ("frobnicate",)])

@@ -19,10 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
     {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
-    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
-    {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
     {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
-    {"artifact"}, {"json_tensor"}, {"tensors"}, {"folders"}, {"errors"},
+    {"artifact"}, {"json_tensor"}, {"tensors"}, {"files", "folders", "yaml_reader"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

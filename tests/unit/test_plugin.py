@@ -174,6 +174,13 @@ def test_unknown_runtime_is_a_usage_error_with_a_suggestion(option: str, pyteste
     result.stderr.fnmatch_lines(["ERROR: no runtime is called 'ai10'. Did you mean 'ai100'?"])
 
 
+@pytest.mark.parametrize("value", ["inf", "soon"])
+def test_time_limit_that_is_none_is_a_usage_error(value: str, pytester: pytest.Pytester) -> None:
+    result = quick(pytester, f"--qv-run-timeout={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--qv-run-timeout: wanted seconds, got '{value}'*"])
+
+
 def test_missing_config_is_a_usage_error_that_names_it(pytester: pytest.Pytester) -> None:
     result = quick(pytester, "--qv-config", "nowhere.yaml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

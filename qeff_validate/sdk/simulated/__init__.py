@@ -11,4 +11,8 @@ The package stands on its own (relative imports only), so a copy of it under ano
 
 from __future__ import annotations
 
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is loaded; child processes inherit it
+
 SIMULATED = True

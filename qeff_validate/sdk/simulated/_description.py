@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
 
 from . import QAicApi_pb2 as aicapi
 from . import mx, qpc
 from ._values import BufferDataTypeEnum, BufferIoTypeEnum, BufferMapping, QBuffer, QStatus
 from .boundary import Dims
+from .checks import description_problem, network_problem
 from .errors import QpcError
 
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -81,8 +84,12 @@ class Qpc:
         try:
             self.program = qpc.read(Path(directory))
             desc = aicapi.IoDesc.FromString(self.program.io_desc)
-        except (QpcError, ValueError) as error:
+            network = onnx.load_from_string(self.program.network)
+        except (QpcError, ValueError, DecodeError) as error:
             raise RuntimeError(f"Failed to create Qpc: {error}") from error
+        problem = description_problem(desc, self.program.header, _DTYPES) or network_problem(network, qpc.FILE_NAME)
+        if problem:
+            raise RuntimeError(f"Failed to create Qpc: {self.program.path} is truncated or corrupt: {problem}")
         self._wire = list(desc.selected_set.bindings)
         compressed = dict.fromkeys(self.program.header.get("mxint8", []), "mxint8")
         self.bindings = tuple(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
@@ -26,6 +27,7 @@ from typing import IO, Any
 
 import onnxruntime as ort
 
+from .checks import header_problem
 from .errors import QpcError
 from .weights import CHUNK, Weight
 
@@ -156,6 +158,8 @@ def read(directory: Path) -> Program:
     """
     path = directory / FILE_NAME
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise QpcError(f"Failed to open file{path}: it is no regular file")
         file = path.open("rb")
     except OSError as error:
         raise QpcError(
@@ -165,8 +169,8 @@ def read(directory: Path) -> Program:
         try:
             header = _read_header(file, path)
             data = {name: _read_segment(file, path, name, header["segments"][name]) for name in _SEGMENTS}
-        except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise _damaged(path, f"its header is not readable ({error!r})") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
+            raise _damaged(path, f"its header is not readable ({type(error).__name__}: {str(error)[:200]})") from error
     return Program(path, header, data["network.onnx"], data["iodesc"])
 
 
@@ -196,6 +200,8 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     header = json.loads(raw)
     if not isinstance(header, dict):
         raise ValueError("not an object")
+    if problem := header_problem(header, _SEGMENTS, size):
+        raise _damaged(path, problem)
     return header
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,8 @@ def never(folder: Path) -> None:
 
 
 def files(root: Path) -> list[str]:
-    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and "locks" not in p.parts)
+    """All but leases, which go with the store that holds them."""
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and "leases" not in p.parts)
 
 
 def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
@@ -78,6 +82,117 @@ def test_a_damaged_entry_is_never_served_but_made_again(tmp_path: Path, damage: 
     again = Store(tmp_path).entry("onnx", KEY, writes("right"))
     assert again.made
     assert file.read_text() == "right"
+
+
+def wrong_provenance(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(entry: Path) -> None:
+        path = entry / PROVENANCE
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+def put(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Put something in the place of a file of an entry, or of the entry itself."""
+
+    def damage(entry: Path) -> None:
+        path = entry / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        make(path)
+
+    return damage
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))
+
+
+THINGS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling link": lambda path: path.symlink_to("nothing"),
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to a directory": lambda path: path.symlink_to("/proc"),
+    "directory": Path.mkdir,
+    "socket": listening,
+    "empty file": Path.touch,
+}
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "provenance is a list": wrong_provenance(lambda said: [said]),
+    "provenance is null": wrong_provenance(lambda said: None),
+    "files is a list": wrong_provenance(lambda said: {**said, "files": list(said["files"])}),
+    "no seconds": wrong_provenance(lambda said: {name: said[name] for name in said if name != "seconds"}),
+    "seconds is a text": wrong_provenance(lambda said: {**said, "seconds": "1"}),
+    "seconds is true": wrong_provenance(lambda said: {**said, "seconds": True}),
+    "seconds is infinite": wrong_provenance(lambda said: {**said, "seconds": float("inf")}),
+    "seconds is negative": wrong_provenance(lambda said: {**said, "seconds": -1}),
+    "key is a list": wrong_provenance(lambda said: {**said, "key": [1]}),
+    "too deep": lambda entry: (entry / PROVENANCE).write_text("[" * 10**6) and None,
+    "no UTF-8": lambda entry: (entry / PROVENANCE).write_bytes(b"\xff") and None,
+    **{f"{place or 'entry'}: {name}": put(place, make) for place in (PROVENANCE, "sub", "sub/file", "more", "")
+       for name, make in THINGS.items()},
+}  # fmt: skip
+
+
+del DAMAGES["more: directory"]  # it holds nothing that could be served
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_whatever_stands_in_the_place_of_an_entry_is_replaced(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    entry = Store("s").entry("onnx", KEY, writes("right"))
+    damage(entry.path)
+    Store("s").entries()
+    for made in (True, False):
+        again = Store("s").entry("onnx", KEY, writes("right"))
+        assert again.made is made
+        assert (again.path / "sub" / "file").read_text() == "right"
+        assert again.seconds >= 0
+    assert Path("/dev/zero").exists()
+    assert len(Store("s").prune(unused_since=float("inf"))) == 1
+    assert files(Path("s")) == []
+
+
+@pytest.mark.parametrize("thing", THINGS.values(), ids=THINGS)
+def test_whatever_stands_in_the_place_of_a_lock_is_replaced(
+    thing: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = Store("s").entry("onnx", KEY, writes("right"))
+    thing(Path("s/locks") / f"onnx-{entry.path.name}.lock")
+    assert not Store("s").entry("onnx", KEY, never).made
+    assert list(Path("s/locks").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "s"], "no dangling link was followed"
+
+
+@pytest.mark.parametrize("place", ["onnx", "tmp", "locks", "leases"])
+@pytest.mark.parametrize("thing", [name for name in THINGS if name not in ("directory", "link to a directory")])
+def test_directory_of_the_store_that_is_none_is_a_build_error_that_names_it(
+    place: str, thing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s").mkdir()
+    THINGS[thing](Path("s") / place)
+    with pytest.raises(BuildError, match=rf"cannot write to the store .*/{place}.*take away"):
+        Store("s").entry("onnx", KEY, writes())
+
+
+def test_tensors_that_cannot_be_read_are_made_again(tmp_path: Path) -> None:
+    make = lambda: {"a": np.arange(3)}  # noqa: E731
+    _, entry = Store(tmp_path).tensors("inputs", KEY, make)
+    (entry.path / "tensors.safetensors").write_bytes(b"x")
+    said = json.loads((entry.path / PROVENANCE).read_text())
+    said["files"]["tensors.safetensors"] = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    (entry.path / PROVENANCE).write_text(json.dumps(said))
+    again, entry = Store(tmp_path).tensors("inputs", KEY, make)
+    np.testing.assert_array_equal(again["a"], np.arange(3))
+    assert entry.made
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
@@ -208,3 +323,129 @@ def test_an_entry_whose_lock_is_held_is_not_pruned(tmp_path: Path) -> None:
     with FileLock(tmp_path / "locks" / f"onnx-{entry.path.name}.lock"):
         assert store.prune(unused_since=float("inf")) == []
     assert len(store.prune(unused_since=float("inf"))) == 1
+
+
+# --- leases ------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from qeff_validate.builders.store import Store
+store = Store(sys.argv[1])
+entry = store.entry("onnx", {"k": 1}, lambda folder: (folder / "file").write_text("x"))
+print(entry.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("ending", ["exit", "kill"])
+def test_what_a_live_process_has_found_is_not_pruned_until_it_ends(ending: str, tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        path = Path(process.stdout.readline().strip())
+        assert Store(tmp_path).prune(unused_since=float("inf")) == []
+        assert path.exists()
+        if ending == "kill":
+            process.kill()
+    assert [kept.path for kept in Store(tmp_path).prune(unused_since=float("inf"))] == [path]
+    assert files(tmp_path) == []
+    assert list((tmp_path / "leases").iterdir()) == []
+
+
+def test_store_that_prunes_is_not_stopped_by_what_it_has_found_itself(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.entry("onnx", KEY, writes())
+    assert len(store.prune(unused_since=float("inf"))) == 1
+
+
+def test_lease_ends_with_its_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.entry("onnx", KEY, writes())
+    assert Store(tmp_path).prune(unused_since=float("inf")) == []
+    del store
+    assert len(Store(tmp_path).prune(unused_since=float("inf"))) == 1
+
+
+PRUNER = """
+import sys
+from qeff_validate.builders.store import Store
+sys.stdin.readline()
+print(len(Store(sys.argv[1]).prune(unused_since=float("inf"))))
+"""
+
+
+def test_several_prunes_at_once_delete_each_entry_once(tmp_path: Path) -> None:
+    for n in range(30):
+        Store(tmp_path).entry("onnx", {"n": n}, writes())
+    command = [sys.executable, "-c", PRUNER, str(tmp_path)]
+    pruners = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for pruner in pruners:
+        pruner.stdin.write("\n")
+        pruner.stdin.flush()
+    done = [pruner.communicate() for pruner in pruners]
+    assert "".join(err for _, err in done) == ""
+    assert sum(int(out) for out, _ in done) == 30
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("by", ["prune", "next run"])
+def test_what_killed_processes_left_is_taken_away(by: str, tmp_path: Path) -> None:
+    with child(tmp_path, "hang") as process:
+        assert process.stdout.readline() == "building\n"
+        os.kill(process.pid, signal.SIGKILL)
+    store = tmp_path / "store"
+    left = [path for name in ("tmp", "locks", "leases") for path in (store / name).iterdir()]
+    assert len(left) == 3
+    if by == "prune":
+        Store(store).prune(unused_since=0)
+    else:
+        Store(store).entry("onnx", KEY, writes())
+    assert [path for path in left if path.exists()] == []
+
+
+def test_unfinished_work_of_a_live_process_is_spared(tmp_path: Path) -> None:
+    with child(tmp_path, "hang") as process:
+        assert process.stdout.readline() == "building\n"
+        Store(tmp_path / "store").prune(unused_since=float("inf"))
+        Store(tmp_path / "store").entry("qpc", KEY, writes())
+        process.stdin.close()
+        assert process.stdout.read() == "made\n"
+
+
+def test_what_is_not_ours_below_the_root_is_never_deleted(tmp_path: Path) -> None:
+    others = [
+        "photos/holiday.jpg",
+        "photos/2026/a",
+        "tmp/mine",
+        "locks/x.lock",
+        "leases/1",
+        "onnx/notes/provenance.json",
+    ]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    Store(tmp_path).entry("onnx", KEY, writes())
+    Store(tmp_path).prune(unused_since=float("inf"))
+    assert [name for name in others if not (tmp_path / name).exists()] == []
+
+
+def test_entry_whose_prune_is_under_way_is_waited_for_and_made_again(tmp_path: Path) -> None:
+    from qeff_validate.builders.locks import lock
+
+    entry = Store(tmp_path).entry("onnx", KEY, writes())
+    held, said = lock(tmp_path / "locks" / f"onnx-{entry.path.name}.lock", lambda: None), []
+
+    def waiting() -> None:
+        said.append("waiting")
+        shutil.rmtree(entry.path)
+        held.close()
+
+    assert Store(tmp_path).entry("onnx", KEY, writes(), waiting=waiting).made
+    assert said == ["waiting"]

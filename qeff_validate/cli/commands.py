@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: a thin layer over the engine. Exit codes are those of `Report.exit_code`."""
+"""The commands: a thin layer over the engine. Exit codes are those of `Report.exit_code`."""
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qeff_validate.cli import signals
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.report import DEFAULT_DIR
 from qeff_validate.sdk.commands import app as sdk_app
@@ -70,7 +72,10 @@ def run(
     require: Annotated[str, typer.Option(help="runtimes that must run; 'not run' is then an error")] = "",
     device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
     run_timeout: Annotated[
-        float, typer.Option(min=0.001, help="seconds after which a run without an answer is ended (ai100, sim)")
+        float,
+        typer.Option(
+            min=0.001, help="seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)"
+        ),
     ] = 600,
     sdk: Sdk = None,
     report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
@@ -280,6 +285,8 @@ def store_prune(
     """Delete entries that were not used for some days; what is needed again is built again."""
     from qeff_validate.builders.store import Store
 
+    if not math.isfinite(days):
+        raise ConfigError(f"--days: {days} is no number of days")
     gone = Store(store).prune(unused_since=time.time() - days * 86400)
     for kept in gone:
         _console().print(_kept(kept), markup=False, highlight=False, soft_wrap=True)
@@ -359,7 +366,7 @@ class Terminal:
             with self._console.status(text) if self._console.is_terminal and not self._verbose else nullcontext():
                 yield
         finally:
-            _leave_if_asked()  # a library may have turned the interruption into an error of its own
+            signals.raise_if_received()  # a library may have turned the interruption into an error of its own
         seconds = time.perf_counter() - start
         if seconds >= 0.5:
             self._console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False)
@@ -372,53 +379,30 @@ class Terminal:
 
 # newer versions of typer carry click within themselves, older ones import it: ask the exception for its base
 _Usage: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
-INTERRUPTED = 130
 
 
-_received: list[int] = []
-"""Signals so far. Python swallows an exception that is raised inside a ``__del__``, so each step looks here too."""
-
-
-def _stop(signum: int, _frame: Any) -> None:
-    """Leave by an exception, so that children are killed and unfinished work is removed."""
-    _received.append(signum)
-    _leave_if_asked()
-
-
-def _unraisable(unraisable: Any) -> None:
-    """Keep quiet about our own interruption if it was swallowed; it is raised again at the end of the step."""
-    if not issubclass(unraisable.exc_type, (KeyboardInterrupt, SystemExit)):
-        sys.__unraisablehook__(unraisable)
-
-
-def _leave_if_asked() -> None:
-    if _received:
-        if _received[0] == signal.SIGTERM:
-            sys.exit(143)
-        raise KeyboardInterrupt
-
-
-def main(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    _received.clear()
-    sys.unraisablehook = _unraisable
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+def run_command(args: list[str] | None) -> int:
+    """Run a command and return its exit code; nothing but the exit of a signal comes out of it."""
     try:
         code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
     except ConfigError as exc:
-        return _complain(exc, 2)
+        code = _complain(exc, 2)
     except ValidateError as exc:
-        return _complain(exc, 3)
+        code = _complain(exc, 3)
     except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
+        code = signals.EXIT_CODES[signal.SIGINT]
+    except SystemExit as exc:
+        code = exc.code
     except _Usage as exc:
         exc.show()
-        return int(exc.exit_code)
+        code = exc.exit_code
     except Exception:  # python's own exit code for it is 1, which here means a mismatch
-        traceback.print_exc()
-        return _complain("this is a bug of qeff-validate, not a verdict on a model; please report it", 3)
-    if code == INTERRUPTED:
+        if signals.exit_code() is None:  # else a library has made an error of the interruption
+            traceback.print_exc()
+            code = _complain("this is a bug of qeff-validate, not a verdict on a model; please report it", 3)
+    interrupted = signals.exit_code()
+    if interrupted is not None or code == signals.EXIT_CODES[signal.SIGINT]:
+        code = signals.EXIT_CODES[signal.SIGINT] if interrupted is None else interrupted
         _complain("interrupted; finished artifacts are in the store, nothing is half-written", code)
     return int(code or 0)
 
@@ -426,7 +410,3 @@ def main(args: list[str] | None = None) -> int:
 def _complain(problem: object, code: int) -> int:
     _console(stderr=True).print(f"qeff-validate: {problem}", markup=False, highlight=False, soft_wrap=True)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large a user's graph becomes when it is opened: every runtime and compiler inlines its functions first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qeff_validate.errors import BuildError
+from qeff_validate.models.loading import first_line
+
+
+def check_graph(path: Path) -> None:
+    """Refuse a graph whose functions call each other until it has more nodes than memory holds.
+
+    Raises:
+        BuildError: it has too many nodes, a function calls itself, or the file is no ONNX.
+    """
+    import onnx
+
+    from qeff_validate.sdk.simulated.functions import too_large
+
+    try:
+        problem = too_large(onnx.load(str(path), load_external_data=False))
+    except Exception as exc:  # protobuf's errors depend on its implementation
+        raise BuildError(f"cannot read {path} as ONNX: {first_line(exc)}") from exc
+    if problem:
+        raise BuildError(f"{path} cannot be opened: {problem}")
