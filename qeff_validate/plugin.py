@@ -169,7 +169,8 @@ def _run_timeout(config: pytest.Config) -> float:
 def pytest_collection(session: pytest.Session) -> None:
     """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
     config = session.config
-    _run_timeout(config)
+    if option(config, "run-timeout"):
+        _run_timeout(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
     path = _place(config, "report")
@@ -196,7 +197,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for case in _cases(metafunc.config):
         if model_kind(case).suite not in suites:
             continue
-        for name in dict.fromkeys([*(chosen or case.runtimes), "ai100"]):
+        for name in _runtimes(case, chosen):
             marks = [getattr(pytest.mark, mark) for mark in (name, *case.marks)]
             params.append(pytest.param((case, name), id=f"{case.name}-{name}", marks=marks))
     metafunc.parametrize("qv_target", params)
