@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qeff_validate.errors import ConfigError, IncomparableError, suggest
 from qeff_validate.floor import Floor, factor, limit
-from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, systematic, worst_row
+from qeff_validate.metrics import GATES, Metric, neighbour_metrics, row_errors, stray_size, systematic, worst_row
 from qeff_validate.tensors import Array, Tensors
 
 Status = Literal["pass", "fail", "inconclusive", "error", "not_run"]
@@ -185,7 +185,7 @@ def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
     """Return the systematic parts of outputs' errors, over all rows that hold a token."""
     kept = rows.kept()
     found = [metric for name, array in center.items() for metric in systematic(array[kept], outputs[name][kept])]
-    return {name: greatest(metric.value for metric in found if metric.name == name) for name in STRAYS}
+    return {name: greatest(stray_size(metric) for metric in found if metric.name == name) for name in STRAYS}
 
 
 def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:

@@ -23,6 +23,7 @@ from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.logits import logit_strays
+from qeff_validate.metrics import stray_size
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
 from qeff_validate.models.continuations import check_continuations, judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
@@ -321,7 +322,7 @@ class PeftCausalLM:
 
     def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
         """Return the systematic parts of logits' errors."""
-        return {metric.name: metric.value for metric in logit_strays(center["logits"], outputs["logits"])}
+        return {metric.name: stray_size(metric) for metric in logit_strays(center["logits"], outputs["logits"])}
 
     def sensitivity(self, inputs: Prompts, reference: Tensors) -> Sequence[float]:
         """Return the greatest spread of a prompt's logits: what is rounded in them is relative to their size."""

@@ -79,8 +79,9 @@ def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others(
         sizes = np.sqrt((others**2).mean(1, keepdims=True))
         signed = np.abs(((runs[at][kept] - others) / sizes).mean(0)).max()
         assert floor.strays["mean_signed"][at] == pytest.approx(signed, rel=1e-4)
-        ratio = (np.linalg.norm(runs[at][kept], axis=1) / np.linalg.norm(others, axis=1)).mean()
-        assert floor.strays["mean_norm"][at] == pytest.approx(abs(ratio - 1), rel=1e-3, abs=1e-9)
+        ratios = np.linalg.norm(runs[at][kept], axis=1) / np.linalg.norm(others, axis=1)
+        least = ratios.std() / np.sqrt(len(kept))  # a mean that is nearer to 1 than that was lucky
+        assert floor.strays["mean_norm"][at] == pytest.approx(max(abs(ratios.mean() - 1), least), rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize(("size", "status"), [(0.1, "pass"), (0.19, "pass"), (0.25, "fail"), (0.4, "fail")])
