@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: validate test test-sdk qefficient check bench support power clean help
+.PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +22,12 @@ validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the sim
 
 test: check  ## lint, types, then every test (PYTEST_ARGS='-x' and the like)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-kernels: $(STAMP)  ## the numeric tests under kernels of other processors: minutes (ARGS='--only oldest')
+	$(BIN)/python tests/kernels.py $(ARGS) -- $(PYTEST_ARGS)
+
+calibrate: $(STAMP)  ## what the table of bounds has to allow, writes its part of docs/power.md: half an hour
+	$(BIN)/python tests/calibration.py $(ARGS)
 
 test-sdk: $(STAMP)  ## the simulated SDK under other Pythons and package versions: minutes, needs a package index
 	$(BIN)/python -m pytest -m environments -rs tests/dropin

@@ -25,8 +25,15 @@ from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
 from qeff_validate.report import Report, Result
 from qeff_validate.runtimes.isolated import Isolated
+from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 from qeff_validate.yaml_reader import parse_yaml
+
+KERNELS = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES"),
+    *("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", OPTIMIZATION),
+)
+"""Environment variables that change how numbers are rounded; reports record those that are set."""
 
 if TYPE_CHECKING:
     from qeff_validate.diagnose.score import Score
@@ -316,12 +323,15 @@ def build(
 def environment(settings: Settings) -> dict[str, Any]:
     """Return what a reader of a report needs to know of where it was made."""
     sdk = installed(settings.sdk)
+    kernels = {"kernels": {name: os.environ[name] for name in sorted(KERNELS) if name in os.environ}}
+    if settings.ort_optimization is not None:
+        kernels["kernels"]["ort_optimization"] = settings.ort_optimization
     names = ("qeff-validate", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy", "peft")
     return {
         "versions": {"python": platform.python_version(), **versions(*names)},
         "sdk": {"prefix": str(sdk.prefix), **sdk.versions()} if sdk.prefix.is_dir() else None,
         "simulated_sdk": simulated().versions(),
         "cards": [{"qid": card.qid, **card.values} for card in sdk.cards()] if sdk.prefix.is_dir() else [],
-        "host": {"system": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "host": {"system": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), **kernels},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

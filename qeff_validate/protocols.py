@@ -70,12 +70,15 @@ class Settings:
         sdk: prefix of the installed AI 100 SDK; None: ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``.
         device_ids: the cards to use; empty: the first free one.
         threads: intra-op threads on the host; None: the library's own choice.
+        ort_optimization: optimization level of ONNX Runtime: ``disabled``, ``basic``, ``extended`` or ``all``; None:
+            ``QEFF_VALIDATE_ORT_OPTIMIZATION``, else ``all``.
         run_timeout_s: after which time without an answer a runtime that runs in a process of its own is killed.
     """
 
     sdk: str | None = None
     device_ids: tuple[int, ...] = ()
     threads: int | None = None
+    ort_optimization: str | None = None
     run_timeout_s: float = 600
 
     def __post_init__(self) -> None:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from qeff_validate.artifact import Artifact, Kind
-from qeff_validate.errors import RunError, Unavailable, ValidateError
+from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError, suggest
 from qeff_validate.protocols import Session, Settings
 from qeff_validate.runtimes.state import Retained
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
@@ -26,6 +28,42 @@ DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+
+OPTIMIZATION = "QEFF_VALIDATE_ORT_OPTIMIZATION"
+"""Environment variable: the optimization level where `Settings` name none. Reports record it."""
+
+LEVELS: Mapping[str, str] = MappingProxyType(
+    {
+        "disabled": "ORT_DISABLE_ALL",
+        "basic": "ORT_ENABLE_BASIC",
+        "extended": "ORT_ENABLE_EXTENDED",
+        "all": "ORT_ENABLE_ALL",
+    }
+)
+"""Optimization levels of graphs, by their names in settings, with ONNX Runtime's own."""
+
+
+def session_options(settings: Settings | None = None) -> Any:
+    """Return ``onnxruntime.SessionOptions`` with the threads and the optimization level of settings.
+
+    Raises:
+        ConfigError: no level has this name.
+    """
+    import onnxruntime as ort
+
+    settings = settings or Settings()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about optimisations that it did not make
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    level = settings.ort_optimization or os.environ.get(OPTIMIZATION) or "all"
+    if level not in LEVELS:
+        raise ConfigError(
+            f"no optimization level of ONNX Runtime is called {level!r} (Settings.ort_optimization or {OPTIMIZATION}):"
+            f" use one of {', '.join(LEVELS)}.{suggest(level, LEVELS)}"
+        )
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+    return options
 
 
 class OrtRuntime:
@@ -46,14 +84,12 @@ class OrtRuntime:
         """Open an ONNX file.
 
         Raises:
+            ConfigError: the optimization level has an unknown name.
             Unavailable: the file or its external data is missing, cut short or no ONNX.
         """
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # its warnings are about optimisations that it did not make
-        if self.settings.threads is not None:
-            options.intra_op_num_threads = self.settings.threads
+        options = session_options(self.settings)
         try:
             session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions share no base class that it exports

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 import pytest
+from bounds import close
 
 from qeff_validate.diagnose.adapters import ADAPTERS, brain, half
 from qeff_validate.diagnose.continuing import served
@@ -105,6 +106,7 @@ def test_each_mutant_changes_values_and_nothing_else(method: str) -> None:
     assert refused == INAPPLICABLE[method]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("method", "tensor"),
     [
@@ -128,9 +130,10 @@ def test_strength_is_in_what_a_fresh_adapter_holds_without_effect(
         for key, array in found[adapter].items():
             if tensor in key:
                 fresh = 1 if method == "ia3" else 0
-                np.testing.assert_allclose(array, fresh + factor * (made[adapter][key] - fresh), atol=1e-6)
+                close(array, fresh + factor * (made[adapter][key] - fresh), atol=5e-6)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("name", "factor"), [("alpha / r dropped, x 0.5", 0.5), ("alpha / r where alpha / sqrt(r) is meant", RANK**-0.5)]
 )
@@ -138,7 +141,7 @@ def test_scale_is_that_of_the_product(name: str, factor: float) -> None:
     made = adapters()
     found = served(NAMED[name], made)
     for place in ("0.self_attn.q_proj", "1.self_attn.v_proj"):
-        np.testing.assert_allclose(change(found["b"], place), factor * change(made["b"], place), rtol=1e-5)
+        close(change(found["b"], place), factor * change(made["b"], place), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +179,12 @@ def test_parts_without_adapter_have_the_tensors_of_base(name: str) -> None:
         assert not hit & same_as_base
 
 
+@pytest.mark.numeric
 def test_only_one_target_module_has_another_scale() -> None:
     made = adapters()
     found = served(NAMED["alpha_pattern of one target module ignored, x 0.5"], made)
     assert differing(made["a"], found["a"]) == {"0.v_proj.lora_B", "1.v_proj.lora_B"}
-    np.testing.assert_allclose(change(found["a"], "0.self_attn.v_proj"), change(made["a"], "0.self_attn.v_proj") / 2)
+    close(change(found["a"], "0.self_attn.v_proj"), change(made["a"], "0.self_attn.v_proj") / 2, rtol=1e-6)
 
 
 def test_layers_are_exchanged_and_come_from_others() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bounds import close, within
 from torch import Tensor, nn
 
 from qeff_validate.diagnose.bodies import BODIES
@@ -91,7 +92,10 @@ def check(model: Any, absent: Any, noise: float) -> None:
         else:
             least = 1e-4 if mutant.gross else noise
             rotates = mutant.name == LATER and ROTARY not in absent
-            assert size < 2e-6 if rotates else not size <= least, f"{mutant.name}: {size}"
+            if rotates:
+                within(size, 5e-6, mutant.name)
+            else:
+                assert not size <= least, f"{mutant.name}: {size}"
         after = state(model)
         assert torch.equal(output(model), wanted), mutant.name
         assert (after["modules"], after["config"]) == (before["modules"], before["config"]), mutant.name
@@ -99,16 +103,19 @@ def check(model: Any, absent: Any, noise: float) -> None:
     assert refused == set(absent)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", NOT_IN)
 def test_mutants_of_a_body_have_an_effect_and_leave_nothing(family: str) -> None:
     check(Random(family, {}, 0).body().double(), NOT_IN[family], noise=1e-9)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", NOT_IN_LANGUAGE)
 def test_mutants_of_a_language_model_do_too(family: str) -> None:
     check(Random(family, {}, 0).causal_lm(), NOT_IN_LANGUAGE[family], noise=2e-6)
 
 
+@pytest.mark.numeric
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by a deprecated name
 def test_mutants_of_an_adapted_model_change_the_base_alone() -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False, r=4)
@@ -197,22 +204,24 @@ DONE_OTHERWISE: dict[tuple[str, str], Callable[[], Tensor]] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("name", "family"), DONE_OTHERWISE)
 def test_a_mutant_does_what_it_says(name: str, family: str) -> None:
     body = Random(family, {"sliding_window": 8} if family == "mistral" else {}, 0).body()
     wanted = output(body)
     with NAMED[name].held(body):
         found = output(body)
-    assert effect(DONE_OTHERWISE[name, family](), found) < 1e-6
+    within(effect(DONE_OTHERWISE[name, family](), found), 5e-6)
     assert effect(wanted, found) > 1e-5
 
 
+@pytest.mark.numeric
 def test_a_norm_that_adds_one_to_its_weight_is_left_plain_too() -> None:
     body = Random("gemma2", {}, 0).body()
     norm = body.layers[-1].post_feedforward_layernorm
     some = torch.linspace(-2, 3, 64)[None]
     with NAMED["one norm without its weight"].held(body), torch.no_grad():
-        torch.testing.assert_close(norm(some), some / some.square().mean().sqrt(), rtol=1e-4, atol=1e-6)
+        close(norm(some), some / some.square().mean().sqrt(), rtol=1e-4, atol=1e-6)
 
 
 # --- Patch -----------------------------------------------------------------------------------------

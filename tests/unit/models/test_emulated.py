@@ -10,6 +10,7 @@ import microscaling
 import numpy as np
 import pytest
 import torch
+from bounds import close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from qeff_validate.models.emulated import E2M3, INT8, CompressedCache, CompressedWeights, in_blocks
@@ -57,6 +58,7 @@ def compressed_copy(model: Any, *ends: str, axis: int = 1) -> Any:
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("kind", "more", "ends", "axis"),
     [
@@ -79,13 +81,14 @@ def test_products_read_compressed_weights_and_nobody_else_does(
         with mode:
             got = model(IDS)[0]
         again = model(IDS)[0]
-    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    close(got, wanted, rtol=1e-5, atol=5e-6)
     assert (plain - wanted).norm() > 1e-2 * plain.norm()
     assert torch.equal(again, plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert len(mode.used) == sum(name.endswith(ends) for name, _ in model.named_modules())
 
 
+@pytest.mark.numeric
 def test_adapters_are_not_compressed() -> None:
     """They are inputs of the graph. One that was there before is named."""
     model = built("llama", num_key_value_heads=1)
@@ -98,11 +101,12 @@ def test_adapters_are_not_compressed() -> None:
         wanted = whole(IDS).logits
         for one in (mode, CompressedWeights(adapted, names)):
             with one:
-                assert torch.allclose(adapted(IDS).logits, wanted, rtol=1e-5, atol=1e-6)
+                close(adapted(IDS).logits, wanted, rtol=1e-5, atol=5e-6)
         with CompressedWeights(adapted):
-            assert not torch.allclose(adapted(IDS).logits, wanted, rtol=1e-3, atol=1e-4)
+            assert (adapted(IDS).logits - wanted).norm() > 1e-4 * wanted.norm()
 
 
+@pytest.mark.numeric
 def test_keys_and_values_are_compressed_along_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llama", num_key_value_heads=1, head_dim=48)
     plain, held = DynamicCache(config=model.config), CompressedCache(config=model.config)
@@ -116,5 +120,5 @@ def test_keys_and_values_are_compressed_along_the_head(monkeypatch: pytest.Monke
         stepped = CompressedCache(config=model.config)
         last = [model(IDS[:, i : i + 1], past_key_values=stepped, use_cache=True).logits[:, -1] for i in range(5)]
         without = model(IDS, use_cache=False).logits
-    assert torch.allclose(got, torch.stack(last, 1), rtol=1e-3, atol=1e-4)
+    close(got, torch.stack(last, 1), rtol=1e-3, atol=1e-4)
     assert (got - without).norm() > 1e-4 * without.norm()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bounds import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,14 +35,16 @@ def by_numpy(name: str, tokens: np.ndarray) -> np.ndarray:
     return tokens[0]
 
 
+@pytest.mark.numeric
 def test_the_oracle_has_every_pooling_and_agrees_with_numpy() -> None:
     assert sorted(oracle.POOLINGS) == sorted(POOLINGS) == sorted([*NAMES, "none"])
     tokens = np.random.default_rng(0).standard_normal((5, 7))
     for name in NAMES:
-        np.testing.assert_allclose(oracle.pool(tokens, name, normalize=False), by_numpy(name, tokens), rtol=1e-15)
+        close(oracle.pool(tokens, name, normalize=False), by_numpy(name, tokens), rtol=1e-14)
         assert np.linalg.norm(oracle.pool(tokens, name, normalize=True)) == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=80, deadline=None)
 @given(
@@ -61,7 +64,7 @@ def test_real_tokens_alone_decide(name: str, lengths: list[int], left: bool, gar
     for row, length in enumerate(lengths):
         real = states[row][mask[row] > 0]
         wanted = by_numpy(name, real) if length else np.zeros(hidden)
-        np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
+        close(got[row], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,19 +80,21 @@ def test_the_input_is_never_changed_and_the_dtype_is_kept(name: str, dtype: torc
     assert torch.equal(out[2], torch.zeros(4, dtype=dtype))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 def test_long_rows_of_large_values_do_not_overflow_fp16(name: str) -> None:
     states = torch.full((1, 8192, 4), 10.0, dtype=torch.float16)  # their plain sum is beyond 65504
     out = POOLINGS[name](states, torch.ones(1, 8192, dtype=torch.int64))
-    torch.testing.assert_close(out, torch.full((1, 4), 10.0, dtype=torch.float16), rtol=2e-3, atol=0)
+    close(out, torch.full((1, 4), 10.0, dtype=torch.float16), rtol=2e-3, atol=0)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 3e4])
 def test_normalizing_survives_any_magnitude(dtype: torch.dtype, size: float) -> None:
     vectors = (torch.tensor([[3.0, -4.0, 0.0], [0.5, 0.5, 0.5]]) * size / 4).to(dtype)
     wanted = vectors.double() / vectors.double().norm(dim=1, keepdim=True)
-    torch.testing.assert_close(normalized(vectors).double(), wanted, rtol=0, atol=1e-3 if dtype.itemsize == 2 else 1e-6)
+    close(normalized(vectors).double(), wanted, rtol=0, atol=2e-3 if dtype.itemsize == 2 else 1e-6)
 
 
 def test_normalizing_zeros_gives_zeros() -> None:
@@ -110,10 +115,11 @@ def test_no_pooling_keeps_real_tokens_and_zeros_the_rest(garbage: float) -> None
     assert torch.equal(out, torch.where(mask[..., None] > 0, states, torch.tensor(0.0)))
 
 
+@pytest.mark.numeric
 def test_matryoshka_cuts_before_normalizing() -> None:
     model = PooledModel(TupleBody(), "max", normalize=True, truncate_dim=3)
     out = model(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 1]]))
-    torch.testing.assert_close(out, torch.tensor([[0, 0.5**0.5, 0.5**0.5]]))
+    close(out, [[0, 0.5**0.5, 0.5**0.5]], atol=1e-6)
     with pytest.raises(ConfigError, match="truncate_dim 6 exceeds the vectors' width 5"):
         PooledModel(TupleBody(), "max", truncate_dim=6)(torch.tensor([[1]]), torch.tensor([[1]]))
 

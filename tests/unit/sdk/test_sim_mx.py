@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from bounds import close
 from microscaling import mxfp6, mxint8
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -108,6 +109,7 @@ def products(compile_onnx, client, model, *flags: str, x: np.ndarray = X) -> dic
     return client(compiled.directory).run(x=x)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("flags", [[], ["-convert-to-fp16"]])
 def test_a_weight_is_compressed_along_what_is_summed_over(small, flags, make_model, compile_onnx, client):
@@ -119,7 +121,7 @@ def test_a_weight_is_compressed_along_what_is_summed_over(small, flags, make_mod
     got = products(compile_onnx, client, model, *flags)["y"]
     x, w = (half(X), half(mxfp6(weight, 0))) if flags else (X, mxfp6(weight, 0))
     want = x.astype(np.float64) @ w.astype(np.float64)
-    assert np.allclose(got, want, rtol=2e-3 if flags else 1e-5, atol=1e-2 if flags else 1e-4)
+    close(got, want, rtol=2e-3 if flags else 1e-5, atol=2e-2 if flags else 1e-4)
     other = x.astype(np.float64) @ (half(mxfp6(weight, 1)) if flags else mxfp6(weight, 1)).astype(np.float64)
     assert np.abs(got - other).max() > 0.1, "blocks along the other axis are others"
 
@@ -162,6 +164,7 @@ def test_half_precision_weights(make_model, compile_onnx, client):
     assert np.array_equal(got, mxfp6(weight.astype(np.float32), 0))
 
 
+@pytest.mark.numeric
 def test_others_read_the_weight_as_it_is(make_model, compile_onnx, client):
     """A tied embedding: a table for Gather, and transposed for MatMul."""
     table = spread(40, 64)
@@ -185,7 +188,7 @@ def test_others_read_the_weight_as_it_is(make_model, compile_onnx, client):
     (conv,) = ReferenceEvaluator(make_model([nodes[-1]], {"c": inputs["c"]}, {"v": outputs["v"]}, {"K": kernel})).run(
         None, {"c": signal}
     )
-    assert np.allclose(got["v"], conv, rtol=1e-4, atol=1e-4), "only MatMul and Gemm are compressed"
+    close(got["v"], conv, rtol=1e-4, atol=1e-4, what="only MatMul and Gemm are compressed:")
 
 
 def test_a_weight_is_stored_once(make_model, compile_onnx):

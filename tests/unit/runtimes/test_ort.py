@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimization levels of ONNX Runtime: from settings, from the environment, and in reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, save
+from simulated_graphs import graph
+
+from qeff_validate.artifact import Artifact
+from qeff_validate.engine import environment
+from qeff_validate.errors import ConfigError
+from qeff_validate.protocols import Settings
+from qeff_validate.runtimes.ort import LEVELS, OPTIMIZATION, OrtRuntime, session_options
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_settings_win_over_the_environment_which_wins_over_the_default(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+    monkeypatch.delenv(OPTIMIZATION, raising=False)
+    assert session_options().graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    assert session_options(Settings(ort_optimization=level)).graph_optimization_level == wanted
+    monkeypatch.setenv(OPTIMIZATION, level)
+    assert session_options().graph_optimization_level == wanted
+    monkeypatch.setenv(OPTIMIZATION, "nothing")
+    assert session_options(Settings(ort_optimization=level)).graph_optimization_level == wanted
+
+
+@pytest.mark.parametrize("there", ["settings", "environment"])
+def test_an_unknown_level_is_a_config_error(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graph([helper.make_node("Neg", ["x"], ["y"])], {"x": (TensorProto.FLOAT, [2])}, {"y": (1, [2])})
+    save(model, tmp_path / "m.onnx")
+    if there == "environment":
+        monkeypatch.setenv(OPTIMIZATION, "extendet")
+    settings = Settings(ort_optimization="extendet" if there == "settings" else None)
+    with (
+        pytest.raises(ConfigError, match=rf"'extendet' .*{OPTIMIZATION}.*Did you mean 'extended'"),
+        OrtRuntime(settings).open(Artifact("onnx", tmp_path / "m.onnx", "0" * 64)),
+    ):
+        pass
+
+
+def test_a_report_says_what_kernels_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv(OPTIMIZATION, "basic")
+    kernels = environment(Settings(ort_optimization="disabled"))["host"]["kernels"]
+    assert kernels["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert kernels[OPTIMIZATION] == "basic"
+    assert kernels["ort_optimization"] == "disabled"
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    assert "ATEN_CPU_CAPABILITY" not in environment(Settings())["host"]["kernels"]
