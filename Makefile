@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
 validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the simulated AI 100 (ARGS='…' adds options)
 	$(BIN)/qeff-validate run configs/quickstart.yaml $(ARGS)
 
-test: check  ## lint, types, then every test (PYTEST_ARGS='-x' and the like)
+test: check  ## lint, types, every test, numeric ones as an old processor runs them too (PYTEST_ARGS='-x' and the like)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python tests/kernels.py --only oldest -- $(PYTEST_ARGS) -m 'numeric and not slow'
 
 test-kernels: $(STAMP)  ## the numeric tests under kernels of other processors: minutes (ARGS='--only oldest')
 	$(BIN)/python tests/kernels.py $(ARGS) -- $(PYTEST_ARGS)

@@ -12,15 +12,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bounds import HEADROOM
 from kernels import ROOT, environment
 
+from qeff_validate import compare, logits
 from qeff_validate.engine import Runner, load
 from qeff_validate.protocols import Settings, runtime
 
+TABLES = {"embedding": compare.FALLBACK, "peft-causal-lm": logits.FALLBACK}
 GROUPS = {
     "smollm2": ("configs/peft.yaml", "package:"),
     "minilm": ("configs/quickstart.yaml", "package:"),
@@ -29,13 +34,22 @@ GROUPS = {
 }
 """Cases that are measured together, by their config and the start of their source."""
 
+PAGE = ROOT / "docs" / "power.md"
+HEADING = "## The table of bounds"
+TEXT = """
+Written by `make calibrate`; the rest of the page is `make power`'s. Healthy artifacts, judged with `tolerance: table`:
+all cases with a `random:` source of configs/embedding.yaml (exported by TorchScript) and configs/peft.yaml, MiniLM and
+SmolLM2, on PyTorch, ONNX Runtime (optimized and not) and the simulated card, under kernels of other processors
+(`tests/kernels.py`). *Worst* is over all rows of all runs; a bound is to be {headroom} times as large.
+"""
+
 VARIANTS = ("oldest", "this machine", "AVX2", "MKL compatible", "two threads")
 LEVELS = ("disabled", "all")
 """ONNX Runtime's other two levels gave the bits of these in each of the 16 cases where all four were run."""
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and write the section of docs/power.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", type=Path, default=ROOT / "build" / "calibration", help="what is measured already")
     parser.add_argument("--group", choices=GROUPS, help="these cases alone")
@@ -44,11 +58,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.here:
         for line in measured(given.parts / "store", given.group):
-            print(json.dumps(line), flush=True)
+            print(json.dumps({"variant": given.variant, **line}), flush=True)
         return
     for group in [given.group] if given.group else GROUPS:
         for variant in [given.variant] if given.variant else VARIANTS:
             measure(variant, group, given.parts)
+    if given.group is None and given.variant is None:
+        page = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
+        PAGE.write_text(page + section(given.parts), encoding="utf-8")
 
 
 def measure(variant: str, group: str, parts: Path) -> None:
@@ -87,8 +104,44 @@ def measured(store: Path, group: str) -> Iterator[dict[str, Any]]:
                 "rows": result.compared,
                 "status": result.status,
                 "reason": result.reason[:300],
-                "values": {item.metric.name: [item.metric.value, item.bound.value] for item in gates if item.bound},
+                "values": {item.metric.name: item.metric.value for item in gates},
             }
+
+
+def section(parts: Path) -> str:
+    """Return the section of docs/power.md: false alarms, and the worst value of each metric beside its bound."""
+    lines = [json.loads(line) for file in sorted(parts.glob("*.jsonl")) for line in file.open(encoding="utf-8")]
+    text = [HEADING, TEXT.format(headroom=HEADROOM)]
+    text += ["| kind | precision | runs under each kernels | failed by the table |", "| --- | --- | --- | --- |"]
+    for kind, precision in product(TABLES, ("fp32", "fp16")):
+        runs = [line for line in lines if (line["kind"], line["precision"]) == (kind, precision)]
+        failed = sum(any(not value <= bound for _, value, bound in judged(line)) for line in runs)
+        counts = Counter(line["variant"] for line in runs)
+        under = ", ".join(f"{name}: {counts[name]}" for name in VARIANTS if counts[name])
+        text.append(f"| {kind} | {precision} | {under} | {failed} of {len(runs)} |")
+    text += [
+        "",
+        "| metric | precision | worst | where | bound | bound / worst |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    worst: dict[tuple[str, str], tuple[float, str, float]] = {}
+    for line in lines:
+        for name, value, bound in judged(line):
+            key = (name, line["precision"])
+            if key not in worst or not value <= worst[key][0]:
+                worst[key] = (value, f"{line['case']}, {line['runtime']}, {line['variant']}", bound)
+    for (name, precision), (value, where, bound) in sorted(worst.items(), key=lambda item: (item[0][1], item[0][0])):
+        text.append(f"| {name} | {precision} | {value:.2g} | {where} | {bound:g} | {bound / value:.1f} |")
+    return "\n".join([*text, ""])
+
+
+def judged(line: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Yield name, value and today's bound of each metric of the table."""
+    bounds = TABLES[line["kind"]][line["precision"]]
+    for name, value in line["values"].items():
+        metric = name.rpartition(".")[2]
+        if metric in bounds:
+            yield metric, value, bounds[metric]
 
 
 if __name__ == "__main__":

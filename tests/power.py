@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibration import HEADING
+
 from qeff_validate.case import Case
 from qeff_validate.diagnose.score import Score, markdown
 from qeff_validate.diagnose.upstream import rows
@@ -51,8 +53,10 @@ def main() -> None:
     given = parser.parse_args()
     sections = [part(path, names, given) for path, names in TESTED.items() if given.only in (None, path)]
     if given.only is None:
-        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), ""]
-        (ROOT / "docs" / "power.md").write_text("\n".join(page), encoding="utf-8")
+        file = ROOT / "docs" / "power.md"
+        _, heading, table = file.read_text(encoding="utf-8").partition(HEADING)  # `make calibrate` writes that
+        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", heading + table]
+        file.write_text("\n".join(page), encoding="utf-8")
 
 
 def part(path: str, names: Sequence[str], given: argparse.Namespace) -> str:

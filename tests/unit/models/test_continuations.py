@@ -98,7 +98,7 @@ def test_the_adapters_change_alone_sees_what_widened_bounds_of_logits_let_throug
 
 
 def test_strength_of_an_adapter_is_told_as_a_number() -> None:
-    wanted = reference()
+    wanted = reference(effect=1.0)
     reason = judge(wanted, actual(wanted, halved)).reason
     for name in ("a", "b"):
         assert f"adapter {name!r} acts 0.5 times as strongly as in the reference (cosine 1)" in reason
