@@ -34,13 +34,16 @@ GROUPS = {
 }
 """Cases that are measured together, by their config and the start of their source."""
 
+EVERY = [case for path in sorted({path for path, _ in GROUPS.values()}) for case in load([ROOT / path])]
+
 PAGE = ROOT / "docs" / "power.md"
 HEADING = "## The table of bounds"
 TEXT = """
 Written by `make calibrate`; the rest of the page is `make power`'s. Healthy artifacts, judged with `tolerance: table`:
-all cases with a `random:` source of configs/embedding.yaml (exported by TorchScript) and configs/peft.yaml, MiniLM and
+cases with a `random:` source of configs/embedding.yaml (exported by TorchScript) and configs/peft.yaml, MiniLM and
 SmolLM2, on PyTorch, ONNX Runtime (optimized and not) and the simulated card, under kernels of other processors
-(`tests/kernels.py`). *Worst* is over all rows of all runs; a bound is to be {headroom} times as large.
+(`tests/kernels.py`); the first table says how many of the cases were run under which. *Worst* is over all rows of all
+runs; a bound is to be {headroom} times as large.
 """
 
 VARIANTS = ("oldest", "this machine", "AVX2", "MKL compatible", "two threads")
@@ -112,13 +115,17 @@ def section(parts: Path) -> str:
     """Return the section of docs/power.md: false alarms, and the worst value of each metric beside its bound."""
     lines = [json.loads(line) for file in sorted(parts.glob("*.jsonl")) for line in file.open(encoding="utf-8")]
     text = [HEADING, TEXT.format(headroom=HEADROOM)]
-    text += ["| kind | precision | runs under each kernels | failed by the table |", "| --- | --- | --- | --- |"]
+    text += [
+        "| kind | precision | cases | runs under each kernels | failed by the table |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for kind, precision in product(TABLES, ("fp32", "fp16")):
         runs = [line for line in lines if (line["kind"], line["precision"]) == (kind, precision)]
         failed = sum(any(not value <= bound for _, value, bound in judged(line)) for line in runs)
         counts = Counter(line["variant"] for line in runs)
         under = ", ".join(f"{name}: {counts[name]}" for name in VARIANTS if counts[name])
-        text.append(f"| {kind} | {precision} | {under} | {failed} of {len(runs)} |")
+        cases = f"{len({line['case'] for line in runs})} of {sum(case.model == kind for case in EVERY)}"
+        text.append(f"| {kind} | {precision} | {cases} | {under} | {failed} of {len(runs)} |")
     text += [
         "",
         "| metric | precision | worst | where | bound | bound / worst |",

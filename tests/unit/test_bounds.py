@@ -6,13 +6,17 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
+from itertools import product
 from pathlib import Path
 
 import kernels
 import numpy as np
 import pytest
 import torch
-from bounds import close, within
+from bounds import HEADROOM, close, within
+
+from qeff_validate import compare, logits
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in TESTS.rglob("test_*.py") if path.name != "test_bounds.py")
@@ -93,7 +97,21 @@ def test_the_run_under_other_kernels_counts_tests_and_finds_the_worst(tmp_path: 
         "def test_it(error):\n    assert os.environ['ATEN_CPU_CAPABILITY'] == 'default'\n    within(error, 4)\n"
         "def test_other():\n    raise AssertionError\n"
     )
-    passed, report, ratios = kernels.run("oldest", [str(file), "-p", "no:randomly"])
+    passed, report, ratios = kernels.run("oldest", ["-c", str(kernels.ROOT / "pyproject.toml"), str(file)])
     assert not passed
     assert "1 failed, 2 passed, 1 deselected" in report
     assert list(ratios.values()) == [2.25]
+
+
+def test_the_products_table_is_5_times_what_was_measured() -> None:
+    """docs/power.md holds what `make calibrate` has seen last."""
+    _, _, text = (TESTS.parent / "docs" / "power.md").read_text(encoding="utf-8").partition("## The table of bounds")
+    rows = re.findall(
+        r"^\| (\w+) \| (fp32|fp16) \| ([0-9.e-]+) \| .* \| ([0-9.e-]+) \| [0-9.]+ \|$", text, re.MULTILINE
+    )
+    tables = {**logits.FALLBACK["fp32"], **compare.FALLBACK["fp32"]}
+    assert {(name, precision) for name, precision, *_ in rows} == set(product(tables, ("fp32", "fp16")))
+    for name, precision, worst, bound in rows:
+        today = {**logits.FALLBACK[precision], **compare.FALLBACK[precision]}[name]
+        assert float(bound) == today, f"{name} in {precision}: run make calibrate"
+        assert today >= HEADROOM * float(worst), (name, precision)
