@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bounds import close
 
 import qeff_validate as qv
 from qeff_validate.builders.store import Store
@@ -47,6 +48,7 @@ def test_many_texts_are_judged_by_bounds_from_some_of_them(store: Path) -> None:
     assert f"with {len(MANY) - MOST} texts estimated from the others" in gate.bound.why
 
 
+@pytest.mark.numeric
 def test_the_limit_from_some_rows_is_near_that_of_all(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out rows: those that were not measured; the factor of a bound in float32 is 3."""
     some = pipeline(case(texts=MANY), store).floor(FP32)
@@ -60,7 +62,7 @@ def test_the_limit_from_some_rows_is_near_that_of_all(store: Path, monkeypatch: 
     assert (every.rows, every.left_out) == (None, 0)
     for name, errors in every.errors.items():
         assert 1 / 3 < some.errors[name].mean() / errors.mean() < 3, name
-    np.testing.assert_allclose(some.center["output"], every.center["output"][some.rows], rtol=1e-4, atol=1e-6)
+    close(some.center["output"], every.center["output"][some.rows], rtol=1e-4, atol=1e-6)
 
 
 def test_a_device_is_compared_with_the_mean_on_the_measured_rows(store: Path) -> None:
@@ -70,6 +72,7 @@ def test_a_device_is_compared_with_the_mean_on_the_measured_rows(store: Path) ->
     assert systematic.metric.worst["rows"] == MOST, "the row without a token takes no part"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_a_subset_has_the_vectors_of_its_texts(store: Path, pooling: str) -> None:
     made = pipeline(case(texts=MANY[:7], pooling=pooling), store)
@@ -77,11 +80,10 @@ def test_a_subset_has_the_vectors_of_its_texts(store: Path, pooling: str) -> Non
     inputs, reference, rows = model.subset(made.inputs(), made.reference(), [5, 1])
     assert inputs.texts == (MANY[5], MANY[1])
     assert np.array_equal(reference["output"], made.reference()["output"][rows])
-    np.testing.assert_allclose(
-        model.reference(inputs, dtype="float32")["output"], reference["output"], rtol=1e-4, atol=1e-5
-    )
+    close(model.reference(inputs, dtype="float32")["output"], reference["output"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_subset_of_prompts_has_the_logits_of_their_continuations_with_each_adapter(tmp_path: Path) -> None:
     adapters = {name: {"peft_method": "lora", "r": 2, "init": 0.1, "seed": seed} for seed, name in enumerate("ab")}
     options = {"adapters": adapters, "prefill_seq_len": 4, "ctx_len": 24, "max_new_tokens": 3}
@@ -94,7 +96,7 @@ def test_a_subset_of_prompts_has_the_logits_of_their_continuations_with_each_ada
     again = model.reference(inputs, dtype="float32")
     assert np.array_equal(again["tokens"], reference["tokens"])
     assert np.array_equal(again["steps"], reference["steps"])
-    np.testing.assert_allclose(again["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
+    close(again["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
     assert np.array_equal(made.reference()["logits"][rows], reference["logits"])
     assert len(model.sensitivity(made.inputs(), made.reference())) == len(prompts)
 

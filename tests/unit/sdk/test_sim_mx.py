@@ -121,7 +121,7 @@ def test_a_weight_is_compressed_along_what_is_summed_over(small, flags, make_mod
     got = products(compile_onnx, client, model, *flags)["y"]
     x, w = (half(X), half(mxfp6(weight, 0))) if flags else (X, mxfp6(weight, 0))
     want = x.astype(np.float64) @ w.astype(np.float64)
-    close(got, want, rtol=2e-3 if flags else 1e-5, atol=2e-2 if flags else 1e-4)
+    close(got, want, rtol=2e-3 if flags else 1e-5, atol=3e-2 if flags else 2e-4)
     other = x.astype(np.float64) @ (half(mxfp6(weight, 1)) if flags else mxfp6(weight, 1)).astype(np.float64)
     assert np.abs(got - other).max() > 0.1, "blocks along the other axis are others"
 
