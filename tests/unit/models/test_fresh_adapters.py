@@ -83,7 +83,8 @@ def test_adapters_go_on_a_model_that_has_computed_in_float64() -> None:
         for seed, name in enumerate("ab")
     }
     source = Random("gpt2", {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 40}, 0)
-    inputs = SimpleNamespace(ids=(IDS[0].numpy(),), eos=frozenset(), adapters=adapt(source.causal_lm(), named).adapters)
+    adapters = adapt(source.causal_lm(), named).adapters
+    inputs = SimpleNamespace(ids=(IDS[0].numpy(),), labels=("a prompt",), eos=frozenset(), adapters=adapters)
     model = source.causal_lm()
     exact = continuations(model, named, inputs, 2, "float64")
     rounded = continuations(model, named, inputs, 2, "float32")
