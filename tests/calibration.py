@@ -43,7 +43,8 @@ Written by `make calibrate`; the rest of the page is `make power`'s. Healthy art
 cases with a `random:` source of configs/embedding.yaml (exported by TorchScript) and configs/peft.yaml, MiniLM and
 SmolLM2, on PyTorch, ONNX Runtime (optimized and not) and the simulated card, under kernels of other processors
 (`tests/kernels.py`); the first table says how many of the cases were run under which. *Worst* is over all rows of all
-runs; a bound is to be {headroom} times as large.
+runs; a bound is at least {headroom} times as large in fp32, where kernels differ between processors, and twice in
+fp16, where the precision's own noise is nearly all of it.
 """
 
 VARIANTS = ("oldest", "this machine", "AVX2", "MKL compatible", "two threads")
