@@ -35,7 +35,7 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 """Bounds by precision: in fp32 at least 5 times the worst row of healthy artifacts under kernels of several processors,
-in fp16 twice (``make calibrate``; docs/power.md has the numbers). Compressed weights and state have none: their noise is
+in fp16 twice (``make calibrate``; numbers in docs/power.md). Compressed weights and state have none: their noise is
 measured by emulation."""
 
 LEAST: Mapping[str, float] = MappingProxyType(

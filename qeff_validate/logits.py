@@ -38,7 +38,7 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 """Bounds by precision: in fp32 at least 5 times the worst row of healthy artifacts under kernels of several processors,
-in fp16 twice (``make calibrate``; docs/power.md has the numbers). The tiers of bf16 are those of fp16, scaled by √KL."""
+in fp16 twice (``make calibrate``; numbers in docs/power.md). The tiers of bf16 are those of fp16, scaled by √KL."""
 
 MOST = {"kl_p99": 0.1, "kl_max": 1.0, **dict.fromkeys(ERRORS, 5.0), "flips": 1.0, "tie_flips": 1e6}
 """A bound that reaches this accepts another distribution; no flip beyond a tie is ever accepted."""
