@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qeff_validate.files import regular_file
+
 Kind = Literal["module", "onnx", "qpc"]
 _CHUNK = 1 << 20
 
@@ -39,7 +41,12 @@ class Artifact:
 
 
 def digest_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes, read in pieces of 1 MiB."""
+    """Return the hex SHA-256 of a file's bytes, read in pieces of 1 MiB.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a device never ends, a pipe may block for ever.
+    """
+    regular_file(path)
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_CHUNK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import json
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qeff_validate.errors import ConfigError
 
@@ -25,21 +27,53 @@ _KINDS = {
 }
 
 
+def regular_file(path: Path) -> os.stat_result:
+    """Return the status of a regular file; links are followed, nothing is opened (a pipe may block for ever).
+
+    Raises:
+        OSError: there is no such file, or it is of another kind.
+        ValueError: the name holds a NUL.
+    """
+    status = path.stat()
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"it is {_KINDS.get(kind, 'no regular file')}, and a file is needed")
+    return status
+
+
 def read_bytes(path: Path, *, most_bytes: int) -> bytes:
     """Return the content of a regular file.
 
     Raises:
         OSError: there is none, it is of another kind (never opened: a pipe may block for ever), or it is too large.
     """
-    status = path.stat()
-    kind = stat.S_IFMT(status.st_mode)
-    if kind != stat.S_IFREG:
-        raise OSError(f"it is {_KINDS.get(kind, 'no regular file')}, and a file is needed")
+    status = regular_file(path)
     with open(path, "rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise OSError(f"it has {max(status.st_size, len(data)):,} bytes, and at most {most_bytes:,} are read")
     return data
+
+
+def read_json(path: Path, *, most_bytes: int) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, is no regular file, too large, no UTF-8, no JSON or nested too deep.
+    """
+    try:
+        return json.loads(read_bytes(path, most_bytes=most_bytes).decode("utf-8"))
+    except RecursionError:
+        raise ConfigError(f"cannot read {path}: it is nested too deep") from None
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"cannot read {path}: it is no UTF-8 ({exc.reason} at byte {exc.start})") from exc
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"cannot read {path}: {reason(exc)}") from exc
+
+
+def reason(exc: BaseException) -> str:
+    """Return why a file cannot be read, without its name."""
+    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
 
 
 def expand_user(path: Path | str) -> Path:

@@ -20,8 +20,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.artifact import Artifact, Kind, digest_file, digest_files, fingerprint
-from qeff_validate.builders.about import about
+from qeff_validate.artifact import Artifact, Kind, fingerprint
+from qeff_validate.builders.about import BESIDE, about
+from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
@@ -36,6 +37,7 @@ from qeff_validate.files import temporary_beside
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.metrics import Floats
+from qeff_validate.models.checkpoint import checked, digests
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
 from qeff_validate.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
@@ -155,6 +157,11 @@ class Pipeline:
         """Compare what a runtime opens, and the reference, with what the case asks for; nothing is built or run."""
 
         def climb() -> tuple[Rung, ...]:
+            brought = self.case.artifacts
+            if kind == "qpc" and brought.qpc is not None:
+                self._adopted("qpc", brought.qpc)
+            elif kind != "module" and brought.onnx is not None:
+                self._adopted("onnx", brought.onnx)  # a pipe or a device among its files must not be opened
             recorded = None if self.case.artifacts.reference is None else self._recorded()
             in_memory = self._given is not None
             sides = sides_of(self.case, kind, self.model(), recorded, in_memory=in_memory)
@@ -477,8 +484,7 @@ class Pipeline:
 
         given = self.case.artifacts.onnx
         if given is not None:
-            buckets = self.model().graph.buckets
-            return self._once("onnx", lambda: replace(adopted(self.case, "onnx", Path(given)), buckets=buckets))
+            return replace(self._adopted("onnx", given), buckets=self.model().graph.buckets)
 
         def make(folder: Path) -> None:
             module, examples = self.loaded()
@@ -492,13 +498,16 @@ class Pipeline:
         buckets = self.model().graph.buckets
         return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance, buckets=buckets)
 
+    def _adopted(self, kind: Kind, path: str | Path) -> Artifact:
+        return self._once(kind, lambda: adopted(self.case, kind, Path(path)))
+
     def qpc(self, sdk: Sdk | None) -> Artifact:
         """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
         from qeff_validate.builders.compile import compile_key, compile_qpc
 
         given = self.case.artifacts.qpc
         if given is not None:
-            return self._once("qpc", lambda: adopted(self.case, "qpc", Path(given)))
+            return self._adopted("qpc", given)
         if sdk is None:
             raise ConfigError("a runtime of kind qpc needs an attribute sdk, whose compiler is used")
         source, case = self.onnx(), self.case
@@ -645,20 +654,31 @@ def known_failure(case: Case, result: Result, today: date | None = None) -> Resu
 
 
 def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
-    """Return an artifact that the user brings, identified by its content.
+    """Return an artifact that the user brings, identified by the content of all its files.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: a file is missing, no regular file, or named by the ONNX file outside of its directory.
         BuildError: it is an ONNX file that cannot be read, or becomes too large when it is opened.
     """
-    files = path if kind == "onnx" else path / "programqpc.bin"
-    if not files.is_file():
-        raise ConfigError(f"case {case.name!r}: artifacts.{kind}: there is no file {files}")
-    if kind == "onnx":
-        check_graph(path)
-    beside = digest_files((p for p in path.parent.iterdir() if p.is_file()), root=path.parent) if kind == "onnx" else {}
-    digest = fingerprint({"file": digest_file(files), "beside": beside})
-    return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
+    main = path if kind == "onnx" else path / "programqpc.bin"
+    where = f"case {case.name!r}: artifacts.{kind}"
+    if not os.path.lexists(main):
+        raise ConfigError(f"{where}: there is no file {main}")
+    try:
+        checked([main])
+        if kind == "onnx":
+            check_graph(path)
+        files = [main, *external_files(path)] if kind == "onnx" else checked(qpc_files(path))
+        digest = fingerprint(digests(files, path.parent))
+        return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
+    except ConfigError as exc:
+        raise ConfigError(f"{where}: {exc}") from exc
+
+
+def qpc_files(path: Path) -> list[Path]:
+    """Return all files of a QPC's directory, and what stands beside it."""
+    beside = path.parent / BESIDE
+    return [*(entry for entry in path.rglob("*") if not entry.is_dir()), *([beside] if os.path.lexists(beside) else [])]
 
 
 class Timed:

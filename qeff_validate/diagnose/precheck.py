@@ -24,6 +24,7 @@ from qeff_validate.diagnose.contents import Found, found_in
 from qeff_validate.diagnose.graph_positions import GraphPositions, graph_positions
 from qeff_validate.diagnose.settings import NAMES, Said, adapters, body, head, without_versions
 from qeff_validate.errors import ValidateError
+from qeff_validate.models.checkpoint import weight_files
 from qeff_validate.models.order import switches
 from qeff_validate.report import Result, Rung
 from qeff_validate.tensors import Tensors
@@ -118,11 +119,11 @@ def sides_of(case: Case, kind: Kind, made: Any, recorded: Tensors | None, *, in_
         graph = about("onnx", path, given.inputs.get("input_ids", "input_ids"))
 
         def contents() -> Found:
-            return found_in(path, sorted(made.source.path.glob("*.safetensors")))
+            return found_in(path, weight_files(made.source.path))
 
         def places(first: int) -> GraphPositions | None:
             ids, mask = (given.inputs.get(name, name) for name in ("input_ids", "attention_mask"))
-            return graph_positions(path, sorted(made.source.path.glob("*.safetensors")), ids, mask, first)
+            return graph_positions(path, weight_files(made.source.path), ids, mask, first)
 
     said = None
     if recorded is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from safetensors import SafetensorError, deserialize
 
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
-from qeff_validate.files import expand_user
+from qeff_validate.files import expand_user, read_json, regular_file
 from qeff_validate.tensors import Array
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+MOST_CONFIG = 16 << 20
+"""Bytes of an adapter's config."""
 
 DTYPES: Mapping[str, str] = {
     "BF16": "<u2", "BOOL": "?", "F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",
@@ -41,7 +44,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """
     folder = expand_user(folder)
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
+    if not os.path.lexists(folder / WEIGHTS):
         if (folder / PICKLE).is_file():
             raise ConfigError(
                 f"adapter: {folder / PICKLE} is a pickle, which may run code and is not read. Where you trust it:"
@@ -81,14 +84,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"adapter: directory {folder} does not exist")
     path = folder / CONFIG
-    if path.exists() and not path.is_file():  # a device or a pipe may never end
-        raise ConfigError(f"adapter: {path} is no regular file, so it is not read")
+    if not os.path.lexists(path):
+        raise ConfigError(f"adapter: {path.parent} holds no {CONFIG}, so it is no adapter of PEFT")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"adapter: {path.parent} holds no {CONFIG}, so it is no adapter of PEFT") from None
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
+        data = read_json(path, most_bytes=MOST_CONFIG)
+    except ConfigError as exc:
+        raise ConfigError(f"adapter: {exc}") from exc
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         raise ConfigError(f"adapter: {path} names no peft_type")
     return data
@@ -96,6 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Array]:
     try:
+        regular_file(path)
         entries: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError) as exc:
         raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc

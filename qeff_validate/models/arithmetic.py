@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qeff_validate.models.experts import exportable_experts
 from qeff_validate.models.loading import quiet
 
 T = TypeVar("T")
@@ -257,7 +258,7 @@ def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
 def computing_as(model: Any, compute: Compute, way: Way, weights: Rounded | None = None) -> Iterator[None]:
     """Let a float32 model of transformers compute in a precision and a way; afterwards it is as it was.
 
-    The attention is chosen by `attending`, because choosing it is nothing that two threads may do at once.
+    Attention and experts are chosen by `run_ensemble`, because two threads may not choose them at once.
     """
     mode = Arithmetic(compute, way, weights)
 
@@ -313,6 +314,7 @@ def run_ensemble(
         replicas = [sharing_copy(model) for _ in ways]
         for replica, way in zip(replicas, ways, strict=True):
             held.enter_context(attending(replica, way))
+            held.enter_context(exportable_experts(replica))
         if threads == 1:
             return [one(replica, way) for replica, way in zip(replicas, ways, strict=True)]
         torch.set_num_threads(1)

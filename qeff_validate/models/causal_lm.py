@@ -7,6 +7,7 @@ adapter, which PEFT makes without effect. Frameworks are imported inside the fun
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, PositiveInt
 
-from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case, Precision
 from qeff_validate.compare import Verdict
 from qeff_validate.errors import ConfigError, IncomparableError
@@ -25,6 +25,7 @@ from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.logits import logit_strays
 from qeff_validate.metrics import stray_size
 from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
+from qeff_validate.models.checkpoint import checked, digests
 from qeff_validate.models.continuations import check_continuations, judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
 from qeff_validate.models.head import tokenizer_length
@@ -144,8 +145,8 @@ class PeftCausalLM:
         for name, made in self.options.named().items():
             if isinstance(made, str):
                 folder = expand_user(made)
-                found = [folder / file for file in (WEIGHTS, CONFIG) if (folder / file).is_file()]
-                keys[name] = digest_files(found, root=folder) if weights else {"saved": content(read_config(folder))}
+                files = [folder / file for file in (WEIGHTS, CONFIG) if os.path.lexists(folder / file)]
+                keys[name] = digests(checked(files), folder) if weights else {"saved": content(read_config(folder))}
             else:
                 keys[name] = {k: v for k, v in made.items() if weights or k not in ("seed", "init")}
         return keys

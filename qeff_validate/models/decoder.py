@@ -13,6 +13,7 @@ from torch.func import functional_call
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.attention import NAME
 from qeff_validate.models.cache import cache_for, masks
+from qeff_validate.models.experts import choose_exportable_experts
 from qeff_validate.models.mixed import by_row
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors
@@ -42,6 +43,7 @@ class Decoder(nn.Module):
         self._last: Tensor | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(NAME)
+        choose_exportable_experts(base)
         head = base.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")

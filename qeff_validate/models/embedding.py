@@ -34,6 +34,7 @@ from qeff_validate.files import read_lines
 from qeff_validate.metrics import Floats
 from qeff_validate.models import oracle
 from qeff_validate.models.corpus import TEXTS
+from qeff_validate.models.experts import choose_exportable_experts
 from qeff_validate.models.fillers import rows_reached
 from qeff_validate.models.head import Head, published, resolve_head
 from qeff_validate.models.options import EmbeddingOptions
@@ -189,6 +190,7 @@ class PooledEmbedding:
         with foreign("choose eager attention"):
             if hasattr(body, "set_attn_implementation"):
                 body.set_attn_implementation("eager")
+            choose_exportable_experts(body)
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0

@@ -12,7 +12,11 @@ from typing import Any
 
 from qeff_validate.artifact import digest_file
 from qeff_validate.errors import Unavailable
+from qeff_validate.models.checkpoint import MOST_VOCABULARY, checked, digests
 from qeff_validate.models.loading import Tokenize, foreign, quiet, tokenize_with, versions, without_cache
+
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+"""Files in the same directory that transformers reads too, where there are some: a tokenizer's, generation's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,15 @@ class Gguf:
     path: Path
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return the digest of the file; what is made of it depends on who reads it."""
-        return {"file": digest_file(self.path), **versions("transformers", "gguf")}
+        """Return the digest of the file and of configs beside it; what is made of it depends on who reads it."""
+        folder = self.path.parent
+        beside = {path for pattern in BESIDE for path in folder.glob(pattern)}
+        files = digests(checked(beside, most_bytes=MOST_VOCABULARY), folder)
+        return {
+            "file": digest_file(self.path),
+            **({"beside": files} if files else {}),
+            **versions("transformers", "gguf"),
+        }
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return the same with the version of the tokenizers."""

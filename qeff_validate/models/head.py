@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_file
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.checkpoint import modules, read_object
 from qeff_validate.models.module_search import find_module
 from qeff_validate.models.options import POOLINGS, EmbeddingOptions
 
@@ -90,10 +90,10 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
     if folder is None or not (folder / "modules.json").is_file():
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
     pooling, normalize = "", False
-    for module in _read(folder / "modules.json"):
-        kind = str(module["type"]).rpartition(".")[2]
+    for name, path in modules(folder):
+        kind = name.rpartition(".")[2]
         if kind == "Pooling":
-            pooling = _mode(_read(folder / module["path"] / "config.json"), folder)
+            pooling = _mode(read_object(path / "config.json"), folder)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -119,7 +119,7 @@ def published(folder: Path | None) -> dict[str, Any]:
         if folder is not None and (folder / "modules.json").is_file():
             head = resolve_head(EmbeddingOptions(pooling="auto"), folder)
             found |= {"pooling": head.pooling, "normalize": head.normalize}
-            length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
+            length = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
             found |= {"max_seq_length": length} if isinstance(length, int) else {}
     return found
 
@@ -128,7 +128,7 @@ def tokenizer_length(folder: Path | None) -> dict[str, Any]:
     """Return ``model_max_length`` of a directory's tokenizer; nothing if it has none, which is written as 1e30."""
     with suppress(ConfigError, AttributeError):
         if folder is not None and (folder / "tokenizer_config.json").is_file():
-            length = _read(folder / "tokenizer_config.json").get("model_max_length")
+            length = read_object(folder / "tokenizer_config.json").get("model_max_length")
             return {"model_max_length": length} if isinstance(length, int) and 0 < length < MOST_LENGTH else {}
     return {}
 
@@ -141,10 +141,3 @@ def _mode(config: Mapping[str, Any], folder: Path) -> str:
     if config.get("include_prompt") is False:
         raise ConfigError(f"pooling: auto: {folder} leaves the prompt out of pooling, which the wrapper does not")
     return MODES[modes[0]]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"pooling: auto: cannot read {path}: {exc}") from exc

@@ -16,11 +16,13 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError, Unavailable, ValidateError
 
+OWN_CODE = (
+    "it brings Python code of its own (auto_map in config.json or tokenizer_config.json), and code from a model is"
+    " never run; load it yourself and give qv.validate the model in memory"
+)
+
 Tokenize = Callable[[str], list[int]]
 """Turns a text into token ids, special tokens included, nothing cut."""
-
-TOKENIZER = (".json", ".txt", ".model")
-"""Suffixes of the files that a tokenizer reads."""
 
 
 def versions(*names: str) -> dict[str, str | None]:
@@ -79,6 +81,8 @@ def foreign(doing: str) -> Iterator[None]:
     except ValidateError:
         raise
     except Exception as exc:
+        if "trust_remote_code" in str(exc):
+            raise ConfigError(f"cannot {doing}: {OWN_CODE}") from exc
         raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {first_line(exc)}") from exc
 
 

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.artifact import digest_files
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.models.checkpoint import check_tokenizer, digests, has_tokenizer, read_object, tokenizer_files
+from qeff_validate.models.limits import check_memory, check_sizes
 from qeff_validate.models.loading import (
-    TOKENIZER,
     Tokenize,
     foreign,
     hashed_words,
@@ -65,10 +64,6 @@ TIED = 0.25
 
 MOST_PARAMETERS = 32_000_000
 """A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
-
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "spm.model",
-              "sentencepiece.bpe.model")  # fmt: skip
-"""Files that say that a directory holds a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +168,17 @@ class Tiny:
         return words_for(self._config()) if loaded is None else tokenize_with(loaded)
 
     def _content(self) -> Any:
-        try:
-            data = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
-            raise ConfigError(f"tiny:{self.name}: cannot read {self.file}: {exc}") from exc
-        if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        data = read_object(self.file)
+        if not isinstance(data.get("model_type"), str):
             raise ConfigError(f"tiny:{self.name}: {self.file} names no model_type")
+        check_sizes(data, f"tiny:{self.name}")
         return data
 
     def _tokenizer_files(self) -> dict[str, str]:
         folder = self.file.parent
-        if not self.whole or not any((folder / name).is_file() for name in VOCABULARY):
+        if not self.whole or not has_tokenizer(folder):
             return {}
-        found = [path for path in folder.iterdir() if path.suffix in TOKENIZER and path.is_file()]
-        return digest_files((path for path in found if path.name != self.file.name), root=folder)
+        return digests(tokenizer_files(folder), folder)
 
     def pretrained_tokenizer(self) -> Any:
         """Return the directory's transformers tokenizer, None if it has none."""
@@ -194,6 +186,7 @@ class Tiny:
             return None
         from transformers import AutoTokenizer
 
+        check_tokenizer(self.file.parent)
         with foreign(f"load the tokenizer in {self.file.parent}"), quiet():
             return AutoTokenizer.from_pretrained(self.file.parent, trust_remote_code=False, local_files_only=True)
 
@@ -232,6 +225,7 @@ def small_config(
         if not hasattr(full, key):
             known = [*full.to_dict(), *full.attribute_map]
             raise ConfigError(f"{name} has no config key {key!r}.{suggest(key, known)}")
+    check_sizes(chosen, name)
     native: Mapping[str, str] = full.attribute_map
     common = {value: key for key, value in native.items() if key in SMALL or value not in SMALL}
 
@@ -278,6 +272,7 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
 def _drawn(auto: Any, config: Any, seed: int, name: str, **more: Any) -> Any:
     import torch
 
+    check_memory(empty_body(config, name, auto), name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         with foreign(f"build {name}"), quiet():
@@ -293,13 +288,13 @@ def words_for(config: Any) -> tuple[Tokenize, int]:
     return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
 
 
-def empty_body(config: Any, name: str) -> Any:
-    """Build a body without numbers."""
+def empty_body(config: Any, name: str, auto: Any = None) -> Any:
+    """Build a body, or what another Auto class builds, on the meta device: no weights are allocated."""
     import torch
     from transformers import AutoModel
 
     with torch.device("meta"), foreign(f"build {name}"), quiet():
-        return AutoModel.from_config(config, trust_remote_code=False)
+        return (auto or AutoModel).from_config(config, trust_remote_code=False)
 
 
 def _refuse_large(config: Any, name: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.metrics import Floats
+from qeff_validate.models.experts import exportable_experts
 from qeff_validate.models.order import probes, refuse_change
 from qeff_validate.models.pooling import pooled, resolve_pooling
 from qeff_validate.models.sources import foreign
@@ -161,7 +162,7 @@ def computing_in(body: nn.Module, dtype: str, *, probe: Callable[[], object]) ->
         yield
         return
     try:
-        with ExitStack() as held:
+        with exportable_experts(body), ExitStack() as held:
             if sum(p.nbytes for p in body.parameters()) > LARGE and _widened_by_layer(body, held, probe):
                 yield
                 return

@@ -9,19 +9,37 @@ the functions that need them, so that a fingerprint costs no import of torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qeff_validate.artifact import digest_files
 from qeff_validate.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.files import expand_user
 from qeff_validate.models.adapter import content
+from qeff_validate.models.checkpoint import (
+    CONFIG,
+    check_directory,
+    check_tokenizer,
+    checked,
+    config_files,
+    digests,
+    has_tokenizer,
+    module_files,
+    read_object,
+    refuse_adapter,
+    tensors,
+    tokenizer_files,
+    weight_files,
+    weights_with_index,
+)
 from qeff_validate.models.gguf import Gguf
+from qeff_validate.models.limits import check_sizes, check_weights
 from qeff_validate.models.loading import (
-    TOKENIZER,
+    OWN_CODE,
     Tokenize,
     first_line,
     foreign,
@@ -31,7 +49,7 @@ from qeff_validate.models.loading import (
     versions,
     without_cache,
 )
-from qeff_validate.models.made import VOCABULARY, Random, Tiny, empty_body
+from qeff_validate.models.made import Random, Tiny, empty_body
 from qeff_validate.models.module_search import find_module
 from qeff_validate.models.tables import file_tables, folder_switch, module_tables
 
@@ -51,7 +69,8 @@ __all__ = [
     "versions",
 ]
 
-WEIGHTS = (".safetensors",)
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
+"""What is fetched from the hub: safetensors weights, configs, and what tokenizers read."""
 
 
 class Source(Protocol):
@@ -89,17 +108,17 @@ class Folder:
     path: Path
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return digests of the config and the weights."""
-        files = [self.path / "config.json", *self._with(*WEIGHTS), *self.path.glob("*.index.json")]
-        return {"files": digest_files(files, root=self.path), **versions("transformers")}
+        """Return digests of the configs, the weights and the files of sentence-transformers."""
+        files = {*config_files(self.path), *weights_with_index(self.path), *module_files(self.path)}
+        return {"files": digests(files, self.path), **versions("transformers")}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return digests of all files that a tokenizer may read."""
-        return {"files": digest_files(self._with(*TOKENIZER), root=self.path), **versions("transformers", "tokenizers")}
+        return {"files": digests(tokenizer_files(self.path), self.path), **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
         """Return them from the headers of the files and the config; where positions begin, only the class knows."""
-        sizes = file_tables(self._with(*WEIGHTS))
+        sizes = file_tables(weight_files(self.path))
         first = self._first_position() if "positions" in sizes else {}
         return {**sizes, **first, **folder_switch(self.path / "config.json")}
 
@@ -128,8 +147,13 @@ class Folder:
 
     def _load(self, auto: Any) -> Any:
         import torch
+        from transformers import AutoConfig
 
+        check_directory(self.path)
+        self._refuse_own_code()
         with foreign(f"load the model in {self.path}"), quiet():
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
             model, info = auto.from_pretrained(
                 self.path,
                 use_safetensors=True,
@@ -153,16 +177,23 @@ class Folder:
 
     def pretrained_tokenizer(self) -> Any:
         """Load the transformers tokenizer, None if there are no files of one."""
-        return self._load_tokenizer() if any((self.path / name).is_file() for name in VOCABULARY) else None
+        return self._load_tokenizer() if has_tokenizer(self.path) else None
 
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        check_tokenizer(self.path)
+        self._refuse_own_code()
         with foreign(f"load the tokenizer in {self.path}"):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
-    def _with(self, *suffixes: str) -> list[Path]:
-        return [path for path in self.path.iterdir() if path.suffix in suffixes and path.is_file()]
+    def _refuse_own_code(self) -> None:
+        """Raise ConfigError for an architecture that transformers does not have, if the directory brings its code."""
+        from transformers import CONFIG_MAPPING
+
+        config = read_object(self.path / CONFIG)
+        if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise ConfigError(f"cannot load {self.path}: {OWN_CODE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +291,8 @@ def resolve(case: Case) -> Source:
         )
     if prefix in {"package", "path"} and rest:
         path = _package(rest) if prefix == "package" else expand_user(rest)
-        return Gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path, case)
+        single = path.suffix == ".gguf" and os.path.lexists(path) and not path.is_dir()
+        return _gguf(path, case) if single else _folder(path, case)
     if ":" in case.source or not case.source:
         raise ConfigError(
             f"case {case.name!r}: {case.source!r} is no source:"
@@ -273,26 +305,37 @@ def resolve(case: Case) -> Source:
 def _tiny(rest: str, case: Case) -> Tiny:
     folder = expand_user(rest)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not os.path.lexists(folder / CONFIG):
             raise ConfigError(f"case {case.name!r}: {folder} holds no config.json, so it is no Hugging Face model")
-        return Tiny(rest, folder / "config.json", True, case.config, case.seed)
+        return Tiny(rest, folder / CONFIG, True, case.config, case.seed)
     if folder.is_absolute() or rest.startswith((".", "~")):
         raise ConfigError(f"case {case.name!r}: directory {folder} does not exist (source {case.source!r})")
-    return Tiny(rest, _hub(rest, case.revision, only="config.json"), False, case.config, case.seed)
+    return Tiny(rest, _hub(rest, case.revision, only=CONFIG), False, case.config, case.seed)
+
+
+def _gguf(path: Path, case: Case) -> Gguf:
+    with named(case):
+        checked([path])
+        refuse_adapter(path.parent)
+    return Gguf(path)
 
 
 def _folder(path: Path, case: Case) -> Folder:
     if not path.is_dir():
         raise ConfigError(f"case {case.name!r}: directory {path} does not exist (source {case.source!r})")
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"case {case.name!r}: {path} holds no config.json, so it is no Hugging Face model")
-    folder = Folder(path)
-    if not folder._with(*WEIGHTS):
-        raise ConfigError(
-            f"case {case.name!r}: {path} holds no .safetensors weights; pickled weights are not read:"
-            " convert them with model.save_pretrained(DIR)"
-        )
-    return folder
+    with named(case):
+        config, stored = check_directory(path), tensors(weight_files(path))
+        check_sizes(config, str(path / CONFIG), stored=len(stored))
+    return Folder(path)
+
+
+@contextmanager
+def named(case: Case) -> Iterator[None]:
+    """Begin messages with the name of the case."""
+    try:
+        yield
+    except (ConfigError, Unavailable) as exc:
+        raise type(exc)(f"case {case.name!r}: {exc}") from exc
 
 
 def _package(rest: str) -> Path:
@@ -312,11 +355,10 @@ def _hub(name: str, revision: str | None, *, only: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [f"*{suffix}" for suffix in (*WEIGHTS, *TOKENIZER)]
     try:
         if only is not None:
             return Path(hf_hub_download(name, only, revision=revision))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES]))
     except HFValidationError as exc:
         raise ConfigError(f"{name!r} is neither a directory nor a hub id: {exc}") from exc
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as exc:
