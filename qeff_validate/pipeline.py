@@ -128,6 +128,7 @@ class Pipeline:
         if kind == "module" or brought.onnx is None or (kind == "qpc" and brought.qpc is not None):
             return GraphPrecision()
         path = Path(brought.onnx)
+        self._adopted("onnx", path)  # a bomb of functions, a pipe or a device is refused before anything opens it
         return self._once("precision of the file", lambda: graph_precision(path))
 
     def _file_may_be_the_cause(self, adapter: Runtime) -> bool:
