@@ -105,5 +105,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(exc: BaseException) -> str:
-    """Return the first line of an exception's text, or its class if it has none."""
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    """Return the first line of an exception's text, with the next if it ends with a colon; its class if it has none."""
+    lines = [line.strip() for line in (str(exc).strip() or type(exc).__name__).splitlines()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import qeff_validate as qv
+from qeff_validate.models.loading import first_line
 from qeff_validate.models.rows import TokenRows, cut, padded
 
 ROWS = (np.array([5, 6, 7]), np.array([8]))
@@ -61,3 +62,12 @@ def test_token_types_are_an_input_where_they_are_asked_for() -> None:
     with qv.runtime("ort").open(qv.build(qv.model(case), "onnx")) as session:
         assert [spec.name for spec in session.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
     assert qv.validate(case, ["torch", "ort", "sim"]).passed
+
+
+def test_the_line_that_an_exception_says_ends_where_its_sentence_does() -> None:
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert (
+        first_line(ValueError("bad field 'x':\n    wanted int, got 1.0\n  more"))
+        == "bad field 'x': wanted int, got 1.0"
+    )
