@@ -112,7 +112,12 @@ class Expect(Strict):
     @field_validator("until", mode="before")
     @classmethod
     def _written_out(cls, value: Any) -> Any:
-        return date.fromisoformat(value) if isinstance(value, str) else value  # JSON, and YAML in quotes
+        if not isinstance(value, str):  # JSON has dates in quotes, YAML may
+            return value
+        try:
+            return date.fromisoformat(value)
+        except ValueError as exc:
+            raise ValueError(f"is no date: wanted YYYY-MM-DD, got {value!r}") from exc
 
 
 class Case(Strict):

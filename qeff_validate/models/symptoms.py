@@ -140,7 +140,7 @@ class FirstTokens:
 
 
 def _far(one: Floats, other: Floats) -> float:
-    return float(np.sqrt(np.mean((one - other) ** 2)))
+    return float(np.sqrt(np.mean((one - other) ** 2))) if one.size else float("nan")
 
 
 def _impostor(name: str, twin: str) -> str:

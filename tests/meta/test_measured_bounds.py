@@ -25,6 +25,7 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.floor import Floor
 from qeff_validate.models.prompts import LONG
 from qeff_validate.protocols import Session
+from qeff_validate.recorded_file import DIGEST, sealed
 from qeff_validate.report import Result
 from qeff_validate.tensors import Array, Tensors, load_tensors, save_tensors
 
@@ -72,7 +73,7 @@ def other() -> Tensors:
 
 def against(path: Path, tensors: Tensors) -> Result:
     """Validate the first model against a recorded file of these tensors."""
-    save_tensors(path / "reference.safetensors", tensors)
+    save_tensors(path / "reference.safetensors", sealed({n: tensors[n] for n in tensors if n != DIGEST}))
     return on_torch(bert(artifacts={"reference": str(path / "reference.safetensors")}))
 
 

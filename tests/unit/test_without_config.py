@@ -71,10 +71,16 @@ def test_the_store_is_listed_and_pruned(tmp_path: Path) -> None:
     made = cli("run", "--model", "random:bert", *OPTION, "--runtimes", "torch", *store, "--report", tmp_path / "r")
     assert made.returncode == 0, made.stderr
     listed = cli("store", "list", *store)
-    assert listed.stdout.splitlines()[-1].startswith("5 entries")
-    assert {line.split()[0] for line in listed.stdout.splitlines()[:-1]} == {"inputs", "reference", "floor", "ceiling"}
+    assert listed.stdout.splitlines()[-1].startswith("9 entries")
+    assert {line.split()[0] for line in listed.stdout.splitlines()[:-1]} == {
+        "inputs",
+        "reference",
+        "states",
+        "floor",
+        "ceiling",
+    }
     assert cli("store", "prune", "--days", "1", *store).stdout.startswith("deleted 0 entries")
-    assert cli("store", "prune", "--days", "0", *store).stdout.splitlines()[-1].startswith("deleted 5 entries")
+    assert cli("store", "prune", "--days", "0", *store).stdout.splitlines()[-1].startswith("deleted 9 entries")
     assert cli("store", "list", *store).stdout.startswith("0 entries")
     assert cli("store", "prune").returncode == 2, "what to delete must be said"
 

@@ -209,4 +209,4 @@ def test_a_config_that_never_ends_is_not_read(device: str, tmp_path: Path) -> No
         os.mkfifo(tmp_path / "adapter_config.json")
     else:
         (tmp_path / "adapter_config.json").symlink_to(device)
-    assert "is no regular file" in refusal(str(tmp_path))
+    assert "and a file is needed" in refusal(str(tmp_path))

@@ -247,7 +247,7 @@ def test_overrides_and_the_seed_are_part_of_the_key(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("{", "cannot read"),
-        ("[]", "names no model_type"),
+        ("[]", "holds a JSON list, and an object is needed"),
         ('{"hidden_size": 8}', "names no model_type"),
         ('{"model_type": "NewModel"}', "transformers has no model type 'NewModel', and code from a model is not run"),
     ],

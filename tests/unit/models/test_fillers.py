@@ -17,6 +17,7 @@ from qeff_validate.engine import Runner
 from qeff_validate.models.fillers import rows_reached
 from qeff_validate.models.rows import TokenRows
 from qeff_validate.models.sources import Random
+from qeff_validate.protocols import runtime
 from qeff_validate.tensors import Tensors
 
 SIZE = 4
@@ -209,6 +210,6 @@ def test_a_file_that_this_library_exported_is_judged_by_zeros(monkeypatch: pytes
         return {"output": out}
 
     monkeypatch.setattr(OrtSession, "run", noisy)
-    result = runner.result(case(path), "ort")
+    result = runner.pipeline(case(path)).result(runtime("ort"))  # in this process, where the session is patched
     assert result.status == "fail"
     assert "output.tokenless_rows 32, allowed 0" in result.reason
