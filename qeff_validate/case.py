@@ -17,7 +17,7 @@ from qeff_validate.compare import MOST, check_tolerance
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.files import expand_user, read_bytes
 from qeff_validate.logits import MOST as LOGIT_MOST
-from qeff_validate.yaml_reader import MOST_VALUES, expanded_size, parse_yaml
+from qeff_validate.yaml_reader import MOST_VALUES, SURROGATE, expanded_size, parse_yaml
 
 MOST_BYTES = 4 << 20
 """Of a config: 100,000 short texts. More belong into a texts_file."""
@@ -48,10 +48,33 @@ Name = Annotated[str, AfterValidator(_without_control_characters)]
 """A path or an identifier, of which the system takes no NUL."""
 
 
+def _texts_in(data: Any) -> Iterator[str]:
+    """Yield every text in plain data, keys of mappings too."""
+    pending, seen = [data], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            pending += [*value, *value.values()] if isinstance(value, Mapping) else value
+
+
 class Strict(BaseModel):
     """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _characters(cls, data: Any) -> Any:
+        for text in _texts_in(data):
+            wrong = SURROGATE.search(text)
+            if wrong is not None:  # no encoding has it, so no file, fingerprint or report can hold it
+                raise ValueError(
+                    f"{text[:40]!r} holds half of a surrogate pair (U+{ord(wrong[0]):04X}), which is no character"
+                )
+        return data
 
 
 class Inputs(Strict):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qeff_validate.builders.about import KEY
+from qeff_validate.builders.store import NO_ROOM
 from qeff_validate.errors import BuildError
 from qeff_validate.models.sources import versions
 from qeff_validate.protocols import Graph
@@ -267,6 +268,8 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except Exception as exc:  # an exporter raises whatever its tracer met
+        if isinstance(exc, OSError) and exc.errno in NO_ROOM:
+            raise
         raise BuildError(f"torch.onnx.export failed: {_stopped_by(exc)}{_reason(exc)}") from exc
 
 

@@ -36,7 +36,11 @@ PROVENANCE = "provenance.json"
 _MOST_BYTES = 64 << 20
 """Of a provenance; a key lists the digest of every file of a model."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+NO_ROOM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
+"""Errors of the file system that are about the store, whatever was written there."""
+
 _KEY = re.compile(r"[0-9a-f]{40}")
 """Name of an entry; what is called otherwise is not ours, and never deleted."""
 
@@ -211,19 +215,21 @@ class Store:
         try:
             os.write(self._lease.number, f"{name}\n".encode())
         except OSError as exc:  # on a full disk, what is there can still be used
-            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
 
     def _verified(self, place: Path, key: Mapping[str, Any]) -> Entry | None:
         """Return an entry that is as it was made, else None."""
         try:
             provenance = json.loads(read_bytes(place / PROVENANCE, most_bytes=_MOST_BYTES))
+            if not isinstance(provenance, dict) or not _is_duration(provenance.get("seconds")):
+                return None
+            if provenance.get("bytes") != _size(place) - (place / PROVENANCE).stat().st_size:
+                return None  # before anything is read: a damaged length may be any
             files = _digests(place)
         except (OSError, ValueError, RecursionError):
             return None
         files.pop(PROVENANCE, None)
-        if not isinstance(provenance, dict) or not _is_duration(provenance.get("seconds")):
-            return None
         if provenance.get("files") != files or provenance.get("key") != json.loads(json.dumps(key)):
             return None
         with contextlib.suppress(OSError):  # a store that is only read keeps no times
@@ -238,7 +244,7 @@ class Store:
                 remove(work)  # a killed process left it: its lock is ours now
                 work.mkdir(parents=True)
             start = time.perf_counter()
-            with self._translated(_NO_ROOM):
+            with self._translated(NO_ROOM):
                 make(work)
             with self._translated():
                 files = _digests(work)
@@ -247,6 +253,7 @@ class Store:
                     "kind": kind,
                     "key": key,
                     "files": files,
+                    "bytes": _size(work),
                     "seconds": round(time.perf_counter() - start, 4),
                     "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 }

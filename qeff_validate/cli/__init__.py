@@ -11,5 +11,6 @@ def main(args: list[str] | None = None) -> int:
     signals.exit_on_signals()
     from qeff_validate.cli.commands import run_command
 
-    signals.raise_on_signals()
-    return run_command(args)
+    code = run_command(args)
+    signals.exit_on_signals()  # nothing is held any more
+    return code

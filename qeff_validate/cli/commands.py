@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qeff_validate.cli import signals
+from qeff_validate.cli.output import safe_streams
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.report import DEFAULT_DIR
 from qeff_validate.sdk.commands import app as sdk_app
@@ -328,8 +329,8 @@ def _split(text: str) -> list[str]:
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"--device-ids: {text!r} is no card id; give numbers such as 0,1")
+    if not text.isdecimal() or len(text) > 9:
+        raise ConfigError(f"--device-ids: {text[:40]!r} is no card id; give numbers such as 0,1")
     return int(text)
 
 
@@ -383,8 +384,15 @@ _Usage: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == 
 
 def run_command(args: list[str] | None) -> int:
     """Run a command and return its exit code; nothing but the exit of a signal comes out of it."""
+    with safe_streams():
+        return _exit_code(args)
+
+
+def _exit_code(args: list[str] | None) -> int:
     try:
+        signals.raise_on_signals()
         code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
+        sys.stdout.flush()
     except ConfigError as exc:
         code = _complain(exc, 2)
     except ValidateError as exc:

@@ -22,7 +22,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from qeff_validate.artifact import digest_tree, fingerprint
-from qeff_validate.errors import Unavailable
+from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.files import expand_user
 
 DEFAULT_PREFIX = "/opt/qti-aic"
@@ -191,8 +191,18 @@ class Sdk:
 
 
 def installed(prefix: str | None = None) -> Sdk:
-    """Return the installed SDK: ``prefix``, else ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``."""
-    return Sdk(expand_user(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX))
+    """Return the installed SDK: ``prefix``, else ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``.
+
+    Raises:
+        ConfigError: this is no path of the system, such as one with a name of 300 characters.
+    """
+    path = expand_user(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX)
+    try:
+        path.is_dir()
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"the prefix of the SDK, {str(path)[:200]!r}, is no path: {reason}") from exc
+    return Sdk(path)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from processes import (
     config,
     copied_store,
     ended,
+    environ,
     finish,
     first_run,
     kill_leftovers,
@@ -206,6 +209,8 @@ def test_error_on_one_runtime_does_not_lose_the_result_of_another(first, store: 
         (("--require", "ai10"), "--require: no runtime is called 'ai10'. Did you mean 'ai100'?"),
         (("--device-ids", "0,x"), "--device-ids: 'x' is no card id; give numbers such as 0,1"),
         (("--report", "cases.yaml"), "cases.yaml is no folder; name a directory"),
+        (("--device-ids", "9" * 5000), "is no card id; give numbers such as 0,1"),
+        (("--sdk", "n" * 300), "is no path: File name too long"),
         *(((f"--run-timeout={value}",), "--run-timeout") for value in ("0", "nan", "1h")),
         (("--run-timeout=inf",), "the time limit of a run is inf s"),
         (("--runtmes", "ort"), "No such option: --runtmes (Possible options: --run-timeout, --runtimes)"),
@@ -220,6 +225,31 @@ def test_wrong_usage_exits_2_names_the_value_and_starts_nothing(
     assert message in said(done)
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.yaml"]
+
+
+OUTPUTS = ["> /dev/full", "> /dev/full 2> /dev/full", "| true"]
+"""Shell syntax of an output that cannot be written."""
+
+
+@pytest.mark.parametrize("command", ["list cases.yaml", "list --help", "schema", "run cases.yaml --runtimes ai100"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_that_cannot_be_written_is_an_error_and_never_a_mismatch(
+    command: str, output: str, tmp_path: Path
+) -> None:
+    config(tmp_path)
+    text = f"({sys.executable} -m qeff_validate.cli {command}; echo $? > code) {output}"
+    done = subprocess.run(["sh", "-c", text], cwd=tmp_path, env=environ(tmp_path), capture_output=True, check=False)
+    assert (tmp_path / "code").read_text(encoding="utf-8").strip() == "3"
+    assert b"Traceback" not in done.stderr
+    assert b"cannot write to the standard output" in done.stderr or output.count(">") > 1
+
+
+def test_closed_output_and_one_of_few_characters_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m qeff_validate.cli run {config(tmp_path).name} --runtimes ai100"
+    for text in (f"{command} >&-", f"{command} >&- 2>&- <&-", f"PYTHONIOENCODING=ascii {command}"):
+        done = subprocess.run(["sh", "-c", text], cwd=tmp_path, env=environ(tmp_path), capture_output=True, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (3, False), done.stderr
+        assert report_in(tmp_path / "qv-report")["results"][0]["status"] == "not_run"
 
 
 @pytest.mark.parametrize("days", ["nan", "inf", "soon"])

@@ -120,6 +120,7 @@ THINGS: dict[str, Callable[[Path], object]] = {
     "directory": Path.mkdir,
     "socket": listening,
     "empty file": Path.touch,
+    "file of a terabyte": lambda path: path.touch() or os.truncate(path, 10**12),
 }
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "provenance is a list": wrong_provenance(lambda said: [said]),
@@ -207,12 +208,13 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: BaseException)
     assert Store(tmp_path).entry("onnx", KEY, writes()).made
 
 
-def test_a_full_disk_is_a_build_error_that_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=os.strerror)
+def test_a_full_disk_is_a_build_error_that_says_what_to_do(number: int, tmp_path: Path) -> None:
     def make(folder: Path) -> None:
         (folder / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
-    with pytest.raises(BuildError, match=r"No space left.*--store"):
+    with pytest.raises(BuildError, match=rf"{os.strerror(number)}.*--store"):
         Store(tmp_path).entry("onnx", KEY, make)
     assert files(tmp_path) == []
 

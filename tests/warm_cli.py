@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line in forks of a process that has imported all frameworks: hundreds of runs in minutes.
+
+Each run is a process in a session of its own, with its own exit code, signals and memory, as the console script is; what
+it saves is the import of torch. `WarmCli` is the client; as a script this file is the server, which reads one JSON
+request a line from stdin and answers each with one line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from processes import environ
+
+TOKEN = "QEFF_VALIDATE_TEST_RUN"
+"""Environment variable by which every process that a run has started is known."""
+
+MOST_BYTES = 4 << 30
+"""Of memory that a run may ask for; small cases take a tenth of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that ended, or was ended.
+
+    Attributes:
+        code: exit code; minus the number of the signal that killed it; None if it took longer than its limit.
+        text: both output streams.
+        seconds: how long it took.
+        megabytes: the most memory that its process had at once.
+    """
+
+    code: int | None
+    text: str
+    seconds: float
+    megabytes: float
+
+
+class WarmCli:
+    """A server process and the runs that it has forked; a context manager, which ends all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token = uuid.uuid4().hex
+        self._started: dict[int, tuple[Path, float]] = {}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**environ(folder), "OMP_NUM_THREADS": "1", "QAIC_SIM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> WarmCli:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in list(self._started):
+            self.wait(pid, limit=0)
+        with self._server:
+            assert self._server.stdin is not None
+            self._server.stdin.close()
+
+    def start(
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        variables: Mapping[str, str] | None = None,
+        largest_file: int | None = None,
+    ) -> int:
+        """Start a run and return its process id.
+
+        Args:
+            arguments: of the command line.
+            cwd: its working directory.
+            variables: further ones of its environment.
+            largest_file: bytes that a file may have (RLIMIT_FSIZE).
+        """
+        log = self.folder / f"log-{uuid.uuid4().hex}"
+        pid = self._ask(
+            {
+                "do": "start",
+                "arguments": [str(part) for part in arguments],
+                "cwd": str(cwd),
+                "log": str(log),
+                "variables": {TOKEN: self.token, **(variables or {})},
+                "largest_file": largest_file,
+            }
+        )["pid"]
+        self._started[pid] = (log, time.monotonic())
+        return int(pid)
+
+    def ended(self, pid: int, limit: float) -> bool:
+        """Wait so many seconds for the end of a run; say whether it has come."""
+        return bool(self._ask({"do": "poll", "pid": pid, "limit": limit})["ended"])
+
+    def wait(self, pid: int, limit: float) -> Run:
+        """Wait for the end of a run, and kill it with all its children if it takes longer than a limit in seconds."""
+        log, start = self._started.pop(pid)
+        reply = self._ask({"do": "wait", "pid": pid, "limit": limit})
+        seconds = time.monotonic() - start
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        log.unlink(missing_ok=True)
+        return Run(reply["code"], text, seconds, reply["kilobytes"] / 1024)
+
+    def run(self, *arguments: str | Path, cwd: Path, limit: float = 120, **more: Any) -> Run:
+        """Start a run and wait for its end."""
+        return self.wait(self.start(*arguments, cwd=cwd, **more), limit)
+
+    def children(self) -> list[int]:
+        """Return the processes that runs have started and that are alive."""
+        mark = f"{TOKEN}={self.token}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+            except OSError:  # it has ended, or is somebody else's
+                continue
+        return found
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        reply: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return reply
+
+
+def _serve() -> int:
+    from qeff_validate.cli import main, signals
+
+    signals.exit_on_signals()  # so is the console script's first moment
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    import qeff_validate.cli.commands
+    import qeff_validate.engine  # noqa: F401
+
+    gc.freeze()  # a collection in a fork would copy every page
+    replies = os.fdopen(os.dup(1), "w")
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if request["do"] == "start":
+            pid = os.fork()
+            if pid == 0:
+                replies.close()
+                _prepare(request)
+                _leave(main(request["arguments"]))
+            reply: dict[str, Any] = {"pid": pid}
+        elif request["do"] == "poll":
+            reply = {"ended": _has_ended(request["pid"], request["limit"])}
+        else:
+            reply = _end(request["pid"], request["limit"])
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+    return 0
+
+
+def _prepare(request: Mapping[str, Any]) -> None:
+    os.setsid()
+    os.environ.update(request["variables"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.close(log)
+    os.close(null)
+    os.chdir(request["cwd"])
+    sys.argv = ["qeff-validate", *request["arguments"]]
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    if request["largest_file"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], request["largest_file"]))
+
+
+def _leave(code: int) -> None:
+    """End as an interpreter does, but do not take the frameworks apart, which takes seconds."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _has_ended(pid: int, limit: float) -> bool:
+    number = os.pidfd_open(pid)
+    try:
+        return bool(select.select([number], [], [], limit)[0])
+    finally:
+        os.close(number)
+
+
+def _end(pid: int, limit: float) -> dict[str, Any]:
+    in_time = _has_ended(pid, limit)
+    if not in_time:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status) if in_time else None, "kilobytes": usage.ru_maxrss}
+
+
+if __name__ == "__main__":
+    sys.exit(_serve())
