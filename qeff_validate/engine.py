@@ -142,6 +142,7 @@ def validate(
     for item, name in planned:
         check(item)
         runner.adapter(name)
+    installed(runner.settings.sdk)  # the report asks it in the end
     if record is not None:
         check_writable(record, "--record")
     results: list[Result] = []

@@ -141,7 +141,7 @@ def versions() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try everything and write the page; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="KIND", help="inputs of this kind alone; no page is written")
+    parser.add_argument("--only", metavar="KIND", action="append", help="inputs of this kind alone; no page is written")
     parser.add_argument("--share", type=int, default=1, help="only every so many-th input of a kind")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--output", type=Path, default=PAGE)
@@ -152,11 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(cli: WarmCli, folder: Path, options: argparse.Namespace) -> int:
     """Run inputs and faults, print what is wrong, and write the page."""
+    unknown = {*(options.only or ())} - {*KINDS}
+    if unknown:
+        raise SystemExit(f"--only: no kind is called {sorted(unknown)[0]!r}; known: {', '.join(KINDS)}")
     good = hostile_inputs.prepare(cli, folder / "good")
     counts: dict[str, Counter[str]] = {}
     megabytes, bad = 0.0, 0
     for kind, (maker, count) in KINDS.items():
-        if options.only not in (None, kind):
+        if options.only and kind not in options.only:
             continue
         counts[kind], start = Counter(), time.monotonic()
         for item, run, column, problem in try_inputs(cli, good, sample(maker, good, count, options.share), folder / "x"):
@@ -167,7 +170,7 @@ def measure(cli: WarmCli, folder: Path, options: argparse.Namespace) -> int:
                 print(f"{column}: {kind}: {item.name}: {problem}", flush=True)
         seconds = time.monotonic() - start
         print(f"{kind}: {dict(counts[kind])} in {seconds:.0f} s, {megabytes:,.0f} MB", flush=True)
-    if options.only is not None:
+    if options.only:
         return int(bad > 0)
     injected: dict[str, list[list[str]]] = {}
     (folder / "faults").mkdir()

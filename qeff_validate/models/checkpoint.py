@@ -183,7 +183,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: one is no regular file, or too large.
     """
-    entries = [Path(entry.path) for entry in os.scandir(folder) if not entry.is_dir() or entry.name in VOCABULARY]
+    entries = [path for path in folder.iterdir() if not path.is_dir() or path.name in VOCABULARY]
     files = [path for path in entries if path.suffix not in NO_TOKENIZER and not path.name.startswith(".")]
     return checked([*files, *(folder / TEMPLATES).glob("*.jinja")], most_bytes=MOST_VOCABULARY)
 
