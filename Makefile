@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power clean help
+.PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power reliability clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -51,6 +51,9 @@ support: $(STAMP)  ## try every PEFT method on every architecture and write docs
 
 power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour
 	$(BIN)/python tests/power.py $(ARGS)
+
+reliability: $(STAMP)  ## what comes of hostile inputs, faults and kills, writes docs/reliability.md: some 20 minutes
+	$(BIN)/python tests/reliability.py $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build qv-report .pytest_cache .mypy_cache .ruff_cache *.egg-info

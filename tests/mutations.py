@@ -28,6 +28,7 @@ VALUES: Mapping[str, Any] = {
 }  # fmt: skip
 """What takes the place of a value in JSON."""
 
+
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         before = Path.cwd()
@@ -54,7 +55,7 @@ THINGS: Mapping[str, Change] = {
     "socket": _socket,
     "empty file": Path.touch,
     "file of a terabyte": _huge,
-    "nothing": lambda path: None,  # noqa: ARG005
+    "nothing": lambda path: None,
 }
 """What may stand where a file is wanted."""
 

@@ -149,7 +149,7 @@ def crowd(setting: Setting, folder: Path, count: int = 4) -> list[str]:
 
 
 def fill(setting: Setting, folder: Path, size: int, *, disk: bool) -> list[str]:
-    """Run where a disk has ``size`` bytes (``disk``), or where no file may be larger; then where there is room again."""
+    """Run where a disk has ``size`` bytes (``disk``) or no file may be larger; then where there is room."""
     folder.mkdir()
     with small_disk(folder, size) if disk else contextlib.nullcontext():
         run = setting.cli.wait(setting.start(folder, largest_file=None if disk else size), LIMIT_S)

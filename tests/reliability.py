@@ -31,12 +31,15 @@ LIMIT_S = 60
 """After which a run counts as a hang; those with a time limit of their own have 10 s for each answer."""
 
 BUG = re.compile(r"Traceback \(most recent|this is a bug|unexpected [A-Z]\w+:")
-COLUMNS = ("clear error", "right verdict", "traceback", "hang", "wrong verdict")
+BAD = ("traceback", "hang", "wrong verdict")
+COLUMNS = ("clear error", "right verdict", *BAD)
 
 TEMPLATE = """\
 # What comes of broken input, faults and kills
 
-Written by `make reliability`; nothing here is edited by hand. **{tried} hostile inputs, {faults} faults, {kills} kills: \
+Written by `make reliability`; nothing here is edited by hand.
+
+**{tried} hostile inputs, {faults} faults, {kills} kills: \
 {bad} tracebacks, hangs or wrong verdicts.** ({versions})
 
 ## Hostile inputs
@@ -81,7 +84,9 @@ def statuses_in(report: Path) -> list[str]:
     return [result["status"] for result in json.loads(path.read_bytes())["results"]] if path.is_file() else []
 
 
-def try_inputs(cli: WarmCli, good: GoodFiles, items: Iterator[Input], folder: Path) -> Iterator[tuple[Input, Run, str, str]]:
+def try_inputs(
+    cli: WarmCli, good: GoodFiles, items: Iterator[Input], folder: Path
+) -> Iterator[tuple[Input, Run, str, str]]:
     """Run inputs one after the other and yield what came of each."""
     for item in items:
         shutil.rmtree(folder, ignore_errors=True)
@@ -90,7 +95,9 @@ def try_inputs(cli: WarmCli, good: GoodFiles, items: Iterator[Input], folder: Pa
         yield item, run, *outcome(run, item, folder)
 
 
-def sample(maker: Callable[[GoodFiles, int], Iterator[Input]], good: GoodFiles, count: int, share: int) -> Iterator[Input]:
+def sample(
+    maker: Callable[[GoodFiles, int], Iterator[Input]], good: GoodFiles, count: int, share: int
+) -> Iterator[Input]:
     """Return every ``share``-th input of a kind."""
     return islice(maker(good, count), 0, None, share)
 
@@ -162,10 +169,12 @@ def measure(cli: WarmCli, folder: Path, options: argparse.Namespace) -> int:
         if options.only and kind not in options.only:
             continue
         counts[kind], start = Counter(), time.monotonic()
-        for item, run, column, problem in try_inputs(cli, good, sample(maker, good, count, options.share), folder / "x"):
+        for item, run, column, problem in try_inputs(
+            cli, good, sample(maker, good, count, options.share), folder / "x"
+        ):
             counts[kind][column] += 1
             megabytes = max(megabytes, run.megabytes)
-            if column in COLUMNS[2:]:
+            if column in BAD:
                 bad += 1
                 print(f"{column}: {kind}: {item.name}: {problem}", flush=True)
         seconds = time.monotonic() - start

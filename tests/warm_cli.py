@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line in forks of a process that has imported all frameworks: hundreds of runs in minutes.
 
-Each run is a process in a session of its own, with its own exit code, signals and memory, as the console script is; what
-it saves is the import of torch. `WarmCli` is the client; as a script this file is the server, which reads one JSON
+Each run is a process in a session of its own, with its own exit code, signals and memory, as the console script is;
+what it saves is the import of torch. `WarmCli` is the client; as a script this file is the server, which reads one JSON
 request a line from stdin and answers each with one line.
 """
 

@@ -69,8 +69,8 @@ def safe_streams() -> Iterator[None]:
     for stream in streams:
         with suppress(AttributeError, ValueError, OSError):  # not every replacement of a stream can be configured
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stdout = OutputStream(streams[0], "the standard output", silent=False)  # type: ignore[assignment]
-    sys.stderr = OutputStream(streams[1], "the standard error", silent=True)  # type: ignore[assignment]
+    sys.stdout = OutputStream(streams[0], "the standard output", silent=False)
+    sys.stderr = OutputStream(streams[1], "the standard error", silent=True)
     try:
         yield
     finally:

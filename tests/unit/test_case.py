@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from qeff_validate.case import Case, load_cases
+from qeff_validate.case import Case, Inputs, load_cases
 from qeff_validate.engine import check, load
 from qeff_validate.errors import ConfigError
 
@@ -119,3 +121,24 @@ def test_buckets_are_sorted_and_one_number_is_a_list() -> None:
 def test_the_projects_own_configs_are_right() -> None:
     configs = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     assert load(configs)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"inputs": {"texts": ["a\ud800", "b", "c"]}},
+        {"options": {"prompt": "\udfff"}},
+        {"options": {"prompts": [{"deep": ["\ud800"]}]}},
+        {"config": {"\ud800": 1}},
+        {"tolerance": {"ort": {"rel_l2": 1e-4, "why": "\ud800"}}},
+        {"source": "path:\udcff"},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"half of a surrogate pair \(U\+D"):
+        Case(**{"name": "a", "source": "random:bert", **keys})
+
+
+def test_half_of_a_surrogate_pair_is_no_text_of_inputs() -> None:
+    with pytest.raises(ValidationError, match="half of a surrogate pair"):
+        Inputs(texts=["a\ud800", "b", "c"])

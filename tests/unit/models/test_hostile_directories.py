@@ -82,6 +82,7 @@ SPECIAL = {
     "pipe": pipe,
     "endless device": link("/dev/zero"),
     "dangling link": link("nowhere"),
+    "link to itself": lambda path: link(path.name)(path),
     "directory": link("../model"),
 }
 
