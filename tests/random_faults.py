@@ -30,7 +30,10 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGK
 STORED = ("inputs", "reference", "states", "onnx", "qpc", "floor", "ceiling", PROVENANCE)
 """Kinds of stored files; a provenance is that of any of the others."""
 
-READ_FOR = {"reference": ("floor",), "states": ("reference", "floor")}
+ALWAYS_READ = ("inputs", "onnx", "qpc", "floor", "ceiling")
+"""Kinds of which a repeated run reads every entry."""
+
+READ_FOR = {"reference": ("floor",), "states": ("reference", "floor", "ceiling")}
 """What a kind is read for: with that in the store, it would stay unread."""
 
 FILE_SIZES = (1_500, 20_000, 131_072)
@@ -113,9 +116,9 @@ def kill(setting: Setting, folder: Path, number: signal.Signals, moment: float) 
 def flip(setting: Setting, folder: Path, kind: str, seed: int) -> list[str]:
     """Flip a bit of a stored file."""
     store, chance = setting.copy(folder, *READ_FOR.get(kind, ())), random.Random(seed)
-    files = sorted(path for path in store.glob("*/*/**/*") if path.is_file() and path.stat().st_size)
-    chosen = [path for path in files if (path.name if kind == PROVENANCE else path.relative_to(store).parts[0]) == kind]
-    path = chance.choice([path for path in chosen if kind == PROVENANCE or path.name != PROVENANCE])
+    kinds = ALWAYS_READ if kind == PROVENANCE else (kind,)
+    files = sorted(path for name in kinds for path in (store / name).rglob("*") if path.is_file())
+    path = chance.choice([path for path in files if (path.name == PROVENANCE) == (kind == PROVENANCE)])
     flip_bit(path, chance)
     return _next_run(setting, folder, "auto")
 
@@ -244,8 +247,11 @@ def broken_entries(store: Path) -> list[str]:
     """Return the entries whose files are not those of their provenance."""
     wrong = []
     for entry in Store(store).entries():
-        listed = json.loads((entry.path / PROVENANCE).read_bytes())["files"]
         files = [path for path in entry.path.rglob("*") if path.is_file() and path.name != PROVENANCE]
+        try:
+            listed = json.loads((entry.path / PROVENANCE).read_bytes())["files"]
+        except (ValueError, KeyError):
+            listed = None
         if digest_files(files, root=entry.path) != listed:
             wrong.append(f"{entry.kind} entry {entry.path.name} is not as it was made")
     return wrong

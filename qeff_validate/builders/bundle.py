@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bundles: QPCs with their inputs and reference outputs, built on one host and judged on another.
 
-Layout: ``bundle.json`` (runtime, cases, the digest of every file, and a digest of all of this) and, for each case,
+Layout: ``bundle.json`` (runtime, cases, size and digest of every file, and a digest of all of this) and, for each case,
 ``CASE/qpc/programqpc.bin``, ``CASE/about.json`` (what the QPC was made from) and ``CASE/reference.safetensors``.
 Reading verifies every byte first; nothing of a changed bundle is judged, and nothing that a bundle names is imported.
 
@@ -29,7 +29,7 @@ from qeff_validate.folders import check_writable, folder_entries
 from qeff_validate.protocols import runtime as runtime_for
 
 MANIFEST = "bundle.json"
-SCHEMA = 2
+SCHEMA = 3
 
 MOST_BYTES = 64 << 20
 """A greater manifest is not read; that of a hundred cases has 200 kB."""
@@ -41,6 +41,7 @@ class Manifest(Strict):
     runtime: str
     cases: list[Case]
     files: dict[str, str]
+    sizes: dict[str, int]
     environment: dict[str, Any]
     digest: str
 
@@ -79,11 +80,13 @@ def write_bundle(
             if (qpc.parent / BESIDE).is_file():
                 shutil.copyfile(qpc.parent / BESIDE, work / case.name / BESIDE)
             shutil.copyfile(reference, work / case.name / "reference.safetensors")
+        files = digest_tree(work)
         manifest = {
             "schema": SCHEMA,
             "runtime": runtime,
             "cases": [_plain(case, runtime) for case, _, _ in members],
-            "files": digest_tree(work),
+            "files": files,
+            "sizes": {name: (work / name).stat().st_size for name in files},
             "environment": dict(environment),
         }
         manifest["digest"] = fingerprint(manifest)
@@ -119,7 +122,7 @@ def read_bundle(folder: Path, *, digest: str | None = None) -> list[Case]:
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"{folder}/{MANIFEST} names the cases {names}: at least one is needed, and each once")
     try:
-        wrong = _differences(folder, manifest.files)
+        wrong = _differences(folder, manifest)
     except OSError as exc:
         raise Unavailable(f"cannot read {folder}: {exc}") from exc
     if wrong:
@@ -153,17 +156,21 @@ def _manifest(folder: Path) -> Manifest:
         raise ConfigError(explain(exc, str(path), data)) from exc
 
 
-def _differences(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with which file; only files that the manifest names are opened."""
-    wrong, missing = [], set(files)
+def _differences(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with which file; only files that the manifest names, and of their size, are opened."""
+    wrong, missing = [], set(manifest.files)
     for path, problem in folder_entries(folder):
         name = path.as_posix()
         missing.discard(name)
         if problem:
             wrong.append(f"{name} {problem}, and a bundle has only files")
-        elif name != MANIFEST and (name not in files or digest_file(folder / path) != files[name]):
+        elif name != MANIFEST and not _is_intact(folder / path, manifest.files.get(name), manifest.sizes.get(name)):
             wrong.append(f"{name} changed, missing or added")
     return wrong + [f"{name} changed, missing or added" for name in sorted(missing)]
+
+
+def _is_intact(path: Path, digest: str | None, size: int | None) -> bool:
+    return digest is not None and path.stat().st_size == size and digest_file(path) == digest
 
 
 def _plain(case: Case, runtime: str) -> dict[str, Any]:

@@ -69,9 +69,10 @@ def test_another_bundle_than_expected_is_refused(tmp_path: Path) -> None:
         read_bundle(folder, digest=digest)
 
 
-@pytest.mark.parametrize("key", ["schema", "runtime", "cases", "files", "environment", "digest"])
+@pytest.mark.parametrize("key", ["schema", "runtime", "cases", "files", "sizes", "environment", "digest"])
 def test_each_part_of_the_manifest_is_covered_by_its_digest(bundle: Path, key: str) -> None:
-    other = {"runtime": "torch", "cases": [], "files": {}, "environment": {}, "digest": "0" * 64, "schema": 1}
+    other = {"runtime": "torch", "cases": [], "files": {}, "sizes": {}, "environment": {}, "digest": "0" * 64}
+    other["schema"] = 1
     edit(bundle, lambda plain: plain.update({key: other[key]}), sealed=False)
     with pytest.raises(ValidateError, match=f"{MANIFEST} changed" if key != "schema" else "schema 1"):
         read_bundle(bundle)
@@ -81,6 +82,8 @@ SEALED = {
     "files null": ({"files": None}, "files: Input should be a valid dictionary"),
     "files list": ({"files": [1]}, "files: Input should be a valid dictionary"),
     "digests numbers": ({"files": {"b/reference.safetensors": 3}}, "files.b/reference.safetensors: "),
+    "sizes null": ({"sizes": None}, "sizes: Input should be a valid dictionary"),
+    "sizes texts": ({"sizes": {"b/reference.safetensors": "7"}}, "sizes.b/reference.safetensors: "),
     "runtime number": ({"runtime": 3}, "runtime: Input should be a valid string"),
     "runtime unknown": ({"runtime": "simm"}, "Did you mean 'sim'?"),
     "runtime torch": ({"runtime": "torch"}, "torch, which opens no QPC"),
@@ -92,7 +95,7 @@ SEALED = {
     "a file outside": ({"cases": [{**PLAIN.plain(), "inputs": {"texts_file": "/dev/zero"}}]}, "names a texts_file"),
     "a mark": ({"cases": [{**PLAIN.plain(), "marks": ["xfail"]}]}, "would decide whether a test counts"),
     "schema 1": ({"schema": 1}, "build it anew"),
-    "schema list": ({"schema": [2]}, "build it anew"),
+    "schema list": ({"schema": [3]}, "build it anew"),
 }
 
 
@@ -107,8 +110,8 @@ def test_a_manifest_of_another_form_is_a_config_error(bundle: Path, update: dict
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[" * 200_000, b'{"a":' * 100_000, b"\xff\xfe", b"[]", b"3", b"null", b'"x"', b'{"schema": 2}',
-     b'{"schema": ' + b"9" * 5000 + b"}", b'{"schema": 2, "files": {"\\ud800": "x"}}'],
+    [b"", b"[" * 200_000, b'{"a":' * 100_000, b"\xff\xfe", b"[]", b"3", b"null", b'"x"', b'{"schema": 3}',
+     b'{"schema": ' + b"9" * 5000 + b"}", b'{"schema": 3, "files": {"\\ud800": "x"}}'],
     ids=range(11),
 )  # fmt: skip
 def test_what_is_no_manifest_is_an_error_of_ours(bundle: Path, raw: bytes) -> None:
@@ -131,6 +134,12 @@ def test_links_and_what_is_no_file_are_refused_by_name_and_never_opened(bundle: 
     with pytest.raises(ValidateError) as caught:
         read_bundle(bundle)
     assert name in str(caught.value)
+
+
+def test_file_of_another_size_is_named_and_not_read(bundle: Path) -> None:
+    os.truncate(bundle / "b" / "reference.safetensors", 10**12)
+    with pytest.raises(Unavailable, match=r"b/reference\.safetensors changed"):
+        read_bundle(bundle)
 
 
 def test_nothing_that_a_bundle_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
