@@ -48,6 +48,9 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, save_tenso
 
 T = TypeVar("T")
 
+MOST_PROGRAM = 128 << 30
+"""Bytes of a compiled program: no card has so much memory."""
+
 
 class Progress(Protocol):
     """Is told what is going on; the default says nothing."""
@@ -669,7 +672,7 @@ def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
         checked([main])
         if kind == "onnx":
             check_graph(path)
-        files = [main, *external_files(path)] if kind == "onnx" else checked(qpc_files(path))
+        files = [main, *external_files(path)] if kind == "onnx" else checked(qpc_files(path), most_bytes=MOST_PROGRAM)
         digest = fingerprint(digests(files, path.parent))
         return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
     except ConfigError as exc:

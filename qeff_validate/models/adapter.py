@@ -15,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
 from qeff_validate.files import expand_user, read_json, regular_file
+from qeff_validate.models.tables import stated_size
 from qeff_validate.tensors import Array
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -97,9 +98,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Array]:
     try:
-        regular_file(path)
+        size, stated = regular_file(path).st_size, stated_size(path)
+        if size != stated:
+            raise ConfigError(
+                f"adapter: {path} has {size:,} bytes, and its header names {stated:,}: it is cut short or damaged"
+            )
         entries: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError) as exc:
+    except (OSError, ValueError, SafetensorError) as exc:
         raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
     if not entries:
         raise ConfigError(f"adapter: {path} holds no tensor")

@@ -42,7 +42,8 @@ def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
     encode = tokenizer
 
     def tokenize(text: str) -> list[int]:
-        return list(encode(text, truncation=False, verbose=False)["input_ids"])
+        with foreign(f"tokenize {text[:40]!r}"):
+            return list(encode(text, truncation=False, verbose=False)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)
 

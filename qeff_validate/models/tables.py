@@ -118,3 +118,17 @@ def header(file: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{file} is no safetensors file")
         entries = json.loads(opened.read(size))
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + size
+
+
+def stated_size(file: Path) -> int:
+    """Return how many bytes a safetensors file has by its own header.
+
+    Raises:
+        ValueError: it is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        entries, start = header(file)
+        return start + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as exc:
+        raise ValueError(f"its header is none of a safetensors file: {type(exc).__name__}: {exc}") from exc

@@ -81,6 +81,13 @@ def test_a_prefix_is_told_with_both_names(rule: Callable[[str], str], words: str
     assert not re.search("missing:|extra:|shape:|modules:", text)
 
 
+@pytest.mark.parametrize("size", [10**12, 100, 3])
+def test_file_of_another_size_than_its_header_says_is_not_read(size: int, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    os.truncate(tmp_path / "a" / "adapter_model.safetensors", size)
+    assert re.search(r"adapter_model\.safetensors( has|:)", refusal(str(tmp_path / "a")))
+
+
 def test_missing_and_extra_tensors_are_named(saved: Path, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
         name, *_ = sorted(tensors)

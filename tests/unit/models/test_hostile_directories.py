@@ -360,3 +360,11 @@ def test_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(BuildError, match="as ONNX"):
         digest(tmp_path / "model.onnx")
+
+
+def test_tokenizer_that_fails_on_a_text_is_named(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "abc"}))
+    tokenize, _ = resolve(Case(name="x", source=f"path:{folder}")).tokenizer()
+    with pytest.raises(ValidateError, match="cannot tokenize 'the man': TypeError"):
+        tokenize("the man")
