@@ -211,8 +211,6 @@ def test_error_on_one_runtime_does_not_lose_the_result_of_another(first, store: 
         (("--device-ids", "9" * 5000), "is no card id; give numbers such as 0,1"),
         (("--sdk", "n" * 300), "is no path: File name too long"),
         (("--report", "cases.yaml"), "cases.yaml is no folder; name a directory"),
-        (("--device-ids", "9" * 5000), "is no card id; give numbers such as 0,1"),
-        (("--sdk", "n" * 300), "is no path: File name too long"),
         *(((f"--run-timeout={value}",), "--run-timeout") for value in ("0", "nan", "1h")),
         (("--run-timeout=inf",), "the time limit of a run is inf s"),
         (("--runtmes", "ort"), "No such option: --runtmes (Possible options: --run-timeout, --runtimes)"),

@@ -159,7 +159,7 @@ OVER_NO_MEASUREMENT = {
     "max((size for size, at in _shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
     "min(most[name], near.get(name, math.inf))", "max(gates, key=nearness, default=None)",
-    "min(found, HALF_NORMAL * float(np.sqrt(np.mean(np.square(errors)))))",
+    "min(found, half_normal)",
 }  # fmt: skip
 
 
