@@ -96,15 +96,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _tensors(path: Path) -> dict[str, Array]:
+def check_size(path: Path) -> None:
+    """Refuse a safetensors file that has another size than its header says, before its content is read.
+
+    Raises:
+        ConfigError: it has, or it is no such file.
+    """
     try:
         size, stated = regular_file(path).st_size, stated_size(path)
-        if size != stated:
-            raise ConfigError(
-                f"adapter: {path} has {size:,} bytes, and its header names {stated:,}: it is cut short or damaged"
-            )
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
+    if size != stated:
+        raise ConfigError(
+            f"adapter: {path} has {size:,} bytes, and its header names {stated:,}: it is cut short or damaged"
+        )
+
+
+def _tensors(path: Path) -> dict[str, Array]:
+    check_size(path)
+    try:
         entries: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, SafetensorError) as exc:
+    except (OSError, SafetensorError) as exc:
         raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
     if not entries:
         raise ConfigError(f"adapter: {path} holds no tensor")

@@ -24,7 +24,7 @@ from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.logits import logit_strays
 from qeff_validate.metrics import stray_size
-from qeff_validate.models.adapter import CONFIG, WEIGHTS, content, read_config
+from qeff_validate.models.adapter import CONFIG, WEIGHTS, check_size, content, read_config
 from qeff_validate.models.checkpoint import checked, digests
 from qeff_validate.models.continuations import check_continuations, judge_continuations, measure_continuations
 from qeff_validate.models.generate import Plan
@@ -146,6 +146,8 @@ class PeftCausalLM:
             if isinstance(made, str):
                 folder = expand_user(made)
                 files = [folder / file for file in (WEIGHTS, CONFIG) if os.path.lexists(folder / file)]
+                if weights and folder / WEIGHTS in files:
+                    check_size(folder / WEIGHTS)
                 keys[name] = digests(checked(files), folder) if weights else {"saved": content(read_config(folder))}
             else:
                 keys[name] = {k: v for k, v in made.items() if weights or k not in ("seed", "init")}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -162,3 +163,14 @@ def test_wrong_option_through_the_command_line_exits_2_and_starts_nothing(tmp_pa
     assert "case 'lm': options: max_new_tokens: Input should be greater than or equal to 1 (got 0)" in said(done)
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_adapter_of_another_size_is_refused_before_its_digest_is_taken(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapters / "good", tmp_path / "a")
+    os.truncate(tmp_path / "a" / "adapter_model.safetensors", 10**12)
+    monkeypatch.setattr("qeff_validate.artifact.digest_file", lambda path: pytest.fail(f"{path} was read"))
+    made = qv.model(case(options={"adapters": {"a": str(tmp_path / "a")}}))
+    with pytest.raises(ConfigError, match="1,000,000,000,000 bytes"):
+        made.inputs_key()
