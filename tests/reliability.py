@@ -39,16 +39,18 @@ TEMPLATE = """\
 
 Written by `make reliability`; nothing here is edited by hand.
 
-**{tried} hostile inputs, {faults} faults, {kills} kills: \
+**{tried:,} hostile inputs, {faults} faults, {kills} kills: \
 {bad} tracebacks, hangs or wrong verdicts.** ({versions})
 
 ## Hostile inputs
 
-Each is run by the command line in a process of its own, {limit} s at most. They are listed ones (bombs, loops, pipes,
-devices, links, lies in headers, ten million layers) and random ones (bits, stretches of bytes and values of good files,
-with a seed). A *clear error* is exit code 2 or 3 with a message and neither a traceback nor "unexpected". A verdict is
-*right* if the model is healthy and does not fail, or if what was damaged no longer passes: ONNX Runtime, transformers
-or equality of bytes decides. Most memory of a run: {megabytes:,.0f} MB.
+Each is run by the command line in a process of its own (a fork of one that has imported the frameworks), with {limit} s
+and 4 GiB at most. They are listed ones (bombs, loops, pipes, devices, links, lies in headers, ten million layers) and
+random ones (bits, stretches of bytes and values of good files, with a seed). A *clear error* is exit code 2 or 3 with a
+message and neither a traceback nor "unexpected". A verdict is *right* if a healthy model does not fail, and if what was
+damaged does not pass: whether it is damaged, ONNX Runtime, transformers or a comparison of the contents decides. Of
+adapters only false alarms are counted. Where digests or checksums were computed anew, as whoever forges a file would
+do, any verdict is taken, and tracebacks and hangs alone are counted. Most memory of a run: {megabytes:,.0f} MB.
 
 | input | tried | {columns} |
 |---|---|---|---|---|---|---|
