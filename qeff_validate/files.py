@@ -17,6 +17,9 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError
 
+MOST_CONFIG = 16 << 20
+"""Bytes of a JSON config of a model or an adapter; real ones have kilobytes."""
+
 _PREFIX = "qeff-validate-work-"
 _KINDS = {
     stat.S_IFDIR: "a directory",

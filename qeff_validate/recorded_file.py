@@ -8,7 +8,6 @@ library did not write may hold outputs, or inputs and outputs, alone.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qeff_validate.diagnose.precheck import ABOUT
 from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
+from qeff_validate.files import regular_file
 from qeff_validate.floor import digest_of
 from qeff_validate.json_tensor import parse_json_tensor, text_of
 from qeff_validate.tensors import Tensors, load_tensors
@@ -71,11 +71,9 @@ def read_recorded(path: Path) -> Tensors:
         IncomparableError: it was changed since, holds floors without a digest, or no output.
     """
     try:
-        ordinary = stat.S_ISREG(path.stat().st_mode)
+        regular_file(path)
     except (OSError, ValueError) as exc:
         raise Unavailable(f"cannot read {path}: {exc}") from exc
-    if not ordinary:
-        raise Unavailable(f"cannot read {path}: it is no file")
     tensors = load_tensors(path)
     with naming(path):
         floors = sorted(name for name in tensors if name.startswith(FLOOR))

@@ -151,6 +151,21 @@ def run(config: str | bytes, folder: Path, good: GoodFiles, runtimes: str, *more
     return ["run", folder / "c.yaml", "--runtimes", runtimes, *places, "--run-timeout", "10", *more]
 
 
+def on_copies(
+    source: Path, name: str, config: str, good: GoodFiles, runtimes: str
+) -> Callable[[str, Change, Judge], Input]:
+    """Return a function that makes an input: a run on a changed copy of a file, which the config calls ``name``."""
+
+    def inputs(title: str, change: Change, judge: Judge) -> Input:
+        def make(folder: Path) -> Arguments:
+            change(copied(source, folder / name))
+            return run(config, folder, good, runtimes)
+
+        return Input(title, make, judge)
+
+    return inputs
+
+
 def copied(source: Path, target: Path) -> Path:
     """Copy a file or folder."""
     if source.is_dir():
@@ -241,13 +256,7 @@ def recordings(good: GoodFiles, count: int) -> Iterator[Input]:
     """Recorded files: other bytes, parts of another form under a digest that fits, things that are no files."""
     config = f"{CONFIG}    artifacts: {{reference: r}}\n"
 
-    def inputs(name: str, change: Change, judge: Judge) -> Input:
-        def make(folder: Path) -> Arguments:
-            copied(good.recording, folder / "r")
-            change(folder / "r")
-            return run(config, folder, good, "torch")
-
-        return Input(name, make, judge)
+    inputs = on_copies(good.recording, "r", config, good, "torch")
 
     def same_tensors(statuses: Sequence[str], folder: Path) -> str:
         one, other = load_tensors(good.recording), load_tensors(folder / "r")
@@ -335,13 +344,7 @@ def graphs(good: GoodFiles, count: int) -> Iterator[Input]:
     """ONNX files: bombs, loops, circles, other bytes, external data that lie elsewhere, things that are no files."""
     config = f"{CONFIG}    artifacts: {{onnx: m.onnx, reference: {good.recording}}}\n"
 
-    def inputs(name: str, change: Change, judge: Judge) -> Input:
-        def make(folder: Path) -> Arguments:
-            copied(good.onnx, folder / "m.onnx")
-            change(folder / "m.onnx")
-            return run(config, folder, good, "ort")
-
-        return Input(name, make, judge)
+    inputs = on_copies(good.onnx, "m.onnx", config, good, "ort")
 
     for make in (*hostile_graphs.BOMBS, hostile_graphs.endless_loop, hostile_graphs.cycle, hostile_graphs.without_ends):
         yield inputs(make.__name__, make, refused)

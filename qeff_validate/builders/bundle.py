@@ -24,7 +24,7 @@ from qeff_validate.artifact import digest_file, digest_tree, fingerprint
 from qeff_validate.builders.about import BESIDE
 from qeff_validate.case import Artifacts, Case, Strict, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
-from qeff_validate.files import temporary_beside
+from qeff_validate.files import read_bytes, temporary_beside
 from qeff_validate.folders import check_writable, folder_entries
 from qeff_validate.protocols import runtime as runtime_for
 
@@ -135,11 +135,7 @@ def _manifest(folder: Path) -> Manifest:
     try:
         if path.is_symlink() or not path.is_file():
             raise ConfigError(f"{folder} is no bundle: {MANIFEST} is missing, or no ordinary file")
-        with open(path, "rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ConfigError(f"{folder} is no bundle: {MANIFEST} has more than {MOST_BYTES} bytes")
-        data = json.loads(text.decode("utf-8"))
+        data = json.loads(read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8"))
         digest = fingerprint({key: value for key, value in dict(data).items() if key != "digest"})
     except (OSError, TypeError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{folder} is no bundle: cannot read its {MANIFEST}: {exc}") from exc

@@ -14,14 +14,11 @@ from safetensors import SafetensorError, deserialize
 
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
-from qeff_validate.files import expand_user, read_json, regular_file
+from qeff_validate.files import MOST_CONFIG, expand_user, read_json, regular_file
 from qeff_validate.models.tables import stated_size
 from qeff_validate.tensors import Array
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-MOST_CONFIG = 16 << 20
-"""Bytes of an adapter's config."""
 
 DTYPES: Mapping[str, str] = {
     "BF16": "<u2", "BOOL": "?", "F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",

@@ -95,10 +95,13 @@ class Rounded:
     def read(self, weight: nn.Parameter) -> Tensor:
         """Return a float32 weight as it is after rounding, in float32."""
         if id(weight) not in self._tensors:
-            most = torch.finfo(self._dtype).max
-            stored = weight.detach().to(self._dtype).clamp_(-most, most)
+            stored = self._stored(weight)
             self._tensors[id(weight)] = weight, stored if self._large else stored.to(torch.float32)
         return self._tensors[id(weight)][1].to(torch.float32)
+
+    def _stored(self, weight: nn.Parameter) -> Tensor:
+        most = torch.finfo(self._dtype).max
+        return weight.detach().to(self._dtype).clamp_(-most, most)
 
 
 class RoundedInPlace(Rounded):
@@ -112,10 +115,9 @@ class RoundedInPlace(Rounded):
     def __init__(self, compute: Compute, model: nn.Module) -> None:
         super().__init__(compute)
         exempt = {id(p) for m in model.modules() if type(m).__name__.endswith(KEPT) for p in m.parameters()}
-        most = torch.finfo(self._dtype).max
         for parameter in model.parameters():
             if id(parameter) not in exempt and parameter.dtype == torch.float32:
-                parameter.data.copy_(parameter.data.to(self._dtype).clamp_(-most, most))
+                parameter.data.copy_(self._stored(parameter))
         self._exempt = exempt
 
     def read(self, weight: nn.Parameter) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_files
 from qeff_validate.errors import ConfigError, Unavailable
-from qeff_validate.files import read_json, reason, regular_file
+from qeff_validate.files import MOST_CONFIG, read_json, reason, regular_file
 from qeff_validate.models.adapter import CONFIG as ADAPTER
 from qeff_validate.models.tables import header
 
@@ -39,8 +39,8 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "s
 SMALL = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 """Files that hold one JSON object, and nothing large."""
 
-MOST_CONFIG, MOST_INDEX, MOST_VOCABULARY = 16 << 20, 64 << 20, 512 << 20
-"""Bytes of a config, of an index of shards, and of any file of a tokenizer."""
+MOST_INDEX, MOST_VOCABULARY = 64 << 20, 512 << 20
+"""Bytes of an index of shards, and of any file of a tokenizer."""
 
 
 def check_directory(folder: Path) -> Mapping[str, Any]:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qeff_validate.errors import ConfigError
+from qeff_validate.files import MOST_CONFIG, read_json
+
 TOKENS = re.compile(r"(^|.*\.)(word_embeddings?|embed_tokens|tok_embeddings|embed_in|wte)\.weight")
 POSITIONS = re.compile(r"(^|.*\.)(position_embeddings?|embed_positions|wpe)\.weight")
 
@@ -89,8 +92,8 @@ def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:
 def folder_switch(config: Path) -> dict[str, int]:
     """Return the same of a config.json; nothing if it cannot be read."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(config, most_bytes=MOST_CONFIG)
+    except ConfigError:
         return {}
     return frequency_switch(content) if isinstance(content, dict) else {}
 
