@@ -397,7 +397,7 @@ def test_pickled_missing_and_broken_files_are_refused(lora: Path, tmp_path: Path
     refused(r"adapter_model\.bin is a pickle, .*save_pretrained\(NEW_DIR\) writes safetensors")
     weights = (lora / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(weights[:-4])
-    refused(r"cannot read .*adapter_model\.safetensors")
+    refused(r"adapter_model\.safetensors has .* bytes, and its header names .*: it is cut short")
     (tmp_path / "adapter_model.safetensors").write_bytes(weights)
     load_adapter_tensors(tmp_path)
 
