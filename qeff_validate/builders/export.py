@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -63,7 +64,7 @@ def export_onnx(
     inputs = {spec.name: torch.from_numpy(examples[spec.name]) for spec in graph.inputs}
     path = folder / "model.onnx"
     metadata = {} if made_from is None else {KEY: json.dumps(made_from, sort_keys=True)}
-    with _silent(), _evaluating(module):
+    with _silent(), _evaluating(module), _without_collections():
         (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path, metadata)
     check(path, graph)
     if exporter == "torchscript":
@@ -310,6 +311,19 @@ def _evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep Python from searching for garbage: an export makes millions of objects that stay, and a sixth of its time
+    was the search (SmolLM2: 48.8 s of processor time with it, 41.6 s without, and 6 % more memory)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
