@@ -78,7 +78,7 @@ def test_reference_is_what_peft_says_with_each_adapter(mine: PeftModel) -> None:
                     else:
                         out = theirs(torch.from_numpy(ids)[None])
                 wanted.append(out.logits[0, -1].numpy())
-        close(found["logits"][first], wanted, atol=1e-5 if dtype == "float32" else 1e-9)
+        close(found["logits"][first], wanted, atol=1.5e-5 if dtype == "float32" else 1e-9)
 
 
 def test_what_an_adapter_computes_is_part_of_the_fingerprint(mine: PeftModel) -> None:
