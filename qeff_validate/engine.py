@@ -36,8 +36,8 @@ KERNELS = (
 """Environment variables that change how numbers are rounded; reports record those that are set."""
 
 if TYPE_CHECKING:
-    from qeff_validate.diagnose.score import Score
-    from qeff_validate.diagnose.selftest import Stage
+    from qeff_validate.selftest.run import Stage
+    from qeff_validate.selftest.score import Score
 
 
 def load(paths: Sequence[Path]) -> list[Case]:
@@ -274,8 +274,8 @@ def selftest(
         ConfigError: a case is none that this can be done with.
         ValidateError: a case does not pass without a fault.
     """
-    from qeff_validate.diagnose.score import Score
-    from qeff_validate.diagnose.selftest import examine, sound
+    from qeff_validate.selftest.run import examine, sound
+    from qeff_validate.selftest.score import Score
 
     for case in cases:
         check(case)

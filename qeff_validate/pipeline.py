@@ -27,11 +27,6 @@ from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
-from qeff_validate.diagnose.ceiling import Ceiling, faults_key
-from qeff_validate.diagnose.ceiling import measured as trials
-from qeff_validate.diagnose.graph_precision import GraphPrecision, combined, graph_precision, measurable
-from qeff_validate.diagnose.precheck import ABOUT, ladder, settled, sides_of, with_rungs
-from qeff_validate.diagnose.watched import Watched
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
 from qeff_validate.floor import Floor, belonging, digest_of
@@ -39,6 +34,11 @@ from qeff_validate.json_tensor import json_tensor
 from qeff_validate.metrics import Floats
 from qeff_validate.models.checkpoint import checked, digests
 from qeff_validate.models.sources import versions
+from qeff_validate.mutation.power import Ceiling, faults_key
+from qeff_validate.mutation.power import measured as trials
+from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
+from qeff_validate.prechecks.feed_monitor import Watched
+from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
 from qeff_validate.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
 from qeff_validate.report import Result, Rung

@@ -146,7 +146,7 @@ class Inputs(Protocol):
 
 
 class Change(Protocol):
-    """A fault to try on an original model (`diagnose.mutants.Mutant`)."""
+    """A fault to try on an original model (`mutation.mutant.Mutant`)."""
 
     @property
     def name(self) -> str:

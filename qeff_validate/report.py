@@ -36,7 +36,7 @@ class Rung:
     """One precheck: whether both sides of a comparison were made from the same thing.
 
     Attributes:
-        name: one of `diagnose.precheck.RUNGS`.
+        name: one of `prechecks.checks.RUNGS`.
         state: ``differs`` only where that is certain.
         detail: both sides if they differ, why if it is unknown, a remark if it is the same.
         suspect: unknown, but worth a look if the numbers do not agree.

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration import HEADING
+from upstream.stand_ins import rows
 
 from qeff_validate.case import Case
-from qeff_validate.diagnose.score import Score, markdown
-from qeff_validate.diagnose.upstream import rows
 from qeff_validate.engine import Runner, environment, load, selftest
 from qeff_validate.protocols import Settings
 from qeff_validate.report import finite
+from qeff_validate.selftest.score import Score, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTED = {
@@ -29,7 +29,7 @@ HEAD = """# What the verdicts find
 
 Written by `make power` from one run; nothing here is edited by hand.
 
-A **mutant** is a deliberate fault of fixed size (`qeff_validate/diagnose`): of the model's modules, an embedding's
+A **mutant** is a deliberate fault of fixed size (`qeff_validate/mutation`): of the model's modules, an embedding's
 pooling, an adapter's tensors, an ONNX graph, or of what a session is fed and gives. Each goes through the whole
 pipeline: in float32 on PyTorch or ONNX Runtime, and in fp16 as a compiled program on the **simulated** card; none has
 met a real one. It is *equivalent*, and not counted, only if its effect in float64 is below twice the noise floor of the

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from qeff_validate.builders.store import Kept
     from qeff_validate.case import Case
-    from qeff_validate.diagnose.score import Score
     from qeff_validate.report import Report
+    from qeff_validate.selftest.score import Score
 
 EPILOG = (
     "Exit codes: 0 everything asked for agrees · 1 a mismatch or an inconclusive result · 2 wrong usage or config · "
@@ -150,10 +150,10 @@ def selftest(
     """
     import json
 
-    from qeff_validate.diagnose.score import markdown
     from qeff_validate.engine import load, selftest
     from qeff_validate.folders import check_writable
     from qeff_validate.report import finite, write_texts
+    from qeff_validate.selftest.score import markdown
 
     stages = _split(stage)
     for name in stages:

@@ -19,17 +19,17 @@ import torch
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case, Precision
-from qeff_validate.diagnose.continuing import CONTINUING, serving
-from qeff_validate.diagnose.followed import Feeds, Followed
-from qeff_validate.diagnose.mutants import session_of
-from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import check
 from qeff_validate.models import cache, decoder
 from qeff_validate.models.generate import _Batch
 from qeff_validate.models.prompts import LONG
+from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
+from qeff_validate.mutation.mutant import session_of
+from qeff_validate.mutation.tracking_session import Feeds, Followed
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.report import Result
+from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors
 
 LENGTHS = (3, 13, 6, 1, 17, 7)

@@ -13,14 +13,14 @@ from bounds import close
 
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
-from qeff_validate.diagnose.continuing import CONTINUING, serving
-from qeff_validate.diagnose.standing import Standing as Faulty
 from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.lm_relations import RELATIONS
 from qeff_validate.models.mixed import RowLinear
+from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, runtime
+from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors
 
 

@@ -12,14 +12,14 @@ import pytest
 
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
-from qeff_validate.diagnose.legitimate import VARIANTS
-from qeff_validate.diagnose.mutants import Mutant, mutants, session_of
-from qeff_validate.diagnose.score import Score, markdown
-from qeff_validate.diagnose.selftest import Alarm, Examined, Outcome, examine, sound
-from qeff_validate.diagnose.standing import adapters, embedding
 from qeff_validate.engine import check, selftest
 from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.mutation.mutant import Mutant, mutants, session_of
 from qeff_validate.pipeline import Pipeline, Silent
+from qeff_validate.selftest.equivalent_variants import VARIANTS
+from qeff_validate.selftest.faulty_runtime import adapters, embedding
+from qeff_validate.selftest.run import Alarm, Examined, Outcome, examine, sound
+from qeff_validate.selftest.score import Score, markdown
 
 
 def pipeline(case: Case) -> Pipeline:
@@ -110,7 +110,7 @@ def test_legitimate_variants_pass_and_a_fault_among_them_is_an_alarm(
     broken = some[0].__class__(
         "broken", "fp32", ("embedding",), in_session_of(lambda _, found: {"output": -found["output"]})
     )
-    monkeypatch.setattr("qeff_validate.diagnose.selftest.VARIANTS", [*some, broken])
+    monkeypatch.setattr("qeff_validate.selftest.run.VARIANTS", [*some, broken])
     found = list(sound([embedding()], 1, pipeline, tmp_path, lambda _: None, ["fp32", "device"]))
     assert [(one.variant, one.status, one.false) for one in found] == [
         ("the module with sdpa", "pass", False),
@@ -122,7 +122,7 @@ def test_legitimate_variants_pass_and_a_fault_among_them_is_an_alarm(
 
 
 def in_session_of(out: Callable[..., Any]) -> Any:
-    from qeff_validate.diagnose.legitimate import in_session
+    from qeff_validate.selftest.equivalent_variants import in_session
 
     return in_session(session_of(None, out), "ort")
 

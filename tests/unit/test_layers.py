@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
-    {"diagnose"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
+    {"selftest"}, {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
     {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
     {"artifact"}, {"json_tensor"}, {"tensors"}, {"files", "folders", "yaml_reader"}, {"errors"},
 )  # fmt: skip
@@ -29,7 +29,7 @@ FRAMEWORKS = frozenset({
     "torch", "transformers", "peft", "sentence_transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir",
     "qaicrt", "QAicApi_pb2",
 })  # fmt: skip
-MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "diagnose"})
+MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest"})
 SIMULATOR_USES = frozenset({"numpy", "onnx", "onnxruntime", "google", "yaml"})
 
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"})

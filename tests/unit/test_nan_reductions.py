@@ -28,13 +28,13 @@ from qeff_validate.compare import (
     strays,
     worst_errors,
 )
-from qeff_validate.diagnose.ceiling import Ceiling
-from qeff_validate.diagnose.selftest import _nearest
 from qeff_validate.floor import limit, tolerance_limit
 from qeff_validate.logits import LEAST, logit_bounds, logit_errors
 from qeff_validate.metrics import Metric
+from qeff_validate.mutation.power import Ceiling
 from qeff_validate.report import Result, nearness
 from qeff_validate.report import _row as report_row
+from qeff_validate.selftest.run import _nearest
 
 N, D = 6, 16
 GOOD = np.random.default_rng(0).standard_normal((N, D)).astype(np.float32)
@@ -136,8 +136,8 @@ def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: in
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 MEASURING = (
-    "compare", "floor", "logits", "metrics", "pipeline", "report", "diagnose/ceiling", "diagnose/score",
-    "diagnose/selftest", "models/continuations", "models/fillers", "models/kv_check", "models/lm_relations",
+    "compare", "floor", "logits", "metrics", "pipeline", "report", "mutation/power", "selftest/score",
+    "selftest/run", "models/continuations", "models/fillers", "models/kv_check", "models/lm_relations",
     "models/metamorphic", "models/oracle", "models/order", "models/reference", "models/scale_check", "models/symptoms",
 )  # fmt: skip
 ORDERED = {"max", "min", "sorted"}

@@ -13,11 +13,11 @@ import pytest
 from transformers import LlamaConfig, Phi3Config
 
 import qeff_validate as qv
-from qeff_validate.diagnose.precheck import with_rungs
 from qeff_validate.errors import UnstableReferenceError
 from qeff_validate.models.order import probes, refuse_change, refuse_frequencies_by_length
 from qeff_validate.models.sources import Random
 from qeff_validate.models.tables import folder_switch, frequency_switch
+from qeff_validate.prechecks.checks import with_rungs
 from qeff_validate.report import Rung
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qeff_validate as qv
-from qeff_validate.diagnose.watched import Watched
 from qeff_validate.engine import Runner
 from qeff_validate.models.rows import TokenRows
 from qeff_validate.models.sources import Random
 from qeff_validate.models.symptoms import padding_hint
+from qeff_validate.prechecks.feed_monitor import Watched
 
 N = 6
 OUTPUTS = {"output": np.ones((N, 4), np.float32)}

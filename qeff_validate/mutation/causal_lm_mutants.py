@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of language models with adapters: what is served for an adapter, and what a session is fed and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from qeff_validate.errors import IncomparableError
+from qeff_validate.models.serving import stacked
+from qeff_validate.mutation import feed_faults as feed
+from qeff_validate.mutation import logit_faults as logits
+from qeff_validate.mutation.adapter_mutants import ADAPTERS
+from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant
+from qeff_validate.mutation.tracking_session import Feed, Feeds, Followed, Numbers
+from qeff_validate.protocols import Session
+from qeff_validate.tensors import Tensors
+
+_LIST, _OWN = "validation-methods.md §12.6", "this project"
+_SINGLE, _MULTI = "upstream-qefficient.md §2.3", "upstream-qefficient.md §2.4"
+
+
+def _out(change: Callable[..., Numbers] | None) -> Feed | None:
+    if change is None:
+        return None
+    return lambda session, found: {
+        name: change(session, array) if name == "logits" else array for name, array in found.items()
+    }
+
+
+def _session(
+    feed: Feed | None = None,
+    out: Callable[[Followed, Numbers], Numbers] | None = None,
+    *,
+    zeroed: bool = False,
+    rows: int = 1,
+    mixed: bool | None = None,
+    adapted: bool = False,
+) -> Callable[[Session], Followed]:
+    """Return a change of level ``session``; ``mixed``: rows must choose their adapters, or must not."""
+
+    def change(session: Session) -> Followed:
+        made = Followed(session, feed, _out(out), zeroed=zeroed, rows=rows)
+        if mixed is not None and mixed != made.mixed:
+            raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
+        if adapted and not made.weights:
+            raise Inapplicable("there is no adapter")
+        return made
+
+    return change
+
+
+def _logits(out: Callable[[Damaged, Numbers], Numbers]) -> Callable[[Session], Damaged]:
+    """Return a change that needs to know nothing of the feeds."""
+    return lambda session: Damaged(session, out=_out(out))
+
+
+def _mutant(
+    name: str,
+    family: str,
+    change: Callable[[Session], Damaged],
+    source: str = _LIST,
+    *,
+    gross: bool = False,
+    ceiling: bool = False,
+) -> Mutant:
+    return Mutant(name, family, "session", change, source, gross, ceiling)
+
+
+_NAN_OF_ONE = _session(out=logits.not_a_number_of_one, adapted=True)
+
+SESSIONS = (
+    _mutant("an adapter stays on", "adapters", _session(feed.stays_on, mixed=False, adapted=True)),
+    _mutant("adapter of the first prompt for all", "adapters", _session(feed.of_the_first_prompt, mixed=True), _MULTI),
+    _mutant("adapter of the next row", "adapters", _session(feed.of_the_next_row, rows=2, mixed=True)),
+    _mutant("a row sees its neighbour's slot", "state", _session(feed.leaks, rows=2)),
+    _mutant("keys and values not reset", "state", _session(feed.goes_on)),
+    _mutant("logits of the run before", "state", _logits(logits.one_run_late), _OWN),
+    _mutant("one bit at a second visit", "state", _session(out=logits.one_bit), _OWN),
+    _mutant("later chunks at the first one's positions", "positions", _session(feed.starts_again, zeroed=True), _OWN),
+    _mutant("position + 1 at decode", "positions", _session(feed.one_further, zeroed=True)),
+    _mutant("position + 1 at decode, into undefined memory", "positions", _session(feed.one_further)),
+    _mutant("padding on the left read as text", "positions", _session(feed.padding_is_text), _SINGLE),
+    _mutant("prompts cut to 8 tokens", "tokens", _session(feed.cut)),
+    _mutant("last token of each prompt dropped", "tokens", _session(feed.one_short, logits.before_last), _OWN),
+    _mutant("first token from the token before the last", "tokens", _session(out=logits.before_last), _OWN),
+    _mutant("first token from padding in the last chunk", "tokens", _session(out=logits.of_the_last_chunk), _SINGLE),
+    _mutant("tokens of two prompts exchanged", "tokens", _session(feed.exchanged, rows=2), _OWN),
+    _mutant("rows of the batch shifted by one", "rows", _logits(logits.shifted_rows), gross=True, ceiling=True),
+    _mutant("NaN in one row", "values", _logits(logits.not_a_number), gross=True, ceiling=True),
+    _mutant("NaN with one adapter at decode", "values", _NAN_OF_ONE, gross=True),
+    _mutant("zeros", "values", _logits(lambda _, logits: np.zeros_like(logits)), _OWN, gross=True),
+    _mutant("one column + 1e-3", "numbers", _logits(logits.column(1e-3)), _OWN),
+    _mutant("one column + 0.05", "numbers", _logits(logits.column(0.05)), _OWN, ceiling=True),
+    _mutant("temperature 1.01", "numbers", _logits(logits.warmer(1.01)), _OWN, ceiling=True),
+    _mutant("temperature 1.001", "numbers", _logits(logits.warmer(1.001)), _OWN),
+    _mutant("noise 0.004", "numbers", _logits(logits.noise(0.004)), _OWN),
+    _mutant("noise 0.05", "numbers", _logits(logits.noise(0.05)), _OWN, ceiling=True),
+    _mutant("logits clipped at the 99.9th percentile", "numbers", _logits(logits.clipped), _OWN),
+    _mutant("two columns exchanged", "choices", _logits(logits.swapped_columns)),
+    _mutant("padding of the vocabulary unmasked", "choices", _logits(logits.unmasked)),
+    _mutant("early end", "choices", _session(out=logits.ends_early)),
+)
+
+CONTINUING: tuple[Mutant, ...] = (*ADAPTERS, *SESSIONS)
+
+
+def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Return the tensors of ``base`` and of each adapter with a mutant of level ``adapters``.
+
+    Raises:
+        Inapplicable: there is nothing to change.
+    """
+    return {name: mutant.change(name, adapters) for name in adapters}
+
+
+def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Session], Damaged]:
+    """Return what gives a session a mutant of level ``adapters`` or ``session``.
+
+    Args:
+        mutant: of `CONTINUING`.
+        adapters: tensors of ``base`` and of each adapter, as the session's caller has them.
+
+    Raises:
+        Inapplicable: there is nothing to change; of level ``session``, when the session is given, or runs.
+        IncomparableError: in a run, because other tensors than the adapters' are fed.
+    """
+    if mutant.level == "session":
+        damage: Callable[[Session], Damaged] = mutant.change
+        return damage
+    instead = served(mutant, adapters)
+
+    def feed(session: Followed, feeds: Feeds) -> Mapping[str, Numbers]:
+        types = {name: feeds[name].dtype for name in feeds.keys() & session.weights}
+        if not types:
+            return feeds
+        if session.mixed:
+            stacks = stacked(instead)
+            return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
+        for adapter, tensors in adapters.items():  # a device may take them in another type
+            if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):
+                return {**feeds, **{name: instead[adapter][name].astype(dtype) for name, dtype in types.items()}}
+        raise IncomparableError("what is fed is none of the adapters, so it is not known what is served in its stead")
+
+    return _session(feed)

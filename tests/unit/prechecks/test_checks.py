@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each rung of the ladder: the same, differing, unknown. Sides are written by hand, so nothing is exported or run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+import qeff_validate as qv
+from qeff_validate.builders.about import BESIDE, KEY, About, about
+from qeff_validate.engine import model
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.rows import TokenRows
+from qeff_validate.models.tables import file_tables, tables
+from qeff_validate.prechecks.checks import RUNGS, Sides, ladder, settled, sides_of, with_rungs
+from qeff_validate.prechecks.feed_monitor import Watched
+from qeff_validate.prechecks.weights_in_graph import Found, found_in
+from qeff_validate.report import Result, Rung, problems
+from qeff_validate.tensors import TensorSpec
+
+HEAD = {"pooling": "mean", "code": None, "normalize": False, "truncate_dim": None}
+BODY = {"random": "bert", "config": {}, "seed": 0, "torch": "1", "transformers": "2"}
+ASKED = {"texts": ["a b", "c", "d"], "prompt": "", "seq_len": [8], "truncate": False, "boundary": False}
+LORA = {"a": {"peft_method": "lora", "r": 4}}
+
+
+class Wrapper:
+    """A model wrapper that says what it is told to."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.said = {"kind": "embedding", "head": dict(HEAD), **settings}
+        self.made, self.asks, self.files, self.tokenized = rows(), dict(ASKED), dict[str, Any](), 0
+        self.key: Any = {"words": "bert", "transformers": "5"}
+
+    def settings(self) -> Mapping[str, Any]:
+        return self.said
+
+    def asked(self) -> Mapping[str, Any]:
+        return self.asks
+
+    def tokenizer_key(self) -> Any:
+        if isinstance(self.key, Exception):
+            raise self.key
+        return self.key
+
+    def rows(self) -> TokenRows:
+        self.tokenized += 1
+        return self.made
+
+    def reach(self, inputs: TokenRows) -> int:
+        return 8
+
+    def published(self) -> Mapping[str, Any]:
+        return self.files
+
+
+def rows(*ids: list[int], pad: int = 0, **sizes: int) -> TokenRows:
+    given = ids or ([1, 2, 3], [4, 5], [6])
+    texts = tuple(f"text {row}" for row in range(len(given)))
+    return TokenRows(tuple(np.array(row, dtype=np.int64) for row in given), pad, texts, tables=sizes)
+
+
+def made_from(**changes: Any) -> dict[str, Any]:
+    return {"kind": "embedding", "head": dict(HEAD), "body": dict(BODY), **changes}
+
+
+def recorded(**changes: Any) -> dict[str, Any]:
+    said = {"model": made_from(), "tokens": {"asked": dict(ASKED), "tokenizer": {"words": "bert", "transformers": "4"}}}
+    return {**said, **changes}
+
+
+def rung(name: str, made: Any = None, inputs: Any = None, body: Any = BODY, **sides: Any) -> Rung:
+    climbed = ladder(made or Wrapper(), inputs or rows(), Sides(**sides), lambda: body)
+    assert [found.name for found in climbed] == list(RUNGS)
+    return next(found for found in climbed if found.name == name)
+
+
+def test_what_the_case_builds_itself_is_the_same_and_nothing_is_looked_at() -> None:
+    def body() -> Any:
+        raise AssertionError("weights were hashed")
+
+    made = Wrapper()
+    climbed = ladder(made, rows(tokens=9, positions=8), Sides(), body)
+    states = {found.name: found.state for found in climbed}
+    assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in RUNGS}
+    assert made.tokenized == 0
+
+
+def test_a_plug_in_without_settings_is_unknown_throughout() -> None:
+    climbed = ladder(object(), object(), Sides(), dict)
+    assert [(found.name, found.state) for found in climbed] == [(name, "unknown") for name in RUNGS]
+
+
+def test_a_foreign_graph_says_nothing() -> None:
+    for name in ("pooling", "normalize", "weights", "adapters"):
+        found = rung(name, graph=About())
+        assert (found.state, "nothing says" in found.detail) == ("unknown", True), found
+
+
+# --- token ids -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ids", "said"), [([1, 7], "the id 7"), ([-1, 1], "the id -1")])
+def test_an_id_that_is_not_embedded_differs(ids: list[int], said: str) -> None:
+    found = rung("token ids", inputs=rows([1], ids, tokens=7))
+    assert found.state == "differs"
+    assert "row 1 ('text 1')" in found.detail
+    assert said in found.detail
+    assert "0 to 6" in found.detail
+    assert rung("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
+
+
+def test_recorded_inputs_of_the_same_texts_and_tokenizer_are_not_tokenized_again() -> None:
+    made = Wrapper()
+    assert rung("token ids", made, recorded=recorded()).state == "same", "another version of a package is no difference"
+    assert made.tokenized == 0
+
+
+def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -> None:
+    made = Wrapper()
+    made.key = {"words": "other"}
+    assert rung("token ids", made, recorded=recorded()).state == "same"
+    assert made.tokenized == 1
+    made.made = rows([1, 2, 3], [4, 9], [6])
+    found = rung("token ids", made, recorded=recorded())
+    assert found.state == "differs"
+    assert "row 1 is [4, 5]" in found.detail
+    assert "[4, 9]" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("now", "said"), [(rows(pad=3), "padding is 0 in the recorded file, 3"), (rows([1, 2, 3]), "has 3 rows")]
+)
+def test_padding_and_number_of_rows_are_compared(now: TokenRows, said: str) -> None:
+    made = Wrapper()
+    made.made = now
+    found = rung("token ids", made, recorded={})  # recorded before this was kept: only the rows can tell
+    assert (found.state, said in found.detail) == ("differs", True), found
+
+
+def test_recorded_inputs_are_unknown_where_nothing_can_be_tokenized() -> None:
+    made = Wrapper()
+    made.key = ConfigError("no such directory")
+
+    def refuse() -> TokenRows:
+        raise ConfigError("no such directory")
+
+    made.rows = refuse  # type: ignore[method-assign]
+    found = rung("token ids", made, recorded=recorded())
+    assert (found.state, "no such directory" in found.detail) == ("unknown", True)
+
+
+def test_texts_are_compared_where_the_source_is_far() -> None:
+    made = Wrapper()
+    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown"
+    made.asks["texts"] = ["a b ", "c", "d"]
+    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown", "a blank may be no difference"
+    made.asks["texts"] = ["a b", "c", "e"]
+    assert rung("token ids", made, recorded=recorded(), near=False).state == "differs"
+    assert made.tokenized == 0
+
+
+# --- head ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "state"),
+    [
+        ("pooling", {"pooling": "cls"}, "differs"),
+        ("pooling", {"pooling": "avg"}, "same"),
+        ("pooling", {"pooling": "mine:pool", "code": "x"}, "unknown"),
+        ("pooling", {"truncate_dim": 64}, "differs"),
+        ("pooling", {}, "same"),
+        ("normalize", {"normalize": True}, "differs"),
+        ("normalize", {}, "same"),
+    ],
+)
+@pytest.mark.parametrize("side", ["graph", "recorded"])
+def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[str, Any], state: str) -> None:
+    said = made_from(head={**HEAD, **change})
+    sides: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
+    found = rung(name, **sides)
+    assert found.state == state
+    if state == "differs":
+        begins = "the graph was exported with" if side == "graph" else "the reference was recorded with"
+        assert found.detail.startswith(begins)
+        assert "the case asks for" in found.detail
+    assert found.suspect == (state == "unknown")
+
+
+def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
+    graph = About(made_from(head={**HEAD, "pooling": "cls"}))
+    assert rung("pooling", graph=graph, recorded=recorded()).state == "differs"
+    assert rung("pooling", graph=graph, recorded={}).state == "differs"
+    assert rung("pooling", graph=About(), recorded=recorded()).state == "unknown"
+
+
+def test_what_sentence_transformers_says_is_a_remark() -> None:
+    made = Wrapper()
+    made.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
+    for name in ("pooling", "normalize", "max length"):
+        found = rung(name, made)
+        assert (found.state, "sentence-transformers' files" in found.detail) == ("same", True), found
+    made.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
+    assert not any("sentence" in rung(name, made).detail for name in ("pooling", "normalize", "max length"))
+
+
+# --- max length ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("graph", "sizes", "state", "said"),
+    [
+        (About(), {"positions": 8}, "same", ""),
+        (About(), {"positions": 7}, "differs", "asks for 8 tokens, the model has positions for 7"),
+        (About(most=2), {}, "differs", "the graph takes 2 tokens, the longest row has 3"),
+        (About(most=3), {}, "unknown", "no row is longer"),
+        (About(most=8), {}, "same", ""),
+        (About(), {"positions": 10, "first_position": 2}, "same", ""),
+        (About(), {"positions": 9, "first_position": 2}, "differs", "positions for 7 (a table of 9 rows, in which the"),
+        (About(slots=7), {}, "differs", "keeps 7 positions"),
+        (About(slots=8), {}, "same", ""),
+        (None, {}, "same", ""),
+    ],
+)
+def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: str) -> None:
+    found = rung("max length", inputs=rows(**sizes), graph=graph)
+    assert (found.state, said in found.detail) == (state, True), found
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"], {"tokens": 9, "positions": 9}),
+        (["transformer.wte.weight", "transformer.wpe.weight"], {"tokens": 9, "positions": 9}),
+        (["model.embed_tokens.weight", "visual.position_embedding.weight"], {"tokens": 9}),
+        (["encoder.relative_attention_bias.weight"], {}),
+    ],
+)
+def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], tmp_path: Path) -> None:
+    assert tables(dict.fromkeys(names, (9, 4))) == found
+    save_file({name: np.zeros((9, 4), np.float32) for name in names}, tmp_path / "model.safetensors")
+    assert file_tables([tmp_path / "model.safetensors"]) == found
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert file_tables([tmp_path / "model.safetensors"]) == {}
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def test_weights_from_a_seed_differ_by_it_and_not_by_a_package() -> None:
+    assert rung("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
+    found = rung("weights", graph=About(made_from(body={**BODY, "seed": 3})))
+    assert (found.state, "seed: 3, the case asks for 0" in found.detail) == ("differs", True), found
+    found = rung("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
+    assert (found.state, found.suspect) == ("unknown", True), "a config may change nothing in the graph"
+    assert rung("weights", graph=About(made_from()), near=False).state == "unknown"
+
+
+FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "state"),
+    [
+        (Found(4, 4, 0), True, "same"),
+        (Found(4, 0, 4), True, "differs"),
+        (Found(4, 0, 4), False, "unknown"),
+        (Found(4, 0, 3), True, "unknown"),
+        (Found(4, 1, 3), True, "unknown"),
+        (Found(0, 0, 0), True, "unknown"),
+    ],
+)
+def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(found: Found, own: bool, state: str) -> None:
+    said = made_from(body={"files": {**FILES["files"], "model.safetensors": "3"}}) if own else None
+    got = rung("weights", body=FILES, graph=About(said), contents=lambda: found)
+    assert got.state == state
+    if state == "differs":
+        assert "model.safetensors" in got.detail
+
+
+def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one, two, other = (rng.normal(size=(32, 48)).astype(np.float32) for _ in range(3))
+    half = (rng.normal(size=(40, 40)).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    save_file(
+        {"one": one, "two": two, "bias": one[0], "zero": np.zeros((64, 64), np.float32)}, tmp_path / "a.safetensors"
+    )
+    raw = {"half": {"dtype": "BF16", "shape": [40, 40], "data_offsets": [0, 3200]}}
+    text = json.dumps(raw).encode()
+    data = (half.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    (tmp_path / "b.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    def graph(*arrays: np.ndarray, external: bool) -> Path:
+        held = [numpy_helper.from_array(np.ascontiguousarray(array), f"w{at}") for at, array in enumerate(arrays)]
+        made = helper.make_model(helper.make_graph([], "g", [], [], held))
+        name = f"{len(list(tmp_path.iterdir()))}"
+        onnx.save(made, str(tmp_path / f"{name}.onnx"), save_as_external_data=external, location=name, size_threshold=0)
+        return tmp_path / f"{name}.onnx"
+
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for external in (False, True):
+        assert found_in(graph(one, two.T, half, external=external), files) == Found(3, 3, 0)
+        assert found_in(graph(one, other, external=external), files) == Found(3, 1, 1)
+    changed = one.copy()
+    changed[-1, -1] += 1e-3
+    assert found_in(graph(changed, two, half, external=False), files) == Found(3, 2, 1)
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "words"),
+    [
+        ({"adapters": LORA}, "same", ""),
+        ({"adapters": {"b": {"peft_method": "lora", "r": 4}}}, "same", ""),
+        ({"adapters": {"a": {"peft_method": "lora", "r": 8}}}, "differs", "r 8, the case's have 4"),
+        ({"adapters": {"a": {"peft_method": "rslora", "r": 4}}}, "differs", "use_rslora True, the case's have False"),
+        ({"adapters": {"a": {"peft_type": "LORA", "r": 4}}}, "unknown", ""),
+        ({"adapters": {"a": {"saved": {"peft_type": "LORA", "r": 4, "target_modules": ["q"]}}}}, "unknown", ""),
+        ({"adapters": {"a": {"saved": {"peft_type": "LORA", "r": 2}}}}, "differs", "r 2, the case's have 4"),
+        ({"adapters": {}}, "differs", "for 0 adapters, the case has 1"),
+        ({"adapters": LORA, "mixed": True}, "differs", "mixed_batch True"),
+    ],
+)
+def test_adapters(said: dict[str, Any], state: str, words: str) -> None:
+    made = Wrapper(adapters=LORA, mixed=False)
+    found = rung("adapters", made, graph=About(made_from(**{"mixed": False, **said})))
+    assert (found.state, words in found.detail) == (state, True), found
+
+
+def test_a_number_of_adapters_counts_in_a_mixed_batch_alone() -> None:
+    two = {**LORA, "b": {"peft_method": "lora", "r": 4}}
+    for mixed, state in ((False, "same"), (True, "differs")):
+        made = Wrapper(adapters=LORA, mixed=mixed)
+        assert rung("adapters", made, graph=About(made_from(adapters=two, mixed=mixed))).state == state
+
+
+# --- what is fed -----------------------------------------------------------------------------------
+
+
+class Sink:
+    """A session that takes anything."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    shapes: tuple[Any, ...] = ()
+
+    def run(self, feeds: Any, *, fetch: Any = None) -> Any:
+        return {}
+
+    def reset(self) -> None:
+        pass
+
+
+def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Rung]:
+    watched = Watched(Sink(), rows() if inputs is None else inputs)
+    for feeds in runs:
+        watched.run({name: np.array(value) for name, value in feeds.items()})
+    return {found.name: found for found in watched.rungs()}
+
+
+IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "ids", "said"),
+    [
+        (MASK, IDS, None),
+        ([[1, 1, 1], [1, 0, 0], [0, 0, 1]], IDS, "1 tokens that are none of the case's rows"),
+        ([[1, 1, 1], [1, 1, 1], [0, 0, 1]], IDS, "3 tokens that are none"),
+        ([[1, 1, 1], [1, 2, 0], [0, 0, 1]], IDS, "other numbers than 0 and 1"),
+        ([[1, 1, 1], [1, 1, 0], [1, 1, 0]], [[1, 2, 3], [4, 5, 0], [4, 5, 0]], "1 of 3 rows were never fed"),
+    ],
+)
+def test_masks_cover_each_row(mask: Any, ids: Any, said: str | None) -> None:
+    found = fed({"input_ids": ids, "attention_mask": mask})
+    assert found["mask"].state == ("same" if said is None else "differs")
+    assert (said or "") in found["mask"].detail
+    assert found["positions"].state == "same"
+
+
+CHUNKS = ([[1, 2], [4, 5]], [[0, 1], [0, 1]]), ([[3, 0], [7, 0]], [[2, -1], [2, -1]]), ([[6], [0]], [[0], [-1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "said"),
+    [
+        (None, "", ""),
+        ((1, 1, 0, 0, 3), "positions", "go on with [3] after 2 tokens"),
+        ((0, 1, 1, 0, 1), "positions", "go on with [1, 1] after 0 tokens"),
+        ((0, 0, 0, 1, 9), "mask", "begins with none of the case's rows"),
+        ((2, 1, 0, 0, -1), "mask", "1 of 3 rows were never fed"),
+    ],
+)
+def test_positions_count_up_over_runs(change: Any, name: str, said: str) -> None:
+    runs: Any = copy.deepcopy(CHUNKS)
+    if change:
+        run, what, row, column, value = change
+        runs[run][what][row][column] = value
+    found = fed(*({"input_ids": ids, "position_ids": places} for ids, places in runs))
+    for each in ("mask", "positions"):
+        assert found[each].state == ("differs" if each == name else "same"), found
+    assert not name or said in found[name].detail
+
+
+def test_what_a_plug_in_feeds_is_unknown() -> None:
+    assert {found.state for found in fed({"pixels": [1]}).values()} == {"unknown"}
+    assert {found.state for found in fed({"input_ids": IDS, "attention_mask": MASK}, inputs=object()).values()} == {
+        "unknown"
+    }
+
+
+# --- what comes of it ------------------------------------------------------------------------------
+
+
+def test_a_difference_fails_whatever_the_numbers_say_and_is_told_first() -> None:
+    wrong = Rung("pooling", "differs", "the graph was exported with cls, the case asks for mean")
+    for status, reason in (("pass", ""), ("fail", "rel_l2 0.3"), ("error", "there are none: it broke")):
+        result = settled(Result("c", "ort", status, reason, prechecks=(wrong,)))  # type: ignore[arg-type]
+        assert (result.status, result.stage) == ("fail", "precheck")
+        assert result.reason.startswith(
+            "pooling: the graph was exported with cls, the case asks for mean. The numbers: "
+        )
+        assert result.reason.endswith(reason or "within their bounds all the same")
+
+
+def test_a_suspicion_is_told_only_if_the_numbers_fail() -> None:
+    suspect = Rung("weights", "unknown", "0 of the model's 4 largest matrices are in the graph", suspect=True)
+    assert settled(Result("c", "ort", "pass", prechecks=(suspect,))).reason == ""
+    failed = settled(Result("c", "ort", "fail", "rel_l2 0.3", "compare", prechecks=(suspect,)))
+    assert (failed.status, failed.stage) == ("fail", "compare")
+    assert failed.reason.startswith("rel_l2 0.3. Before looking further: weights: 0 of the model's 4")
+    plain = Rung("weights", "unknown", "nothing says")
+    assert settled(Result("c", "ort", "fail", "rel_l2 0.3", prechecks=(plain,))).reason == "rel_l2 0.3"
+
+
+def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
+    rungs = with_rungs((Rung("mask", "unknown", "not yet"), Rung("pooling", "differs", "x")), [Rung("mask", "same")])
+    plain = settled(Result("c", "ort", "pass", prechecks=rungs, precision="fp32")).plain()
+    said = [{"name": "mask", "state": "same", "detail": ""}, {"name": "pooling", "state": "differs", "detail": "x"}]
+    assert plain["prechecks"] == said
+    (line,) = problems({"results": [plain]})
+    assert line.startswith("c-ort: fail at precheck: pooling: x")
+
+
+# --- where it is kept ------------------------------------------------------------------------------
+
+
+def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 12])
+    made = helper.make_model(helper.make_graph([], "g", [ids], []))
+    path = tmp_path / "m.onnx"
+    onnx.save(made, str(path))
+    assert about("onnx", path, "ids") == About(None, 12)
+    helper.set_model_props(made, {KEY: json.dumps(made_from())})
+    onnx.save(made, str(path))
+    assert about("onnx", path) == About(made_from())
+    path.write_bytes(path.read_bytes()[:-5])
+    assert about("onnx", path) == about("onnx", tmp_path / "none") == about("qpc", tmp_path / "qpc") == About()
+    (tmp_path / BESIDE).write_text(json.dumps({"model": None, "buckets": [{"seq_len": 8}, {"seq_len": 4}]}))
+    assert about("qpc", tmp_path / "qpc") == About(None, 8)
+    (tmp_path / BESIDE).write_text(json.dumps({"model": {}, "buckets": [{"seq_len": 8, "ctx_len": 32}]}))
+    assert about("qpc", tmp_path / "qpc") == About({}, None, 32)
+
+
+def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Path) -> None:
+    for source, near in (
+        ("some/model", False),
+        ("tiny:some/model", False),
+        ("random:bert", True),
+        (str(tmp_path), True),
+    ):
+        case = qv.Case(name="c", source=source)
+        assert sides_of(case, "onnx", object(), {}, in_memory=False).near is near
+        assert sides_of(case, "onnx", object(), None, in_memory=False).near is True
+    assert model(qv.Case(name="c", source="random:bert")).settings()["head"] == HEAD
+
+
+@pytest.mark.parametrize(("limit", "said"), [(7, "the tokenizer cuts at 7, the case asks for 8"), (8, ""), (None, "")])
+def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
+    made = Wrapper()
+    made.files = {"model_max_length": limit}
+    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "max length")
+    assert (found.state, found.detail) == ("same", said)
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "suspect"),
+    [
+        ("path:/models/Llama-3", "meta/llama-3", False),
+        ("org/Llama-3", "meta/Llama-3", False),
+        ("path:/models/llama-3", "meta/Llama-2", True),
+        ("org/other", "meta/Llama-2", True),
+        ("random:llama", "meta/Llama-2", False),
+        ("path:/models/x", None, False),
+        ("path:/models/x", "", False),
+    ],
+)
+def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | None, suspect: bool) -> None:
+    made = Wrapper()
+    made.files = {"bases": {"a": base}}
+    made.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
+    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "adapters")
+    assert (found.state, found.suspect) == ("same", suspect)
+    assert (f"was trained on {base!r}" in found.detail) == suspect
+
+
+def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
+    graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
+    found = rung("weights", graph=graph)
+    assert (found.state, found.suspect) == ("unknown", True)
+    assert (
+        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in found.detail
+    )
+
+
+def test_contrib_operators_are_counted(tmp_path: Path) -> None:
+    nodes = [helper.make_node("FastGelu", ["x"], ["h"], domain="com.microsoft"), helper.make_node("Neg", ["h"], ["y"])]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=opsets), tmp_path / "m"
+    )
+    found = about("onnx", tmp_path / "m").contrib
+    assert found is not None
+    assert found.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")
