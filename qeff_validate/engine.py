@@ -24,7 +24,7 @@ from qeff_validate.models.sources import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
 from qeff_validate.report import Report, Result
-from qeff_validate.runtimes.isolated import Isolated
+from qeff_validate.runtimes.isolation.parent import Isolated
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 from qeff_validate.yaml_reader import parse_yaml

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind, fingerprint
-from qeff_validate.builders.about import BESIDE, about
 from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.graph_size import check_graph
+from qeff_validate.builders.provenance import BESIDE, about
 from qeff_validate.builders.store import Entry, Store, code_key
 from qeff_validate.case import Case, Precision
 from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
@@ -42,7 +42,7 @@ from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, gr
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
 from qeff_validate.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
 from qeff_validate.report import Result, Rung
-from qeff_validate.runtimes.foreign import Foreign
+from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, save_tensors
 
@@ -484,7 +484,7 @@ class Pipeline:
 
     def onnx(self) -> Artifact:
         """Return the exported ONNX file, stored by model, exporter and code."""
-        from qeff_validate.builders.export import export_key, export_onnx
+        from qeff_validate.builders.export_onnx import export_key, export_onnx
 
         given = self.case.artifacts.onnx
         if given is not None:
@@ -507,7 +507,7 @@ class Pipeline:
 
     def qpc(self, sdk: Sdk | None) -> Artifact:
         """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
-        from qeff_validate.builders.compile import compile_key, compile_qpc
+        from qeff_validate.builders.compile_qpc import compile_key, compile_qpc
 
         given = self.case.artifacts.qpc
         if given is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qeff_validate.artifact import digest_file, digest_tree, fingerprint
-from qeff_validate.builders.about import BESIDE
+from qeff_validate.builders.provenance import BESIDE
 from qeff_validate.case import Artifacts, Case, Strict, explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
 from qeff_validate.files import read_bytes, temporary_beside

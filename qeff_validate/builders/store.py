@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import digest_files, digest_tree, fingerprint
-from qeff_validate.builders.locks import FileLock, lock, remove, try_lock
+from qeff_validate.builders.file_locks import FileLock, lock, remove, try_lock
 from qeff_validate.errors import BuildError, Unavailable
 from qeff_validate.files import expand_user, read_bytes
 from qeff_validate.tensors import Tensors, load_tensors, save_tensors

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Kind
-from qeff_validate.builders.about import About, about
+from qeff_validate.builders.provenance import About, about
 from qeff_validate.case import Case
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.checkpoint import weight_files

@@ -15,7 +15,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError, suggest
 from qeff_validate.protocols import Session, Settings
-from qeff_validate.runtimes.state import Retained
+from qeff_validate.runtimes.retained_state import Retained
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 DTYPES = {

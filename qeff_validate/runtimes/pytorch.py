@@ -13,7 +13,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, Settings
-from qeff_validate.runtimes.state import Retained
+from qeff_validate.runtimes.retained_state import Retained
 from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.protocols import Session, Settings
-from qeff_validate.runtimes.card import Calls, check_count, devices, held
+from qeff_validate.runtimes.qaic_calls import Calls, check_count, devices, held
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 from qeff_validate.tensors import (
     Array,

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from qeff_validate.runtimes.state import Retained
+from qeff_validate.runtimes.retained_state import Retained
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 

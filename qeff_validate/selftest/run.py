@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.builders.export import export_onnx
+from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.case import Artifacts, Case, Precision
 from qeff_validate.decisive_rows import MOST
 from qeff_validate.errors import ConfigError, ValidateError

@@ -23,7 +23,7 @@ from qeff_validate.models import oracle
 from qeff_validate.models.options import POOLINGS
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Runtime, Session, Settings, registered, runtime
-from qeff_validate.runtimes.isolated import Isolated
+from qeff_validate.runtimes.isolation.parent import Isolated
 
 RUNTIMES = sorted(registered("runtimes"))
 ISOLATED = [f"isolated-{name}" for name in RUNTIMES if runtime(name).kind == "qpc"]

@@ -28,7 +28,7 @@ class Refuse:
         if name.split(".")[0] in {"torch", "transformers", "tokenizers", "onnxscript", "peft"}:
             raise ImportError(f"{name} is not on this host")
 sys.meta_path.insert(0, Refuse())
-import qeff_validate.builders.compile as compile
+import qeff_validate.builders.compile_qpc as compile
 def no_compiler(*a, **k): raise AssertionError("compiled")
 compile.run_child = no_compiler
 from qeff_validate.cli import main

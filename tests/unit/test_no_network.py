@@ -44,7 +44,7 @@ def test_run_on_every_runtime_opens_no_internet_socket_and_has_no_telemetry(tmp_
     assert not (home / ".cache" / "Microsoft").exists()
 
 
-@pytest.mark.parametrize("module", ["qeff_validate", "qeff_validate.plugin", "qeff_validate.runtimes.child"])
+@pytest.mark.parametrize("module", ["qeff_validate", "qeff_validate.plugin", "qeff_validate.runtimes.isolation.worker"])
 @pytest.mark.parametrize("before", ["", "0"])
 def test_telemetry_is_off_in_every_process_that_imports_us(module: str, before: str) -> None:
     script = f"import os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'])"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from qeff_validate.builders.compile import _reason
+from qeff_validate.builders.compile_qpc import _reason
 
 ERROR = "QAIC_ERROR: Error message: [Operator-'Foo', opset_version-18, ir_version-9] : unsupported operator"
 LAST = "QAICException:Unable to AddNodesToGraphFromModel"

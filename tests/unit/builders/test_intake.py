@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qeff_validate.builders.compile import intake
+from qeff_validate.builders.compile_qpc import intake
 from qeff_validate.errors import BuildError
 
 

@@ -439,7 +439,7 @@ def test_what_is_not_ours_below_the_root_is_never_deleted(tmp_path: Path) -> Non
 
 
 def test_entry_whose_prune_is_under_way_is_waited_for_and_made_again(tmp_path: Path) -> None:
-    from qeff_validate.builders.locks import lock
+    from qeff_validate.builders.file_locks import lock
 
     entry = Store(tmp_path).entry("onnx", KEY, writes())
     held, said = lock(tmp_path / "locks" / f"onnx-{entry.path.name}.lock", lambda: None), []

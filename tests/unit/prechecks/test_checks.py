@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 import qeff_validate as qv
-from qeff_validate.builders.about import BESIDE, KEY, About, about
+from qeff_validate.builders.provenance import BESIDE, KEY, About, about
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.rows import TokenRows

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import qeff_validate as qv
-from qeff_validate.builders.export import export_onnx
+from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.errors import RunError
 from qeff_validate.selftest.float64_graph import WideSession, float64_graph
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from qeff_validate.builders.compile import OWN_FLAGS, compile_qpc
+from qeff_validate.builders.compile_qpc import OWN_FLAGS, compile_qpc
 from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import ConfigError
 from qeff_validate.sdk.locate import simulated

@@ -18,7 +18,7 @@ from qeff_validate import errors
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Runtime, Session, Settings
-from qeff_validate.runtimes.channel import Channel, Closed
+from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.sdk.processes import ending, kill
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds
 
@@ -38,6 +38,9 @@ TAIL_LINES, TAIL_BYTES = 20, 8192
 
 LOG_BYTES = 1 << 20
 """How much of what the process printed is kept, save during one request."""
+
+WORKER = "qeff_validate.runtimes.isolation.worker"
+"""The module that a child process runs."""
 
 
 class Isolated:
@@ -134,7 +137,13 @@ class Child:
         self._end, self._channel = ours, Channel(ours)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qeff_validate.runtimes.child", str(theirs.fileno()), str(os.getpid())],
+                [
+                    sys.executable,
+                    "-m",
+                    "qeff_validate.runtimes.isolation.worker",
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                ],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=self._printed,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process behind `isolated.Isolated`: opens one artifact, answers until it is told to close or nobody asks.
 
-python -m qeff_validate.runtimes.child SOCKET PARENT
+python -m qeff_validate.runtimes.isolation.worker SOCKET PARENT
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qeff_validate import errors
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
 from qeff_validate.protocols import Session, Settings, runtime
-from qeff_validate.runtimes.channel import Channel, Closed
+from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.sdk.processes import die_with_parent
 from qeff_validate.tensors import Tensors, TensorSpec
 

@@ -17,8 +17,8 @@ from simulated_graphs import CTX, TABLE, WIDTH, Cache
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ConfigError, RunError, Unavailable
 from qeff_validate.protocols import Session, Settings, runtime
-from qeff_validate.runtimes import child, isolated
-from qeff_validate.runtimes.isolated import Isolated
+from qeff_validate.runtimes.isolation import parent, worker
+from qeff_validate.runtimes.isolation.parent import Isolated
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 FEEDS = {"x": X, "total": np.zeros_like(X)}
@@ -90,7 +90,7 @@ def double(tmp_path: Path) -> Double:
 
 
 def process(session: Session) -> Any:
-    assert isinstance(session, isolated.IsolatedSession)
+    assert isinstance(session, parent.IsolatedSession)
     return session._child.process
 
 
@@ -178,11 +178,11 @@ def test_error_of_a_plug_in_is_told_as_the_nearest_class_of_ours_and_any_other_w
     class Mine(Unavailable):
         pass
 
-    assert child._told(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
+    assert worker._told(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
     try:
         raise KeyError("x")
     except KeyError as exc:
-        told = child._told(exc)
+        told = worker._told(exc)
     assert told["error"] == "RunError"
     assert told["text"].startswith("unexpected KeyError: 'x'\n")
     assert 'raise KeyError("x")' in told["text"]
@@ -202,8 +202,8 @@ def test_what_native_code_wrote_is_part_of_the_error_and_only_for_that_request(
         for _ in range(4):
             with pytest.raises(RunError, match="firmware says no") as caught:
                 session.run(FEEDS)
-            assert len(str(caught.value).splitlines()) <= isolated.TAIL_LINES + 2
-        assert os.fstat(session._child._printed.fileno()).st_size < 2 * isolated.LOG_BYTES  # type: ignore[attr-defined]
+            assert len(str(caught.value).splitlines()) <= parent.TAIL_LINES + 2
+        assert os.fstat(session._child._printed.fileno()).st_size < 2 * parent.LOG_BYTES  # type: ignore[attr-defined]
 
 
 # --- crashes ---------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_run_that_hangs_is_ended(counting: Artifact, tmp_path: Path) -> None:
 
 
 def test_opening_that_takes_too_long_is_ended(counting: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolated, "OPEN_SECONDS", 0.01)
+    monkeypatch.setattr(parent, "OPEN_SECONDS", 0.01)
     with pytest.raises(RunError, match=r"did not answer for 0\.01 s while opening"), sim().open(counting):
         pass
 
@@ -263,7 +263,7 @@ def test_process_that_does_not_end_is_killed(
     double: Double, counting: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     double.does("hang-at-exit")
-    monkeypatch.setattr(isolated, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(parent, "GRACE_SECONDS", 0.2)
     with double.runtime.open(counting) as session:
         pid = process(session).pid
     assert process(session).returncode == -signal.SIGKILL

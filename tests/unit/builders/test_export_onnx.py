@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from qeff_validate.builders import export
+from qeff_validate.builders import export_onnx
 from qeff_validate.errors import BuildError
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import TensorSpec
@@ -43,52 +43,52 @@ class Refuses(Good):
 
 
 def test_names_symbols_and_opset_are_those_of_the_interface(tmp_path: Path) -> None:
-    export.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
+    export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     model = onnx.load(str(tmp_path / "model.onnx"))
     assert [value.name for value in model.graph.input] == ["x"]
     assert [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch_size", "seq_len"]
     assert [value.name for value in model.graph.output] == ["output"]
-    assert {entry.version for entry in model.opset_import if entry.domain == ""} == {export.OPSET}
+    assert {entry.version for entry in model.opset_import if entry.domain == ""} == {export_onnx.OPSET}
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"], "small weights stay inside"
 
 
 def test_large_weights_go_to_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "EXTERNAL_BYTES", 1000)
-    export.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
+    monkeypatch.setattr(export_onnx, "EXTERNAL_BYTES", 1000)
+    export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     onnx.load(str(tmp_path / "model.onnx"))
 
 
 def test_no_path_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
-    export.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
+    export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     assert str(Path(__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
 
 
 def test_what_cannot_be_exported_is_a_build_error_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"torch\.onnx\.export failed: .*data-dependent"):
-        export.export_onnx(Refuses().eval(), EXAMPLE, GRAPH, tmp_path)
+        export_onnx.export_onnx(Refuses().eval(), EXAMPLE, GRAPH, tmp_path)
 
 
 def test_a_dim_that_was_fixed_is_a_build_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"seq_len"):
-        export.export_onnx(Fixes().eval(), EXAMPLE, GRAPH, tmp_path)
+        export_onnx.export_onnx(Fixes().eval(), EXAMPLE, GRAPH, tmp_path)
 
 
 def test_the_check_compares_names_and_symbols(tmp_path: Path) -> None:
-    export.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
+    export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     model = onnx.load(str(tmp_path / "model.onnx"))
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
     onnx.save(model, str(tmp_path / "fixed.onnx"))
     with pytest.raises(BuildError, match=r"fixed \['seq_len'\] of 'x'"):
-        export.check(tmp_path / "fixed.onnx", GRAPH)
+        export_onnx.check(tmp_path / "fixed.onnx", GRAPH)
     other = Graph(GRAPH.inputs, (TensorSpec("vectors", "float32", ("batch_size", "n")),), GRAPH.buckets)
     with pytest.raises(BuildError, match=r"outputs \['output'\], wanted \['vectors'\]"):
-        export.check(tmp_path / "model.onnx", other)
+        export_onnx.check(tmp_path / "model.onnx", other)
 
 
 def test_the_checker_is_asked(tmp_path: Path) -> None:
-    export.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
+    export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     data = (tmp_path / "model.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
     with pytest.raises(BuildError, match=r"the ONNX checker refuses cut\.onnx"):
-        export.check(tmp_path / "cut.onnx", GRAPH)
+        export_onnx.check(tmp_path / "cut.onnx", GRAPH)

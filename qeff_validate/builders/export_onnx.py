@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qeff_validate.builders.about import KEY
+from qeff_validate.builders.provenance import KEY
 from qeff_validate.builders.store import NO_ROOM
 from qeff_validate.errors import BuildError
 from qeff_validate.models.sources import versions

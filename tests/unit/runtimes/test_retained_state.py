@@ -20,7 +20,7 @@ from simulated_graphs import compile_to, graph
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, runtime
-from qeff_validate.runtimes.state import Retained
+from qeff_validate.runtimes.retained_state import Retained
 from qeff_validate.tensors import TensorSpec, undefined
 
 ROWS, CTX = 2, 4

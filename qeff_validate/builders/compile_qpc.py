@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.builders.about import BESIDE, recorded_in
+from qeff_validate.builders.provenance import BESIDE, recorded_in
 from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
 from qeff_validate.models.loading import first_line

@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qeff_validate.builders.export import _silent
-from qeff_validate.builders.transforms import lift_adapters
+from qeff_validate.builders.export_onnx import _silent
+from qeff_validate.builders.lift_adapters import lift_adapters
 from qeff_validate.errors import BuildError
 from qeff_validate.runtimes.ort import session_options
 
