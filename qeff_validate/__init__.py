@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         UnstableReferenceError,
         ValidateError,
     )
-    from qeff_validate.models.peft import apply_peft, generate_peft_config, load_model_and_tokenizer
-    from qeff_validate.models.pooling import PooledModel
+    from qeff_validate.models.adapters.apply import apply_peft, load_model_and_tokenizer
+    from qeff_validate.models.adapters.config import generate_peft_config
+    from qeff_validate.models.embedding.pooling import PooledModel
     from qeff_validate.protocols import Settings, runtime
     from qeff_validate.report import Report, Result
     from qeff_validate.suites.checks import check_embed_model_pytorch_vs_onnx_vs_ai100
@@ -40,7 +41,7 @@ _HOMES = {
     "Case": "case",
     "ConfigError": "errors",
     "IncomparableError": "errors",
-    "PooledModel": "models.pooling",
+    "PooledModel": "models.embedding.pooling",
     "Report": "report",
     "Result": "report",
     "RunError": "errors",
@@ -49,11 +50,11 @@ _HOMES = {
     "Unavailable": "errors",
     "UnstableReferenceError": "errors",
     "ValidateError": "errors",
-    "apply_peft": "models.peft",
+    "apply_peft": "models.adapters.apply",
     "build": "engine",
     "check_embed_model_pytorch_vs_onnx_vs_ai100": "suites.checks",
-    "generate_peft_config": "models.peft",
-    "load_model_and_tokenizer": "models.peft",
+    "generate_peft_config": "models.adapters.config",
+    "load_model_and_tokenizer": "models.adapters.apply",
     "model": "engine",
     "runtime": "protocols",
     "validate": "engine",

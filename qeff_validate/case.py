@@ -60,6 +60,10 @@ def _texts_in(data: Any) -> Iterator[str]:
             pending += [*value, *value.values()] if isinstance(value, Mapping) else value
 
 
+Length = Annotated[int, Field(ge=1, le=1 << 20)]
+"""A number of tokens that a program is compiled for."""
+
+
 class Strict(BaseModel):
     """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
 

@@ -20,7 +20,7 @@ from qeff_validate.compare import check_tolerance
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
-from qeff_validate.models.sources import versions
+from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
 from qeff_validate.report import Report, Result

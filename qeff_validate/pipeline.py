@@ -32,8 +32,8 @@ from qeff_validate.files import temporary_beside
 from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.metrics import Floats
-from qeff_validate.models.checkpoint import checked, digests
-from qeff_validate.models.sources import versions
+from qeff_validate.models.framework_calls import versions
+from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.mutation.power import Ceiling, faults_key
 from qeff_validate.mutation.power import measured as trials
 from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs

@@ -99,7 +99,7 @@ def _save_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from qeff_validate.models.sources import Random
+    from qeff_validate.models.sources.synthetic import Random
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 37}
     Random("bert", {**sizes, "vocab_size": 64}, 0).body().save_pretrained(folder)
@@ -112,7 +112,7 @@ def _save_model(folder: Path) -> None:
 def _save_adapter(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from qeff_validate.models.sources import Random
+    from qeff_validate.models.sources.synthetic import Random
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 1}
     with warnings.catch_warnings():

@@ -20,8 +20,8 @@ from typing import Any
 
 from qeff_validate.case import Case
 from qeff_validate.engine import Runner, environment
-from qeff_validate.models.peft_config import METHODS as KNOWN
-from qeff_validate.models.peft_config import REFUSED
+from qeff_validate.models.adapters.config import METHODS as KNOWN
+from qeff_validate.models.adapters.config import REFUSED
 from qeff_validate.protocols import Settings
 from qeff_validate.report import Result
 

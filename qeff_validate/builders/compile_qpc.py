@@ -14,7 +14,7 @@ from typing import Any
 from qeff_validate.builders.provenance import BESIDE, recorded_in
 from qeff_validate.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
-from qeff_validate.models.loading import first_line
+from qeff_validate.models.framework_calls import first_line
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.sdk.processes import die_with_parent, kill
 from qeff_validate.tensors import RETAINED

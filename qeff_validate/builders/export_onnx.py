@@ -18,7 +18,7 @@ from typing import Any, Literal
 from qeff_validate.builders.provenance import KEY
 from qeff_validate.builders.store import NO_ROOM
 from qeff_validate.errors import BuildError
-from qeff_validate.models.sources import versions
+from qeff_validate.models.framework_calls import versions
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors, retained
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.errors import BuildError
-from qeff_validate.models.checkpoint import checked, inside
-from qeff_validate.models.loading import first_line
+from qeff_validate.models.framework_calls import first_line
+from qeff_validate.models.sources.checkpoint import checked, inside
 
 HOLDERS = frozenset({
     "AttributeProto", "FunctionProto", "GraphProto", "ModelProto", "NodeProto", "SparseTensorProto", "TensorProto",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qeff_validate.errors import BuildError
-from qeff_validate.models.loading import first_line
+from qeff_validate.models.framework_calls import first_line
 
 
 def check_graph(path: Path) -> None:

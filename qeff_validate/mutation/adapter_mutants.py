@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.models.options import BASE
+from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
 from qeff_validate.tensors import Tensors
 

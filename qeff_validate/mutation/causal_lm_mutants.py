@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.serving import stacked
+from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
 from qeff_validate.mutation.adapter_mutants import ADAPTERS

@@ -17,7 +17,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from qeff_validate.models.emulated import E2M3, in_blocks
+from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import graph_finder
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
 from qeff_validate.tensors import Array

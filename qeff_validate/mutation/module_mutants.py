@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from qeff_validate.models.emulated import E2M3, in_blocks
+from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import module_finder as finder
 from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qeff_validate.models.pooling import POOLINGS
+from qeff_validate.models.embedding.pooling import POOLINGS
 from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant, session_of
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A damaged session of a language model that knows from its feeds where its caller's loop stands (`models.serving`)."""
+"""A damaged session of a language model that tracks its caller's decode loop by what it is fed."""
 
 from __future__ import annotations
 

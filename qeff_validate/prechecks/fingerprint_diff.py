@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qeff_validate.models.options import POOLINGS
+from qeff_validate.models.embedding.options import POOLINGS
 from qeff_validate.report import Rung
 
 VERSIONED = frozenset({"gguf", "onnx", "peft", "tokenizers", "torch", "transformers"})
@@ -132,8 +132,8 @@ def _full(config: Mapping[str, Any]) -> dict[str, Any]:
     if "saved" in config:
         full = config["saved"]
     else:
-        from qeff_validate.models.adapter import content
-        from qeff_validate.models.peft_config import generate_peft_config
+        from qeff_validate.models.adapters.config import generate_peft_config
+        from qeff_validate.models.adapters.files import content
 
         full = content(generate_peft_config(config).to_dict())
     return {key: value for key, value in json.loads(json.dumps(full, default=sorted)).items() if key not in STARTS}

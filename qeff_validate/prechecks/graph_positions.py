@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.models.adapter import DTYPES
-from qeff_validate.models.tables import POSITIONS, header
+from qeff_validate.models.adapters.files import DTYPES
+from qeff_validate.models.sources.embedding_tables import POSITIONS, header
 from qeff_validate.tensors import Array
 
 MOST_NODES = 200

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.models.adapter import DTYPES
-from qeff_validate.models.tables import header
+from qeff_validate.models.adapters.files import DTYPES
+from qeff_validate.models.sources.embedding_tables import header
 
 TRIED = 16
 """So many weights are looked for, the largest."""

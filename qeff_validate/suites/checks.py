@@ -44,7 +44,7 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
     options = dict(options or {})
     given = None if isinstance(model, str) else model
     if given is not None:
-        from qeff_validate.models.pooling import PooledModel
+        from qeff_validate.models.embedding.pooling import PooledModel
 
         if isinstance(given, PooledModel):
             head = {"pooling": given.pooling, "normalize": given.normalize, "truncate_dim": given.truncate_dim}

@@ -19,8 +19,8 @@ from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
 from qeff_validate.engine import build, check, model
 from qeff_validate.errors import RunError, Unavailable
-from qeff_validate.models import oracle
-from qeff_validate.models.options import POOLINGS
+from qeff_validate.models.embedding import pooling_oracle
+from qeff_validate.models.embedding.options import POOLINGS
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Runtime, Session, Settings, registered, runtime
 from qeff_validate.runtimes.isolation.parent import Isolated
@@ -274,9 +274,9 @@ def test_every_pooling_agrees_with_hugging_face(name: str, kind: str, pooling: s
 
 
 def test_every_pooling_has_an_oracle() -> None:
-    from qeff_validate.models import pooling
+    from qeff_validate.models.embedding import pooling
 
-    assert sorted(oracle.POOLINGS) == sorted(POOLINGS) == sorted(pooling.POOLINGS)
+    assert sorted(pooling_oracle.POOLINGS) == sorted(POOLINGS) == sorted(pooling.POOLINGS)
 
 
 @pytest.mark.parametrize("name", RUNTIMES + ISOLATED)

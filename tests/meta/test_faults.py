@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import qeff_validate as qv
 from qeff_validate.engine import Runner
-from qeff_validate.models.pooling import POOLINGS, PooledModel
-from qeff_validate.models.sources import Random
+from qeff_validate.models.embedding.pooling import POOLINGS, PooledModel
+from qeff_validate.models.sources.synthetic import Random
 
 CONFIG = {"hidden_act": "gelu", "initializer_range": 0.2}
 OPTIONS = {"pooling": "mean", "seq_len": [48, 64]}

@@ -20,9 +20,9 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case, Precision
 from qeff_validate.engine import check
-from qeff_validate.models import cache, decoder
-from qeff_validate.models.generate import _Batch
-from qeff_validate.models.prompts import LONG
+from qeff_validate.models.causal_lm import kv_cache, wrapper
+from qeff_validate.models.causal_lm.decode_loop import _Batch
+from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
 from qeff_validate.mutation.mutant import session_of
 from qeff_validate.mutation.tracking_session import Feeds, Followed
@@ -212,10 +212,10 @@ def merged(made: Pipeline, adapter: str) -> Iterator[None]:
 
 @contextmanager
 def without_window(_: Pipeline) -> Iterator[None]:
-    original = decoder.masks
+    original = wrapper.masks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            decoder, "masks", lambda places, slots, _, dtype: original(places, slots, SimpleNamespace(), dtype)
+            wrapper, "masks", lambda places, slots, _, dtype: original(places, slots, SimpleNamespace(), dtype)
         )
         yield
 
@@ -223,15 +223,15 @@ def without_window(_: Pipeline) -> Iterator[None]:
 @contextmanager
 def stale_slots(_: Pipeline) -> Iterator[None]:
     """Let each token see the two slots behind it, which hold what was there before."""
-    original, write = decoder.masks, cache.StateLayer.update
+    original, write = wrapper.masks, kv_cache.StateLayer.update
 
     def update(self: Any, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
         write(self, keys, values)
         return self.keys, self.values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "masks", lambda places, *rest: original(places + 2, *rest))
-        patch.setattr(cache.StateLayer, "update", update)
+        patch.setattr(wrapper, "masks", lambda places, *rest: original(places + 2, *rest))
+        patch.setattr(kv_cache.StateLayer, "update", update)
         yield
 
 

@@ -13,7 +13,7 @@ import pytest
 from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
 from qeff_validate.engine import check
-from qeff_validate.models.lm_relations import RELATIONS
+from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Runtime, Session, runtime
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty

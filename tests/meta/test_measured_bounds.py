@@ -21,7 +21,7 @@ from qeff_validate.cli import main
 from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError
 from qeff_validate.floor import Floor
-from qeff_validate.models.prompts import LONG
+from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.mutant import mutants
 from qeff_validate.protocols import Session
 from qeff_validate.recorded_file import DIGEST, sealed

@@ -15,8 +15,8 @@ from qeff_validate.builders.store import Store
 from qeff_validate.case import Case
 from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.lm_relations import RELATIONS
-from qeff_validate.models.mixed import RowLinear
+from qeff_validate.models.causal_lm.batched_lora import RowLinear
+from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, runtime

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from qeff_validate.models.metamorphic import RELATIONS
+from qeff_validate.models.embedding.relations import RELATIONS
 from qeff_validate.suites import test_metamorphic
 from qeff_validate.suites.test_metamorphic import test_embed_model_relation
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from qeff_validate.models.lm_relations import RELATIONS
+from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.suites import test_peft
 from qeff_validate.suites.test_peft import (
     test_auto_peft_model_for_causal_lm_export,

@@ -11,7 +11,7 @@ from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES
 
 from qeff_validate.case import Case
 from qeff_validate.engine import Runner, load
-from qeff_validate.models.peft_config import REFUSED
+from qeff_validate.models.adapters.config import REFUSED
 
 EVERY = [case for case in load([Path(__file__).parents[2] / "configs" / "peft.yaml"]) if "random:" in case.source]
 MEASURED = 5

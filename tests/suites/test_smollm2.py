@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qeff_validate.engine import Runner, load
-from qeff_validate.models.generate import generate
+from qeff_validate.models.causal_lm.decode_loop import generate
 from qeff_validate.protocols import runtime
 
 SAYS = {

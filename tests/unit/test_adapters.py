@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qeff_validate.models.adapter import adapter_fingerprint, read_adapter
+from qeff_validate.models.adapters.files import adapter_fingerprint, read_adapter
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "adapters"
 STEPS, TOLERANCE = 6, 3e-2

@@ -14,7 +14,8 @@ import pytest
 import qeff_validate as qv
 from qeff_validate.builders.store import Store
 from qeff_validate.engine import check
-from qeff_validate.models.sources import Random, hashed_words
+from qeff_validate.models.sources.synthetic import Random
+from qeff_validate.models.sources.tokenizers import hashed_words
 from qeff_validate.pipeline import Pipeline, Silent
 
 OPTIONS = {"seq_len": [48, 64]}

@@ -16,7 +16,7 @@ from qeff_validate.compare import bounds_for, stray_bounds
 from qeff_validate.errors import IncomparableError
 from qeff_validate.floor import HALF_NORMAL, K95, SQUARES, Floor, belonging, digest_of, factor, limit, tolerance_limit
 from qeff_validate.logits import LEAST as LOGIT_LEAST
-from qeff_validate.models.continuations import DELTAS
+from qeff_validate.models.causal_lm.verdict import DELTAS
 from qeff_validate.tensors import load_tensors, save_tensors
 
 REFERENCE = {"output": np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)}

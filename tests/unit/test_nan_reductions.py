@@ -121,7 +121,7 @@ def test_the_nearest_bound_of_a_survivor_is_the_one_that_is_nan(order: tuple[flo
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: int) -> None:
     torch = pytest.importorskip("torch")
-    from qeff_validate.models.reference import left_padding_shift
+    from qeff_validate.models.embedding.reference import left_padding_shift
 
     class Body(torch.nn.Module):
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
@@ -137,8 +137,10 @@ def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: in
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 MEASURING = (
     "compare", "floor", "logits", "metrics", "pipeline", "report", "mutation/power", "selftest/score",
-    "selftest/run", "models/continuations", "models/fillers", "models/kv_check", "models/lm_relations",
-    "models/metamorphic", "models/oracle", "models/order", "models/reference", "models/scale_check", "models/symptoms",
+    "selftest/run", "models/causal_lm/verdict", "models/embedding/filler_rows",
+    "models/causal_lm/relation_kv_cache", "models/causal_lm/relations", "models/embedding/relations",
+    "models/embedding/pooling_oracle", "models/row_order", "models/embedding/reference",
+    "models/causal_lm/relation_linearity", "models/causal_lm/failure_hints",
 )  # fmt: skip
 ORDERED = {"max", "min", "sorted"}
 OVER_NO_MEASUREMENT = {

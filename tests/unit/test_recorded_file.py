@@ -20,7 +20,7 @@ from qeff_validate.engine import check
 from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
 from qeff_validate.floor import digest_of
 from qeff_validate.json_tensor import json_tensor
-from qeff_validate.models.rows import TokenRows
+from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.mutation.power import Ceiling
 from qeff_validate.pipeline import Pipeline, Silent
 from qeff_validate.recorded_file import parts, read_recorded, sealed

@@ -15,7 +15,7 @@ from qeff_validate.builders.store import Store
 from qeff_validate.case import Precision
 from qeff_validate.decisive_rows import MOST
 from qeff_validate.engine import Runner
-from qeff_validate.models.prompts import LONG
+from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.pipeline import Pipeline
 
 WORDS = LONG.split()
@@ -128,7 +128,7 @@ def test_states_of_another_body_or_of_other_tokens_are_not_shared(tmp_path: Path
 
 def test_a_long_corpus_is_pooled_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = pipeline(case(texts=MANY[:6]), tmp_path / "kept").reference()
-    monkeypatch.setattr("qeff_validate.models.embedding.SHARED_TOKENS", 3)
+    monkeypatch.setattr("qeff_validate.models.embedding.model.SHARED_TOKENS", 3)
     streaming = pipeline(case(texts=MANY[:6]), tmp_path / "streaming")
     assert np.array_equal(streaming.reference()["output"], kept["output"])
     assert not [entry for entry in Store(tmp_path / "streaming").entries() if entry.kind == "states"]

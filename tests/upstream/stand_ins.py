@@ -190,7 +190,7 @@ def of_the_last_chunk(self: Any, state: Any) -> list[Array]:
 
 def uneven_batch(bench: Bench) -> Result:
     """Run prompts of different lengths in chunks."""
-    from qeff_validate.models.generate import _Batch
+    from qeff_validate.models.causal_lm.decode_loop import _Batch
 
     with Patch() as patch:
         patch.attribute(_Batch, "_prefill", of_the_last_chunk)

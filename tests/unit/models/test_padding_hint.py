@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import qeff_validate as qv
 from qeff_validate.engine import Runner
-from qeff_validate.models.rows import TokenRows
-from qeff_validate.models.sources import Random
-from qeff_validate.models.symptoms import padding_hint
+from qeff_validate.models.padding_hint import padding_hint
+from qeff_validate.models.sources.synthetic import Random
+from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.prechecks.feed_monitor import Watched
 
 N = 6

@@ -2,7 +2,7 @@
 """Faults of sessions, on one in numpy whose logits are a record of what was read.
 
 A row of its logits holds, slot by slot, the tokens that the row's last token sees, and the adapter behind them. So what
-a fault does to a text is written down here, and the decode loop of `models.serving` is the caller.
+a fault does to a text is written down here, and the decode loop of `models.causal_lm.adapter_schedule` is the caller.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 from bounds import close
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.generate import Plan, generate
-from qeff_validate.models.serving import one_by_one, side_by_side
+from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side
+from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, SESSIONS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
 from qeff_validate.mutation.tracking_session import Followed

@@ -12,7 +12,7 @@ import torch
 from bounds import close, within
 from torch import Tensor, nn
 
-from qeff_validate.models.sources import Random
+from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.mutation.module_mutants import BODIES
 from qeff_validate.mutation.mutant import Inapplicable, Patch
 

@@ -19,8 +19,8 @@ import qeff_validate as qv
 from qeff_validate.builders.provenance import BESIDE, KEY, About, about
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.rows import TokenRows
-from qeff_validate.models.tables import file_tables, tables
+from qeff_validate.models.sources.embedding_tables import file_tables, tables
+from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.prechecks.checks import RUNGS, Sides, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.weights_in_graph import Found, found_in

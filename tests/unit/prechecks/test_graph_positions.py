@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import qeff_validate as qv
-from qeff_validate.models.made import Random
-from qeff_validate.models.sources import Folder
-from qeff_validate.models.tables import module_tables
+from qeff_validate.models.sources.embedding_tables import module_tables
+from qeff_validate.models.sources.resolve import Folder
+from qeff_validate.models.sources.synthetic import Random
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 18}
 KIN = ["camembert", "mpnet", "roberta", "xlm-roberta"]

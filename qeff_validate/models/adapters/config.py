@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options of a case to a config of PEFT. Nothing is ignored or coerced: it fits, or it is an error."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import re
+import typing
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.models.framework_calls import first_line
+
+LOG = logging.getLogger(__name__)
+
+MODEL_KEYS = ("source", "revision", "config", "seed")
+"""Keys of a config that say which model."""
+
+APPLY_KEYS = ("adapter", "init", "use_peft")
+"""Keys that say how `apply_peft` goes about it; the rest are the method and its options."""
+
+ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dora": ("lora", {"use_dora": True}),
+    "rslora": ("lora", {"use_rslora": True}),
+}
+"""Names of variants: the method, and what is set for it."""
+
+PROMPTS = "it learns a prompt or a prefix of keys and values, not weights of layers, which are what becomes inputs here"
+REFUSED: Mapping[str, str] = {
+    "adaption_prompt": PROMPTS,
+    "poly": "each run needs task_ids beside the tokens",
+    "shadow": "it runs a second model beside the base",
+    "xlora": "it mixes other adapters by a run of its own, and needs the cache off",
+    **{kind.value.lower(): PROMPTS for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+       if issubclass(cls, PromptLearningConfig)},
+}  # fmt: skip
+"""Methods of PEFT that an adapter here cannot have, and why."""
+
+METHODS: Mapping[str, type[PeftConfig]] = {
+    kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value.lower() not in REFUSED
+}
+"""The methods, under PEFT's own names in small letters."""
+
+ZERO_IS_OFF = frozenset({"boft_block_num", "boft_block_size", "oft_block_size", "r"})
+"""Of these pairs BOFT and OFT want one, and 0 for the other."""
+
+INITS = (True, False, None, "gaussian", "orthogonal")
+"""Starts of LoRA that leave the base alone and need no data."""
+
+NOT_OPTIONS = frozenset({"runtime_config", *(field.name for field in dataclasses.fields(PeftConfig))})
+
+
+def generate_peft_config(config: Any) -> PeftConfig:
+    """Return PEFT's config for a causal LM.
+
+    Args:
+        config: a mapping (or pydantic options) with ``peft_method`` (a method of PEFT in small letters, ``rslora`` or
+            ``dora``) and the method's options, beside it or in a mapping under its name; or with ``adapter``, the
+            directory of an adapter, which has a config. A config of PEFT, or its ``to_dict``, is checked and copied.
+
+    Raises:
+        ConfigError: the method or an option is unknown or does not fit; the text says what would.
+    """
+    options = {key: value for key, value in as_mapping(config).items() if key not in (*MODEL_KEYS, *APPLY_KEYS)}
+    adapter = as_mapping(config).get("adapter")
+    if adapter is not None:
+        if options:
+            raise ConfigError(f"adapter: {adapter} has a config of its own: leave out {', '.join(sorted(options))}")
+        from qeff_validate.models.adapters.files import read_adapter
+
+        return config_from_dict(read_adapter(adapter)[0], f"{adapter}/adapter_config.json")
+    if "peft_type" in options:
+        return config_from_dict(as_mapping(config), "the config")
+    name = options.pop("peft_method", None)
+    method, fixed = _method(name)
+    where = f"peft_method {name}"
+    given = dict(_flat(options, method, where))
+    for key, value in fixed.items():
+        if given.setdefault(key, value) is not value:
+            raise ConfigError(f"{where}: {key}: {name} means {value}, got {given[key]!r}: leave it out")
+    check_options(method, given, where)
+    return _built(method, given, where)
+
+
+def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
+    """Return the config that PEFT has written as plain data.
+
+    Args:
+        data: what ``to_dict`` gave or ``adapter_config.json`` holds.
+        where: what to call it in an error.
+
+    Raises:
+        ConfigError: as `generate_peft_config`; a key that this PEFT lacks is one, unless its value says "off".
+    """
+    task, name = data.get("task_type"), str(data.get("peft_type")).rpartition(".")[2].lower()
+    if task is not None and task != TaskType.CAUSAL_LM:
+        raise ConfigError(f"{where}: task_type {task!r}: wanted CAUSAL_LM, the adapter of a causal language model")
+    if name not in METHODS and name not in REFUSED:
+        raise ConfigError(f"{where}: peft_type {data.get('peft_type')!r} is no method of this PEFT.")
+    method, _ = _method(name)
+    known = _fields(method)
+    given = {key: value for key, value in data.items() if key not in NOT_OPTIONS and (key in known or value)}
+    check_options(method, given, where)
+    return _built(method, given, where, base=data.get("base_model_name_or_path"), file=True)
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """Return a config as a mapping of what was given.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(config, PeftConfig):
+        return config.to_dict()
+    if isinstance(config, BaseModel):
+        return config.model_dump(exclude_unset=True)
+    if isinstance(config, Mapping):
+        return dict(config)
+    raise ConfigError(f"wanted a mapping with peft_method and its options, got {type(config).__name__}")
+
+
+def _method(name: Any) -> tuple[str, Mapping[str, Any]]:
+    known = [*METHODS, *ALIASES]
+    if not isinstance(name, str):
+        raise ConfigError(f"peft_method: wanted the name of a method, got {name!r}. Known: {', '.join(sorted(known))}.")
+    if name in REFUSED:
+        raise ConfigError(f"peft_method {name}: {REFUSED[name]}; choose another, such as lora")
+    method, fixed = ALIASES.get(name, (name, {}))
+    if method not in METHODS:
+        raise ConfigError(f"peft_method: PEFT has no method {name!r}.{suggest(name, known)}")
+    return method, fixed
+
+
+def _flat(options: Mapping[str, Any], method: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield options that stand flat or under the method's name, each once."""
+    seen: set[str] = set()
+    for key, value in options.items():
+        nested = isinstance(value, Mapping) and (key in METHODS or key in ALIASES)
+        if nested and ALIASES.get(key, (key,))[0] != method:
+            raise ConfigError(f"{where}: {key}: these are options of another method; name that one, or leave them out")
+        for name, item in value.items() if nested else [(key, value)]:
+            if name in seen:
+                raise ConfigError(f"{where}: {name} stands there twice, flat and under {method}")
+            seen.add(name)
+            yield name, item
+
+
+def _fields(method: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(METHODS[method])
+    return {
+        field.name: hints[field.name] for field in dataclasses.fields(METHODS[method]) if field.name not in NOT_OPTIONS
+    }
+
+
+def check_options(method: str, given: Mapping[str, Any], where: str) -> None:
+    """Check names, types and ranges of a method's options.
+
+    Raises:
+        ConfigError: one is wrong; the text has its name, its value and what is wanted.
+    """
+    known = _fields(method)
+    defaults = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
+    for name, value in given.items():
+        if name not in known:
+            owners = [other for other in METHODS if name in _fields(other)]
+            if owners:
+                raise ConfigError(f"{where}: {name} is an option of {', '.join(sorted(owners))}, not of {method}")
+            raise ConfigError(f"{where}: {method} has no option {name!r}.{suggest(str(name), known)}")
+        reason = _unfit(name, value)
+        if reason:
+            raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
+        wanted = _wrong(name, value, known[name], defaults[name])
+        if wanted:
+            quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())
+            remedy = ": write it without quotes" if quoted else ""
+            raise ConfigError(f"{where}: {name}: wanted {wanted}, got {value!r}{remedy}")
+
+
+def _wrong(name: str, value: Any, hint: Any, default: Any) -> str | None:
+    """Return what was wanted instead of a value, None if it is right."""
+    try:
+        TypeAdapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
+    except (ValidationError, TypeError, ValueError):
+        return re.sub(r"typing\.|<class '(?:\w+\.)*(\w+)'>", r"\1", str(hint)).replace("NoneType", "None")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _out_of_range(name, value, default)
+    if isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not value:
+        return "at least one entry, or leave it out"
+    patterns = value.values() if isinstance(value, Mapping) and name in {"rank_pattern", "alpha_pattern"} else ()
+    return None if all(_positive(item, name) for item in patterns) else "positive numbers"
+
+
+def _positive(item: Any, name: str) -> bool:
+    if isinstance(item, list):  # AdaLoRA notes which ranks are left
+        return all(isinstance(one, bool) for one in item)
+    kinds = (int,) if name == "rank_pattern" else (int, float)
+    return isinstance(item, kinds) and not isinstance(item, bool) and item > 0
+
+
+def _out_of_range(name: str, value: float, default: Any) -> str | None:
+    if "dropout" in name:
+        return None if 0 <= value < 1 else "at least 0 and less than 1"
+    if not isinstance(default, int) or isinstance(default, bool) or default < 0 or "seed" in name or "_key" in name:
+        return None
+    least = 0 if default == 0 or (name in ZERO_IS_OFF and name != "r") else 1
+    return None if value >= least else f"at least {least}"
+
+
+def _unfit(name: str, value: Any) -> str | None:
+    """Return why an option that PEFT has would break what is promised here: the base stays as it is."""
+    if name == "bias" and value != "none":
+        return "wanted 'none': others train the base's own biases, and such adapters cannot be swapped"
+    if name == "layer_replication" and value:
+        return "this gives the base other layers: build such a base first"
+    if name == "init_lora_weights" and value not in INITS:
+        return "wanted true, false, 'gaussian' or 'orthogonal': others change weights of the base or need data"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _built(
+    method: str, given: Mapping[str, Any], where: str, *, base: str | None = None, file: bool = False
+) -> PeftConfig:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            config = METHODS[method](
+                task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base, **copy.deepcopy(dict(given))
+            )
+        except Exception as exc:  # each config checks in its own way
+            raise ConfigError(f"{where}: {' '.join(str(exc).split()) or first_line(exc)}") from exc
+    for warning in caught:
+        text = " ".join(str(warning.message).split())
+        if "ignored" in text and not file:
+            raise ConfigError(f"{where}: {text}")
+        LOG.info("%s: %s", where, text)
+    assert config.peft_type == PeftType[method.upper()]
+    return config

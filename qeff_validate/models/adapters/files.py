@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on disk, as plain data and numpy arrays. Loads no framework, so that a fingerprint costs none."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from qeff_validate.artifact import fingerprint
+from qeff_validate.errors import ConfigError
+from qeff_validate.files import MOST_CONFIG, expand_user, read_json, regular_file
+from qeff_validate.models.sources.embedding_tables import stated_size
+from qeff_validate.tensors import Array
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+DTYPES: Mapping[str, str] = {
+    "BF16": "<u2", "BOOL": "?", "F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",
+}  # fmt: skip
+"""Types of tensors in a safetensors file and how numpy reads them; floats are widened to float32, as PEFT does."""
+
+NOT_CONTENT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
+})  # fmt: skip
+"""Keys of a config that say where an adapter comes from, not what it computes."""
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Read the config and the tensors of an adapter that PEFT has saved.
+
+    Returns:
+        adapter_config.json as it stands, and the arrays under their saved names: float32 and integers.
+
+    Raises:
+        ConfigError: a file is missing, broken or pickled, or a tensor is of another type or not finite.
+    """
+    folder = expand_user(folder)
+    config = read_config(folder)
+    if not os.path.lexists(folder / WEIGHTS):
+        if (folder / PICKLE).is_file():
+            raise ConfigError(
+                f"adapter: {folder / PICKLE} is a pickle, which may run code and is not read. Where you trust it:"
+                " PeftModel.from_pretrained(base, DIR).save_pretrained(NEW_DIR) writes safetensors"
+            )
+        raise ConfigError(f"adapter: {folder} holds no {WEIGHTS}; PEFT's save_pretrained(DIR) writes it")
+    return config, _tensors(folder / WEIGHTS)
+
+
+def adapter_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
+    """Return the hex SHA-256 of what an adapter computes: its options and its tensors, not where it was trained."""
+    digests = {
+        name: [str(array.dtype), list(array.shape), hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()]
+        for name, array in tensors.items()
+    }
+    return fingerprint({"config": content(config), "tensors": digests})
+
+
+def content(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a config shapes what an adapter computes, as plain data in a fixed order."""
+    return {key: _ordered(value) for key, value in config.items() if key not in NOT_CONTENT}
+
+
+def _ordered(value: Any) -> Any:
+    """Names of modules come out of sets: their order is chance."""
+    if isinstance(value, (set, frozenset)) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return sorted(value)
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a saved adapter.
+
+    Raises:
+        ConfigError: the directory or its config is missing, or the config is broken.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"adapter: directory {folder} does not exist")
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        raise ConfigError(f"adapter: {path.parent} holds no {CONFIG}, so it is no adapter of PEFT")
+    try:
+        data = read_json(path, most_bytes=MOST_CONFIG)
+    except ConfigError as exc:
+        raise ConfigError(f"adapter: {exc}") from exc
+    if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
+        raise ConfigError(f"adapter: {path} names no peft_type")
+    return data
+
+
+def check_size(path: Path) -> None:
+    """Refuse a safetensors file that has another size than its header says, before its content is read.
+
+    Raises:
+        ConfigError: it has, or it is no such file.
+    """
+    try:
+        size, stated = regular_file(path).st_size, stated_size(path)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
+    if size != stated:
+        raise ConfigError(
+            f"adapter: {path} has {size:,} bytes, and its header names {stated:,}: it is cut short or damaged"
+        )
+
+
+def _tensors(path: Path) -> dict[str, Array]:
+    check_size(path)
+    try:
+        entries: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as exc:
+        raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
+    if not entries:
+        raise ConfigError(f"adapter: {path} holds no tensor")
+    tensors = {}
+    for name, entry in sorted(entries):
+        if entry["dtype"] not in DTYPES:
+            raise ConfigError(f"adapter: {path}: {name} is {entry['dtype']}; wanted one of {', '.join(DTYPES)}")
+        array = np.frombuffer(entry["data"], dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        elif array.dtype.kind == "f":
+            array = array.astype(np.float32)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ConfigError(f"adapter: {path}: {name} holds numbers that are not finite")
+        tensors[name] = np.array(array)
+    return tensors

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How adapters are served: one after the other on one session, or side by side in a batch. Numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.models.causal_lm.decode_loop import Plan, generate
+from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.protocols import Session
+from qeff_validate.tensors import Array, Tensors
+
+
+def stacked(adapters: Mapping[str, Tensors]) -> Tensors:
+    """Return each tensor of all adapters, ``[adapters, …]``, in their order, which begins with the base."""
+    return {name: np.stack([tensors[name] for tensors in adapters.values()]) for name in adapters[BASE]}
+
+
+def one_by_one(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
+    """Run every prompt with every adapter, swapped in on the live session, and then the first two adapters again.
+
+    Args:
+        session: open.
+        inputs: prompts and adapters.
+        plan: sizes and stop rule.
+        forced: the tokens of each continuation, in the order adapter, prompt.
+
+    Returns:
+        ``logits [n, vocab]`` in the order adapter, prompt, step; ``again``: those of the second visits.
+    """
+    first: dict[str, list[Array]] = {}
+    again: list[Array] = []
+    names = list(inputs.adapters)
+    for name in [*names, *names[:2]]:
+        at = names.index(name) * len(inputs.ids)
+        texts = forced[at : at + len(inputs.ids)]
+        found = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
+        if name in first:
+            again += found
+        else:
+            first[name] = found
+    logits = [array for name in names for array in first[name]]
+    return {"logits": np.concatenate(logits), "again": np.concatenate(again)}
+
+
+def side_by_side(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
+    """Run every prompt with every adapter, the adapters of a prompt next to each other in a batch, and then all again.
+
+    Takes and returns what `one_by_one` does.
+    """
+    prompts = len(inputs.ids)
+    visits = [(adapter, prompt) for prompt in range(prompts) for adapter in range(len(inputs.adapters))]
+
+    def run(state: Tensors) -> list[Array]:
+        found = generate(
+            session,
+            [inputs.ids[prompt] for _, prompt in visits],
+            plan,
+            state=state,
+            forced=[forced[adapter * prompts + prompt] for adapter, prompt in visits],
+            adapter_ids=[adapter for adapter, _ in visits],
+        )
+        ordered = dict(zip(visits, found, strict=True))
+        return [ordered[visit] for visit in sorted(visits)]
+
+    logits, again = run(stacked(inputs.adapters)), run({})
+    return {"logits": np.concatenate(logits), "again": np.concatenate(again[: 2 * prompts])}

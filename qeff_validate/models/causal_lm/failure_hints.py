@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failed verdict on continuations says of the likely cause: whose outputs these are, and which rows are hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qeff_validate.compare import finite_rows
+from qeff_validate.logits import Text, log_softmax
+from qeff_validate.metrics import Floats
+from qeff_validate.tensors import Array, Tensors
+
+ALIKE = 0.2
+"""Outputs are somebody else's if they are nearer to them than this share of the way to what they should be."""
+
+
+STRONGER = 0.1
+"""An adapter that is more than this share stronger or weaker than in the reference has another scale."""
+
+ALIGNED = 0.99
+"""An adapter's change with at least this cosine to the reference's has its direction (`continuations.DELTAS`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokens:
+    """Log-probabilities of the first token after each prompt, where all adapters have read the same text.
+
+    Attributes:
+        adapters: ``base`` and the adapters' names.
+        rows: the row of the first prompt with each adapter.
+        labels: of these rows' texts.
+        wanted: float64 ``[adapters, prompts, vocab]`` of the reference.
+        got: the same of the target.
+        again: ``[visits, prompts, vocab]`` of the target's second visits to the first adapters.
+        moved: for each second visit the greatest difference of a logit, of any token, from the first visit.
+        at: int64 ``[adapters, prompts]``, the rows.
+    """
+
+    adapters: Sequence[str]
+    rows: Sequence[int]
+    labels: Sequence[str]
+    wanted: Floats
+    got: Floats
+    again: Floats
+    moved: Sequence[float]
+    at: Array
+
+    @classmethod
+    def of(cls, reference: Array, actual: Tensors, texts: Sequence[Text], adapters: Sequence[str]) -> FirstTokens:
+        """Pick first tokens out of all rows; prompts with one that is not finite, with any adapter, are left out."""
+        at = np.array([text.rows.start for text in texts]).reshape(len(adapters), -1)
+        starts, labels = at[:, 0], [texts[int(i * at.shape[1])].label for i in range(len(adapters))]
+        finite = finite_rows(reference) & finite_rows(actual["logits"])
+        at = at[:, finite[at].all(axis=0)]
+        with np.errstate(invalid="ignore"):  # second visits may hold anything
+            again = log_softmax(actual["again"][at[:2]])
+            second, usual = actual["again"], actual["logits"][: len(actual["again"])]
+            apart = np.abs(second.astype(np.float64) - usual.astype(np.float64))
+            apart[(second == usual) | (np.isnan(second) & np.isnan(usual))] = 0  # equal infinities too
+        moved = [float(part.max()) for part in np.split(apart.max(axis=1), starts[1:2])]
+        wanted, got = log_softmax(reference[at]), log_softmax(actual["logits"][at])
+        return cls(adapters, [int(row) for row in starts], labels, wanted, got, again, moved, at)
+
+    def apart(self, one: int, other: int) -> float:
+        """Return how far two adapters are apart in the reference: root mean square."""
+        return _far(self.wanted[one], self.wanted[other])
+
+    def change(self, adapter: int) -> tuple[float, float]:
+        """Return 1 − cosine and |ratio of norms − 1| of an adapter's change of the base, here and in the reference."""
+        wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
+        norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
+        with np.errstate(all="ignore"):  # an adapter without effect gives NaN
+            cosine = np.sum(wanted * got) / np.float64(norms[0] * norms[1])
+            ratio = np.float64(norms[1]) / norms[0]
+        return float(1 - cosine), float(abs(ratio - 1))
+
+    def strayed(self, adapter: int) -> float:
+        """Return how far an adapter's change of the base is off from the reference's: root mean square."""
+        return _far(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
+
+    def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
+        """Say what a fault in these tokens looks like."""
+        if not self.at.size:
+            return
+        for i, name in enumerate(self.adapters):
+            if not beyond[self.at[i]].any():
+                continue
+            twin = self._alike(self.got[i], i)
+            strangers = self._strangers(i)
+            if twin is not None:
+                yield _impostor(name, twin)
+            elif strangers:
+                yield f"some prompts with {name!r} give the outputs of {' or '.join(map(repr, strangers))}"
+            elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
+                yield from self._weakened(i)
+        for visit, moved in enumerate(self.moved):
+            if moved != 0:
+                yield self._left_over(visit)
+
+    def _strangers(self, own: int) -> list[str]:
+        """Return the adapters whose outputs some prompts have in the stead of their own."""
+        prompts = range(self.at.shape[1])
+        twins = {self._alike(self.got[own, prompt], own, prompt) for prompt in prompts}
+        return [name for name in self.adapters if name in twins]
+
+    def _alike(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
+        """Return the name of the adapter whose outputs these are; None if they are nobody else's."""
+        far = [_far(found, wanted) for wanted in self.wanted[:, prompt]]
+        nearest = int(np.argmin(far))
+        return self.adapters[nearest] if far[nearest] < ALIKE * far[own] else None
+
+    def _weakened(self, adapter: int) -> Iterator[str]:
+        wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
+        cosine, strength = 1 - self.change(adapter)[0], float(np.sum(wanted * got) / np.sum(wanted * wanted))
+        name = self.adapters[adapter]
+        if abs(strength - 1) > STRONGER:
+            yield (
+                f"adapter {name!r} acts {strength:.2g} times as strongly as in the reference (cosine {cosine:.2g}):"
+                " another scale (alpha / r, or alpha / √r with rsLoRA), merged and fed, or a part of it missing"
+            )
+        elif not cosine >= ALIGNED:
+            yield f"adapter {name!r} changes other things than in the reference (cosine {cosine:.2g})"
+        else:
+            yield (
+                f"adapter {name!r} changes what it should, as strongly as in the reference (cosine {cosine:.4g}):"
+                " the error is small, as that of rounding is"
+            )
+
+    def _left_over(self, visit: int) -> str:
+        name, before = self.adapters[visit], self.adapters[0 if visit else -1]
+        twin = self._alike(self.again[visit], visit)
+        if twin is not None:
+            return f"the second visit to {name} gives the outputs of {twin!r}: an adapter stays on"
+        said = f"the second visit to {name} differs from the first by up to {self.moved[visit]:.1e}"
+        return f"{said}: what came between, {before} last, is still seen, or runs are not repeatable"
+
+
+def _far(one: Floats, other: Floats) -> float:
+    return float(np.sqrt(np.mean((one - other) ** 2))) if one.size else float("nan")
+
+
+def _impostor(name: str, twin: str) -> str:
+    if twin == "base":
+        return f"adapter {name!r} behaves as base: its tensors have no effect"
+    if name == "base":
+        return f"base gives the outputs of adapter {twin!r}: an adapter is on where none should be"
+    return f"adapter {name!r} gives the outputs of {twin!r}"
+
+
+def pattern(bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]) -> str:
+    """Say how many rows are hit, and what sets them apart: adapter, phase, place in the text, or prompts."""
+    if not bad.any():
+        return ""
+    count = len(lengths)
+    owner = np.array([i for i, text in enumerate(texts) for _ in text.rows])
+    step = np.array([step for text in texts for step in range(len(text.rows))])
+    prompt = owner % count
+    place = np.array(lengths)[prompt] + step
+    parts = [f"{int(bad.sum())} of {len(bad)} rows fail"]
+    if bad.all():
+        return parts[0]
+    hit = {adapters[i] for i in owner[bad] // count}
+    if len(hit) < len(adapters):
+        parts.append(f"with {', '.join(name for name in adapters if name in hit)} only")
+    if not step[bad].any():
+        parts.append("first tokens only, which the prefill gives")
+    elif step[bad].all() and (step == 0).any():
+        parts.append("no first token, so decode steps only")
+    if place[bad].min() > place[~bad].max():
+        parts.append(f"only where {place[bad].min()} tokens or more are read")
+    else:
+        parts += _prompts(sorted(set(prompt[bad].tolist())), lengths)
+    return ", ".join(parts)
+
+
+def _prompts(hit: Sequence[int], lengths: Sequence[int]) -> Iterator[str]:
+    spared = [length for at, length in enumerate(lengths) if at not in hit]
+    if not spared:
+        return
+    sizes = [lengths[at] for at in hit]
+    if min(sizes) > max(spared):
+        yield f"only prompts of {min(sizes)} tokens and more"
+    elif max(sizes) < min(spared):
+        yield f"only prompts of up to {max(sizes)} tokens"
+    else:
+        yield f"only prompts {', '.join(str(at + 1) for at in hit)} of {len(lengths)}"

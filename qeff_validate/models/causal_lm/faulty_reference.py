@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original language model with a fault in it: of its modules, of an adapter's tensors, or of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from qeff_validate.errors import ValidateError
+from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, loaded_adapter
+from qeff_validate.models.emulation.ensemble import Way
+from qeff_validate.models.emulation.float64 import computing_in, few_threads
+from qeff_validate.models.framework_calls import foreign
+from qeff_validate.protocols import Change
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
+
+PLAIN = Way("as published, batches of 8", batch=8)
+
+
+class GivenLogits:
+    """A session that answers its only run with logits ``[n, 1, vocab]``."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("logits", "float32", ("batch_size", 1, "vocab")),)
+    shapes: tuple[Shapes, ...] = ()
+
+    def __init__(self, logits: Array) -> None:
+        self._logits = logits
+
+    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:  # noqa: ARG002
+        """Return all rows."""
+        return {"logits": self._logits[:, None].copy()}
+
+    def reset(self) -> None:
+        """Forget nothing: there is no state."""
+
+
+class Altered:
+    """Runs given continuations with faults.
+
+    Args:
+        model: the base, or a `PeftModel` that the user brought.
+        named: directory of each adapter, or what it is made from.
+        inputs: prompts and tensors of ``base`` and each adapter.
+        texts: the continuations, in the order adapter, prompt.
+        dtype: ``float32`` or ``float64``.
+    """
+
+    def __init__(
+        self, model: Any, named: Mapping[str, str | Mapping[str, Any]], inputs: Any, texts: Sequence[Array], dtype: str
+    ) -> None:
+        self._dtype = dtype
+        self._model, self._named, self._inputs = model, named, inputs
+        size = len(inputs.ids)
+        self._texts = {name: texts[size * at : size * (at + 1)] for at, name in enumerate(inputs.adapters)}
+
+    def bodies(self, changes: Sequence[Change]) -> Iterator[tuple[str, Tensors]]:
+        """Yield the logits with each fault of the modules."""
+        found: dict[str, list[Array]] = {change.name: [] for change in changes}
+        models = adapted_models(self._model, self._named, self._inputs.adapters)
+        for adapter, adapted in zip(self._texts, models, strict=True):
+            # widened before it is changed: widening gives a model new buffers, and a change is taken back in its own
+            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
+                for change in changes:
+                    try:
+                        with change.held(adapted):
+                            found[change.name] += self._run(adapted, adapter)
+                    except ValidateError:
+                        found.pop(change.name, None)
+            changes = [change for change in changes if change.name in found]
+        yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in found.items())
+
+    def adapters(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
+        """Yield the logits with each fault of what is served for an adapter; the reference's where it is right."""
+        own = self._inputs.adapters
+        rows = dict(zip(own, np.split(reference, self._borders()), strict=True))
+        for change in () if isinstance(self._model, PeftModel) else changes:
+            try:
+                served = {name: change.change(name, own) for name in own}
+                parts = [
+                    rows[name] if _alike(tensors, own[name]) else np.concatenate(self._serving(name, tensors))
+                    for name, tensors in served.items()
+                ]
+            except ValidateError:
+                continue
+            yield change.name, {"logits": np.concatenate(parts)}
+
+    def logits(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
+        """Yield the logits with each fault of what a session gives."""
+        for change in changes:
+            try:
+                found = change.change(GivenLogits(reference)).run({})
+            except ValidateError:
+                continue
+            yield change.name, {"logits": found["logits"][:, 0]}
+
+    def _borders(self) -> Array:
+        return np.cumsum([sum(text.size for text in texts) for texts in self._texts.values()])[:-1]
+
+    def _serving(self, name: str, tensors: Tensors) -> list[Array]:
+        """Run an adapter's texts with other tensors than its own."""
+        own = self._inputs.adapters
+        whose = next((other for other in own if _alike(tensors, own[other])), name)
+        if whose == BASE and _alike(tensors, own[BASE]):
+            with computing_in(self._model, self._dtype, probe=partial(self._run, self._model, name)):
+                return self._run(self._model, name)
+        kind = self._named[whose if whose != BASE else next(iter(self._named))]
+        adapted = loaded_adapter(self._model, kind, tensors)
+        try:
+            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, name)):
+                return self._run(adapted, name)
+        finally:
+            self._model = adapted.unload()
+
+    def _run(self, model: Any, adapter: str) -> list[Array]:
+        prompts, texts = self._inputs.ids, self._texts[adapter]
+        whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
+        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(model):
+            starts = [prompt.size for prompt in prompts]
+            return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
+
+
+def _alike(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(array, other[name]) for name, array in one.items())

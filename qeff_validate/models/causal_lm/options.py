@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the model kind ``peft-causal-lm``. Loads no framework."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qeff_validate.case import Length, Strict
+
+BASE = "base"
+"""What the model without an adapter is called."""
+
+
+class PeftCausalLMOptions(Strict):
+    """Options of the model kind ``peft-causal-lm``."""
+
+    adapters: dict[str, str | dict[str, Any]] = Field(
+        {},
+        description="{name: directory of a saved adapter, or {peft_method: lora, r: 4, seed: 1, …} for one with seeded"
+        " random weights}; all of one method, rank and target modules, because they share a graph",
+    )
+    peft_method: str | None = Field(
+        None, description="two seeded random adapters a and b of this method, where no adapters are named"
+    )
+    peft: dict[str, Any] = Field({}, description="options of peft_method: {r: 4, target_modules: [q_proj, v_proj]}")
+    prompts: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="texts to continue; null: built in, with boundary lengths"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="tokens of each continuation")
+    prefill_seq_len: Length = Field(16, description="tokens of a prompt that one run takes")
+    ctx_len: Length = Field(64, description="slots for keys and values: prompt and continuation must fit")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="rows of a run")
+    padding_side: Literal["right", "left"] = Field("right", description="where the padding of a prompt stands")
+    mixed_batch: bool = Field(
+        False,
+        description="one graph holds all adapters, and each row of a batch chooses its own by the input adapter_ids,"
+        " 0 for the base; for LoRA",
+    )
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        for name, made in value.items() if isinstance(value, dict) else ():
+            if name == BASE:
+                raise ValueError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+            if not isinstance(made, str) and not (
+                isinstance(made, dict) and made.keys() & {"peft_method", "peft_type"}
+            ):
+                raise ValueError(
+                    f"adapter {name!r}: give the directory of a saved one, or {{peft_method: lora, …}}, got {made!r}"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> PeftCausalLMOptions:
+        if self.prefill_seq_len > self.ctx_len:
+            raise ValueError(f"prefill_seq_len {self.prefill_seq_len} exceeds ctx_len {self.ctx_len}")
+        if self.max_new_tokens >= self.ctx_len:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in ctx_len {self.ctx_len}"
+            )
+        if self.peft and self.peft_method is None:
+            raise ValueError("peft holds the options of peft_method, which is missing")
+        if self.adapters and self.peft_method is not None:
+            raise ValueError("give adapters, or peft_method for two random ones, not both")
+        if self.mixed_batch and self.batch_size < 2:
+            raise ValueError("mixed_batch serves several adapters in one batch: batch_size must be 2 or more")
+        return self
+
+    def named(self) -> dict[str, str | dict[str, Any]]:
+        """Return the adapters by name, the two random ones of ``peft_method`` among them."""
+        if self.peft_method is None:
+            return dict(self.adapters)
+        return {
+            name: {"peft_method": self.peft_method, "init": "random", "seed": seed, **self.peft}
+            for seed, name in enumerate(("a", "b"), start=1)
+        }

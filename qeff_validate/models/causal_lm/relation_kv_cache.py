@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relation ``kv_cache``: keys and values of each layer after the prompt, against transformers' own cache. Numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.compare import FALLBACK, Bound, Judged, Verdict, all_hold
+from qeff_validate.errors import IncomparableError
+from qeff_validate.metrics import worst_row
+from qeff_validate.models.causal_lm.decode_loop import Plan, batches, generate, padding
+from qeff_validate.protocols import Session, Terms
+from qeff_validate.tensors import Array, Tensors, retained
+
+Kept = Sequence[Mapping[str, Array]]
+"""For each prompt ``past_key.i`` and ``past_value.i`` ``[heads, tokens, head_dim]``; a window keeps the last tokens."""
+
+
+def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted: Kept, terms: Terms) -> Verdict:
+    """Take all prompts through the prefill, and compare what the session retains with what transformers retains.
+
+    The error of a token is the L2 norm of the difference over the root mean square of the norms of the prompt's tokens,
+    because the first token's keys may be next to nothing.
+
+    Args:
+        session: open.
+        inputs: prompts.
+        plan: the usual way.
+        state: the adapter's tensors.
+        wanted: of the original model.
+        terms: precision.
+
+    Raises:
+        IncomparableError: the graph keeps keys and values elsewhere.
+    """
+    bound = FALLBACK.get(terms.precision, {}).get("rel_l2")
+    found = _kept(session, inputs, plan, state, list(wanted[0]))
+    planned = len(wanted) * len(wanted[0])
+    judged = []
+    for name in wanted[0]:
+        errors = np.array([_error(one[name], whole[name]) for one, whole in zip(wanted, found, strict=True)])
+        metric = worst_row(f"kv.{name.removeprefix('past_')}", errors)
+        metric = replace(metric, worst={**metric.worst, "text": inputs.labels[metric.worst["row"]]})
+        given = None if bound is None else Bound(bound, "fallback", f"{terms.precision} profile")
+        judged.append(Judged(metric, given))
+    if bound is None:
+        reason = f"no sound bound for keys and values in {terms.precision}"
+        return Verdict("inconclusive", reason, tuple(judged), planned, planned)
+    return all_hold(judged, planned)
+
+
+def _kept(session: Session, inputs: Any, plan: Plan, state: Tensors, names: Sequence[str]) -> Kept:
+    """Return for each prompt what the session retains of its tokens, ``[heads, tokens, head_dim]``."""
+    twins = retained(session.inputs, session.outputs)
+    missing = sorted(set(names) - set(twins))
+    if missing:
+        raise IncomparableError(f"the graph does not retain {', '.join(missing[:4])}")
+    found: list[dict[str, Array]] = []
+    for _, prompts in batches(session, inputs.ids, plan):
+        generate(session, prompts, replace(plan, max_new_tokens=1), state=state)
+        held = session.run(padding(session, plan), fetch=[twins[name] for name in names])
+        found += [
+            {name: held[twins[name]][row, :, : tokens.size] for name in names} for row, tokens in enumerate(prompts)
+        ]
+    return found
+
+
+def _error(wanted: Array, whole: Array) -> float:
+    """Return the worst token's error; NaN if anything is not finite."""
+    expected = wanted.astype(np.float64)
+    actual = whole[:, -expected.shape[1] :].astype(np.float64)
+    if actual.shape != expected.shape:
+        return float("nan")
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(expected, axis=(0, 2))
+        apart = np.linalg.norm(actual - expected, axis=(0, 2))
+        return float(apart.max() / np.sqrt(np.mean(norms**2)))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relation ``scaled``: a small share of an adapter has that share of its effect.
+
+Log-probabilities are smooth in the adapter's weights, so for a small share s their change is proportional to s,
+whatever the model (validation-methods §11, linearity probe). An adapter with a factor that is not an
+input, is quantized away or is clipped does not keep this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.compare import Bound, Judged, Verdict, all_hold
+from qeff_validate.errors import IncomparableError
+from qeff_validate.logits import log_softmax, noise_level
+from qeff_validate.metrics import Floats, Metric
+from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
+from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.protocols import Session, Terms
+from qeff_validate.tensors import Array, Tensors
+
+SHARE = 1 / 128
+"""The greatest share that is taken; of a strong adapter less, because the curve bends with the square of the share."""
+
+LINEAR = 0.1
+"""Twice the share may differ by so much, relative L2, from twice the effect; a lost factor gives 0.5 and more."""
+
+VISIBLE, CLEAR = 20.0, 80.0
+"""The effect of the share must be so many times the noise of log-probabilities; it is made four times as much."""
+
+
+def judge_scaled(
+    session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], terms: Terms
+) -> Verdict:
+    """Compare the effects of a share of the adapter and of twice that share.
+
+    What is scaled are the tensors that are all zero in the base (``lora_B`` of LoRA).
+
+    Args:
+        session: open.
+        inputs: prompts.
+        plan: the usual way.
+        adapter: its tensors, or the stack of all, as the graph takes them.
+        forced: the texts along which all is run.
+        terms: precision.
+
+    Raises:
+        IncomparableError: nothing can be scaled, or the effect of a small share is lost in rounding.
+    """
+    base = inputs.adapters[BASE]
+    zeros = [name for name, array in base.items() if not array.any() and adapter[name].any()]
+    if not zeros:
+        raise IncomparableError("no tensor of this adapter is zero in the base, so none carries its scale")
+
+    def run(share: float) -> Floats:
+        state = {name: array * np.float32(share) if name in zeros else array for name, array in adapter.items()}
+        return log_softmax(np.concatenate(generate(session, inputs.ids, plan, state=state, forced=forced)))
+
+    off = run(0.0)
+    state, alone = (adapter, replace(plan, adapter=0)) if takes_ids(session) else (base, plan)
+    without = np.concatenate(generate(session, inputs.ids, alone, state=state, forced=forced))
+    full = run(1.0) - off
+    for logits in (off, without, full):
+        if not np.isfinite(logits).all():
+            return Verdict("fail", "logits with a share of the adapter are NaN or infinite", planned=len(forced))
+    level = noise_level(terms.precision)
+    if _size(off - log_softmax(without)) > VISIBLE * level:
+        raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
+    share = float(np.minimum(SHARE, CLEAR * level / _size(full))) if full.any() else SHARE
+    if not _size(full) * share >= VISIBLE * level:
+        raise IncomparableError(
+            f"a share of {share:.3g} of the adapter changes log-probabilities by some {_size(full) * share:.1e}, too"
+            f" little beside the noise of {terms.precision}, {level:.1e}"
+        )
+    one, two = run(share) - off, run(2 * share) - off
+    apart = np.linalg.norm(two - 2 * one, axis=-1)
+    most = float(np.sqrt(np.mean(np.linalg.norm(full, axis=-1) ** 2))) * 2 * share
+    steps = [len(text) for text in forced]
+    errors = np.array([part.max() for part in np.split(apart, np.cumsum(steps)[:-1])]) / most
+    worst = int(np.argmax(errors))
+    metric = Metric("adapter.linearity", float(errors[worst]), {"row": worst, "text": inputs.labels[worst]})
+    judged = [Judged(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
+    return all_hold(judged, len(errors))
+
+
+def _size(change: Floats) -> float:
+    return float(np.sqrt(np.mean(change**2)))

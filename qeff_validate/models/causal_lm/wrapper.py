@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch module of a causal language model with state and adapters as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.causal_lm.batched_lora import by_row
+from qeff_validate.models.causal_lm.grouped_query_attention import NAME
+from qeff_validate.models.causal_lm.kv_cache import cache_for, masks
+from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
+from qeff_validate.protocols import Graph
+from qeff_validate.tensors import Tensors
+
+
+class Decoder(nn.Module):
+    """One step of a causal LM: tokens at positions in, logits at each row's last real token and the new state out.
+
+    Args:
+        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention without
+            copies (`grouped_query_attention`), and its head sees the last real token of each row alone.
+        layers: number of layers with keys and values.
+        adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
+        mixed: the tensors are stacks of several adapters, and each row takes its own (`models.causal_lm.batched_lora`).
+
+    Raises:
+        ConfigError: the model has no head, or its adapters cannot be mixed.
+    """
+
+    def __init__(
+        self, model: Any, layers: int, adapter: Mapping[str, str] | None = None, *, mixed: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._layers = layers
+        self._adapter = dict(adapter or {})
+        self._last: Tensor | None = None
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.set_attn_implementation(NAME)
+        choose_exportable_experts(base)
+        head = base.get_output_embeddings()
+        if head is None:
+            raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
+        head.register_forward_pre_hook(self._only_last)
+        self._mixed = mixed
+        if mixed:
+            by_row(model)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
+        """Run one step.
+
+        Args:
+            input_ids: int64 ``[batch, seq_len]``.
+            position_ids: int64 ``[batch, seq_len]``, −1 for padding.
+            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, and the adapter's
+                tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64 ``[batch]`` too.
+
+        Returns:
+            ``logits [batch, 1, vocab]``, then the new content of each state in the order of the graph.
+        """
+        cache = cache_for(state, self._layers, position_ids)
+        slots = state["past_key.0"].shape[2]
+        self._last = position_ids.argmax(dim=1)
+        config = self.model.config.get_text_config()
+        out = functional_call(
+            self.model,
+            {live: self._own(state[saved], state) for saved, live in self._adapter.items()},
+            args=(),
+            kwargs={
+                "input_ids": input_ids,
+                "position_ids": position_ids.clamp(min=0),
+                "attention_mask": masks(position_ids, slots, config, state["past_key.0"].dtype),
+                "past_key_values": cache,
+                "use_cache": True,
+            },
+        )
+        kept = [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
+        # a clone, because the exporter renames an input that is an output as it stands
+        return (out.logits, *kept, *(state[name].clone() for name in self._adapter))
+
+    def _own(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return tensor[state["adapter_ids"]] if self._mixed else tensor
+
+    def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        hidden, last, self._last = inputs[0], self._last, None  # for this run alone: others may call the model itself
+        if last is None or hidden.ndim != 3:
+            return None
+        place = last[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return (hidden.gather(1, place), *inputs[1:])
+
+
+def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
+    """Return example inputs whose sizes differ from each other and from every usual bucket."""
+    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11}
+    made: dict[str, Any] = {}
+    for spec in graph.inputs:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+        if spec.name in ("input_ids", "position_ids"):
+            made[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
+        else:
+            made[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
+    return {**made, **(adapter or {})}

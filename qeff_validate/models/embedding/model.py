@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pooled embeddings: texts to rows of token ids, the reference, and the run over any session.
+
+`PooledModel` is the torch module that is exported; it lives in `pooling` and is loaded on first use, so that
+a run whose artifacts are all stored imports no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qeff_validate.case import Case, Precision
+from qeff_validate.compare import (
+    Rows,
+    Verdict,
+    bounds_for,
+    compare,
+    relation_precision,
+    rows_beyond,
+    stray_bounds,
+    strays,
+    worst_errors,
+)
+from qeff_validate.errors import ConfigError, RunError, ValidateError
+from qeff_validate.files import read_lines
+from qeff_validate.metrics import Floats
+from qeff_validate.models.embedding import pooling_oracle
+from qeff_validate.models.embedding.corpus import TEXTS
+from qeff_validate.models.embedding.filler_rows import rows_reached
+from qeff_validate.models.embedding.options import EmbeddingOptions
+from qeff_validate.models.embedding.pooling_config import Head, published, resolve_head
+from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.padding_hint import padding_hint
+from qeff_validate.models.row_order import refuse_frequencies_by_length
+from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
+from qeff_validate.models.sources.resolve import Given, Source, resolve
+from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
+from qeff_validate.protocols import Change, Graph, Session, Share, Terms
+from qeff_validate.tensors import Array, Tensors, TensorSpec
+
+MOST_BYTES = 64 << 20
+"""Of a texts_file: every text is run, one by one, by the reference."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PooledModel":
+        from qeff_validate.models.embedding.pooling import PooledModel
+
+        return PooledModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+SHARED_TOKENS = 1 << 14
+"""Hidden states of so many tokens are kept, so that the next pooling of the same body needs no run: 64 MB at 1024."""
+
+
+class PooledEmbedding:
+    """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
+
+    Args:
+        case: the case.
+        options: validated options.
+        given: an in-memory torch model instead of the source; it is left unchanged.
+        tokenizer: the tokenizer of ``given``.
+    """
+
+    def __init__(self, case: Case, options: EmbeddingOptions, *, given: Any = None, tokenizer: Any = None) -> None:
+        self.case = case
+        self.options = options
+        self._given = None if given is None else Given(given, tokenizer)
+        self.share: Share = lambda name, inputs, run: run()  # noqa: ARG005
+        dims = ("batch_size", "seq_len")
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if options.token_type_ids else [])]
+        shape = (*dims, "hidden") if options.pooling == "none" else ("batch_size", "hidden")
+        self.graph = Graph(
+            inputs=tuple(TensorSpec(name, "int64", dims) for name in names),
+            outputs=(TensorSpec("output", "float32", shape),),
+            buckets=tuple({"batch_size": options.batch_size, "seq_len": length} for length in options.seq_len),
+        )
+
+    @cached_property
+    def source(self) -> Source:
+        """Where weights and tokenizer come from; looked for when first needed, for stored artifacts need none."""
+        return self._given or resolve(self.case)
+
+    @cached_property
+    def head(self) -> Head:
+        """Pooling and what follows it, settled."""
+        return resolve_head(
+            self.options, getattr(self.source, "path", None) if self.options.pooling == "auto" else None
+        )
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what the exported graph depends on."""
+        return {**self.settings(), "body": self.source.body_key()}
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what the graph depends on beside the body."""
+        return {"kind": "embedding", "head": self.head.key(), "inputs": [spec.name for spec in self.graph.inputs]}
+
+    def inputs_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        return {**self.asked(), "tokenizer": self.source.tokenizer_key()}
+
+    def asked(self) -> Mapping[str, Any]:
+        """Return what is to be tokenized, and how far."""
+        options = self.options
+        limits = {"seq_len": options.seq_len, "truncate": options.truncate, "boundary": self._builtin()}
+        return {"texts": self._texts(), "prompt": options.prompt, **limits}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the tokenizer is."""
+        return self.source.tokenizer_key()
+
+    def reach(self, inputs: TokenRows) -> int:  # noqa: ARG002
+        """Return how many positions the graph must have."""
+        return self.options.seq_len[-1]
+
+    def published(self) -> Mapping[str, Any]:
+        """Return what sentence-transformers' files beside the weights say: pooling, normalize, max_seq_length."""
+        return published(getattr(self.source, "path", None))
+
+    def _builtin(self) -> bool:
+        return self.case.inputs.texts is None and self.case.inputs.texts_file is None
+
+    def _texts(self) -> list[str]:
+        if self.case.inputs.texts_file is not None:
+            path = Path(self.case.inputs.texts_file)
+            try:
+                texts = read_lines(path, most_bytes=MOST_BYTES)
+            except (OSError, ValueError) as exc:
+                raise ConfigError(f"case {self.case.name!r}: cannot read texts_file {path}: {exc}") from exc
+        else:
+            texts = list(TEXTS if self.case.inputs.texts is None else self.case.inputs.texts)
+        if len(set(texts)) < 3:
+            raise ConfigError(f"case {self.case.name!r}: at least 3 distinct texts are needed, got {len(set(texts))}")
+        return texts
+
+    def tokenize(self) -> Tensors:
+        """Turn the texts into rows of token ids; the built-in corpus gets rows at each bucket's boundary.
+
+        Raises:
+            ConfigError: a text is longer than every bucket and ``truncate`` is off.
+        """
+        return replace(self.rows(), tables=self.source.tables()).stored()
+
+    def rows(self) -> TokenRows:
+        """Return the rows as the tokenizer makes them now; raises as `tokenize` does."""
+        tokenize, pad = self.source.tokenizer()
+        texts, notes = self._texts(), []
+        if self._builtin():
+            for length in self.options.seq_len:
+                for wanted in (length - 1, length):
+                    text = boundary_text(tokenize, self.options.prompt, wanted)
+                    if text is None:
+                        notes.append(f"no boundary row of exactly {wanted} tokens could be made with this tokenizer")
+                    else:
+                        texts.insert(len(texts) // 2 if wanted % 2 else len(texts), text)
+        ids = [np.array(tokenize(self.options.prompt + text), dtype=np.int64) for text in texts]
+        most = self.options.seq_len[-1]
+        long = [row for row, tokens in enumerate(ids) if tokens.size > most]
+        if long and not self.options.truncate:
+            row = long[0]
+            raise ConfigError(
+                f"case {self.case.name!r}: {len(long)} of {len(texts)} texts are longer than the greatest seq_len"
+                f" {most}; text {row} has {ids[row].size} tokens ({texts[row][:60]!r}…):"
+                f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
+            )
+        if long:
+            notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
+        rows = [*(tokens[:most] for tokens in ids), np.array([], dtype=np.int64)]
+        return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes))
+
+    def inputs(self, stored: Tensors) -> TokenRows:
+        """Return the rows from their stored form."""
+        return TokenRows.from_stored(stored, per_token=self.options.pooling == "none")
+
+    def module(self) -> tuple[Any, Tensors]:
+        """Load the body and put the pooling on it; the examples differ from every bucket on purpose."""
+        from qeff_validate.models.embedding.pooling import PooledModel
+
+        body = self.source.body()
+        with foreign("choose eager attention"):
+            if hasattr(body, "set_attn_implementation"):
+                body.set_attn_implementation("eager")
+            choose_exportable_experts(body)
+        ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
+        mask = np.ones((2, 7), dtype=np.int64)
+        mask[1, 4:] = 0
+        head = self.head
+        module = PooledModel(body, head.pooling, normalize=head.normalize, truncate_dim=head.truncate_dim).eval()
+        known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return module, {spec.name: known[spec.name] for spec in self.graph.inputs}
+
+    def reference(self, inputs: TokenRows, *, dtype: str) -> Tensors:
+        """Run the body alone on each row at its natural length, and pool with the numpy oracle.
+
+        A custom pooling is its own definition: it is run on the unpadded row alone, so what padding and neighbours
+        do to it is seen, and what it computes is taken as right.
+
+        Returns:
+            ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
+
+        Raises:
+            UnstableReferenceError: what the body gives for a row depends on the rows before or beside it.
+        """
+        refuse_frequencies_by_length(inputs.tables, [row.size for row in inputs.ids if row.size])
+        return self._pooled(self._states(inputs, dtype), inputs, dtype)
+
+    def _states(self, inputs: TokenRows, dtype: str) -> Iterable[tuple[int, Floats]]:
+        from qeff_validate.models.embedding.reference import hidden_states
+
+        def run() -> Iterator[tuple[int, Floats]]:
+            return hidden_states(self.source.body(), inputs.ids, dtype, inputs.texts)
+
+        if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
+            return run()
+        stored = self.share(f"reference in {dtype}", inputs, lambda: {"states": packed(run(), dtype)})
+        return unpacked(stored["states"], inputs.ids)
+
+    def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
+        """Yield what `reference` returns if the body computes in the precision, in each of `arithmetic.WAYS`."""
+        if precision.kv is not None:
+            raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
+        name = f"ensemble in {precision.profile}"
+        runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
+        for way in sorted(runs):
+            found = self._pooled(unpacked(runs[way], inputs.ids), inputs, "float32")
+            half = precision.compute == "fp16"
+            yield {
+                name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
+            }
+
+    def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
+        from qeff_validate.models.embedding.reference import batched_states
+        from qeff_validate.models.emulation.ensemble import WAYS, Rounded, RoundedInPlace, Way, run_ensemble
+        from qeff_validate.models.emulation.microscaling import CompressedWeights
+
+        def run(replica: Any, way: Way) -> Array:
+            return packed(batched_states(replica, inputs.ids, inputs.pad, way.batch).items(), "float32")
+
+        body, compute = self.source.body(), precision.compute
+        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
+        # a body of its own may be rounded in place, unless its weights are to be compressed as they are
+        weights = RoundedInPlace(compute, body) if not compressed and compute != "fp32" else Rounded(compute)
+        runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
+        return {str(at): states for at, states in enumerate(runs)}
+
+    def altered(
+        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
+    ) -> Iterator[tuple[str, Tensors]]:
+        """Yield the vectors of the original model with each of some faults."""
+        changes = list(changes)
+        outputs: list[tuple[str, Tensors]] = []
+
+        def run() -> Tensors:
+            states: dict[str, Array] = {}
+            outputs.extend(self._altered(inputs, reference, changes, dtype, states))
+            return states
+
+        name = f"faults in {dtype}: {', '.join(change.name for change in changes)}"
+        states = self.share(name, inputs, run)
+        yield from outputs or self._altered(inputs, reference, changes, dtype, dict(states))
+
+    def _altered(
+        self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str, states: dict[str, Array]
+    ) -> Iterator[tuple[str, Tensors]]:
+        from qeff_validate.models.embedding.reference import pooled_alone, unpadded_states
+        from qeff_validate.models.embedding.reference_session import OriginalSession
+        from qeff_validate.models.emulation.float64 import computing_in, few_threads
+
+        head = self.head
+        custom = partial(pooled_alone, head.pooling, dtype=dtype)
+        finish = partial(pooling_oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
+        pool = custom if head.custom else pooling_oracle.POOLINGS[head.pooling]
+        original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
+        longest = max(inputs.ids, key=len)[None]
+        probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
+        with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
+            for change in changes:
+                original.instead, session = None, cast("Session", original)
+                with suppress(ValidateError), change.held(original.body):
+                    if change.level == "body":
+                        if change.name not in states:
+                            states[change.name] = packed(unpadded_states(original.body, inputs.ids), dtype)
+                        yield change.name, self._pooled(unpacked(states[change.name], inputs.ids), inputs, dtype)
+                        continue
+                    if change.level == "pooling":
+                        original.instead = change.change
+                    elif change.level == "session":
+                        session = change.change(original)
+                    yield change.name, self.infer(session, inputs, reference)
+
+    def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
+        from qeff_validate.models.embedding.reference import pooled_alone
+
+        head = self.head
+
+        def vector(tokens: Floats) -> Floats:
+            raw = (
+                pooled_alone(head.pooling, tokens, dtype)
+                if head.custom
+                else pooling_oracle.POOLINGS[head.pooling](tokens)
+            )
+            return pooling_oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
+
+        found = {row: vector(tokens).astype(dtype) for row, tokens in states}
+        if inputs.per_token:
+            return {"output": np.concatenate([found[row] for row in sorted(found)])}
+        empty = np.zeros_like(next(iter(found.values())))
+        return {"output": np.stack([found.get(row, empty) for row in range(len(inputs.ids))])}
+
+    def measure(self, exact: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+        """Return the worst row of each row metric."""
+        return worst_errors(exact, outputs, Rows(inputs.labels, inputs.tokenless))
+
+    def strays(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+        """Return the systematic parts of vectors' errors."""
+        return strays(center, outputs, Rows(inputs.labels, inputs.tokenless))
+
+    def sensitivity(self, inputs: TokenRows, reference: Tensors) -> Sequence[float]:
+        """Return how far the hidden states of a row cancel in their mean, else how short its vector is.
+
+        It does not depend on the pooling as long as hidden states are kept, so that poolings share their ensembles.
+        """
+        if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
+            return list(-np.linalg.norm(reference["output"].astype(np.float64), axis=1))
+        values = dict.fromkeys(range(len(inputs.ids)), 0.0)
+        for row, states in self._states(inputs, "float32"):
+            values[row] = float(np.sqrt(np.mean(np.square(states))) / np.linalg.norm(states.mean(axis=0)))
+        return list(values.values())
+
+    def subset(
+        self, inputs: TokenRows, reference: Tensors, texts: Sequence[int]
+    ) -> tuple[TokenRows, Tensors, NDArray[np.int64]]:
+        """Return rows, vectors and the numbers of the vectors of some texts."""
+        rows = np.array(texts, dtype=np.int64)
+        if inputs.per_token:
+            ends = np.cumsum([ids.size for ids in inputs.ids])
+            rows = np.concatenate([np.arange(ends[text] - inputs.ids[text].size, ends[text]) for text in texts])
+        return inputs.subset(texts), {name: array[rows] for name, array in reference.items()}, rows
+
+    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
+        """Compare vectors row by row."""
+        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
+        if terms.device and terms.floor is not None:
+            bounds = stray_bounds(terms.floor) | bounds
+        rows = Rows(inputs.labels, inputs.tokenless, zeros=terms.ours, reached=terms.reached)
+        verdict = compare(
+            reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed, precision=terms.precision
+        )
+        if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
+            return verdict
+        said = padding_hint(
+            rows_beyond(reference, actual, bounds, rows), terms.padded, rows.kept(), actual, terms.precision
+        )
+        return replace(verdict, reason=f"{said}; {verdict.reason}") if said else verdict
+
+    def reached(self, session: Session, inputs: TokenRows, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
+        """See `protocols.Filled`."""
+        if inputs.per_token or any(len(array) != len(inputs.ids) for array in actual.values()):
+            return (), ()
+        return rows_reached(partial(self.infer, session), inputs, self._batch_size(session), actual)
+
+    def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
+        """Judge one of `metamorphic.RELATIONS` on the rows that hold a token."""
+        from qeff_validate.models.embedding.relations import RELATIONS, with_tokens
+
+        expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
+        # both ways read the same compressed weights
+        bounds = bounds_for(relation_precision(terms.precision), override=terms.override)
+        return compare(
+            expected, actual, bounds, rows=Rows(labels), seed=terms.seed, precision=terms.precision, relation=True
+        )
+
+    def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002
+        """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.
+
+        Raises:
+            RunError: no allowed shape of the session fits, or an output has lost its rows.
+        """
+        parts: dict[str, list[Array]] = {}
+        side, dtypes = self.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
+        for rows in batches(inputs.ids, self._batch_size(session)):
+            batch, length = self._shape(session, rows)
+            known = padded(rows, batch, length, pad=inputs.pad, side=side)
+            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
+            for name, array in session.run(feeds).items():
+                if array.ndim < 2 or len(array) != batch:
+                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {batch} rows of vectors")
+                if inputs.per_token and array.shape[1] != length:
+                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
+                parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def _batch_size(self, session: Session) -> int:
+        sizes = [shapes["input_ids"][0] for shapes in session.shapes]
+        return max(sizes) if sizes else self.options.batch_size
+
+    @staticmethod
+    def _shape(session: Session, rows: Sequence[Array]) -> tuple[int, int]:
+        longest = max(1, *(row.size for row in rows))
+        if not session.shapes:
+            return len(rows), longest
+        fitting = [
+            (shapes["input_ids"][0], shapes["input_ids"][1])
+            for shapes in session.shapes
+            if shapes["input_ids"][0] >= len(rows) and shapes["input_ids"][1] >= longest
+        ]
+        if not fitting:
+            allowed = sorted(shapes["input_ids"] for shapes in session.shapes)
+            raise RunError(f"no allowed shape holds {len(rows)} rows of {longest} tokens; allowed: {allowed}")
+        return min(fitting, key=lambda shape: shape[0] * shape[1])

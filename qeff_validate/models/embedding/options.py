@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the model kind ``embedding``. Loads no framework."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from qeff_validate.case import Length, Strict
+from qeff_validate.errors import suggest
+
+POOLINGS = ("avg", "cls", "last", "max", "mean", "none", "weighted_mean")
+"""Names that `models.embedding.pooling` and `models.embedding.pooling_oracle` implement; a test compares the three."""
+
+
+class EmbeddingOptions(Strict):
+    """Options of the model kind ``embedding``."""
+
+    pooling: Any = Field(
+        "mean",
+        description=f"{', '.join(POOLINGS)}; auto: as sentence-transformers' files beside the weights say;"
+        " or package.module:function, or a callable, that takes (hidden_states, attention_mask)",
+    )
+    normalize: bool | None = Field(
+        None, description="scale each vector to length 1; null: no, or as pooling: auto finds"
+    )
+    truncate_dim: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="keep the first so many elements (Matryoshka), before normalizing"
+    )
+    prompt: str = Field("", description="put before every text, e.g. 'query: '")
+    padding_side: Literal["right", "left"] = Field("right", description="where padding stands")
+    token_type_ids: bool = Field(False, description="make token_type_ids an input of the graph (fed with zeros)")
+    seq_len: list[Length] = Field([32, 64], min_length=1, description="lengths to compile for, in tokens")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    truncate: bool = Field(False, description="cut texts that are longer than every bucket; else they are an error")
+
+    @field_validator("pooling")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if callable(value) or (isinstance(value, str) and (value in (*POOLINGS, "auto") or ":" in value)):
+            return value
+        hint = suggest(str(value), (*POOLINGS, "auto"))
+        raise ValueError(f"no pooling is called {value!r}.{hint} Or name your own: package.module:function")
+
+    @field_validator("seq_len", mode="before")
+    @classmethod
+    def _one_bucket(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+    @field_validator("seq_len")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a length is named twice in {value}")
+        return sorted(value)

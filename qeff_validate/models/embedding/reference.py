@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the original Hugging Face body, row by row, in float32 or float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.metrics import Floats
+from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
+from qeff_validate.models.emulation.float64 import computing_in, few_threads
+from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.row_order import probes, refuse_change
+from qeff_validate.models.token_rows import together
+from qeff_validate.tensors import Array
+
+
+def hidden_states(
+    body: nn.Module, ids: Sequence[Array], dtype: str, labels: Sequence[str] = ()
+) -> Iterator[tuple[int, Floats]]:
+    """Yield each row that has a token, and its hidden states ``[n, hidden]`` in float64; the shortest rows first.
+
+    Each row runs at its natural length, beside rows of that length alone, so that no padding can touch it. With
+    ``labels`` some rows run once more at the end.
+
+    Raises:
+        UnstableReferenceError: at the end, if these give other values than before.
+    """
+    longest = max(ids, key=len)
+    repeated = probes([row.size for row in ids]) if labels else []
+    first: dict[int, Floats] = {}
+
+    def again(row: int) -> Floats:
+        states: Floats = _states(body, ids[row])[0].to(torch.float64).numpy()
+        return states
+
+    probe = partial(_states, body, longest[:2])
+    with torch.inference_mode(), few_threads(body), computing_in(body, dtype, probe=probe):
+        for row, states in _batched(body, ids, together(ids)):
+            if row in repeated:
+                first[row] = states
+            yield row, states
+        refuse_change(first, again, labels)
+
+
+def unpadded_states(body: nn.Module, ids: Sequence[Array]) -> Iterator[tuple[int, Floats]]:
+    """Yield what `hidden_states` yields of a body that computes in a precision and with threads of its own already."""
+    with torch.no_grad():
+        yield from _batched(body, ids, together(ids))
+
+
+def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int | None) -> dict[int, Floats]:
+    """Return what `hidden_states` yields, from rows that run together as a way asks for.
+
+    Args:
+        body: computes in float32, or as it is told from outside.
+        ids: token ids.
+        pad: id of the padding token.
+        batch: rows of similar length, padded on the right to the longest of so many; None: rows of equal length.
+    """
+    return dict(_batched(body, ids, together(ids, batch), pad))
+
+
+def _batched(
+    body: nn.Module, ids: Sequence[Array], batches: Iterable[Sequence[int]], pad: int = 0
+) -> Iterator[tuple[int, Floats]]:
+    for rows in batches:
+        length = max(ids[row].size for row in rows)
+        padded = np.stack([np.pad(ids[row], (0, length - ids[row].size), constant_values=pad) for row in rows])
+        mask = np.stack([np.arange(length) < ids[row].size for row in rows])
+        states = _states(body, padded, mask)
+        for row, hidden in zip(rows, states, strict=True):
+            yield row, hidden[: ids[row].size].to(torch.float64).numpy()
+
+
+def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
+    """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
+    by_length = sorted((row for row in ids if row.size), key=len)
+    shifts = []
+    with torch.inference_mode():
+        for row in (by_length[0], by_length[-1]):
+            padded = np.concatenate([np.full(5, pad), row])
+            moved = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
+            alone = _states(body, row)[0]
+            shifts.append(float((moved - alone).norm() / alone.norm()))
+    return float(np.max(shifts))  # NaN, if one of them is
+
+
+def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
+    """Run rows of one length: ids and mask are ``[n]`` or ``[rows, n]``."""
+    tokens = torch.from_numpy(np.atleast_2d(np.ascontiguousarray(row)))
+    attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
+    with foreign("run the Hugging Face model"):
+        out: Any = body(input_ids=tokens, attention_mask=attended)
+    hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
+    if hidden is None:
+        raise ConfigError(
+            f"{type(body).__name__} returns no last_hidden_state but {', '.join(out.keys())}:"
+            " give the body (AutoModel), not a model with a task head"
+        )
+    return hidden
+
+
+def pooled_alone(pooling: Any, tokens: Floats, dtype: str) -> Floats:
+    """Run a custom torch pooling on one unpadded row ``[n, hidden]`` and return its vector in float64."""
+    hidden = torch.from_numpy(tokens).to(getattr(torch, dtype))[None]
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
+    with torch.inference_mode():
+        vector = pooled(resolve_pooling(pooling), pooling, hidden, mask)[0]
+    array: Floats = vector.to(torch.float64).numpy()
+    return array

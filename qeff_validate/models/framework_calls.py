@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls into transformers: quiet, with exceptions translated; and the versions of what is installed.
+
+Frameworks are imported inside the functions that need them, so that a fingerprint costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+
+OWN_CODE = (
+    "it brings Python code of its own (auto_map in config.json or tokenizer_config.json), and code from a model is"
+    " never run; load it yourself and give qv.validate the model in memory"
+)
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Return installed versions without importing the packages; None where one is missing."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def without_cache(body: Any) -> Any:
+    """Return the body in eval mode, told not to return the keys and values of a decoder."""
+    config = getattr(body, "config", None)
+    if config is not None and getattr(config, "use_cache", False):
+        config.use_cache = False
+    return body.eval()
+
+
+@contextmanager
+def foreign(doing: str) -> Iterator[None]:
+    """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
+    try:
+        yield
+    except ValidateError:
+        raise
+    except Exception as exc:
+        if "trust_remote_code" in str(exc):
+            raise ConfigError(f"cannot {doing}: {OWN_CODE}") from exc
+        raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {first_line(exc)}") from exc
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, load reports and deprecations off the terminal: ours stand there."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT, none of our business
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an exception's text, with the next if it ends with a colon; its class if it has none."""
+    lines = [line.strip() for line in (str(exc).strip() or type(exc).__name__).splitlines()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

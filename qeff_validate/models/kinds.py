@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in model kinds: options, constructor, suite and metrics of each. Loads no framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qeff_validate.case import Case
+from qeff_validate.compare import MOST
+from qeff_validate.errors import ConfigError
+from qeff_validate.logits import MOST as LOGIT_MOST
+from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
+from qeff_validate.models.embedding.options import EmbeddingOptions
+from qeff_validate.protocols import Model, ModelKind
+
+
+def _embedding(case: Case, options: EmbeddingOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.embedding.model import PooledEmbedding
+
+    if given is not None:
+        from qeff_validate.models.embedding.pooling import PooledModel
+
+        if isinstance(given, PooledModel):
+            theirs = (given.pooling, given.normalize, given.truncate_dim)
+            ours = (options.pooling, bool(options.normalize), options.truncate_dim)
+            if theirs != ours:
+                raise ConfigError(
+                    f"(pooling, normalize, truncate_dim) of the model are {theirs}, of the case {ours}: make them agree"
+                )
+            given = given.base_model
+    return PooledEmbedding(case, options, given=given, tokenizer=tokenizer)
+
+
+EMBEDDING = ModelKind(options=EmbeddingOptions, create=_embedding, suite="embedding", bounds=MOST)
+
+
+def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.causal_lm.model import PeftCausalLM
+
+    if options.mixed_batch and not options.named() and not hasattr(given, "peft_config"):
+        raise ConfigError(
+            f"case {case.name!r}: mixed_batch: each row of a batch chooses an adapter, and there is none: give adapters"
+            " ({name: directory}) or peft_method: lora, or leave mixed_batch out"
+        )
+    if case.exporter == "torchscript":
+        raise ConfigError(
+            f"case {case.name!r}: exporter torchscript cannot trace weights that are inputs: leave exporter out, or"
+            " say dynamo"
+        )
+    return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
+
+
+PEFT_CAUSAL_LM = ModelKind(options=PeftCausalLMOptions, create=_causal, suite="peft", bounds=LOGIT_MOST)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether what the original model gives for a row depends on the rows before or beside it. Numpy only.
+
+Models of transformers with ``rope_type: dynamic`` keep the longest length that they have read, and rotate later rows by
+it; ``longrope`` takes other frequencies for a whole batch as soon as one row is long. Others keep state or draw random
+numbers. Such a model gives no single answer that a graph could be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from qeff_validate.errors import UnstableReferenceError
+from qeff_validate.metrics import Floats
+from qeff_validate.models.sources.embedding_tables import ROPE
+from qeff_validate.tensors import Array
+
+STABLE = 1e-5
+"""Relative L2 between two runs of one row on one model: rounding gives less, and positions that moved 1e-3 and more.
+
+In float64 as well: tables that a model keeps from its first run may be float32.
+"""
+
+
+def switches(tables: Mapping[str, int]) -> Mapping[str, int]:
+    """Return lengths beyond which rotary frequencies change, by ``rope_type``."""
+    return {name.removeprefix(ROPE): length for name, length in tables.items() if name.startswith(ROPE)}
+
+
+def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[int]) -> None:
+    """Refuse rows between which a model changes its rotary frequencies.
+
+    Args:
+        tables: from `tables.tables`.
+        lengths: how many tokens are read at a time, over all rows and steps.
+
+    Raises:
+        UnstableReferenceError: rows of several lengths lie beyond the switch, or on both sides of it.
+    """
+    least, most = min(lengths), max(lengths)
+    for kind, switch in switches(tables).items():
+        if most > switch and (least <= switch if kind == "longrope" else least < most):
+            raise UnstableReferenceError(
+                f"rope_type {kind!r}: beyond {switch} positions the rotary frequencies of the original model depend on"
+                f" the longest text that was read before or beside a row, and here {least} to {most} tokens are read:"
+                " its answers change with the order of rows, so they are no reference. Keep rows within"
+                f" {switch} tokens"
+            )
+
+
+def probes(lengths: Sequence[int]) -> list[int]:
+    """Return the rows to run once more after all: the first, the shortest, and the longest but for the greatest length.
+
+    Args:
+        lengths: tokens of each row; rows without a token are left out.
+    """
+    filled = [row for row, length in enumerate(lengths) if length]
+    by_length = sorted(filled, key=lengths.__getitem__)
+    shorter = [row for row in by_length if lengths[row] < lengths[by_length[-1]]] if filled else []
+    return list(dict.fromkeys([*filled[:1], *by_length[:1], *shorter[-1:]]))
+
+
+def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Array], labels: Sequence[str]) -> None:
+    """Run rows once more, and refuse a model that gives them other values than before.
+
+    Args:
+        first: what rows gave in their turn.
+        again: runs a row.
+        labels: of all rows.
+
+    Raises:
+        UnstableReferenceError: a row differs by more than `STABLE`.
+    """
+    for row, before in first.items():
+        wide, after = before.astype(np.float64), again(row).astype(np.float64)
+        with np.errstate(all="ignore"):
+            change = np.linalg.norm(after - wide) / np.linalg.norm(wide)
+        if np.array_equal(after, wide, equal_nan=True) or change <= STABLE:
+            continue
+        raise UnstableReferenceError(
+            f"the original model gives row {row} ({labels[row][:40]!r}) other values when it is run again after other"
+            f" rows (relative L2 {change:.1e}): it keeps state from row to row or draws random numbers, so its answers"
+            " change with the order of rows and are no reference"
+        )

