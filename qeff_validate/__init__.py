@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from qeff_validate.artifact import Artifact
-    from qeff_validate.case import Case
+    from qeff_validate.config.case import Case
     from qeff_validate.engine import build, model, validate
     from qeff_validate.errors import (
         BuildError,
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from qeff_validate.models.adapters.config import generate_peft_config
     from qeff_validate.models.embedding.pooling import PooledModel
     from qeff_validate.protocols import Settings, runtime
-    from qeff_validate.report import Report, Result
+    from qeff_validate.report.result import Report, Result
     from qeff_validate.suites.checks import check_embed_model_pytorch_vs_onnx_vs_ai100
     from qeff_validate.tensors import TensorSpec
 
 _HOMES = {
     "Artifact": "artifact",
     "BuildError": "errors",
-    "Case": "case",
+    "Case": "config.case",
     "ConfigError": "errors",
     "IncomparableError": "errors",
     "PooledModel": "models.embedding.pooling",
-    "Report": "report",
-    "Result": "report",
+    "Report": "report.result",
+    "Result": "report.result",
     "RunError": "errors",
     "Settings": "protocols",
     "TensorSpec": "tensors",

@@ -15,19 +15,21 @@ from pydantic import ValidationError
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Artifacts, Case, Inputs, explain, load_cases
-from qeff_validate.compare import check_tolerance
+from qeff_validate.comparison.bounds import check_tolerance
+from qeff_validate.config.case import Artifacts, Case, Inputs
+from qeff_validate.config.explain import explain
+from qeff_validate.config.loader import load_cases
+from qeff_validate.config.yaml_reader import parse_yaml
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
-from qeff_validate.pipeline import Pipeline, Progress, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline, Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
-from qeff_validate.report import Report, Result
+from qeff_validate.report.result import Report, Result
 from qeff_validate.runtimes.isolation.parent import Isolated
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
-from qeff_validate.yaml_reader import parse_yaml
 
 KERNELS = (
     *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES"),

@@ -15,10 +15,10 @@ import pytest
 from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOutcome, Target
 
 if TYPE_CHECKING:
-    from qeff_validate.case import Case
+    from qeff_validate.config.case import Case
     from qeff_validate.engine import Runner
     from qeff_validate.protocols import Session
-    from qeff_validate.report import Result
+    from qeff_validate.report.result import Result
 
 pytest.register_assert_rewrite("qeff_validate.suites")
 
@@ -356,7 +356,8 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.engine import environment
     from qeff_validate.errors import ValidateError
     from qeff_validate.protocols import Settings
-    from qeff_validate.report import merged, write_reports
+    from qeff_validate.report.result import merged
+    from qeff_validate.report.writers import write_reports
 
     config.stash[_REPORT] = merged(outcome.plain_results(), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
@@ -372,7 +373,7 @@ def _remove_old_report(config: pytest.Config) -> None:
     """Remove the report of an earlier run, if this one will write its own."""
     path = _place(config, "report")
     if path is not None and _report_wanted(config) and not _is_worker(config) and not config.stash.get(_REMOVED, False):
-        from qeff_validate.report import remove_reports
+        from qeff_validate.report.writers import remove_reports
 
         remove_reports(path)
         config.stash[_REMOVED] = True
@@ -404,7 +405,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("qeff_validate")
     if plain is not None:
-        from qeff_validate.report import MARKS, closing
+        from qeff_validate.report.text import MARKS, closing
 
         counts = ", ".join(f"{plain['summary'][name]} {name}" for name in MARKS)
         terminalreporter.write_line(f"{plain['summary']['rows_compared']} rows compared: {counts}")

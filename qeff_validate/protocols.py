@@ -20,9 +20,9 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from qeff_validate.case import Case, Precision
-    from qeff_validate.compare import Verdict
-    from qeff_validate.floor import Floor
+    from qeff_validate.comparison.noise_floor import Floor
+    from qeff_validate.comparison.verdict import Verdict
+    from qeff_validate.config.case import Case, Precision
 
 
 class Session(Protocol):

@@ -80,7 +80,7 @@ class SessionOutcome:
         return sorted(every, key=lambda plain: (plain["case"], plain["runtime"]))
 
     def _errors(self) -> Iterable[Mapping[str, Any]]:
-        from qeff_validate.report import Result
+        from qeff_validate.report.result import Result
 
         early = f" ({self.stopped})" if self.stopped else ""
         for test, (case, runtime) in self.planned.items():

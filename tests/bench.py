@@ -61,7 +61,7 @@ def peak_above_start(call: Callable[[], object]) -> float:
 
 def comparison() -> None:
     """Our row metrics over Polygraphy's SimpleCompareFunc, on two arrays of 100 MB."""
-    from qeff_validate.metrics import row_errors
+    from qeff_validate.comparison.vector_metrics import row_errors
 
     a = np.random.default_rng(0).standard_normal((68_266, 384), dtype=np.float32)
     b = a + np.float32(1e-4)

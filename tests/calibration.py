@@ -21,11 +21,11 @@ from typing import Any
 from bounds import HEADROOM
 from kernels import ROOT, environment
 
-from qeff_validate import compare, logits
+from qeff_validate.comparison import bounds, logit_metrics
 from qeff_validate.engine import Runner, load
 from qeff_validate.protocols import Settings, runtime
 
-TABLES = {"embedding": compare.FALLBACK, "peft-causal-lm": logits.FALLBACK}
+TABLES = {"embedding": bounds.FALLBACK, "peft-causal-lm": logit_metrics.FALLBACK}
 GROUPS = {
     "smollm2": ("configs/peft.yaml", "package:"),
     "minilm": ("configs/quickstart.yaml", "package:"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qeff_validate.floor import Floor
+from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.tensors import Tensors
 
 EVEN: Mapping[str, float] = {"rel_l2": 1e-3, "cosine": 1e-6, "norm_ratio": 1e-3, "max_abs_rms": 1e-2}

@@ -22,7 +22,7 @@ from processes import SMALL_BERT
 from warm_cli import WarmCli
 
 from qeff_validate.artifact import fingerprint
-from qeff_validate.recorded_file import sealed
+from qeff_validate.pipeline.recorded_file import sealed
 from qeff_validate.tensors import load_tensors, save_tensors
 
 Arguments = Sequence[str | Path]

@@ -12,8 +12,8 @@ from typing import Any
 
 from qeff_validate import model
 from qeff_validate.artifact import Artifact
-from qeff_validate.case import Case
-from qeff_validate.pipeline import adopted
+from qeff_validate.config.case import Case
+from qeff_validate.pipeline.case_pipeline import adopted
 from qeff_validate.protocols import Settings, runtime
 from tests.opened_files import opened_below
 

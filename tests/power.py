@@ -13,10 +13,10 @@ from pathlib import Path
 from calibration import HEADING
 from upstream.stand_ins import rows
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, environment, load, selftest
 from qeff_validate.protocols import Settings
-from qeff_validate.report import finite
+from qeff_validate.report.result import finite
 from qeff_validate.selftest.score import Score, markdown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,12 +18,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, environment
 from qeff_validate.models.adapters.config import METHODS as KNOWN
 from qeff_validate.models.adapters.config import REFUSED
 from qeff_validate.protocols import Settings
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 RUNTIMES = ("ort", "sim")

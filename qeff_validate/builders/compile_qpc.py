@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.builders.provenance import BESIDE, recorded_in
-from qeff_validate.case import Compile, Precision
+from qeff_validate.config.case import Compile, Precision
 from qeff_validate.errors import BuildError, ConfigError
 from qeff_validate.models.framework_calls import first_line
 from qeff_validate.sdk.locate import Sdk

@@ -18,15 +18,15 @@ import typer
 from qeff_validate.cli import signals
 from qeff_validate.cli.output import safe_streams
 from qeff_validate.errors import ConfigError, ValidateError, suggest
-from qeff_validate.report import DEFAULT_DIR
+from qeff_validate.report.result import DEFAULT_DIR
 from qeff_validate.sdk.commands import app as sdk_app
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qeff_validate.builders.store import Kept
-    from qeff_validate.case import Case
-    from qeff_validate.report import Report
+    from qeff_validate.config.case import Case
+    from qeff_validate.report.result import Report
     from qeff_validate.selftest.score import Score
 
 EPILOG = (
@@ -96,7 +96,8 @@ def run(
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
-    from qeff_validate.report import problems, remove_reports
+    from qeff_validate.report.text import problems
+    from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
         raise typer.BadParameter("give config files, --model SOURCE or --bundle DIR, one of the three")
@@ -152,7 +153,8 @@ def selftest(
 
     from qeff_validate.engine import load, selftest
     from qeff_validate.folders import check_writable
-    from qeff_validate.report import finite, write_texts
+    from qeff_validate.report.result import finite
+    from qeff_validate.report.writers import write_texts
     from qeff_validate.selftest.score import markdown
 
     stages = _split(stage)
@@ -302,7 +304,7 @@ def _kept(kept: Kept) -> str:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of config files, for editors."""
-    from qeff_validate.case import schema as text
+    from qeff_validate.config.loader import schema as text
 
     sys.stdout.write(text())
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.case import Case
-from qeff_validate.compare import MOST
+from qeff_validate.comparison.bounds import MOST
+from qeff_validate.comparison.logit_metrics import MOST as LOGIT_MOST
+from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
-from qeff_validate.logits import MOST as LOGIT_MOST
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.protocols import Model, ModelKind

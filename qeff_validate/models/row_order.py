@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import UnstableReferenceError
-from qeff_validate.metrics import Floats
 from qeff_validate.models.sources.embedding_tables import ROPE
 from qeff_validate.tensors import Array
 

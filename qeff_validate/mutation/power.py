@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.artifact import digest_tree, fingerprint
-from qeff_validate.compare import Judged, Power
+from qeff_validate.comparison.noise_floor import Floor
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.comparison.verdict import Judged, Power
 from qeff_validate.errors import IncomparableError
-from qeff_validate.floor import Floor
 from qeff_validate.json_tensor import text_of
-from qeff_validate.metrics import Floats
 from qeff_validate.mutation.mutant import Mutant, mutants
 from qeff_validate.tensors import Tensors
 

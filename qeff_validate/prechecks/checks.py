@@ -19,14 +19,14 @@ from typing import Any
 
 from qeff_validate.artifact import Kind
 from qeff_validate.builders.provenance import About, about
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.row_order import switches
 from qeff_validate.models.sources.checkpoint import weight_files
 from qeff_validate.prechecks.fingerprint_diff import NAMES, Said, adapters, body, head, without_versions
 from qeff_validate.prechecks.graph_positions import GraphPositions, graph_positions
 from qeff_validate.prechecks.weights_in_graph import Found, found_in
-from qeff_validate.report import Result, Rung
+from qeff_validate.report.result import Result, Rung
 from qeff_validate.tensors import Tensors
 
 RUNGS = ("token ids", "mask", "positions", "pooling", "normalize", "max length", "weights", "adapters")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.protocols import Session
-from qeff_validate.report import Rung
+from qeff_validate.report.result import Rung
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
 

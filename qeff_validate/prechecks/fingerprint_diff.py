@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qeff_validate.models.embedding.options import POOLINGS
-from qeff_validate.report import Rung
+from qeff_validate.report.result import Rung
 
 VERSIONED = frozenset({"gguf", "onnx", "peft", "tokenizers", "torch", "transformers"})
 """Keys of fingerprints that hold the version of a package: another one need not change anything."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qeff_validate.case import Precision
+from qeff_validate.config.case import Precision
 
 Compute = Literal["fp32", "fp16", "bf16"]
 COMPUTE: tuple[Compute, ...] = ("fp32", "fp16", "bf16")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from qeff_validate.case import Artifacts
+from qeff_validate.config.case import Artifacts
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session
 from qeff_validate.tensors import RETAINED, Shapes, Tensors, TensorSpec, retained

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.case import Artifacts, Case
+from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.mutation.mutant import Damaged
 from qeff_validate.protocols import Runtime, Session, Settings, runtime
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import Standing
 from qeff_validate.tensors import Array
 

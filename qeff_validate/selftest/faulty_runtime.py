@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.case import Artifacts, Case
+from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.mutation.mutant import Damaged
 from qeff_validate.protocols import Runtime, Session, runtime
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.tensors import RETAINED, Array, TensorSpec
 
 BERT: Mapping[str, Any] = {"hidden_act": "gelu", "initializer_range": 0.2}

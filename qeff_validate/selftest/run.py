@@ -20,13 +20,13 @@ import numpy as np
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.export_onnx import export_onnx
-from qeff_validate.case import Artifacts, Case, Precision
-from qeff_validate.decisive_rows import MOST
+from qeff_validate.comparison.decisive_rows import MOST
+from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch, mutants
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
 from qeff_validate.protocols import Session, runtime
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.selftest.baseline_checkers import OTHERS, OTHERS_LM
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
 from qeff_validate.selftest.faulty_runtime import Standing

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import validate
 from qeff_validate.errors import ConfigError
 from qeff_validate.protocols import Settings
-from qeff_validate.report import Report, problems
+from qeff_validate.report.result import Report
+from qeff_validate.report.text import problems
 
 
 def check_embed_model_pytorch_vs_onnx_vs_ai100(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 
 
 @pytest.mark.embedding

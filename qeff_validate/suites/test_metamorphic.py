@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 
 RELATIONS = ("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qeff_validate.protocols import Session
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 
 RELATIONS = (
     "kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone",

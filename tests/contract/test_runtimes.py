@@ -16,12 +16,12 @@ from bounds import close
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import build, check, model
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import POOLINGS
-from qeff_validate.pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
 from qeff_validate.protocols import Runtime, Session, Settings, registered, runtime
 from qeff_validate.runtimes.isolation.parent import Isolated
 

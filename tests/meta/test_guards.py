@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 from floors import EVEN, made_floor
 
-from qeff_validate.compare import (
-    FALLBACK,
-    NOISE_SHARE,
-    Bound,
-    Rows,
-    Verdict,
-    bounds_for,
-    check_tolerance,
-    compare,
-    stray_bounds,
-)
+from qeff_validate.comparison.bounds import FALLBACK, NOISE_SHARE, Bound, bounds_for, check_tolerance, stray_bounds
+from qeff_validate.comparison.vector_metrics import GATES
+from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.errors import ConfigError
-from qeff_validate.metrics import GATES
 
 N, D = 16, 64
 LABELS = Rows([f"text {row}" for row in range(N)])

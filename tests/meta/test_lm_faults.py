@@ -18,7 +18,7 @@ import torch
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Case, Precision
+from qeff_validate.config.case import Case, Precision
 from qeff_validate.engine import check
 from qeff_validate.models.causal_lm import kv_cache, wrapper
 from qeff_validate.models.causal_lm.decode_loop import _Batch
@@ -26,9 +26,9 @@ from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
 from qeff_validate.mutation.mutant import session_of
 from qeff_validate.mutation.tracking_session import Feeds, Followed
-from qeff_validate.pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, Settings, runtime
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors
 

@@ -16,16 +16,16 @@ import pytest
 import qeff_validate as qv
 from qeff_validate.artifact import digest_tree
 from qeff_validate.builders.store import PROVENANCE, Store
-from qeff_validate.case import Precision
 from qeff_validate.cli import main
+from qeff_validate.comparison.noise_floor import Floor
+from qeff_validate.config.case import Precision
 from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError
-from qeff_validate.floor import Floor
 from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.mutant import mutants
+from qeff_validate.pipeline.recorded_file import DIGEST, sealed
 from qeff_validate.protocols import Session
-from qeff_validate.recorded_file import DIGEST, sealed
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors, load_tensors, save_tensors
 

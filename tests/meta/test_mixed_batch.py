@@ -12,13 +12,13 @@ import torch
 from bounds import close
 
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import RowLinear
 from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
-from qeff_validate.pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, runtime
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors

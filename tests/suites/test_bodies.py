@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load
 
 CASES = load([Path(__file__).parents[2] / "configs" / "embedding.yaml"])

@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qeff_validate.case import Artifacts, Case, Precision
+from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.engine import Runner, load
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.sdk.simulated import qpc
 
 CASES = {case.name: case for case in load([Path(__file__).parents[2] / "configs" / "mxfp6.yaml"])}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load
 from qeff_validate.models.adapters.config import REFUSED
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from bounds import HEADROOM, close, within
 
-from qeff_validate import compare, logits
+from qeff_validate.comparison import bounds as table_bounds
+from qeff_validate.comparison import logit_metrics
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in TESTS.rglob("test_*.py") if path.name != "test_bounds.py")
@@ -109,10 +110,10 @@ def test_the_products_table_has_room_above_what_was_measured() -> None:
     rows = re.findall(
         r"^\| (\w+) \| (fp32|fp16) \| ([0-9.e-]+) \| .* \| ([0-9.e-]+) \| [0-9.]+ \|$", text, re.MULTILINE
     )
-    tables = {**logits.FALLBACK["fp32"], **compare.FALLBACK["fp32"]}
+    tables = {**logit_metrics.FALLBACK["fp32"], **table_bounds.FALLBACK["fp32"]}
     assert {(name, precision) for name, precision, *_ in rows} == set(product(tables, ("fp32", "fp16")))
     for name, precision, worst, bound in rows:
-        today = {**logits.FALLBACK[precision], **compare.FALLBACK[precision]}[name]
+        today = {**logit_metrics.FALLBACK[precision], **table_bounds.FALLBACK[precision]}[name]
         assert float(bound) == today, f"{name} in {precision}: run make calibrate"
         room = HEADROOM if precision == "fp32" else 2
         assert today >= room * float(worst), (name, precision)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.case import Case, Inputs
+from qeff_validate.config.case import Case, Inputs
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
 from qeff_validate.files import read_bytes, read_lines, temporary_beside, temporary_folder

@@ -17,7 +17,7 @@ import pytest
 from processes import SMALL_BERT, alive, ended, kill_leftovers, start, until
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load, validate
 from qeff_validate.protocols import Settings
 from qeff_validate.sdk.simulated.functions import MOST_NODES, too_large

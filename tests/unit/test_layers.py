@@ -18,10 +18,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
-    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"recorded_file"},
-    {"selftest"}, {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"},
-    {"protocols"}, {"report"}, {"case"}, {"logits"}, {"compare"}, {"floor"}, {"decisive_rows"}, {"metrics"},
-    {"artifact"}, {"json_tensor"}, {"tensors"}, {"files", "folders", "yaml_reader"}, {"errors"},
+    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"selftest"},
+    {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"protocols"},
+    {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"},
+    {"files", "folders"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -266,7 +266,7 @@ def test_what_loads_a_framework_when_imported_is_itself_imported_lazily() -> Non
     [
         ("qeff_validate.tensors", "from qeff_validate.artifact import Kind"),
         ("qeff_validate.report", "def f():\n    from qeff_validate import engine"),
-        ("qeff_validate.case", "if TYPE_CHECKING:\n    from qeff_validate.report import Report"),
+        ("qeff_validate.config.case", "if TYPE_CHECKING:\n    from qeff_validate.report import Report"),
         ("qeff_validate.models.x", "from qeff_validate.runtimes.ort import OrtRuntime"),
         ("qeff_validate.runtimes.x", "import qeff_validate.models.sources.resolve"),
         ("qeff_validate.cli", "from qeff_validate.plugin import option"),
@@ -296,7 +296,10 @@ def test_import_between_parts_that_do_not_know_each_other_is_found(name: str, so
     ("name", "source"),
     [
         ("qeff_validate.cli", "from qeff_validate.engine import load"),
-        ("qeff_validate.models.x", "from qeff_validate.models.y import f\nfrom . import z\nfrom ..case import Case"),
+        (
+            "qeff_validate.models.x",
+            "from qeff_validate.models.y import f\nfrom . import z\nfrom ..config.case import Case",
+        ),
         ("qeff_validate.__init__", "from qeff_validate.engine import validate"),
     ],
 )

@@ -16,24 +16,15 @@ from floors import EVEN, made_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.compare import (
-    STRAYS,
-    Bound,
-    Judged,
-    Rows,
-    bounds_for,
-    greatest,
-    rows_beyond,
-    stray_bounds,
-    strays,
-    worst_errors,
-)
-from qeff_validate.floor import limit, tolerance_limit
-from qeff_validate.logits import LEAST, logit_bounds, logit_errors
-from qeff_validate.metrics import Metric
+from qeff_validate.comparison.bounds import STRAYS, Bound, bounds_for, greatest, stray_bounds
+from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
+from qeff_validate.comparison.noise_floor import limit, tolerance_limit
+from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.verdict import Judged, Rows, rows_beyond, strays, worst_errors
 from qeff_validate.mutation.power import Ceiling
-from qeff_validate.report import Result, nearness
-from qeff_validate.report import _row as report_row
+from qeff_validate.report.result import Result
+from qeff_validate.report.text import _row as report_row
+from qeff_validate.report.text import nearness
 from qeff_validate.selftest.run import _nearest
 
 N, D = 6, 16
@@ -136,8 +127,9 @@ def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: in
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 MEASURING = (
-    "compare", "floor", "logits", "metrics", "pipeline", "report", "mutation/power", "selftest/score",
-    "selftest/run", "models/causal_lm/verdict", "models/embedding/filler_rows",
+    "comparison/bounds", "comparison/verdict", "comparison/noise_floor", "comparison/logit_metrics",
+    "comparison/vector_metrics", "pipeline/case_pipeline", "report/text", "report/result", "mutation/power",
+    "selftest/score", "selftest/run", "models/causal_lm/verdict", "models/embedding/filler_rows",
     "models/causal_lm/relation_kv_cache", "models/causal_lm/relations", "models/embedding/relations",
     "models/embedding/pooling_oracle", "models/row_order", "models/embedding/reference",
     "models/causal_lm/relation_linearity", "models/causal_lm/failure_hints",

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.mutation.mutant import Damaged, Patch, session_of
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import (
     BUCKETS,
     LORA,

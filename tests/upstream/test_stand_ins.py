@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 from upstream.stand_ins import DEFECTS, Defect, rows
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner
 from qeff_validate.selftest.faulty_runtime import LORA, Bench, adapters, embedding, mixed
 

@@ -23,7 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from qeff_validate.case import Case, explain
+from qeff_validate.config.case import Case
+from qeff_validate.config.explain import explain
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.models.adapters.config import (
     APPLY_KEYS,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import finite_rows
-from qeff_validate.logits import Text, log_softmax
-from qeff_validate.metrics import Floats
+from qeff_validate.comparison.logit_metrics import Text, log_softmax
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.comparison.verdict import finite_rows
 from qeff_validate.tensors import Array, Tensors
 
 ALIKE = 0.2

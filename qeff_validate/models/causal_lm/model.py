@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, PositiveInt
 
-from qeff_validate.case import Case, Precision
-from qeff_validate.compare import Verdict
+from qeff_validate.comparison.logit_metrics import logit_strays
+from qeff_validate.comparison.vector_metrics import stray_size
+from qeff_validate.comparison.verdict import Verdict
+from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
-from qeff_validate.logits import logit_strays
-from qeff_validate.metrics import stray_size
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, check_size, content, read_config
 from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side, stacked
 from qeff_validate.models.causal_lm.decode_loop import Plan

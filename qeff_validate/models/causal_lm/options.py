@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qeff_validate.case import Length, Strict
+from qeff_validate.config.case import Length, Strict
 
 BASE = "base"
 """What the model without an adapter is called."""

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import save_file
 
-from qeff_validate.case import Precision
+from qeff_validate.config.case import Precision
 from qeff_validate.errors import IncomparableError
 from qeff_validate.files import temporary_folder
 from qeff_validate.models.adapters.config import generate_peft_config

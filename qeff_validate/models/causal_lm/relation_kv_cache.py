@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import FALLBACK, Bound, Judged, Verdict, all_hold
+from qeff_validate.comparison.bounds import FALLBACK, Bound
+from qeff_validate.comparison.vector_metrics import worst_row
+from qeff_validate.comparison.verdict import Judged, Verdict, all_hold
 from qeff_validate.errors import IncomparableError
-from qeff_validate.metrics import worst_row
 from qeff_validate.models.causal_lm.decode_loop import Plan, batches, generate, padding
 from qeff_validate.protocols import Session, Terms
 from qeff_validate.tensors import Array, Tensors, retained

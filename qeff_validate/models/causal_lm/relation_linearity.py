@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import Bound, Judged, Verdict, all_hold
+from qeff_validate.comparison.bounds import Bound
+from qeff_validate.comparison.logit_metrics import log_softmax, noise_level
+from qeff_validate.comparison.vector_metrics import Floats, Metric
+from qeff_validate.comparison.verdict import Judged, Verdict, all_hold
 from qeff_validate.errors import IncomparableError
-from qeff_validate.logits import log_softmax, noise_level
-from qeff_validate.metrics import Floats, Metric
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.protocols import Session, Terms

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import Rows, Verdict, all_hold, finite_rows, non_finite, relation_precision
+from qeff_validate.comparison.bounds import relation_precision
+from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bounds
+from qeff_validate.comparison.verdict import Rows, Verdict, all_hold, finite_rows, non_finite
 from qeff_validate.errors import IncomparableError
-from qeff_validate.logits import Text, judge_logits, logit_bounds
 from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
 from qeff_validate.models.causal_lm.relation_kv_cache import Kept, judge_kept

@@ -9,24 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.compare import (
-    Bound,
-    Judged,
-    Rows,
-    Status,
-    Verdict,
-    finite_rows,
-    measured_bound,
-    non_finite,
-    sentence,
-    stray_bounds,
-    structure_problem,
-    with_unusable,
-    without_bound,
-)
-from qeff_validate.errors import IncomparableError
-from qeff_validate.floor import Floor
-from qeff_validate.logits import (
+from qeff_validate.comparison.bounds import Bound, measured_bound, stray_bounds, without_bound
+from qeff_validate.comparison.logit_metrics import (
     LOGIT_GATES,
     Text,
     judge_logits,
@@ -36,7 +20,20 @@ from qeff_validate.logits import (
     noise_level,
     rows_beyond,
 )
-from qeff_validate.metrics import Metric
+from qeff_validate.comparison.noise_floor import Floor
+from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.verdict import (
+    Judged,
+    Rows,
+    Status,
+    Verdict,
+    finite_rows,
+    non_finite,
+    sentence,
+    structure_problem,
+    with_unusable,
+)
+from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.failure_hints import FirstTokens, pattern
 from qeff_validate.protocols import Terms
 from qeff_validate.tensors import Array, Tensors

@@ -17,21 +17,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.case import Case, Precision
-from qeff_validate.compare import (
-    Rows,
-    Verdict,
-    bounds_for,
-    compare,
-    relation_precision,
-    rows_beyond,
-    stray_bounds,
-    strays,
-    worst_errors,
-)
+from qeff_validate.comparison.bounds import bounds_for, relation_precision, stray_bounds
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, strays, worst_errors
+from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.files import read_lines
-from qeff_validate.metrics import Floats
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
 from qeff_validate.models.embedding.filler_rows import rows_reached

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from qeff_validate.metrics import Floats
+from qeff_validate.comparison.vector_metrics import Floats
 
 
 def _weighted(tokens: Floats) -> Floats:

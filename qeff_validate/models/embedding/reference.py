@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
-from qeff_validate.metrics import Floats
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
 from qeff_validate.models.emulation.float64 import computing_in, few_threads
 from qeff_validate.models.framework_calls import foreign

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qeff_validate.metrics import Floats
+from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.models.framework_calls import foreign
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec

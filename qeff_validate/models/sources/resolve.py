@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.files import expand_user
 from qeff_validate.models.adapters.files import content

@@ -11,7 +11,7 @@ import yaml
 from onnx import TensorProto, helper
 
 from qeff_validate.builders.compile_qpc import OWN_FLAGS, compile_qpc
-from qeff_validate.case import Compile, Precision
+from qeff_validate.config.case import Compile, Precision
 from qeff_validate.errors import ConfigError
 from qeff_validate.sdk.locate import simulated
 from qeff_validate.sdk.simulated import qpc

@@ -14,7 +14,7 @@ import pytest
 
 from qeff_validate.artifact import fingerprint
 from qeff_validate.builders.bundle import MANIFEST, check_new, read_bundle, write_bundle
-from qeff_validate.case import Artifacts, Case, Expect, Inputs
+from qeff_validate.config.case import Artifacts, Case, Expect, Inputs
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError, Unavailable, ValidateError
 

@@ -18,7 +18,7 @@ from qeff_validate.models.row_order import probes, refuse_change, refuse_frequen
 from qeff_validate.models.sources.embedding_tables import folder_switch, frequency_switch
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.prechecks.checks import with_rungs
-from qeff_validate.report import Rung
+from qeff_validate.report.result import Rung
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from floors import EVEN, made_floor
 
-from qeff_validate.compare import Bound, Judged, Power, Verdict
-from qeff_validate.metrics import Metric
+from qeff_validate.comparison.bounds import Bound
+from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.verdict import Judged, Power, Verdict
 from qeff_validate.mutation.mutant import TABLES, mutants
 from qeff_validate.mutation.power import Ceiling, tried
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 from qeff_validate.tensors import Tensors
 
 NAMES = ("noise", "small", "large", "wrong scale", "not a number")

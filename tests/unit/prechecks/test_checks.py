@@ -24,7 +24,8 @@ from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.prechecks.checks import RUNGS, Sides, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.weights_in_graph import Found, found_in
-from qeff_validate.report import Result, Rung, problems
+from qeff_validate.report.result import Result, Rung
+from qeff_validate.report.text import problems
 from qeff_validate.tensors import TensorSpec
 
 HEAD = {"pooling": "mean", "code": None, "normalize": False, "truncate_dim": None}

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 import qeff_validate as qv
-from qeff_validate.case import Precision
+from qeff_validate.config.case import Precision
 from qeff_validate.engine import Runner
 from qeff_validate.mutation.mutant import mutants
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable, precision_of

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from floors import made_floor
 
-from qeff_validate.compare import Verdict
-from qeff_validate.floor import Floor
-from qeff_validate.logits import ERRORS, Text
+from qeff_validate.comparison.logit_metrics import ERRORS, Text
+from qeff_validate.comparison.noise_floor import Floor
+from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.models.causal_lm.failure_hints import pattern
 from qeff_validate.models.causal_lm.verdict import judge_continuations
 from qeff_validate.protocols import Terms

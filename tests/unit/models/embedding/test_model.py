@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bounds import within
 
-from qeff_validate.case import Case, Inputs
+from qeff_validate.config.case import Case, Inputs
 from qeff_validate.engine import check, model
 from qeff_validate.errors import ConfigError, RunError
 from qeff_validate.models.embedding.model import PooledEmbedding

@@ -12,7 +12,7 @@ from bounds import close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qeff_validate import model
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner
 from qeff_validate.models.causal_lm.wrapper import Decoder
 from qeff_validate.models.sources.exportable_experts import exportable_experts

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper, save
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.errors import BuildError, ConfigError, Unavailable, ValidateError
 from qeff_validate.files import MOST_CONFIG
 from qeff_validate.models.adapters.files import read_adapter
 from qeff_validate.models.sources.resolve import resolve
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.pipeline import adopted
+from qeff_validate.pipeline.case_pipeline import adopted
 
 LIMIT_S = 60
 

@@ -23,11 +23,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from qeff_validate import build, model
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
 from qeff_validate.models.adapters.apply import apply_peft
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.pipeline import adopted
+from qeff_validate.pipeline.case_pipeline import adopted
 from tests.open_sources import keys
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.models.sources.resolve import Folder, Given, resolve

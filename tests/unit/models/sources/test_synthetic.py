@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bounds import close, within
 
-from qeff_validate.case import Case
+from qeff_validate.config.case import Case
 from qeff_validate.engine import validate
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.sources import synthetic

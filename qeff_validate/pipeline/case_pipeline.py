@@ -25,23 +25,23 @@ from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.provenance import BESIDE, about
 from qeff_validate.builders.store import Entry, Store, code_key
-from qeff_validate.case import Case, Precision
-from qeff_validate.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
+from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
+from qeff_validate.comparison.noise_floor import Floor, belonging, digest_of
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
-from qeff_validate.floor import Floor, belonging, digest_of
 from qeff_validate.json_tensor import json_tensor
-from qeff_validate.metrics import Floats
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.mutation.power import Ceiling, faults_key
 from qeff_validate.mutation.power import measured as trials
+from qeff_validate.pipeline.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
 from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
 from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
-from qeff_validate.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
-from qeff_validate.report import Result, Rung
+from qeff_validate.report.result import Result, Rung
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, save_tensors

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from bounds import close
 
-from qeff_validate.case import Precision
-from qeff_validate.compare import Rows, Verdict, bounds_for, compare, strays, worst_errors
-from qeff_validate.decisive_rows import DecisiveRows
-from qeff_validate.floor import Floor, digest_of
+from qeff_validate.comparison.bounds import bounds_for
+from qeff_validate.comparison.decisive_rows import DecisiveRows
+from qeff_validate.comparison.noise_floor import Floor, digest_of
+from qeff_validate.comparison.verdict import Rows, Verdict, compare, strays, worst_errors
+from qeff_validate.config.case import Precision
 from qeff_validate.models.causal_lm.verdict import judge_continuations, measure_continuations
-from qeff_validate.pipeline import Sample, by_metric, measured
+from qeff_validate.pipeline.case_pipeline import Sample, by_metric, measured
 from qeff_validate.protocols import Terms
 from qeff_validate.tensors import Tensors
 

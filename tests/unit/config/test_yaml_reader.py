@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qeff_validate import yaml_reader
-from qeff_validate.case import MOST_BYTES, Case
+from qeff_validate.config import yaml_reader
+from qeff_validate.config.case import Case
+from qeff_validate.config.loader import MOST_BYTES
+from qeff_validate.config.yaml_reader import MOST_LEVELS, parse_yaml
 from qeff_validate.engine import case_for, load
 from qeff_validate.errors import ConfigError
-from qeff_validate.yaml_reader import MOST_LEVELS, parse_yaml
 
 BASE = "cases:\n  - {name: a, source: 'random:bert'}\n"
 LEVELS = range(1, 10)

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import IncomparableError
 from qeff_validate.json_tensor import text_of
-from qeff_validate.metrics import Floats
 from qeff_validate.tensors import Array, Tensors
 
 K95: Mapping[int, float] = MappingProxyType({

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.compare import Rows, Verdict, bounds_for, compare
-from qeff_validate.logits import Text, judge_logits, logit_bounds
+from qeff_validate.comparison.bounds import bounds_for
+from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bounds
+from qeff_validate.comparison.verdict import Rows, Verdict, compare
 
 N, D = 12, 32
 LABELS = [f"text {row}" for row in range(N)]

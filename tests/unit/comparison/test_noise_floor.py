@@ -12,10 +12,20 @@ import pytest
 from floors import EVEN, made_floor
 from scipy.stats import chi2, nct, norm
 
-from qeff_validate.compare import bounds_for, stray_bounds
+from qeff_validate.comparison.bounds import bounds_for, stray_bounds
+from qeff_validate.comparison.logit_metrics import LEAST as LOGIT_LEAST
+from qeff_validate.comparison.noise_floor import (
+    HALF_NORMAL,
+    K95,
+    SQUARES,
+    Floor,
+    belonging,
+    digest_of,
+    factor,
+    limit,
+    tolerance_limit,
+)
 from qeff_validate.errors import IncomparableError
-from qeff_validate.floor import HALF_NORMAL, K95, SQUARES, Floor, belonging, digest_of, factor, limit, tolerance_limit
-from qeff_validate.logits import LEAST as LOGIT_LEAST
 from qeff_validate.models.causal_lm.verdict import DELTAS
 from qeff_validate.tensors import load_tensors, save_tensors
 

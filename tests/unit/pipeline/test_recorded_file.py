@@ -15,15 +15,15 @@ from floors import EVEN, made_floor
 from safetensors.numpy import save_file
 
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Artifacts, Case, Precision
+from qeff_validate.comparison.noise_floor import digest_of
+from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.engine import check
 from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
-from qeff_validate.floor import digest_of
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.mutation.power import Ceiling
-from qeff_validate.pipeline import Pipeline, Silent
-from qeff_validate.recorded_file import parts, read_recorded, sealed
+from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.recorded_file import parts, read_recorded, sealed
 from qeff_validate.tensors import save_tensors
 
 Changes = Callable[[dict[str, Any]], Any]

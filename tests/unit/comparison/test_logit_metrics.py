@@ -18,8 +18,8 @@ from scipy.special import log_softmax as scipy_log_softmax
 from scipy.special import rel_entr, softmax
 from scipy.stats import norm
 
-from qeff_validate.compare import Bound, Judged
-from qeff_validate.logits import (
+from qeff_validate.comparison.bounds import Bound
+from qeff_validate.comparison.logit_metrics import (
     ERRORS,
     FALLBACK,
     LEAST,
@@ -34,6 +34,7 @@ from qeff_validate.logits import (
     logit_strays,
     rows_beyond,
 )
+from qeff_validate.comparison.verdict import Judged
 
 N, VOCAB = 12, 1500
 EOS = frozenset({3})

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from qeff_validate.comparison.noise_floor import digest_of
 from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
 from qeff_validate.files import regular_file
-from qeff_validate.floor import digest_of
 from qeff_validate.json_tensor import parse_json_tensor, text_of
 from qeff_validate.prechecks.checks import ABOUT
 from qeff_validate.tensors import Tensors, load_tensors

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import qeff_validate as qv
-from qeff_validate.case import Expect
+from qeff_validate.config.case import Expect
 from qeff_validate.engine import load
-from qeff_validate.pipeline import known_failure
-from qeff_validate.report import Report, Result, closing
+from qeff_validate.pipeline.case_pipeline import known_failure
+from qeff_validate.report.result import Report, Result
+from qeff_validate.report.text import closing
 
 LAST = date(2026, 12, 31)
 

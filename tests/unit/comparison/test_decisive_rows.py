@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.decisive_rows import EXTREMES, MOST, decisive_rows, expected_maximum, worst_of_all
+from qeff_validate.comparison.decisive_rows import EXTREMES, MOST, decisive_rows, expected_maximum, worst_of_all
 
 LENGTHS = [3, 0, *(5 + at % 40 for at in range(300)), 1, 64]
 SENSITIVITY = list(np.random.default_rng(0).random(len(LENGTHS)))

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qeff_validate.metrics import Floats
+from qeff_validate.comparison.vector_metrics import Floats
 
 MOST = 48
 """Rows that are measured at most."""

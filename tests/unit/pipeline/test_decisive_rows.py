@@ -12,11 +12,11 @@ from bounds import close
 
 import qeff_validate as qv
 from qeff_validate.builders.store import Store
-from qeff_validate.case import Precision
-from qeff_validate.decisive_rows import MOST
+from qeff_validate.comparison.decisive_rows import MOST
+from qeff_validate.config.case import Precision
 from qeff_validate.engine import Runner
 from qeff_validate.models.causal_lm.prompts import LONG
-from qeff_validate.pipeline import Pipeline
+from qeff_validate.pipeline.case_pipeline import Pipeline
 
 WORDS = LONG.split()
 MANY = [" ".join([*WORDS[at % 20 : at % 20 + 1 + at % 9], str(at)]) for at in range(4 * MOST)]
@@ -52,9 +52,9 @@ def test_many_texts_are_judged_by_bounds_from_some_of_them(store: Path) -> None:
 def test_the_limit_from_some_rows_is_near_that_of_all(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out rows: those that were not measured; the factor of a bound in float32 is 3."""
     some = pipeline(case(texts=MANY), store).floor(FP32)
-    monkeypatch.setattr("qeff_validate.decisive_rows.MOST", 10**6)
-    monkeypatch.setattr("qeff_validate.pipeline.MOST", 10**6)
-    monkeypatch.setattr("qeff_validate.decisive_rows.decisive_rows.__defaults__", (10**6,))
+    monkeypatch.setattr("qeff_validate.comparison.decisive_rows.MOST", 10**6)
+    monkeypatch.setattr("qeff_validate.pipeline.case_pipeline.MOST", 10**6)
+    monkeypatch.setattr("qeff_validate.comparison.decisive_rows.decisive_rows.__defaults__", (10**6,))
     every = pipeline(case(texts=MANY), store).floor(FP32)
     assert some is not None
     assert every is not None

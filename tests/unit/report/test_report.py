@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from qeff_validate.compare import Bound, Judged
-from qeff_validate.metrics import Metric
-from qeff_validate.report import Report, Result, closing, finite, merged
+from qeff_validate.comparison.bounds import Bound
+from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.verdict import Judged
+from qeff_validate.report.result import Report, Result, finite, merged
+from qeff_validate.report.text import closing
 
 
 def result(status: Any = "pass", runtime: str = "ort", **more: Any) -> Result:
@@ -91,7 +93,7 @@ def test_what_is_only_shown_never_fails() -> None:
 
 def test_markdown_cells_cannot_break_the_table() -> None:
     text = Report((result(metrics=(judged(1e-4),)),))
-    from qeff_validate.report import markdown
+    from qeff_validate.report.markdown import markdown
 
     lines = markdown(text.plain()).splitlines()
     rows = [line for line in lines if line.startswith("|")]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qeff_validate.case import Case, Inputs, load_cases
+from qeff_validate.config.case import Case, Inputs
+from qeff_validate.config.loader import load_cases
 from qeff_validate.engine import check, load
 from qeff_validate.errors import ConfigError
 
@@ -119,7 +120,7 @@ def test_buckets_are_sorted_and_one_number_is_a_list() -> None:
 
 
 def test_the_projects_own_configs_are_right() -> None:
-    configs = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    configs = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
     assert load(configs)
 
 

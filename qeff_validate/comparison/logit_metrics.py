@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.compare import NOISE_SHARE, Bound, Judged, gate_bounds, overridden
-from qeff_validate.floor import Floor
-from qeff_validate.metrics import Floats, Metric, systematic, worst_row
+from qeff_validate.comparison.bounds import NOISE_SHARE, Bound, gate_bounds, overridden
+from qeff_validate.comparison.noise_floor import Floor
+from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic, worst_row
+from qeff_validate.comparison.verdict import Judged
 from qeff_validate.tensors import Array
 
 TIERS = (1, 5, 50, 1000)

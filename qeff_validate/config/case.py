@@ -1,38 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases: what to validate, as data. A config file is YAML; unknown keys are errors with a suggestion."""
+"""Cases: what to validate, as data. Unknown keys are errors with a suggestion."""
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qeff_validate.compare import MOST, check_tolerance
-from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.files import expand_user, read_bytes
-from qeff_validate.logits import MOST as LOGIT_MOST
-from qeff_validate.yaml_reader import MOST_VALUES, SURROGATE, expanded_size, parse_yaml
-
-MOST_BYTES = 4 << 20
-"""Of a config: 100,000 short texts. More belong into a texts_file."""
+from qeff_validate.comparison.bounds import MOST, check_tolerance
+from qeff_validate.comparison.logit_metrics import MOST as LOGIT_MOST
+from qeff_validate.config.yaml_reader import SURROGATE
+from qeff_validate.errors import ConfigError
 
 LONGEST_S = 10_000_000
 """A time limit of four months; the system's clocks take no infinite one."""
 
+
 LARGEST_SEED = 2**63 - 1
 """What every random generator takes."""
+
 
 DECISIVE_MARKS = frozenset({
     "filterwarnings", "flaky", "parameterize", "parameterise", "parametrise", "parametrize", "skip", "skipif",
     "timeout", "tryfirst", "trylast", "usefixtures", "xfail",
 })  # fmt: skip
 """Marks by which pytest or a common plugin decides whether, how often or in which order a test counts."""
+
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -230,142 +226,3 @@ class Config(Strict):
 
     defaults: dict[str, Any] = {}
     cases: list[Case] = Field(min_length=1)
-
-
-def load_cases(paths: Sequence[Path]) -> list[Case]:
-    """Read config files.
-
-    Returns:
-        The cases in order; paths in them are absolute.
-
-    Raises:
-        ConfigError: a file is missing or no YAML, a key or value is wrong, or a name occurs twice.
-    """
-    cases: list[Case] = []
-    seen: dict[str, Path] = {}
-    for path in paths:
-        for case in _read(path):
-            if case.name in seen:
-                raise ConfigError(f"{path}: case name {case.name!r} is taken already, in {seen[case.name]}")
-            seen[case.name] = path
-            cases.append(case)
-    return cases
-
-
-def schema() -> str:
-    """Return the JSON Schema of config files, for editors."""
-    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
-
-
-def _read(path: Path) -> list[Case]:
-    try:
-        text = read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8-sig")
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"cannot read config {path}: {exc}") from exc
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping with 'cases:', this is {type(data).__name__}")
-    data = _with_defaults(data, path)
-    try:
-        config = Config.model_validate(data)
-    except ValidationError as exc:
-        raise ConfigError(explain(exc, str(path), data)) from exc
-    return [_absolute(case, path) for case in config.cases]
-
-
-def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    defaults, cases = data.get("defaults") or {}, data.get("cases")
-    if not isinstance(defaults, dict):
-        raise ConfigError(f"{path}: defaults: is a mapping of case keys, this is {type(defaults).__name__}")
-    allowed = set(Case.model_fields) - {"name"}
-    for key in defaults:
-        if key not in allowed:
-            raise ConfigError(f"{path}: defaults.{key}: unknown key.{suggest(str(key), allowed)}")
-    if not isinstance(cases, list):
-        return data
-    if len(cases) * expanded_size(defaults) > MOST_VALUES:
-        raise ConfigError(f"{path}: defaults of {len(cases):,} cases make more than {MOST_VALUES:,} values")
-    return {**data, "cases": [_merge(defaults, case) if isinstance(case, dict) else case for case in cases]}
-
-
-def _merge(defaults: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**defaults, **case}
-    for key, value in defaults.items():
-        if isinstance(value, dict) and isinstance(case.get(key), dict):
-            merged[key] = {**value, **case[key]}
-    return merged
-
-
-def _absolute(case: Case, config: Path) -> Case:
-    folder = config.resolve().parent
-
-    def place(path: str) -> str:
-        try:
-            return str(folder / expand_user(path))
-        except ConfigError as exc:
-            raise ConfigError(f"{config}: case {case.name!r}: {exc}") from exc
-
-    update: dict[str, Any] = {}
-    if case.source.startswith("path:"):
-        update["source"] = f"path:{place(case.source[5:])}"
-    if case.inputs.texts_file is not None:
-        update["inputs"] = Inputs(texts_file=place(case.inputs.texts_file))
-    files = {name: getattr(case.artifacts, name) for name in ("onnx", "qpc", "reference")}
-    given = {name: place(path) for name, path in files.items() if path is not None}
-    if given:
-        update["artifacts"] = case.artifacts.model_copy(update=given)
-    adapters = case.options.get("adapters")
-    if isinstance(adapters, dict):
-        found = {name: place(made) if isinstance(made, str) else made for name, made in adapters.items()}
-        update["options"] = {**case.options, "adapters": found}
-    return case.model_copy(update=update)
-
-
-def explain(exc: ValidationError, where: str, data: Any = None) -> str:
-    """Turn pydantic's errors into lines that name the key, the value and the remedy."""
-    return "\n".join(_lines(exc, where, data))
-
-
-def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
-    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Artifacts, Expect, Compile, Precision)}
-    known = models.get(exc.title)
-    for error in exc.errors():
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-        name = _case_name(data, error["loc"])
-        head = f"{where}: {place}{f' (case {name!r})' if name else ''}" if place else where
-        if error["type"] == "extra_forbidden":
-            fields = _fields(known, error["loc"][:-1]) if known else exc_fields(exc)
-            yield f"{head}: unknown key.{suggest(str(error['loc'][-1]), fields)}"
-        elif error["type"] == "missing":
-            yield f"{head}: is missing"
-        else:
-            message = error["msg"].removeprefix("Value error, ")
-            # what has no place of its own is about several keys, and the message names them
-            told = "got" in message or not place
-            yield f"{head}: {message}" if told else f"{head}: {message} (got {reprlib.repr(error['input'])})"
-
-
-def exc_fields(exc: ValidationError) -> list[str]:
-    """Return the field names of the options class that an error came from."""
-    for cls in Strict.__subclasses__():
-        if cls.__name__ == exc.title:
-            return list(cls.model_fields)
-    return []
-
-
-def _fields(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = getattr(annotation, "__args__", (annotation,))[0]
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    return list(model.model_fields)
-
-
-def _case_name(data: Any, loc: Sequence[int | str]) -> str | None:
-    if len(loc) > 1 and loc[0] == "cases" and isinstance(loc[1], int):
-        case = data["cases"][loc[1]]
-        return case.get("name") if isinstance(case, dict) else None
-    return None

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qeff_validate import compare, metrics
+from qeff_validate.comparison import bounds, vector_metrics
+from qeff_validate.comparison.vector_metrics import neighbour_metrics, row_errors, worst_row
 from qeff_validate.errors import IncomparableError
-from qeff_validate.metrics import neighbour_metrics, row_errors, worst_row
 
 
 def rows(n: int = 12, d: int = 48, seed: int = 0) -> np.ndarray:
@@ -34,7 +34,7 @@ def by_definition(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.numeric
 @pytest.mark.parametrize("block", [1, 7, 48, 100, 1 << 17])
 def test_blocks_of_any_size_give_the_formulas(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(vector_metrics, "BLOCK", block)
     a = rows()
     b = (a + 1e-4 * rows(seed=1)).astype(np.float32)
     got = row_errors(a, b)
@@ -80,7 +80,7 @@ def test_non_finite_values_never_come_out_as_a_good_value(bad: float, side: str,
     errors = row_errors(a, b)
     for name in ("rel_l2", "norm_ratio", "max_abs_rms"):
         worst = worst_row(name, getattr(errors, name))
-        assert not (worst.value < compare.MOST[name]), name
+        assert not (worst.value < bounds.MOST[name]), name
         assert worst.worst["row"] == place[0], name
 
 
@@ -142,7 +142,7 @@ def test_random_noise_of_the_stated_size_never_moves_a_neighbour() -> None:
 
 
 def test_many_rows_are_sampled_with_a_seed_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "PAIR_ROWS", 10)
+    monkeypatch.setattr(vector_metrics, "PAIR_ROWS", 10)
     a = rows(30, 8)
     first = neighbour_metrics(a, rows(30, 8, 5), noise=1e-3, seed=1)
     again = neighbour_metrics(a, rows(30, 8, 5), noise=1e-3, seed=1)
