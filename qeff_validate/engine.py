@@ -25,7 +25,7 @@ from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline, Progress, Silent
-from qeff_validate.protocols import Model, Runtime, Settings, model_kind, registered, runtime
+from qeff_validate.protocols import Model, Runtime, Settings, capabilities, model_kind, registered, runtime
 from qeff_validate.report.result import Report, Result
 from qeff_validate.runtimes.isolation.parent import Isolated
 from qeff_validate.runtimes.ort import OPTIMIZATION
@@ -202,7 +202,7 @@ def bundle(
         for case in cases:
             pipeline = runner.pipeline(case)
             recorded = pipeline.record(records)
-            qpc = pipeline.artifact("qpc", getattr(adapter, "sdk", None)).path
+            qpc = pipeline.artifact("qpc", capabilities(adapter).sdk).path
             assert qpc is not None
             members.append((_with_texts(case, pipeline.model()), qpc, recorded))
         return write_bundle(folder, members, runtime=name, environment=environment(runner.settings))

@@ -29,9 +29,15 @@ MARKERS = {
     "torch": "runs the exported module in PyTorch",
     "embedding": "validates an embedding model",
     "peft": "validates a causal language model with adapters",
+    "plugin_kinds": "validates models of kinds that a plug-in brings",
     "slow": "takes more than a few seconds",
     "perf": "measures; never a gate",
 }
+
+SUITES = frozenset({"embedding", "peft"})
+"""Marks of the suites that are made for one kind; `GENERIC_SUITE` takes the cases of all other kinds."""
+
+GENERIC_SUITE = Path(__file__).parent / "suites" / "test_models.py"
 
 OPTIONS = {
     "config": "config file with cases; may be given more than once (default: a small random BERT)",
@@ -70,8 +76,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, and what collects the reports of the suites."""
     config.stash[_OUTCOME] = SessionOutcome()
     config.pluginmanager.register(config.stash[_OUTCOME], "qeff_validate-outcome")
-    for name, text in MARKERS.items():
+    for name, text in {**_plugin_markers(), **MARKERS}.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def _plugin_markers() -> dict[str, str]:
+    """Return a marker for each registered runtime, and for the suite of each model kind of a plug-in."""
+    from qeff_validate.errors import ValidateError
+    from qeff_validate.protocols import load_entry, registered
+
+    markers = {name: f"runs on {name}" for name in registered("runtimes")}
+    for name, entry in registered("models").items():
+        if not entry.value.startswith("qeff_validate."):
+            with suppress(ValidateError):  # a plug-in that cannot be imported is told where a case names it
+                markers[load_entry("models", name).suite] = f"validates a model of the kind {name}"
+    return markers
 
 
 def option(config: pytest.Config, name: str) -> Any:
@@ -193,14 +212,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     chosen = _listed(metafunc.config, "runtimes")
     suites = {mark.name for mark in metafunc.definition.iter_markers()}
+    by_relation = "qv_relation_name" in metafunc.fixturenames
     params = []
     for case in _cases(metafunc.config):
-        if model_kind(case).suite not in suites:
+        kind = model_kind(case)
+        if kind.suite not in suites and not ("plugin_kinds" in suites and kind.suite not in SUITES):
             continue
         for name in _runtimes(case, chosen):
-            marks = [getattr(pytest.mark, mark) for mark in (name, *case.marks)]
-            params.append(pytest.param((case, name), id=f"{case.name}-{name}", marks=marks))
-    metafunc.parametrize("qv_target", params)
+            marks = [getattr(pytest.mark, mark) for mark in dict.fromkeys((name, kind.suite, *case.marks))]
+            target, test = (case, name), f"{case.name}-{name}"
+            if by_relation:
+                params += [
+                    pytest.param(target, relation, id=f"{test}-{relation}", marks=marks) for relation in kind.relations
+                ]
+            else:
+                params.append(pytest.param(target, id=test, marks=marks))
+    metafunc.parametrize("qv_target, qv_relation_name" if by_relation else "qv_target", params)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the suite for kinds of plug-ins where no case is of one: it would be a skipped test in every run."""
+    if collection_path != GENERIC_SUITE:
+        return None
+    from qeff_validate.protocols import model_kind
+
+    return None if any(model_kind(case).suite not in SUITES for case in _cases(config)) else True
 
 
 def _runtimes(case: Case, chosen: Sequence[str]) -> list[str]:

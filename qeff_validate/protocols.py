@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, Unavailable, suggest
@@ -46,7 +46,7 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """An adapter that opens one kind of artifact."""
+    """An adapter that opens one kind of artifact; it may have ``capabilities`` besides (`Capabilities`)."""
 
     name: str
     kind: Kind
@@ -56,6 +56,28 @@ class Runtime(Protocol):
 
     def open(self, artifact: Artifact) -> AbstractContextManager[Session]:
         """Open an artifact of this kind; whatever is held is released when the context ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a runtime says of itself in its attribute ``capabilities``; these defaults hold for one without it.
+
+    Attributes:
+        compute: the precision that it computes in, ``fp32`` or ``fp16``; None: the one that the case asks for, as a
+            program that is compiled for the case does. It decides the bounds.
+        simulated: it stands in for hardware, and every result says so.
+        sdk: the SDK (`sdk.locate.Sdk`) whose compiler makes the QPCs that it opens; None: it opens none.
+    """
+
+    compute: Literal["fp32", "fp16"] | None = "fp32"
+    simulated: bool = False
+    sdk: Any = None
+
+
+def capabilities(runtime: Runtime) -> Capabilities:
+    """Return what a runtime says of itself, or the defaults."""
+    stated: Capabilities = getattr(runtime, "capabilities", Capabilities())
+    return stated
 
 
 LONGEST_RUN_S = 10_000_000
@@ -290,12 +312,16 @@ class ModelKind:
         create: makes the wrapper from a case, validated options and an in-memory model or None.
         suite: the pytest mark of its cases.
         bounds: the metrics that a case's tolerance may bound, with what a bound must stay below.
+        relations: names for `Model.relate`.
+        mutants: tables of `mutation.mutant.Mutant`, as ``package.module:NAME``.
     """
 
     options: type[BaseModel]
     create: Callable[..., Model]
     suite: str
     bounds: Mapping[str, float]
+    relations: tuple[str, ...] = ()
+    mutants: tuple[str, ...] = ()
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

@@ -31,7 +31,18 @@ def _embedding(case: Case, options: EmbeddingOptions, given: Any = None, tokeniz
     return PooledEmbedding(case, options, given=given, tokenizer=tokenizer)
 
 
-EMBEDDING = ModelKind(options=EmbeddingOptions, create=_embedding, suite="embedding", bounds=MOST)
+EMBEDDING = ModelKind(
+    options=EmbeddingOptions,
+    create=_embedding,
+    suite="embedding",
+    bounds=MOST,
+    relations=("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row"),
+    mutants=(
+        "qeff_validate.mutation.module_mutants:BODIES",
+        "qeff_validate.mutation.pooling_mutants:VECTORS",
+        "qeff_validate.mutation.graph_mutants:GRAPHS",
+    ),
+)
 
 
 def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokenizer: Any = None) -> Model:
@@ -50,4 +61,18 @@ def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokeniz
     return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
 
 
-PEFT_CAUSAL_LM = ModelKind(options=PeftCausalLMOptions, create=_causal, suite="peft", bounds=LOGIT_MOST)
+PEFT_CAUSAL_LM = ModelKind(
+    options=PeftCausalLMOptions,
+    create=_causal,
+    suite="peft",
+    bounds=LOGIT_MOST,
+    relations=(
+        *("kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state"),
+        *("row_alone", "scaled"),
+    ),
+    mutants=(
+        "qeff_validate.mutation.module_mutants:BODIES",
+        "qeff_validate.mutation.causal_lm_mutants:CONTINUING",
+        "qeff_validate.mutation.graph_mutants:GRAPHS",
+    ),
+)

@@ -19,16 +19,10 @@ from typing import Any, Literal
 import numpy as np
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.protocols import Session
+from qeff_validate.protocols import Session, load_entry, registered
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
 Level = Literal["body", "pooling", "adapters", "graph", "session"]
-
-TABLES: Mapping[str, Sequence[str]] = {
-    "embedding": ("module_mutants:BODIES", "pooling_mutants:VECTORS", "graph_mutants:GRAPHS"),
-    "peft-causal-lm": ("module_mutants:BODIES", "causal_lm_mutants:CONTINUING", "graph_mutants:GRAPHS"),
-}
-"""Where the mutants of a model kind are."""
 
 
 class Inapplicable(IncomparableError):
@@ -84,11 +78,13 @@ class Mutant:
 
 
 def mutants(kind: str) -> tuple[Mutant, ...]:
-    """Return the mutants of a model kind; none of a plug-in's kind."""
+    """Return the mutants that a model kind declares (`protocols.ModelKind.mutants`); none of an unknown kind."""
     found: list[Mutant] = []
-    for table in TABLES.get(kind, ()):
+    if kind not in registered("models"):
+        return ()
+    for table in load_entry("models", kind).mutants:
         module, _, name = table.partition(":")
-        found += getattr(import_module(f"qeff_validate.mutation.{module}"), name)
+        found += getattr(import_module(module), name)
     return tuple(found)
 
 

@@ -40,7 +40,7 @@ from qeff_validate.pipeline.recorded_file import is_input, naming, outputs_of, p
 from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
-from qeff_validate.protocols import Model, Runtime, Session, Terms, model_kind
+from qeff_validate.protocols import Model, Runtime, Session, Terms, capabilities, model_kind
 from qeff_validate.report.result import Result, Rung
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
@@ -106,7 +106,7 @@ class Pipeline:
             missing = adapter.probe()
             if missing:
                 return Result(**base, status="not_run", reason=missing)
-            base["simulated"] = bool(getattr(adapter, "simulated", False))
+            base["simulated"] = capabilities(adapter).simulated
             base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
             base["precision"] = self._precision(adapter).profile
             return judge(base)
@@ -121,8 +121,9 @@ class Pipeline:
             return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
 
     def _precision(self, adapter: Runtime) -> Precision:
-        """Return what a runtime computes with: hosts are asked for float32 alone, and a user's file has its own."""
-        asked = self.case.precision if adapter.kind == "qpc" else Precision(compute="fp32")
+        """Return what a runtime computes in, by its capabilities; a user's file has a precision of its own."""
+        compute = capabilities(adapter).compute
+        asked = self.case.precision if compute is None else Precision(compute=compute)
         return combined(asked, self._file_precision(adapter.kind))
 
     def _file_precision(self, kind: Kind) -> GraphPrecision:
@@ -177,7 +178,7 @@ class Pipeline:
         inputs = self.inputs()
         reference, precision = self.reference(), self._precision(adapter)
         floor = self.floor(precision) if measurable(precision) else None
-        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        artifact = self.artifact(adapter.kind, capabilities(adapter).sdk)
         with ExitStack() as held:
             start = time.perf_counter()
             with self._stage("load", adapter.name):
@@ -191,7 +192,7 @@ class Pipeline:
         base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
         ceiling = self.ceiling()
         with self._stage("compare", adapter.name):
-            override, device = self.case.bounds(adapter.name), adapter.kind == "qpc"
+            override, device = self.case.bounds(adapter.name), capabilities(adapter).compute != "fp32"
             ours, padded = not self._foreign(adapter.kind), watched.padded()
             terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
             verdict = self.model().judge(reference, actual, inputs, terms)
@@ -244,7 +245,7 @@ class Pipeline:
         return self._guarded(adapter, lambda base: self._related(adapter, name, {**base, "reference": "itself"}))
 
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
-        inputs, artifact = self.inputs(), self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        inputs, artifact = self.inputs(), self.artifact(adapter.kind, capabilities(adapter).sdk)
         terms = Terms(base["precision"], self.case.bounds(adapter.name), self.case.seed)
         try:
             with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
@@ -266,7 +267,7 @@ class Pipeline:
     def session(self, adapter: Runtime) -> Iterator[Session]:
         """Open what a runtime runs for the case."""
         self.inputs()
-        artifact = self.artifact(adapter.kind, getattr(adapter, "sdk", None))
+        artifact = self.artifact(adapter.kind, capabilities(adapter).sdk)
         with self._opened(adapter, artifact) as session:
             yield session
 
@@ -513,7 +514,7 @@ class Pipeline:
         if given is not None:
             return self._adopted("qpc", given)
         if sdk is None:
-            raise ConfigError("a runtime of kind qpc needs an attribute sdk, whose compiler is used")
+            raise ConfigError("a runtime that opens QPCs needs capabilities with an sdk, whose compiler makes them")
         source, case = self.onnx(), self.case
         buckets = self.model().graph.buckets
 

@@ -7,25 +7,44 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.files import temporary_beside
 
-if TYPE_CHECKING:
-    pass
-from qeff_validate.report.markdown import markdown
+WRITERS = "qeff_validate.writers"
+"""The group of entry points."""
 
 
 def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
-    """Write the files of a report from its plain form.
+    """Write a report in every registered form: ``report.json``, ``report.md``, and ``report.NAME`` of plug-ins.
+
+    A form is an entry point of the group ``qeff_validate.writers``: a function from the report's plain form
+    (`Report.plain`) to text. The built-in ones are written first.
 
     Raises:
-        ValidateError: they cannot be written.
+        ValidateError: a file cannot be written, or a plug-in's function failed; all other files are written.
     """
-    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_texts(folder, {"report.json": text, "report.md": markdown(plain)})
+    own, others = dict[str, str](), dict[str, str]()
+    problems = []
+    for entry in entry_points(group=WRITERS):
+        built_in = entry.value.startswith("qeff_validate.")
+        try:
+            (own if built_in else others)[f"report.{entry.name}"] = entry.load()(plain)
+        except Exception as exc:  # somebody else's function must lose no verdict
+            if built_in:
+                raise
+            problems.append(f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}")
+    write_texts(folder, {**own, **others})
+    if problems:
+        raise ValidateError("; ".join(problems))
+
+
+def json_text(plain: Mapping[str, Any]) -> str:
+    """Return the report as JSON."""
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
@@ -44,9 +63,9 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 def remove_reports(folder: Path) -> None:
     """Remove the report of an earlier run, so that nobody takes it for that of a run that ends without one."""
-    for name in ("report.json", "report.md"):
+    for entry in entry_points(group=WRITERS):
         with suppress(OSError):
-            (folder / name).unlink()
+            (folder / f"report.{entry.name}").unlink()
 
 
 def _replace(path: Path, text: str) -> None:

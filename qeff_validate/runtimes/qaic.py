@@ -16,7 +16,7 @@ import numpy as np
 
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError, Unavailable
-from qeff_validate.protocols import Session, Settings
+from qeff_validate.protocols import Capabilities, Session, Settings
 from qeff_validate.runtimes.qaic_calls import Calls, check_count, devices, held
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 from qeff_validate.tensors import (
@@ -67,9 +67,9 @@ class QaicRuntime:
         self.settings = settings or Settings()
 
     @property
-    def simulated(self) -> bool:
-        """What the SDK says of itself."""
-        return self.sdk.simulated
+    def capabilities(self) -> Capabilities:
+        """Programs compute in the case's precision; whether they are simulated, the SDK says."""
+        return Capabilities(compute=None, simulated=self.sdk.simulated, sdk=self.sdk)
 
     def probe(self) -> str | None:
         """Return None if a program can be run here, else why not and what to do."""

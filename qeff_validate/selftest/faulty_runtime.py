@@ -14,7 +14,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.mutation.mutant import Damaged
-from qeff_validate.protocols import Runtime, Session, runtime
+from qeff_validate.protocols import Runtime, Session, capabilities, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.tensors import RETAINED, Array, TensorSpec
 
@@ -115,7 +115,7 @@ class Standing:
     def __init__(self, damage: Callable[[Session], Session], name: str = "ort") -> None:
         self._inner, self._damage = runtime(name), damage
         self.name, self.kind = self._inner.name, self._inner.kind
-        self.sdk = getattr(self._inner, "sdk", None)
+        self.capabilities = capabilities(self._inner)
 
     def probe(self) -> str | None:
         """Return what the real one says."""

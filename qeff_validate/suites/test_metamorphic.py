@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from qeff_validate.protocols import load_entry
 from qeff_validate.report.result import Result
 
-RELATIONS = ("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row")
+RELATIONS = load_entry("models", "embedding").relations
 
 
 @pytest.mark.embedding

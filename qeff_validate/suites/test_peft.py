@@ -7,13 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from qeff_validate.protocols import Session
+from qeff_validate.protocols import Session, load_entry
 from qeff_validate.report.result import Result
 
-RELATIONS = (
-    "kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state", "row_alone",
-    "scaled",
-)  # fmt: skip
+RELATIONS = load_entry("models", "peft-causal-lm").relations
 
 
 @pytest.mark.peft

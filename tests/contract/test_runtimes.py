@@ -22,7 +22,7 @@ from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import POOLINGS
 from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
-from qeff_validate.protocols import Runtime, Session, Settings, registered, runtime
+from qeff_validate.protocols import Runtime, Session, Settings, capabilities, registered, runtime
 from qeff_validate.runtimes.isolation.parent import Isolated
 
 RUNTIMES = sorted(registered("runtimes"))
@@ -66,7 +66,7 @@ def opened(name: str, made: Pipeline) -> Any:
     missing = adapter.probe()
     if missing:
         pytest.skip(missing)
-    return adapter.open(made.artifact(adapter.kind, getattr(adapter, "sdk", None)))
+    return adapter.open(made.artifact(adapter.kind, capabilities(adapter).sdk))
 
 
 def test_every_model_kind_has_a_small_case_here() -> None:
@@ -287,7 +287,7 @@ def test_a_broken_artifact_is_an_error_that_names_it(name: str, tmp_path: Any) -
     missing = adapter.probe()
     if missing:
         pytest.skip(missing)
-    made = pipeline("embedding").artifact(adapter.kind, getattr(adapter, "sdk", None))
+    made = pipeline("embedding").artifact(adapter.kind, capabilities(adapter).sdk)
     assert made.path is not None
     for cut in (0, 10, 1000):
         place = tmp_path / f"{cut}"

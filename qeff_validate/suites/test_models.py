@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model kinds of plug-ins: every case on every runtime against its reference, and the relations of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qeff_validate.report.result import Result
+
+
+@pytest.mark.plugin_kinds
+def test_model_agrees_with_its_reference(qv_result: Result) -> None:
+    """Outputs agree within the bounds of the runtime's precision."""
+    assert qv_result.status == "pass", f"{qv_result.status}: {qv_result.reason}"
+
+
+@pytest.mark.plugin_kinds
+def test_model_relation(qv_relation_name: str, qv_relation: Callable[[str], Result]) -> None:
+    """The same inputs, run in another way, give the same outputs."""
+    result = qv_relation(qv_relation_name)
+    assert result.status == "pass", f"{qv_relation_name}: {result.status}: {result.reason}"
