@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
-# CONSTRAINTS= takes the newest releases, requirements/oldest.txt (make it with tools/oldest.py) the oldest declared ones
+# CONSTRAINTS= (empty) takes the newest releases; tools/oldest.py prints those for the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
 .PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power reliability docs clean help

@@ -22,7 +22,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The name, numpy dtype name and dims of a tensor; a dim is an int or a symbol such as ``batch_size``."""
+    """The name, numpy dtype name and dims of a tensor; a dim is an int or a symbol such as ``batch_size``.
+
+    Examples:
+        >>> print(TensorSpec("input_ids", "int64", ("batch_size", 32)))
+        input_ids: int64[batch_size, 32]
+    """
 
     name: str
     dtype: str

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a built site: each page that the start page links to is there, and no page loads anything from a network.
 
-``python tools/check_site.py build/site`` (``make docs`` runs it). Broken links within pages are errors of mkdocs already.
+``python tools/check_site.py build/site`` (``make docs`` runs it). Broken links are errors of mkdocs already.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Print constraints that pin every direct dependency to the oldest version that pyproject.toml declares.
 
-``python tools/oldest.py > requirements/oldest.txt``, then ``make test CONSTRAINTS='--constraint requirements/oldest.txt'``
+``python tools/oldest.py > build/oldest.txt``, then ``make test CONSTRAINTS="--constraint build/oldest.txt"``
 with the oldest Python. Needs nothing but the standard library of Python 3.10, so pyproject.toml is read by pattern.
 """
 

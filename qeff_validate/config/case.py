@@ -144,7 +144,13 @@ class Expect(Strict):
 
 
 class Case(Strict):
-    """One row of a config: what to validate, on which runtimes, within which bounds."""
+    """One row of a config: what to validate, on which runtimes, within which bounds.
+
+    Examples:
+        >>> case = Case(name="small", source="random:bert", options={"pooling": "cls"}, runtimes=["ort"])
+        >>> case.model, case.precision.compute, case.tolerance
+        ('embedding', 'fp16', 'auto')
+    """
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200, description="unique; appears in test ids"
