@@ -91,7 +91,7 @@ class Inputs(Strict):
 
 
 class Compile(Strict):
-    """Options of the AI 100 compiler (qaic-contract §6.1)."""
+    """Options of the AI 100 compiler (card-contract §6.1)."""
 
     num_cores: Positive = Field(16, description="NSPs per activation")
     aic_hw_version: Literal["ai100", "ai200"] = Field("ai100", description="target hardware")
