@@ -2,7 +2,7 @@
 """Draw the import rule as docs/assets/layers.svg (``make docs`` runs this).
 
 The order comes from ``ORDER`` in tests/unit/test_layers.py, which is the rule that is tested; what a part does is the
-first paragraph of its module's docstring. Neither is written down a second time.
+first sentence of its module's docstring. Neither is written down a second time.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def order(source: str) -> list[list[str]]:
 
 
 def purpose(name: str, package: Path = PACKAGE) -> str:
-    """Return the first paragraph of the docstring of a module or package; an empty text if it has none."""
+    """Return the first sentence of the docstring of a module or package; an empty text if it has none."""
     for path in (package / f"{name}.py", package / name / "__init__.py"):
         if path.is_file():
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            text = " ".join(text.split("\n\n")[0].replace("`", "").split())
+            text = " ".join(text.split("\n\n")[0].replace("`", "").split()).partition(". ")[0].removesuffix(".")
             if len(text) <= MOST_CHARACTERS:
                 return text
             return text[:MOST_CHARACTERS].rsplit(" ", 1)[0] + " …"
