@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
-# CONSTRAINTS= (empty) takes the newest releases; tools/oldest.py prints those for the oldest declared ones
+# empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
 .PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power reliability docs clean help

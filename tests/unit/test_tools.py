@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts in tools/: the oldest dependencies, the drawing of the layers, the check of the built site."""
+"""The scripts in tools/: the drawing of the layers, the check of the built site."""
 
 from __future__ import annotations
 
@@ -19,18 +19,6 @@ def tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_oldest_has_every_lower_bound_but_those_of_linters() -> None:
-    text = 'requires = ["setuptools>=77"]\ndependencies = ["numpy>=1.26", "a[b]>=2"]\ntest = ["numpy", "ruff>=0.14"]'
-    assert tool("oldest").oldest(text) == ["a==2", "numpy==1.26"]
-
-
-def test_oldest_of_this_project_has_its_dependencies() -> None:
-    pins = tool("oldest").oldest((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    names = [pin.partition("==")[0] for pin in pins]
-    assert {"numpy", "onnx", "onnxruntime", "torch", "transformers", "peft", "pytest"} <= set(names)
-    assert len(names) == len(set(names)), "a package has two lower bounds"
 
 
 def test_drawing_is_read_from_the_rule_and_is_xml(tmp_path: Path) -> None:
