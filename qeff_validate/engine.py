@@ -137,6 +137,12 @@ def validate(
 
     Raises:
         ConfigError: a case or runtime name is wrong, or ``record`` cannot be written to; before anything is run.
+
+    Examples:
+        >>> case = Case(name="small", source="random:bert", options={"pooling": "mean"}, tolerance="table")
+        >>> report = validate(case, runtimes=["torch"])
+        >>> report.passed, report.results[0].compared
+        (True, 33)
     """
     cases = [case] if isinstance(case, Case) else list(case)
     runner = Runner(store=store, settings=settings, progress=progress, model=model, tokenizer=tokenizer)
@@ -316,6 +322,15 @@ def build(
         case: gives compile options and precision of a QPC; default: the wrapper's own case.
         store: directory of the artifact store.
         sdk: whose compiler; default: the simulated one.
+
+    Examples:
+        >>> import numpy as np
+        >>> from qeff_validate import runtime
+        >>> artifact = build(model(Case(name="small", source="random:bert")), "module")
+        >>> ids = np.array([[2, 5, 3]])
+        >>> with runtime("torch").open(artifact) as session:
+        ...     session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["output"].shape
+        (1, 64)
     """
     owner = case or getattr(made, "case", None)
     if owner is None:

@@ -95,6 +95,13 @@ class Settings:
         ort_optimization: optimization level of ONNX Runtime: ``disabled``, ``basic``, ``extended`` or ``all``; None:
             ``QEFF_VALIDATE_ORT_OPTIMIZATION``, else ``all``.
         run_timeout_s: after which time without an answer a runtime that runs in a process of its own is killed.
+
+    Examples:
+        >>> Settings(device_ids=(0, 1)).device_ids
+        (0, 1)
+        >>> Settings(run_timeout_s=-1)
+        Traceback (most recent call last):
+        qeff_validate.errors.ConfigError: the time limit of a run is -1 s: give 0.001 to 10,000,000 seconds
     """
 
     sdk: str | None = None
@@ -350,6 +357,13 @@ def runtime(name: str, settings: Settings | None = None) -> Runtime:
 
     Raises:
         ConfigError: no such runtime.
+
+    Examples:
+        >>> runtime("ort").kind, runtime("sim").kind
+        ('onnx', 'qpc')
+        >>> runtime("otr")
+        Traceback (most recent call last):
+        qeff_validate.errors.ConfigError: no runtime is called 'otr'. Did you mean 'ort'?
     """
     made: Runtime = load_entry("runtimes", name)(settings or Settings())
     return made

@@ -22,7 +22,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The name, numpy dtype name and dims of a tensor; a dim is an int or a symbol such as ``batch_size``."""
+    """The name, numpy dtype name and dims of a tensor; a dim is an int or a symbol such as ``batch_size``.
+
+    Examples:
+        >>> print(TensorSpec("input_ids", "int64", ("batch_size", 32)))
+        input_ids: int64[batch_size, 32]
+    """
 
     name: str
     dtype: str
@@ -33,7 +38,7 @@ class TensorSpec:
 
 
 RETAINED = "_RetainedState"
-"""Suffix of the output that becomes the next content of the input before it (qaic-contract §4.5)."""
+"""Suffix of the output that becomes the next content of the input before it (card-contract §4.5)."""
 
 
 def retained(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, str]:
@@ -84,7 +89,7 @@ def check_names(what: str, given: Sequence[str], specs: Sequence[TensorSpec], op
 def check_feeds(feeds: Tensors, specs: Sequence[TensorSpec], *, optional: Sequence[str] = ()) -> dict[str, int]:
     """Raise RunError unless the feeds have exactly the wanted names, dtypes and shapes; return the symbols' values.
 
-    The dtype is checked here because a card cannot see it: only item size and dims travel (qaic-contract §4.2).
+    The dtype is checked here because a card cannot see it: only item size and dims travel (card-contract §4.2).
     """
     check_names("input", list(feeds), specs, optional)
     symbols: dict[str, int] = {}

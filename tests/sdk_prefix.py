@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays out the prefix of an installed AI 100 SDK (qaic-contract §1) with test doubles in it.
+"""Lays out the prefix of an installed AI 100 SDK (card-contract §1) with test doubles in it.
 
 The bindings re-export the simulated ones with ``SIMULATED = False`` and the version files carry no mark, so that
 what drives a card is driven from end to end: a double of a card for tests, and no evidence of what a card computes.

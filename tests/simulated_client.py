@@ -23,7 +23,7 @@ def iodesc(directory: str) -> Any:
 
 
 class Client:
-    """A session in the order of qaic-contract §2.5; buffers stay as set, or skipped, until they are replaced."""
+    """A session in the order of card-contract §2.5; buffers stay as set, or skipped, until they are replaced."""
 
     def __init__(self, directory: str, *, program: Any = None, props: Any = None, qid: int | None = 0) -> None:
         self.context = program.context if program else rt.Context()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def page(outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str
     tables = [line for runtime in RUNTIMES for line in table(outcomes, runtime, notes)]
     others = [other_row(method, outcomes[method, "Llama"]) for method in OTHERS]
     others += [f"| {method} | refused: {why} | |" for method, why in sorted(REFUSED.items())]
-    notes_list = [f"{number}. {text}" for text, number in notes.items()]
+    notes_list = [f"{number}. {escaped(text)}" for text, number in notes.items()]
     return TEMPLATE.format(
         passed=passed,
         all=len(METHODS) * len(ARCHITECTURES),
@@ -232,6 +233,11 @@ def page(outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str
         notes="\n".join(notes_list),
         others="\n".join(others),
     )
+
+
+def escaped(text: str) -> str:
+    """Return an error message as Markdown that shows its brackets, stars and underscores instead of reading them."""
+    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", text)
 
 
 def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict[str, int]) -> Iterator[str]:
@@ -255,7 +261,7 @@ def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict
 def other_row(method: str, outcome: Outcome) -> str:
     """Return the row of a method that is tried on Llama alone."""
     cells = [
-        f"{outcome.worst[runtime]:.2f}" if runtime in outcome.worst else outcome.reasons[runtime]
+        f"{outcome.worst[runtime]:.2f}" if runtime in outcome.worst else escaped(outcome.reasons[runtime])
         for runtime in RUNTIMES
     ]
     return f"| {method} | {' | '.join(cells)} |"

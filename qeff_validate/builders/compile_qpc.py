@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an ONNX file to a QPC, with the compiler of an SDK as a child process (qaic-contract §1.2, §6)."""
+"""From an ONNX file to a QPC, with the compiler of an SDK as a child process (card-contract §1.2, §6)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def compile_qpc(
     """
     command, old = sdk.compiler()
     config = folder / "specializations.json"
-    # the flat form: every SDK reads it, the named one only the newest (qaic-contract §6.2)
+    # the flat form: every SDK reads it, the named one only the newest (card-contract §6.2)
     flat = [{name: str(value) for name, value in bucket.items()} for bucket in buckets]
     config.write_text(json.dumps({"specializations": flat}, indent=1), encoding="utf-8")
     found = intake(onnx)
@@ -196,7 +196,7 @@ def _node_precision(exact: Sequence[str], precision: Precision, folder: Path) ->
 
 
 def _custom_io(state: Mapping[str, bool], precision: Precision, folder: Path) -> list[str]:
-    """Keep float state on the card in the precision that it computes in, as upstream does (qaic-contract §6.3).
+    """Keep float state on the card in the precision that it computes in, as upstream does (card-contract §6.3).
 
     Raises:
         ConfigError: keys and values are to be kept in another one, and there are none.

@@ -88,7 +88,7 @@ class Inputs(Strict):
 
 
 class Compile(Strict):
-    """Options of the AI 100 compiler (qaic-contract §6.1)."""
+    """Options of the AI 100 compiler (card-contract §6.1)."""
 
     num_cores: Positive = Field(16, description="NSPs per activation")
     aic_hw_version: Literal["ai100", "ai200"] = Field("ai100", description="target hardware")
@@ -141,7 +141,13 @@ class Expect(Strict):
 
 
 class Case(Strict):
-    """One row of a config: what to validate, on which runtimes, within which bounds."""
+    """One row of a config: what to validate, on which runtimes, within which bounds.
+
+    Examples:
+        >>> case = Case(name="small", source="random:bert", options={"pooling": "cls"}, runtimes=["ort"])
+        >>> case.model, case.precision.compute, case.tolerance
+        ('embedding', 'fp16', 'auto')
+    """
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200, description="unique; appears in test ids"

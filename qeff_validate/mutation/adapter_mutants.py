@@ -241,28 +241,28 @@ def brain(array: Numbers) -> Numbers:
 
 
 def _mutant(
-    name: str, change: Change, source: str = "validation-methods.md §12.6", *, gross: bool = False, ceiling: bool = True
+    name: str, change: Change, source: str = "validation-methods §12.6", *, gross: bool = False, ceiling: bool = True
 ) -> Mutant:
     return Mutant(name, "adapters", "adapters", change, source, gross, ceiling)
 
 
 ADAPTERS: Sequence[Mutant] = (
     _mutant("base served for every adapter", base_for_all, gross=True),
-    _mutant("base served for the first adapter", instead(0, 0), "validation-methods.md §12.6, PEFT #2090"),
+    _mutant("base served for the first adapter", instead(0, 0), "validation-methods §12.6, PEFT #2090"),
     _mutant("first two adapters swapped", instead(0, 2, 1), gross=True),
     _mutant("first adapter served for base", instead(1), ceiling=False),
     _mutant("first adapter served for all adapters", first_for_all, ceiling=False),
     _mutant("alpha / r dropped, x 0.5", scaled(0.5)),
     _mutant("merged and fed, x 2", scaled(2.0), ceiling=False),
     _mutant("alpha / r squared, x 4", scaled(4.0), ceiling=False),
-    _mutant("alpha / r where alpha / sqrt(r) is meant", by_root_of_rank, "upstream-qefficient.md §2.4", ceiling=False),
+    _mutant("alpha / r where alpha / sqrt(r) is meant", by_root_of_rank, "upstream §2.4", ceiling=False),
     _mutant(
         "alpha_pattern of one target module ignored, x 0.5",
         scaled(0.5, last_module),
-        "upstream-qefficient.md §2.4",
+        "upstream §2.4",
         ceiling=False,
     ),
-    _mutant("DoRA's magnitudes ignored", without_magnitude, "upstream-qefficient.md §2.4", ceiling=False),
+    _mutant("DoRA's magnitudes ignored", without_magnitude, "upstream §2.4", ceiling=False),
     _mutant("sign of adapters flipped", scaled(-1.0), "this project", ceiling=False),
     _mutant("adapters x 1.02", scaled(1.02), "this project"),
     _mutant("one target module without adapter", without(last_module)),
@@ -270,7 +270,7 @@ ADAPTERS: Sequence[Mutant] = (
     _mutant("one module of one layer without adapter", without(one_place), "this project"),
     _mutant("two layers' tensors exchanged", exchanged_layers, "this project"),
     _mutant("one layer from another adapter", layer_of_another, "this project", ceiling=False),
-    _mutant("one buffer for tensors that are equal in the base", one_buffer, "upstream-qefficient.md §2.3"),
-    _mutant("adapters rounded to fp16", rounded(half), "upstream-qefficient.md §2.3", ceiling=False),
+    _mutant("one buffer for tensors that are equal in the base", one_buffer, "upstream §2.3"),
+    _mutant("adapters rounded to fp16", rounded(half), "upstream §2.3", ceiling=False),
     _mutant("adapters rounded to bf16", rounded(brain), "this project", ceiling=False),
 )

@@ -17,8 +17,8 @@ from qeff_validate.mutation.tracking_session import Feed, Feeds, Followed, Numbe
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Tensors
 
-_LIST, _OWN = "validation-methods.md §12.6", "this project"
-_SINGLE, _MULTI = "upstream-qefficient.md §2.3", "upstream-qefficient.md §2.4"
+_LIST, _OWN = "validation-methods §12.6", "this project"
+_SINGLE, _MULTI = "upstream §2.3", "upstream §2.4"
 
 
 def _out(change: Callable[..., Numbers] | None) -> Feed | None:

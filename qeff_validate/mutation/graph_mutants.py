@@ -174,15 +174,15 @@ def _output_scale(model: onnx.ModelProto) -> None:
 
 
 _graph = partial(Mutant, level="graph")
-_LIST, _ROWS, _SIZES = "validation-methods.md §12.6", "upstream-qefficient.md §5", "upstream-qefficient.md §6"
+_LIST, _ROWS, _SIZES = "validation-methods §12.6", "upstream §5", "upstream §6"
 
 GRAPHS: tuple[Mutant, ...] = (
     _graph("graph: one row of a weight negated", "weights", change=_in_late_weight(_negated_row), source=_ROWS),
     _graph("graph: two weights of one shape exchanged", "weights", change=_exchanged, source=_LIST),
     _graph("graph: the largest weight is zero", "weights", change=_without_weight, source=_LIST, gross=True),
     _graph("graph: one bias is zero", "weights", change=_without_bias, source="tests/meta/test_faults.py"),
-    _graph("graph: one epsilon x 10000, at least 1e-3", "norms", change=_epsilon, source="DESIGN.md §5"),
-    _graph("graph: one product of fp16 operands", "numbers", change=_half_operands, source="DESIGN.md §5"),
+    _graph("graph: one epsilon x 10000, at least 1e-3", "norms", change=_epsilon, source="design §5"),
+    _graph("graph: one product of fp16 operands", "numbers", change=_half_operands, source="design §5"),
     _graph("graph: one weight rounded to int8", "numbers", change=_in_late_weight(_as_int8), source=_SIZES),
     _graph("graph: weights rounded to MXFP6", "numbers", change=_compressed, source=_LIST),
     _graph("graph: one product clipped at 2 rms", "numbers", change=_clipped, source=_LIST),

@@ -261,8 +261,8 @@ def _body(name: str, family: str, change: Change, source: str, *, gross: bool = 
     return Mutant(name, family, "body", change, source, gross=gross, ceiling=ceiling)
 
 
-_LIST, _SIZES = "validation-methods.md §12.6", "upstream-qefficient.md §6"
-_FAULTS, _EXPORT = "tests/meta/test_faults.py", "upstream-qefficient.md §7"
+_LIST, _SIZES = "validation-methods §12.6", "upstream §6"
+_FAULTS, _EXPORT = "tests/meta/test_faults.py", "upstream §7"
 
 BODIES: tuple[Mutant, ...] = (
     _body("last layer dropped", "layers", _restack(lambda found: found[:-1]), _SIZES, gross=True, ceiling=True),
@@ -275,23 +275,23 @@ BODIES: tuple[Mutant, ...] = (
     _body("two heads swapped", "attention", _swap_heads, _FAULTS),
     _body("two projections swapped", "attention", _swap_projections, _LIST),
     _body("square weight transposed", "attention", _transpose, _EXPORT),
-    _body("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "DESIGN.md §5", ceiling=True),
+    _body("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "design §5", ceiling=True),
     _body("one norm without its weight", "norms", _plain_norm, _FAULTS),
-    _body("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream-qefficient.md §5"),
+    _body("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream §5"),
     _body("GELU by its other formula", "activations", _other_gelu, _FAULTS),
     _body("ReLU in one layer", "activations", _relu, _FAULTS, ceiling=True),
     _body("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
     _body("one bias dropped", "weights", _no_bias, _FAULTS),
     _body("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
-    _body("one row of a weight negated", "weights", _in(finder.outer, _negated_row), "upstream-qefficient.md §5"),
-    _body("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream-qefficient.md §5"),
+    _body("one row of a weight negated", "weights", _in(finder.outer, _negated_row), "upstream §5"),
+    _body("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream §5"),
     _body("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
     _body("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
     _body("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
     _body("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
     _body("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),
     _body("positions + 1", "positions", _later, _SIZES),
-    _body("rotary base x 2", "positions", _rotary_base, "upstream-qefficient.md §5"),
-    _body("window one token wider", "masks", _wider_window, "DESIGN.md §5"),
+    _body("rotary base x 2", "positions", _rotary_base, "upstream §5"),
+    _body("window one token wider", "masks", _wider_window, "design §5"),
 )
 """Positions + 1 are the same to a model with rotary embeddings alone: a mutant that the rule must find equivalent."""

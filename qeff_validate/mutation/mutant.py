@@ -44,7 +44,7 @@ class Mutant:
             ``graph``: ``(model)``, an `onnx.ModelProto` with its weights inside, changed in place;
             ``session``: ``(session)``, returns the `Damaged` session.
         change: what is done. Raises `Inapplicable` where there is nothing to change.
-        source: where this fault was met: an upstream issue, or a section of ``facts/``.
+        source: where this fault was met: an upstream issue, or a section of ``docs/specs/``.
         gross: nobody may ship it in any precision; bounds that let it through prove nothing.
         ceiling: it is tried on the original model in each run (not ``graph``); else in `selftest` only.
     """

@@ -192,8 +192,8 @@ def _to_bfloat16(_: Damaged, array: Numbers) -> Numbers:
 
 # --- the table -------------------------------------------------------------------------------------
 
-_HOLES, _LIST = "upstream-qefficient.md §5", "validation-methods.md §12.6"
-_SESSION, _POOL, _FAULTS = "upstream-qefficient.md §2.1", "upstream-qefficient.md §2.2", "tests/meta/test_faults.py"
+_HOLES, _LIST = "upstream §5", "validation-methods §12.6"
+_SESSION, _POOL, _FAULTS = "upstream §2.1", "upstream §2.2", "tests/meta/test_faults.py"
 
 
 def _pool(name: str, change: Pool, source: str = _FAULTS, *, gross: bool = False, ceiling: bool = False) -> Mutant:
@@ -228,7 +228,7 @@ VECTORS: tuple[Mutant, ...] = (
     _pool("mean without the last token", _without_last, _LIST),
     _pool("pooling cut at 30 tokens", _at_most(30)),
     _pool("all rows pooled from row 0", _row_0, _POOL, gross=True, ceiling=True),
-    _session("mask ignored", "masks", _masked(np.ones_like), "upstream-qefficient.md §6", ceiling=True),
+    _session("mask ignored", "masks", _masked(np.ones_like), "upstream §6", ceiling=True),
     _session("cut at 16 tokens", "masks", _masked(lambda mask: mask * (_place(mask) <= 16)), _SESSION, True, True),
     _session("one padding token counted as text", "masks", _masked(_count_padding), _SESSION),
     _session("first token dropped", "tokens", _masked(_drop_first), _LIST),
@@ -238,7 +238,7 @@ VECTORS: tuple[Mutant, ...] = (
     _out("rows rolled", "rows", lambda _, array: np.roll(array, 1, axis=0), _LIST, gross=True, ceiling=True),
     _out("first row of each batch zero", "rows", _first_row(0.0), _LIST, gross=True, ceiling=True),
     _out("first row of each batch NaN", "rows", _first_row(float("nan")), _LIST, gross=True),
-    _out("first row given to its neighbour", "rows", _neighbour, "upstream-qefficient.md §6", gross=True),
+    _out("first row given to its neighbour", "rows", _neighbour, "upstream §6", gross=True),
     _out("rows beyond 40 tokens zero", "rows", _long_rows, _FAULTS),
     _out("first batch all zeros", "rows", lambda damaged, array: array * (damaged.runs > 0), _HOLES, gross=True),
     _session("answers of the run before", "rows", _before(1), _SESSION, True),
@@ -254,7 +254,7 @@ VECTORS: tuple[Mutant, ...] = (
     _out("normalized by the sum of magnitudes", "values", lambda _, array: array / _length(array, 1), _LIST),
     _out("clipped at the 99th percentile", "numbers", _clipped, _LIST),
     _out("outputs rounded to fp16", "numbers", lambda _, array: array.astype(np.float16), _FAULTS),
-    _out("outputs rounded to bf16", "numbers", _to_bfloat16, "upstream-qefficient.md §6"),
+    _out("outputs rounded to bf16", "numbers", _to_bfloat16, "upstream §6"),
     _out("noise of 1 %", "numbers", lambda run, array: array * (1 + 1e-2 * _random(run, array)), _HOLES),
     _out("noise of 0.01 %", "numbers", lambda run, array: array * (1 + 1e-4 * _random(run, array)), _HOLES),
 )

@@ -42,7 +42,13 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came out for one case on one runtime."""
+    """What came out for one case on one runtime.
+
+    Examples:
+        >>> result = Result("small", "ai100", "not_run", reason="no AI 100 SDK")
+        >>> result.plain()["coverage"]
+        {'planned': 0, 'compared': 0}
+    """
 
     case: str
     runtime: str
@@ -111,7 +117,14 @@ def _metric(item: Judged) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Results and the environment they were made in."""
+    """Results and the environment they were made in.
+
+    Examples:
+        >>> Report((Result("small", "ort", "pass", planned=3, compared=3),)).exit_code()
+        0
+        >>> Report(()).exit_code()  # nothing was compared
+        3
+    """
 
     results: tuple[Result, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)

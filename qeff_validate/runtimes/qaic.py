@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cloud AI 100 through ``qaicrt``: one adapter for a card (``ai100``) and for the simulated SDK (``sim``).
 
-The call sequence, its order and its failure texts are those of qaic-contract §2.5, §4 and §8. What shipping clients
+The call sequence, its order and its failure texts are those of card-contract §2.5, §4 and §8. What shipping clients
 leave unchecked is checked here: the status of ``activate``, names, dtypes (a card sees only item size and dims) and
 shapes before the call, and whether an output was written at all (buffers start out as NaN).
 """
@@ -31,9 +31,9 @@ from qeff_validate.tensors import (
 )
 
 TIMEOUT_MS = 60_000
-"""What shipping clients set as data path timeout (qaic-contract §2.4)."""
+"""What shipping clients set as data path timeout (card-contract §2.4)."""
 
-# qaic-contract §3.1, by number, because the generated module may lack the newest names
+# card-contract §3.1, by number, because the generated module may lack the newest names
 DTYPES = {
     0: "float32",
     1: "float16",
@@ -47,7 +47,7 @@ DTYPES = {
 }
 
 _SKIPPED: Array = np.empty(0, dtype=np.uint8)
-"""No bytes, dims [0]: how a binding is skipped (qaic-contract §4.4)."""
+"""No bytes, dims [0]: how a binding is skipped (card-contract §4.4)."""
 
 
 class QaicRuntime:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the adapter needs round its calls: a lock on the cards, and errors that say what happened and what to do.
 
-Failure texts and advice: qaic-contract §8. Nothing of ``qaicrt`` is imported here; the adapter hands it in.
+Failure texts and advice: card-contract §8. Nothing of ``qaicrt`` is imported here; the adapter hands it in.
 """
 
 from __future__ import annotations

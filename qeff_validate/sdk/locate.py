@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the AI 100 SDK: the installed one at its prefix, or the simulated one of this package.
 
-Paths and texts: qaic-contract §1. Platform SDK (bindings, tools) and Apps SDK (compiler) are separate installers, so
+Paths and texts: card-contract §1. Platform SDK (bindings, tools) and Apps SDK (compiler) are separate installers, so
 each part is looked for by itself. Nothing is imported and no process is started until a method needs it.
 """
 
@@ -33,7 +33,7 @@ QUERY_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One record of ``qaic-util -q`` (qaic-contract §1.4)."""
+    """One record of ``qaic-util -q`` (card-contract §1.4)."""
 
     qid: int
     values: Mapping[str, str]
@@ -77,7 +77,7 @@ class Sdk:
         return {**self.versions(), "simulated": self.simulated, "source": source}
 
     def compiler(self) -> tuple[list[str], bool]:
-        """Return the compiler's command, and whether it is the old ``qaic-exec`` (qaic-contract §1.2).
+        """Return the compiler's command, and whether it is the old ``qaic-exec`` (card-contract §1.2).
 
         Raises:
             Unavailable: neither is installed.
@@ -170,7 +170,7 @@ class Sdk:
         if self.built_in:
             return importlib.import_module(f"{_PACKAGE}.qaicrt"), importlib.import_module(f"{_PACKAGE}.QAicApi_pb2")
         found = []
-        # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (DESIGN §5)
+        # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (design §5)
         for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):
             with _on_path(folder):
                 try:

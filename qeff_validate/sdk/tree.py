@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays the simulated SDK down at a prefix, as a real installation lies there, and takes it away again.
 
-Other client software then finds compiler, bindings and tools where it looks for the real ones (qaic-contract §1.1). The
+Other client software then finds compiler, bindings and tools where it looks for the real ones (card-contract §1.1). The
 tree holds its own copy of the simulator and needs nothing else of this package. Its manifest, written before the first
 file, lists every file with its digest: only what it lists is ever replaced or deleted, and only if nobody changed it.
 """
@@ -27,7 +27,7 @@ from qeff_validate.sdk.locate import SIMULATED, Sdk
 
 MANIFEST = "simulated-sdk.json"
 OLD_VERSION = "1.20.0.0"
-"""The last kind of SDK whose compiler is ``qaic-exec`` (qaic-contract §1.2)."""
+"""The last kind of SDK whose compiler is ``qaic-exec`` (card-contract §1.2)."""
 _PARTIAL = ".partial"
 
 _BINDINGS = '''\

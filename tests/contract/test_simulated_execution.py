@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated SDK obeys §4 of the real one's contract, rule by rule: states, setData, shapes, cards.
+"""The simulated SDK obeys card-contract §4, rule by rule: states, setData, shapes, cards.
 
 Buffers and state are in test_simulated_state.py; test_simulated_sdk.py says how these tests are named and where their
 expectations come from.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that the simulated SDK shows on request, with the statuses and texts of §8 of the real one's contract."""
+"""Faults that the simulated SDK shows on request, with the statuses and texts of card-contract §8."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated SDK obeys the contract of the real one, rule by rule, as a client sees it: objects and descriptions.
 
-Each test is named after its rule, and its docstring has the section of the contract's fact sheet; §4 is in
+Each test is named after its rule, and its docstring has the section of card-contract; §4 is in
 test_simulated_execution.py and §8 in test_simulated_faults.py. Graphs are made by hand and compiled by the simulated
 compiler; expected values are numpy's. Where the contract is silent, the choice is listed in docs/simulated-sdk.md.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated SDK obeys §4 of the real one's contract, rule by rule: buffers, retained state, sparse and sliced data.
+"""The simulated SDK obeys card-contract §4, rule by rule: buffers, retained state, sparse and sliced data.
 
 See test_simulated_sdk.py for how these tests are named and where their expectations come from.
 """

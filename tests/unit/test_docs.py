@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents say can be done: targets, commands, options, names, configs and links in them exist."""
+"""What the documents name exists: targets, commands, options, names, configs, links, citations and pages."""
 
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import itertools
 import re
 import shlex
@@ -21,15 +21,21 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.plugin import MARKERS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [
-    path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if path.exists()
-]
+DOCS = [path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
+SPECS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "specs").glob("*.md"))}
+SOURCES = [path for name in ("qeff_validate", "tests", "tools") for path in sorted((ROOT / name).rglob("*.py"))]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+_SPEC = importlib.util.spec_from_file_location("layers_svg", ROOT / "tools" / "layers_svg.py")
+layers_svg = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(layers_svg)
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+CITATION = re.compile(r"(?:(?<![\w/])([A-Za-z][\w-]*)(?:\.md)?[`]*[\s#]+)?§ ?(\d+(?:\.\d+)*)")
+PAGE = re.compile(r"(?<![\w/.-])(?:docs|facts)/[\w./-]*\w")
 
 TARGETS = frozenset(
     re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -141,6 +147,36 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def wrong_citations(text: str, page: str | None = None) -> list[str]:
+    """Sections that are cited and are not in docs/specs.
+
+    A section without a page belongs to the page that was named before it.
+
+    Args:
+        text: prose or source; a citation is the stem of a page of docs/specs, § and a number.
+        page: the page that sections belong to before one is named.
+    """
+    found = []
+    for name, section in CITATION.findall(text):
+        # a word before § that is no page is a word of the sentence, but for what looks like the name of a page
+        if name in SPECS or re.search(r"-|^[A-Z]{3,}$", name):
+            page = name
+        if page not in SPECS or not re.search(rf"^#+ {re.escape(section)}[. ]", SPECS[page], flags=re.MULTILINE):
+            found.append(f"{page} §{section}")
+    return found
+
+
+def missing_pages(text: str) -> list[str]:
+    """Paths below docs/ that are named and do not exist."""
+    return [path for path in PAGE.findall(text) if not (ROOT / path).exists()]
+
+
+def unpinned_actions(text: str) -> list[str]:
+    """Actions of a workflow that are not named by a commit with the version beside it."""
+    used = re.findall(r"uses: *(\S+)(.*)", text)
+    return [name for name, rest in used if not re.search(r"@[0-9a-f]{40}$", name) or not re.match(r" # v\d", rest)]
+
+
 # --- the documents hold ----------------------------------------------------------------------------
 
 
@@ -191,6 +227,49 @@ def test_readme_starts_with_the_two_commands_and_names_every_command_and_exit_co
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_config_of_this_repository_is_valid(path: Path) -> None:
     assert load([path])
+
+
+def test_citations_and_named_pages_are_in_the_repository() -> None:
+    wrong = []
+    for path in (*DOCS, *SOURCES):
+        if path != Path(__file__):  # it holds wrong ones on purpose
+            text = path.read_text(encoding="utf-8")
+            simulated = "card-contract" if "simulated" in path.as_posix() else None  # it implements that page
+            own = path.stem if path.parent.name == "specs" else simulated
+            wrong += [f"{path.relative_to(ROOT)}: {item}" for item in wrong_citations(text, own) + missing_pages(text)]
+    assert wrong == []
+
+
+def test_every_page_is_in_the_navigation_and_linked_from_the_start_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert set(re.findall(r"[\w/-]+\.md", navigation)) == pages
+    start = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert pages - start == {"index.md", *(page for page in pages if page.startswith("decisions/"))} - start
+
+
+def test_reference_has_every_public_name_once() -> None:
+    text = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: qeff_validate\.(\w+)$", text, flags=re.MULTILINE)) == qeff_validate.__all__
+
+
+def test_drawing_has_the_layers_of_the_import_rule_in_their_order() -> None:
+    """After a change of the rule: python tools/layers_svg.py (make docs does it)."""
+    layers = layers_svg.order((ROOT / "tests" / "unit" / "test_layers.py").read_text(encoding="utf-8"))
+    drawn = re.findall(r'class="name"[^>]*>([^<]+)<', layers_svg.DRAWING.read_text(encoding="utf-8"))
+    assert drawn == [name for layer in layers for name in layer]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_named_by_commit(path: Path) -> None:
+    assert unpinned_actions(path.read_text(encoding="utf-8")) == []
+
+
+def test_pre_commit_runs_the_checks_of_make_check() -> None:
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    checks = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe.splitlines()]
+    hooks = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [hook.removesuffix(" --force-exclude") for hook in hooks] == checks
 
 
 # --- the checks can fail ---------------------------------------------------------------------------
@@ -245,6 +324,35 @@ def test_link_to_what_is_not_there_is_found(tmp_path: Path) -> None:
         "there.md#gone",
         "#other",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("as card-contract §4.99 says", "card-contract §4.99"),
+        ("(card-contract §4.5, §77)", "card-contract §77"),
+        ("as the-contract §4 says", "the-contract §4"),
+        ("DESIGN §2", "DESIGN §2"),
+        ("by §4 alone", "None §4"),
+    ],
+)
+def test_citation_of_what_is_not_in_the_repository_is_found(text: str, problem: str) -> None:
+    assert wrong_citations(text) == [problem]
+
+
+def test_citations_of_sections_that_are_there_are_no_problem() -> None:
+    assert wrong_citations("card-contract §4.5 and §8; validation-methods §12.7,\n§14.2. In design §2") == []
+    assert wrong_citations("as in §4", "card-contract") == []
+
+
+def test_page_that_is_not_there_is_found() -> None:
+    assert missing_pages("see docs/power.md, docs/gone.md and facts/style.md.") == ["docs/gone.md", "facts/style.md"]
+
+
+def test_action_by_tag_is_found() -> None:
+    pinned = f"actions/checkout@{'0' * 40}"
+    text = f"- uses: {pinned} # v4\n- uses: actions/checkout@v4\n- uses: {pinned}\n"
+    assert unpinned_actions(text) == ["actions/checkout@v4", pinned]
 
 
 def test_config_with_an_unknown_key_is_found(tmp_path: Path) -> None:

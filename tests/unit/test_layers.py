@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import rule of DESIGN §2 and what no module may do, read from the source of every module.
+"""The import rule of design §2 and what no module may do, read from the source of every module.
 
 Each rule is a function from source text to offences, so that it is itself tested on a text that offends.
 """
@@ -98,7 +98,7 @@ NAMES = sorted(MODULES)
 
 
 def layer(module: str) -> str | None:
-    """The word of DESIGN §2 that a module of ours belongs to; None for the package itself."""
+    """The word of design §2 that a module of ours belongs to; None for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] != "__init__" else None
 

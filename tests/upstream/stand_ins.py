@@ -2,7 +2,7 @@
 """Defects of QEfficient, each as a small stand-in that has it, with our verdict on the stand-in.
 
 The defects were verified at commit ebf55e815 of github.com/quic/efficient-transformers (2026-08-20) and are numbered as
-in ``facts/upstream-qefficient.md``; its own tests do not look where they show (section 5 there).
+in ``docs/specs/upstream.md``; its own tests do not look where they show (section 5 there).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Defect:
 
     Attributes:
         name: what is wrong.
-        section: of ``facts/upstream-qefficient.md``.
+        section: of ``docs/specs/upstream.md``.
         stand_in: builds something with the defect and has it judged.
         expected: the status of the verdict.
         remark: why a verdict without a reason is right.

@@ -114,6 +114,12 @@ def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | 
 
     Raises:
         ConfigError: the model has an adapter, or this one does not fit it.
+
+    Examples:
+        >>> model, tokenizer = load_model_and_tokenizer({"source": "random:llama", "seed": 0})
+        >>> adapted = apply_peft(model, {"peft_method": "lora", "r": 4, "target_modules": ["q_proj"], "init": "random"})
+        >>> sorted({name.split(".")[-2] for name in adapter_tensors(adapted)})
+        ['lora_A', 'lora_B']
     """
     given = as_mapping(config)
     if not _truth(given, "use_peft"):

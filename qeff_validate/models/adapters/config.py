@@ -69,6 +69,10 @@ def generate_peft_config(config: Any) -> PeftConfig:
 
     Raises:
         ConfigError: the method or an option is unknown or does not fit; the text says what would.
+
+    Examples:
+        >>> generate_peft_config({"peft_method": "rslora", "r": 4}).use_rslora
+        True
     """
     options = {key: value for key, value in as_mapping(config).items() if key not in (*MODEL_KEYS, *APPLY_KEYS)}
     adapter = as_mapping(config).get("adapter")

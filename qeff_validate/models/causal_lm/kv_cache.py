@@ -3,7 +3,7 @@
 
 Each row writes its tokens at their own positions, so rows of one batch may stand at different places, and padding
 (position −1) writes nowhere. Slots that were never written may hold anything, NaN too: they are replaced before
-attention reads them, because 0 · NaN is NaN (DESIGN §5).
+attention reads them, because 0 · NaN is NaN (design §5).
 """
 
 from __future__ import annotations

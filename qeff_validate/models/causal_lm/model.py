@@ -77,7 +77,7 @@ class Prompts:
 
 
 class PeftCausalLM:
-    """The model kind ``peft-causal-lm`` (graph interface: DESIGN §3).
+    """The model kind ``peft-causal-lm`` (graph interface: design §3).
 
     Args:
         case: the case.

@@ -2,7 +2,7 @@
 """The relation ``scaled``: a small share of an adapter has that share of its effect.
 
 Log-probabilities are smooth in the adapter's weights, so for a small share s their change is proportional to s,
-whatever the model (validation-methods §11, linearity probe). An adapter with a factor that is not an
+whatever the model (validation-methods §12.7). An adapter with a factor that is not an
 input, is quantized away or is clipped does not keep this.
 """
 

@@ -138,6 +138,14 @@ class PooledModel(nn.Module):
 
     Raises:
         ConfigError: unknown pooling, or one of another signature.
+
+    Examples:
+        >>> class Body(nn.Module):
+        ...     def forward(self, input_ids, attention_mask):
+        ...         return (torch.stack([input_ids, -input_ids], dim=-1).float(),)
+        >>> model = PooledModel(Body(), pooling="mean")
+        >>> model(torch.tensor([[2, 4, 9]]), torch.tensor([[1, 1, 0]]))  # the last token is padding
+        tensor([[ 3., -3.]])
     """
 
     def __init__(

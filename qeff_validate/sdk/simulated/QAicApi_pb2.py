@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The IoDesc messages of package `aicapi` (qaic-contract §3), under the module name that real clients import.
+"""The IoDesc messages of package `aicapi` (card-contract §3), under the module name that real clients import.
 
 They are built from a descriptor in a pool of their own: generated code would refuse an older protobuf
 runtime, and the default pool would clash with the real module in the same process.

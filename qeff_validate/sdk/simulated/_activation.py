@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program while it is active: what it takes of its cards, and the state that it keeps there (qaic-contract §4.5)."""
+"""A program while it is active: what it takes of its cards, and the state that it keeps there (card-contract §4.5)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qpc of the `qaicrt` API: a compiled program and what it says of its buffers (qaic-contract §2.2, §3)."""
+"""Qpc of the `qaicrt` API: a compiled program and what it says of its buffers (card-contract §2.2, §3)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Binding:
 
 
 def _mapped(kind: int) -> BufferDataTypeEnum:
-    """Returns the type of a buffer mapping, which has no name for bfloat16 (qaic-contract §2.1)."""
+    """Returns the type of a buffer mapping, which has no name for bfloat16 (card-contract §2.1)."""
     known = kind in BufferDataTypeEnum.__members__.values()
     return BufferDataTypeEnum(kind) if known else BufferDataTypeEnum.INVAL
 

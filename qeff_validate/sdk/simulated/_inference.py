@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One inference: which specialization it is, what goes to the card, what comes back (qaic-contract §4.3, §4.4)."""
+"""One inference: which specialization it is, what goes to the card, what comes back (card-contract §4.3, §4.4)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context and Program of the `qaicrt` API: from a QPC to one or more cards (qaic-contract §2.4, §4.1, §4.7)."""
+"""Context and Program of the `qaicrt` API: from a QPC to one or more cards (card-contract §2.4, §4.1, §4.7)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Context:
 
 
 class QAicProgramProperties:
-    """Properties of a Program; an unknown attribute raises AttributeError (qaic-contract §2.4)."""
+    """Properties of a Program; an unknown attribute raises AttributeError (card-contract §2.4)."""
 
     __slots__ = ("SubmitRetryTimeoutMs", "dataPathTimeoutMs", "devMapping", "selectMask", "submitNumRetries")
 

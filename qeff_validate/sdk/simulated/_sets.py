@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InferenceVector and InferenceSet of the `qaicrt` API: a pool of buffers over activations (qaic-contract §2.6)."""
+"""InferenceVector and InferenceSet of the `qaicrt` API: a pool of buffers over activations (card-contract §2.6)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slicing specs: which block of a retained state travels (qaic-contract §4.8)."""
+"""Slicing specs: which block of a retained state travels (card-contract §4.8)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Util of the `qaicrt` API: queries about cards and versions (qaic-contract §2.7)."""
+"""Util of the `qaicrt` API: queries about cards and versions (card-contract §2.7)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Enums, buffers and dims of the `qaicrt` API (qaic-contract §2.1, §2.3)."""
+"""Enums, buffers and dims of the `qaicrt` API (card-contract §2.1, §2.3)."""
 
 from __future__ import annotations
 

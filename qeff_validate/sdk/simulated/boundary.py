@@ -24,7 +24,7 @@ from .static import rename
 Dims = tuple[int, ...]
 T = onnx.TensorProto
 
-# ONNX element type -> (binding type, element type at the stored graph's border); qaic-contract §3.1, §6.7
+# ONNX element type -> (binding type, element type at the stored graph's border); card-contract §3.1, §6.7
 BINDING_TYPES: dict[int, tuple[int, int]] = {
     int(T.FLOAT): (aicapi.FLOAT_TYPE, int(T.FLOAT)),
     int(T.FLOAT16): (aicapi.FLOAT_16_TYPE, int(T.FLOAT16)),
@@ -84,7 +84,7 @@ def ports(graph: Any, custom: Mapping[str, Wanted]) -> list[Port]:
         custom: IO name to what is wanted, from the custom IO list.
 
     Raises:
-        CompileError: An unsupported type, or a custom IO entry that does not fit (qaic-contract §6.3).
+        CompileError: An unsupported type, or a custom IO entry that does not fit (card-contract §6.3).
     """
     found = [_port(info, True, custom) for info in graph.input]
     found += [_port(info, False, custom) for info in graph.output]
@@ -204,7 +204,7 @@ def _casts(node: Any, to: int) -> bool:
 
 
 def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:
-    """Returns input X -> output X_RetainedState or X_InternalRetainedState, by name alone (qaic-contract §4.5).
+    """Returns input X -> output X_RetainedState or X_InternalRetainedState, by name alone (card-contract §4.5).
 
     Raises:
         CompileError: The two of a pair differ in type or dims, so they can not share memory.
@@ -237,7 +237,7 @@ def io_desc(
     specialized: bool,
     partial: Collection[str] = (),
 ) -> bytes:
-    """Returns the serialized IoDesc (qaic-contract §3.3).
+    """Returns the serialized IoDesc (card-contract §3.3).
 
     Args:
         all_ports: Inputs, then outputs.

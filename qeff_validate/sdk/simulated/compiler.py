@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated `qaic-compile`: ONNX in, a QPC for the simulated card out (qaic-contract §6, §8).
+"""The simulated `qaic-compile`: ONNX in, a QPC for the simulated card out (card-contract §6, §8).
 
 Run as `python -m qeff_validate.sdk.simulated.compiler <flags>`. Exit code 0 and `<dir>/programqpc.bin`,
 or 255, the reason on stderr, and no file. An existing binary directory is accepted unless it holds a
@@ -27,7 +27,7 @@ from .retained import quantize_writes
 from .shapes import Symbols, concrete_shapes, read_specializations, symbols_of
 from .weights import Weight
 
-# From here on the compiler is qaic-compile, and generations of cards have names (qaic-contract §1.2).
+# From here on the compiler is qaic-compile, and generations of cards have names (card-contract §1.2).
 _RENAMED = (1, 21)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`-mxfp6-matmul`: the constant weights of MatMul and Gemm become what MXFP6 leaves of them (qaic-contract §7).
+"""`-mxfp6-matmul`: the constant weights of MatMul and Gemm become what MXFP6 leaves of them (card-contract §7).
 
 A weight is an initializer that a MatMul or Gemm reads, directly or through Transpose and Identity; blocks lie along the
 dim that is summed over. Whoever else reads it (a tied embedding, a node that is named to be in float32) keeps the

@@ -13,7 +13,7 @@ from .static import nodes_of
 QUALCOMM = ("com.qualcomm.cloud", "com.qti.aisw.onnx")
 MICROSOFT = "com.microsoft"
 ACCEPTED = frozenset({(MICROSOFT, "MatMulNBits")})
-"""Contrib operators that clients compile for cards (qaic-contract §6.7)."""
+"""Contrib operators that clients compile for cards (card-contract §6.7)."""
 
 _OPTIMIZER = (
     "made by ONNX Runtime's optimizer (a model that was saved with optimization level extended or all), by"

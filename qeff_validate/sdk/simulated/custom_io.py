@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom IO list: the precision of single inputs and outputs (qaic-contract §6.3)."""
+"""The custom IO list: the precision of single inputs and outputs (card-contract §6.3)."""
 
 from __future__ import annotations
 

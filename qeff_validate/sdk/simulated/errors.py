@@ -9,7 +9,7 @@ STANDARD = ("", "ai.onnx")
 
 
 class CompileError(Exception):
-    """The compiler refuses: the text goes to stderr and the exit code is 255 (qaic-contract §6.6)."""
+    """The compiler refuses: the text goes to stderr and the exit code is 255 (card-contract §6.6)."""
 
 
 class QpcError(Exception):
@@ -22,7 +22,7 @@ def opset_of(model: Any) -> int:
 
 
 def rejected(model: Any, why: str, operator: str = "", node: Any = None) -> CompileError:
-    """Returns the importer's error in the form of qaic-contract §8, and behind it, marked, what a card's omits.
+    """Returns the importer's error in the form of card-contract §8, and behind it, marked, what a card's omits.
 
     Args:
         model: ModelProto.

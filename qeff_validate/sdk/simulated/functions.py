@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local functions and the custom operators that QEfficient's exports use (qaic-contract §6.7).
+"""Local functions and the custom operators that QEfficient's exports use (card-contract §6.7).
 
 A function that the model carries is inlined, nested ones too. Custom operators with a clear meaning get a body
 of standard operators if the model carries none. Others are refused by name.

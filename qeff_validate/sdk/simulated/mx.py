@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Microscaling formats, OCP MX v1.0: blocks of 32 numbers that share one power of two (qaic-contract §7).
+"""Microscaling formats, OCP MX v1.0: blocks of 32 numbers that share one power of two (card-contract §7).
 
 A block's scale is 2^(floor(log2(greatest magnitude)) − emax), where emax is the exponent of the element type's greatest
 number. Each number is divided by it, rounded half to even to an element, and saturated. Everything but the rounding to

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half precision on a CPU: each value a node hands on is an fp16 value, computed in fp32 (qaic-contract §7).
+"""Half precision on a CPU: each value a node hands on is an fp16 value, computed in fp32 (card-contract §7).
 
 The graph stays a float32 graph, so ONNX Runtime has a kernel for every node. Rounding is made explicit:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated `qaic-exec`, the compiler's old manner of being called (qaic-contract §1.2).
+"""The simulated `qaic-exec`, the compiler's old manner of being called (card-contract §1.2).
 
 It has the hardware version 2.0, and would run the program after compiling it unless `-compile-only` is given. What the
 compiler itself takes in goes by the SDK's version, see `release`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiler's command line: single-dash flags, `-flag=value`, bare booleans (qaic-contract §6.1)."""
+"""The compiler's command line: single-dash flags, `-flag=value`, bare booleans (card-contract §6.1)."""
 
 from __future__ import annotations
 

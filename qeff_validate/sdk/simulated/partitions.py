@@ -23,7 +23,7 @@ def read(path: Path, graph: Any) -> tuple[int, int, list[str]]:
     """Returns the number of devices, the most cores that one of them needs, and warnings.
 
     Raises:
-        CompileError: The file is missing, not of the form of qaic-contract §6.5, or does not fit the graph.
+        CompileError: The file is missing, not of the form of card-contract §6.5, or does not fit the graph.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

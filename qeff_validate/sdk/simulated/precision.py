@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes compute in float32, and which in fp16 (qaic-contract §6.1, §6.4).
+"""Which nodes compute in float32, and which in fp16 (card-contract §6.1, §6.4).
 
 A node in float32 reads unrounded values where there are some, and hands its own on unrounded to others in
 float32; nodes in fp16 read the rounded value. Names of nodes decide before types of operators do, and both
@@ -80,7 +80,7 @@ def plan(fp16: bool, path: Path | None, fp16_ops: Collection[str], fp32_ops: Col
     """Reads the node precision file, if there is one, and returns the choice.
 
     Raises:
-        CompileError: The file is missing or not of the form of qaic-contract §6.4, or it contradicts itself.
+        CompileError: The file is missing or not of the form of card-contract §6.4, or it contradicts itself.
     """
     lists = dict.fromkeys(_KEYS, frozenset[str]()) if path is None else _read(path)
     fp16_names, fp32_names = (lists[key] for key in _KEYS)

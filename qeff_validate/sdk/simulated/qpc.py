@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulator's QPC: one file, `<dir>/programqpc.bin`, that a real card refuses and that refuses real QPCs.
 
-Layout, little-endian (the real format is in qaic-contract §5 and shares nothing with it but the file name)::
+Layout, little-endian (the real format is in card-contract §5 and shares nothing with it but the file name)::
 
     page 0      preamble: magic, format version, crc of the header, total size, offset and size of the header
     page 1 …    segment constants: the weights, each on a page of its own, so that ONNX Runtime can map them

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version that the simulated SDK claims, read from its version files (qaic-contract §1.3)."""
+"""The version that the simulated SDK claims, read from its version files (card-contract §1.3)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From symbolic to concrete dims: specializations, defined symbols, batch size (qaic-contract §6.1, §6.2)."""
+"""From symbolic to concrete dims: specializations, defined symbols, batch size (card-contract §6.1, §6.2)."""
 
 from __future__ import annotations
 

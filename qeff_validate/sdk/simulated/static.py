@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses dims that depend on data: a program for the card has one fixed shape per value (qaic-contract §6.7).
+"""Refuses dims that depend on data: a program for the card has one fixed shape per value (card-contract §6.7).
 
 A value is known when the model is compiled if only constants and shapes go into it. Operands that decide about
 dims must be known; what is known is not computed here, ONNX Runtime folds it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated `qaic-util` and `qaic-version-util` (qaic-contract §1.4, §1.1).
+"""The simulated `qaic-util` and `qaic-version-util` (card-contract §1.4, §1.1).
 
 Run as `python -m qeff_validate.sdk.simulated.tools qaic-util -q`. What is free is what this process sees:
 accounting does not cross processes, so a fresh `qaic-util` shows everything free.

@@ -108,7 +108,7 @@ def compile_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable
 
 
 class Client:
-    """A session as real clients write it (qaic-contract §2.5)."""
+    """A session as real clients write it (card-contract §2.5)."""
 
     def __init__(self, directory: Path, *, activate: bool = True) -> None:
         self.context = rt.Context(rt.QIDList([0]))

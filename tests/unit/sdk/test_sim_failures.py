@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiler rows of the failure catalogue (qaic-contract §8), each by a process of its own."""
+"""The compiler rows of the failure catalogue (card-contract §8), each by a process of its own."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_protobuf_numbers():
     constants = {name: getattr(aicapi, name) for name in list(aicapi.bufferIoDataTypeEnum.keys())}
     assert constants == dict(aicapi.bufferIoDataTypeEnum.items())
     binding = aicapi.IoBinding(name="a", index=1, dims=[2, 3], size=24, is_valid=True)
-    # Field numbers as in §3.2: 1 name, 2 index, 7 dims (packed), 8 size, 20 is_valid.
+    # Field numbers as in card-contract §3.2: 1 name, 2 index, 7 dims (packed), 8 size, 20 is_valid.
     assert binding.SerializeToString().hex() == "0a0161" + "1001" + "3a020203" + "4018" + "a00101"
     desc = aicapi.IoDesc(selected_set=aicapi.IoSet(name="default", bindings=[binding]), program_name="p")
     desc.allowed_shapes.add().shapes.add(type=1, dims=[4])

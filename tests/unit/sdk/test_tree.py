@@ -26,7 +26,7 @@ from qeff_validate.sdk.simulated import old_compiler
 
 PYTHON = Path(sys.executable)
 LIBRARY = f"dev/lib/{platform.machine()}/qaicrt"
-EXPECTED = {  # where real clients look, qaic-contract §1.1
+EXPECTED = {  # where real clients look, card-contract §1.1
     "exec/qaic-compile",
     "tools/qaic-util",
     "tools/qaic-version-util",

@@ -53,7 +53,7 @@ def of_thousands(actual: float) -> tuple[np.ndarray, np.ndarray]:
     return np.full((N, D), 1000, np.float32), np.full((N, D), actual, np.float32)
 
 
-# --- holes (validation-methods §11, upstream-qefficient §5) what passes, and what does not
+# --- holes (validation-methods §11, upstream §5) what passes, and what does not
 
 HOLES: dict[str, tuple[Callable[..., bool], np.ndarray, np.ndarray, str, bool]] = {
     "one dimension + 3 of 384 has a mean of 0.0078": (upstream_mad, clean(), with_dimension(3.0), "fp16", True),
