@@ -33,7 +33,7 @@ LOGIT_GATES = ("kl_p99", "kl_max", *ERRORS, "flips", "tie_flips")
 
 FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "fp32": {"kl_p99": 1e-9, "kl_max": 1e-8, **dict(zip(ERRORS, (1e-4, 2e-4, 3e-4, 4e-4, 5e-4), strict=True))},
+        "fp32": {"kl_p99": 1e-9, "kl_max": 1e-8, **dict(zip(ERRORS, (1e-4, 2.5e-4, 3e-4, 4e-4, 5e-4), strict=True))},
         "fp16": {"kl_p99": 1e-3, "kl_max": 1e-2, **dict(zip(ERRORS, (0.03, 0.1, 0.2, 0.25, 0.5), strict=True))},
         "bf16": {"kl_p99": 5e-3, "kl_max": 5e-2, **dict(zip(ERRORS, (0.07, 0.25, 0.5, 0.6, 1.2), strict=True))},
     }

@@ -24,7 +24,7 @@ from qeff_validate.artifact import Artifact, Kind, fingerprint
 from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.provenance import BESIDE, about
-from qeff_validate.builders.store import Entry, Store, code_key
+from qeff_validate.builders.store import Entry, Store, code_key, measures_key
 from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
 from qeff_validate.comparison.noise_floor import Floor, belonging, digest_of
 from qeff_validate.comparison.vector_metrics import Floats
@@ -442,7 +442,7 @@ class Pipeline:
         def make() -> Tensors:
             return measured(made, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
 
-        key = {**self._measured_key(), "precision": precision.model_dump(mode="json")}
+        key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 
         def get() -> Floor:
             return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
@@ -463,7 +463,7 @@ class Pipeline:
             exact, sample = self.exact(), self.sample()
             return trials(self.case.model, made, exact, sample.reference, sample.inputs).stored()
 
-        key = {**self._measured_key(), "faults": faults_key()}
+        key = {**self._measured_key(), "faults": faults_key(), "measures": measures_key()}
         return self._once(
             "faults tried", lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]), show=True
         )

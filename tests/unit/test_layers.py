@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from qeff_validate.builders.store import JUDGES, SHAPES_ARTIFACTS
+
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
@@ -139,6 +141,17 @@ def side_by_side(source: str, name: str) -> list[str]:
     return offences
 
 
+def shaped_by_judges(source: str, name: str) -> list[str]:
+    """Imports of what judges or explains, as a module that shapes artifacts is loaded."""
+    path = name.removeprefix("qeff_validate.").replace(".", "/") + ".py"
+    if not path.startswith(tuple(f"{folder}/" for folder in SHAPES_ARTIFACTS)) or path in JUDGES:
+        return []
+    judges = tuple("qeff_validate." + judge.removesuffix(".py").replace("/", ".") + "." for judge in JUDGES)
+    return [
+        f"{name} imports {item.module}" for item in imports(source, name) if item.top and item.module.startswith(judges)
+    ]
+
+
 def misplaced_frameworks(source: str, name: str) -> list[str]:
     """Imports of a framework where none may be, wherever in the module they stand."""
     if layer(name) in MAY_USE_FRAMEWORKS:
@@ -195,7 +208,7 @@ Rule = Callable[[str, str], list[str]]
 
 
 @pytest.mark.parametrize(
-    "rule", [wrong_way, side_by_side, misplaced_frameworks, unsafe], ids=lambda rule: rule.__name__
+    "rule", [wrong_way, side_by_side, shaped_by_judges, misplaced_frameworks, unsafe], ids=lambda rule: rule.__name__
 )
 def test_no_module_breaks_a_rule(rule: Rule) -> None:
     assert [offence for name, source in MODULES.items() for offence in rule(source, name)] == []
@@ -322,6 +335,13 @@ def test_framework_in_a_layer_without_one_is_found(source: str) -> None:
 )
 def test_import_out_of_the_simulated_sdk_is_found(source: str) -> None:
     assert len(simulator_leaks(source, "qeff_validate.sdk.simulated.qpc")) == 1
+
+
+def test_judge_in_what_shapes_artifacts_is_found() -> None:
+    source = "from qeff_validate.models.causal_lm.failure_hints import pattern"
+    assert len(shaped_by_judges(source, "qeff_validate.models.causal_lm.model")) == 1
+    assert shaped_by_judges(source, "qeff_validate.models.causal_lm.verdict") == []
+    assert shaped_by_judges(f"def f():\n    {source}", "qeff_validate.models.causal_lm.model") == []
 
 
 def test_module_that_loads_a_framework_through_others_is_found() -> None:

@@ -29,7 +29,6 @@ from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_
 from qeff_validate.models.causal_lm.decode_loop import Plan
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
-from qeff_validate.models.causal_lm.verdict import check_continuations, judge_continuations, measure_continuations
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.models.sources.embedding_tables import module_tables
@@ -232,6 +231,8 @@ class PeftCausalLM:
         Raises:
             IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
         """
+        from qeff_validate.models.causal_lm.verdict import check_continuations
+
         vocabulary = self.graph.outputs[0].shape[-1]
         check_continuations(reference, len(inputs.ids) * len(inputs.adapters), self.options.max_new_tokens, vocabulary)
 
@@ -321,6 +322,8 @@ class PeftCausalLM:
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
         """Return the errors of logits, and of what each adapter changes."""
+        from qeff_validate.models.causal_lm.verdict import measure_continuations
+
         return measure_continuations(exact, outputs["logits"], exact["steps"], list(inputs.adapters), inputs.labels)
 
     def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
@@ -346,6 +349,8 @@ class PeftCausalLM:
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
         """Compare logits, choices, adapters' effects and second visits."""
+        from qeff_validate.models.causal_lm.verdict import judge_continuations
+
         return judge_continuations(reference, actual, terms, adapters=list(inputs.adapters), inputs=inputs)
 
     def relate(self, name: str, session: Session, inputs: Prompts, terms: Terms) -> Verdict:

@@ -25,11 +25,9 @@ from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.files import read_lines
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
-from qeff_validate.models.embedding.filler_rows import rows_reached
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import Head, published, resolve_head
 from qeff_validate.models.framework_calls import foreign
-from qeff_validate.models.padding_hint import padding_hint
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Given, Source, resolve
@@ -341,6 +339,8 @@ class PooledEmbedding:
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
         """Compare vectors row by row."""
+        from qeff_validate.models.padding_hint import padding_hint
+
         bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
         if terms.device and terms.floor is not None:
             bounds = stray_bounds(terms.floor) | bounds
@@ -357,6 +357,8 @@ class PooledEmbedding:
 
     def reached(self, session: Session, inputs: TokenRows, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
         """See `protocols.Filled`."""
+        from qeff_validate.models.embedding.filler_rows import rows_reached
+
         if inputs.per_token or any(len(array) != len(inputs.ids) for array in actual.values()):
             return (), ()
         return rows_reached(partial(self.infer, session), inputs, self._batch_size(session), actual)

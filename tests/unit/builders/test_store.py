@@ -11,12 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qeff_validate.builders import store
 from qeff_validate.builders.store import PROVENANCE, Store
 from qeff_validate.errors import BuildError
 
@@ -451,3 +452,51 @@ def test_entry_whose_prune_is_under_way_is_waited_for_and_made_again(tmp_path: P
 
     assert Store(tmp_path).entry("onnx", KEY, writes(), waiting=waiting).made
     assert said == ["waiting"]
+
+
+# --- what code is part of a key ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the package's sources, which the keys of code are made from."""
+    copy = shutil.copytree(store.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(store, "PACKAGE", copy)
+    yield copy
+    for key in (store.code_key, store.measures_key):
+        key.cache_clear()
+
+
+def keys() -> tuple[str, str]:
+    for key in (store.code_key, store.measures_key):
+        key.cache_clear()
+    return store.code_key(), store.measures_key()
+
+
+def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
+    code, measures = keys()
+    for name in store.JUDGES:
+        file = package / name
+        file.write_text(file.read_text().replace("the", "this", 1))
+        assert keys()[0] == code, name
+        assert keys()[1] != measures, name
+        measures = keys()[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["models/causal_lm/wrapper.py", "models/emulation/ensemble.py", "builders/export_onnx.py"]
+)
+def test_another_line_of_what_shapes_artifacts_gives_them_another_key(package: Path, name: str) -> None:
+    code, measures = keys()
+    with (package / name).open("a") as file:
+        file.write("# another line\n")
+    assert keys()[0] != code
+    assert keys()[1] == measures
+
+
+def test_noise_floor_is_measured_anew_with_another_metric(package: Path) -> None:
+    code, measures = keys()
+    with (package / "comparison" / "vector_metrics.py").open("a") as file:
+        file.write("# another line\n")
+    assert keys()[0] == code
+    assert keys()[1] != measures
