@@ -24,7 +24,8 @@ from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
-from qeff_validate.pipeline.case_pipeline import Pipeline, Progress, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, capabilities, model_kind, registered, runtime
 from qeff_validate.report.result import Report, Result
 from qeff_validate.runtimes.isolation.parent import Isolated

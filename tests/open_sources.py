@@ -13,7 +13,7 @@ from typing import Any
 from qeff_validate import model
 from qeff_validate.artifact import Artifact
 from qeff_validate.config.case import Case
-from qeff_validate.pipeline.case_pipeline import adopted
+from qeff_validate.pipeline.user_artifacts import user_artifact
 from qeff_validate.protocols import Settings, runtime
 from tests.opened_files import opened_below
 
@@ -51,7 +51,7 @@ def main(root: Path) -> None:
         if "runtime" in entry:
             given = case.artifacts
             path = Path(given.onnx or given.qpc or "")
-            adopted(case, entry["kind"], path)
+            user_artifact(case, entry["kind"], path)
             known = {(folder / file).resolve() for file in entry["known"]}
             with opened_below(watched) as opened:
                 opening = runtime(entry["runtime"], Settings()).open(Artifact(entry["kind"], path, ""))

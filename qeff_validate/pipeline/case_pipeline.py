@@ -3,40 +3,34 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from datetime import date
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from qeff_validate.artifact import Artifact, Kind, fingerprint
-from qeff_validate.builders.external_data import external_files
-from qeff_validate.builders.graph_size import check_graph
-from qeff_validate.builders.provenance import BESIDE, about
+from qeff_validate.builders.provenance import about
 from qeff_validate.builders.store import Entry, Store, code_key, measures_key
-from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
+from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows
 from qeff_validate.comparison.noise_floor import Floor, belonging, digest_of
-from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.framework_calls import versions
-from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.mutation.power import Ceiling, faults_key
 from qeff_validate.mutation.power import measured as trials
+from qeff_validate.pipeline.expectations import with_expectation
+from qeff_validate.pipeline.measure_floor import Sample, measure_floor
+from qeff_validate.pipeline.memory import release_memory, trim_memory
 from qeff_validate.pipeline.recorded_file import is_input, naming, outputs_of, part, parts, read_recorded, sealed
+from qeff_validate.pipeline.stages import Progress, Stages
+from qeff_validate.pipeline.timing import TimedSession
+from qeff_validate.pipeline.user_artifacts import user_artifact
 from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
@@ -44,33 +38,7 @@ from qeff_validate.protocols import Model, Runtime, Session, Terms, capabilities
 from qeff_validate.report.result import Result, Rung
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, save_tensors
-
-T = TypeVar("T")
-
-MOST_PROGRAM = 128 << 30
-"""Bytes of a compiled program: no card has so much memory."""
-
-
-class Progress(Protocol):
-    """Is told what is going on; the default says nothing."""
-
-    def step(self, text: str) -> AbstractContextManager[None]:
-        """Enclose one long step."""
-
-    def line(self, text: str) -> None:
-        """Take one line of a child's output."""
-
-
-class Silent:
-    """Says nothing."""
-
-    def step(self, text: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Ignore the step."""
-        return nullcontext()
-
-    def line(self, text: str) -> None:
-        """Ignore the line."""
+from qeff_validate.tensors import Array, Tensors, save_tensors
 
 
 class Pipeline:
@@ -89,7 +57,7 @@ class Pipeline:
     ) -> None:
         self.case, self.options, self.store, self.progress = case, options, store, progress
         self._given, self._tokenizer, self._wrapper = model, tokenizer, wrapper
-        self._done: dict[str, Any] = {}
+        self.stages = Stages(case.name, progress)
         self.seconds: dict[str, float] = {}
         self.actual: Tensors = {}
         """What the last runtime gave, for who looks closer."""
@@ -98,7 +66,7 @@ class Pipeline:
         """Run and judge the case on one runtime; whatever goes wrong becomes a result."""
         result = self._guarded(adapter, lambda base: self._judged(adapter, base))
         trim_memory()  # only now nothing holds the session
-        return known_failure(self.case, result)
+        return with_expectation(self.case, result)
 
     def _guarded(self, adapter: Runtime, judge: Callable[[dict[str, Any]], Result]) -> Result:
         base: dict[str, Any] = {"case": self.case.name, "runtime": adapter.name}
@@ -133,7 +101,7 @@ class Pipeline:
             return GraphPrecision()
         path = Path(brought.onnx)
         self._adopted("onnx", path)  # a bomb of functions, a pipe or a device is refused before anything opens it
-        return self._once("precision of the file", lambda: graph_precision(path))
+        return self.stages.once("file.precision", lambda: graph_precision(path), "precision of the file")
 
     def _file_may_be_the_cause(self, adapter: Runtime) -> bool:
         """Return whether a user's file rounds in ways that no bound allows for."""
@@ -172,7 +140,7 @@ class Pipeline:
             sides = sides_of(self.case, kind, self.model(), recorded, in_memory=in_memory)
             return ladder(self.model(), self.inputs(), sides, lambda: self._body_key()["body"])
 
-        return self._once(f"prechecks for {kind}", climb)
+        return self.stages.once(f"prechecks.{kind}", climb, f"prechecks for {kind}")
 
     def _numbers(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
@@ -181,17 +149,17 @@ class Pipeline:
         artifact = self.artifact(adapter.kind, capabilities(adapter).sdk)
         with ExitStack() as held:
             start = time.perf_counter()
-            with self._stage("load", adapter.name):
-                session = Timed(held.enter_context(self._opened(adapter, artifact)))
+            with self.stages.step("load", adapter.name):
+                session = TimedSession(held.enter_context(self._opened(adapter, artifact)))
                 watched = Watched(session, inputs)
             loaded = time.perf_counter() - start
-            with self._stage("run", adapter.name):
+            with self.stages.step("run", adapter.name):
                 actual = self.actual = self.model().infer(watched, inputs, reference)
                 times = session.timings(len(inputs.labels))
                 reached, told = self._fillers(adapter, watched, actual)
         base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
         ceiling = self.ceiling()
-        with self._stage("compare", adapter.name):
+        with self.stages.step("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), capabilities(adapter).compute != "fp32"
             ours, padded = not self._foreign(adapter.kind), watched.padded()
             terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
@@ -226,11 +194,11 @@ class Pipeline:
         brought = self.case.artifacts
         if kind == "qpc" and brought.qpc:
             path = Path(brought.qpc)
-            return self._once("origin of the QPC", lambda: about("qpc", path).model is None)
+            return self.stages.once("qpc.origin", lambda: about("qpc", path).model is None, "origin of the QPC")
         if kind == "module" or not brought.onnx:
             return False
         path = Path(brought.onnx)
-        return self._once("origin of the file", lambda: about("onnx", path).model is None)
+        return self.stages.once("file.origin", lambda: about("onnx", path).model is None, "origin of the file")
 
     def _fillers(self, adapter: Runtime, session: Session, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
         """Return the rows that change with a token-less row beside them, in a graph of others, and findings."""
@@ -248,7 +216,7 @@ class Pipeline:
         inputs, artifact = self.inputs(), self.artifact(adapter.kind, capabilities(adapter).sdk)
         terms = Terms(base["precision"], self.case.bounds(adapter.name), self.case.seed)
         try:
-            with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
+            with self.stages.step(name, adapter.name), self._opened(adapter, artifact) as session:
                 verdict = self.model().relate(name, session, inputs, terms)
         except IncomparableError as exc:
             return Result(**base, status="not_run", reason=str(exc), stage=name)
@@ -290,7 +258,7 @@ class Pipeline:
                 wrapper.share = self._shared
             return wrapper
 
-        return self._once("model", make)
+        return self.stages.once("model", make)
 
     def _shared(self, name: str, inputs: Any, run: Callable[[], Tensors]) -> Tensors:
         """Return hidden states of a body, stored by body and token ids: cases with other poolings read them too."""
@@ -308,13 +276,13 @@ class Pipeline:
                 with naming(self.case.artifacts.reference):
                     return self.model().inputs(recorded)
 
-            return self._once("inputs", read)
-        return self._once("inputs", lambda: self.model().inputs(self._inputs()[0]))
+            return self.stages.once("inputs", read)
+        return self.stages.once("inputs", lambda: self.model().inputs(self._inputs()[0]))
 
     def _recorded(self) -> Tensors:
         """Return the tensors of ``artifacts: {reference: …}``; none if the case names no such file."""
         path = self.case.artifacts.reference
-        return {} if path is None else self._once("recorded", lambda: read_recorded(Path(path)))
+        return {} if path is None else self.stages.once("recorded", lambda: read_recorded(Path(path)))
 
     def record(self, folder: Path) -> Path:
         """Write inputs, reference outputs and floors to ``<folder>/<case>.safetensors``, by one rename.
@@ -356,7 +324,7 @@ class Pipeline:
 
     def _inputs(self) -> tuple[Tensors, Entry]:
         made = self.model()
-        return self._once(
+        return self.stages.once(
             "tokenize", lambda: self.store.tensors("inputs", {**made.inputs_key(), "code": code_key()}, made.tokenize)
         )
 
@@ -365,7 +333,7 @@ class Pipeline:
         return {"model": made, "inputs": self._inputs()[1].digest, "dtype": dtype, "code": code_key()}
 
     def _body_key(self) -> Mapping[str, Any]:
-        return self._once("fingerprint", lambda: {**self.model().fingerprint(), **versions("torch")})
+        return self.stages.once("fingerprint", lambda: {**self.model().fingerprint(), **versions("torch")})
 
     def reference(self) -> Tensors:
         """Return the float32 outputs of the Hugging Face model, stored by model and inputs."""
@@ -374,9 +342,12 @@ class Pipeline:
             return self.model().reference(self.inputs(), dtype="float32")
 
         if self.case.artifacts.reference is not None:
-            return self._once("recorded reference", self._recorded_outputs)
-        return self._once(
-            "reference", lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0], show=True
+            return self.stages.once("reference.recorded", self._recorded_outputs, "recorded reference")
+        return self.stages.once(
+            "reference",
+            lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0],
+            "reference",
+            shown=True,
         )
 
     def _recorded_outputs(self) -> Tensors:
@@ -397,7 +368,7 @@ class Pipeline:
         def get() -> Tensors:
             return self.store.tensors("reference", self._measured_key(), make)[0]
 
-        return self._once("reference in float64", get, show=True)
+        return self.stages.once("reference.float64", get, "reference in float64", shown=True)
 
     def sample(self) -> Sample:
         """Return the rows that floor and faults are measured on: all of them, if they are few."""
@@ -415,7 +386,7 @@ class Pipeline:
             some, wanted, rows = made.subset(inputs, reference, choice.rows)
             return Sample(some, wanted, rows, choice)
 
-        return self._once("rows to measure", choose)
+        return self.stages.once("sample", choose, "rows to measure")
 
     def _measured_key(self) -> dict[str, Any]:
         choice = self.sample().choice
@@ -440,14 +411,14 @@ class Pipeline:
             return None
 
         def make() -> Tensors:
-            return measured(made, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
+            return measure_floor(made, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
 
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 
         def get() -> Floor:
             return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
 
-        return self._once(f"noise floor in {profile}", get, show=True)
+        return self.stages.once(f"floor.{profile}", get, f"noise floor in {profile}", shown=True)
 
     def ceiling(self) -> Ceiling | None:
         """Return what faults do to the original model, stored by model, inputs and faults; None as with `floor`."""
@@ -464,8 +435,11 @@ class Pipeline:
             return trials(self.case.model, made, exact, sample.reference, sample.inputs).stored()
 
         key = {**self._measured_key(), "faults": faults_key(), "measures": measures_key()}
-        return self._once(
-            "faults tried", lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]), show=True
+        return self.stages.once(
+            "faults",
+            lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]),
+            "faults tried",
+            shown=True,
         )
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
@@ -481,7 +455,7 @@ class Pipeline:
 
     def loaded(self) -> tuple[Any, Tensors]:
         """Return the torch module that is exported, and example inputs."""
-        return self._once("module", lambda: self.model().module(), show=True)
+        return self.stages.once("module", lambda: self.model().module(), "module", shown=True)
 
     def onnx(self) -> Artifact:
         """Return the exported ONNX file, stored by model, exporter and code."""
@@ -496,15 +470,17 @@ class Pipeline:
             export_onnx(module, examples, self.model().graph, folder, self.case.exporter, self._body_key())
 
         key = {"model": self._body_key(), "export": export_key(self.case.exporter), "code": code_key()}
-        entry = self._once("export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), show=True)
+        entry = self.stages.once(
+            "export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), "export", shown=True
+        )
         self.seconds["export"] = entry.seconds
-        if self._done.pop("module", None) is not None:
+        if self.stages.drop("module"):
             release_memory()  # a Hugging Face module holds cycles; its weights would stand beside ONNX Runtime's
         buckets = self.model().graph.buckets
         return Artifact("onnx", entry.path / "model.onnx", entry.digest, entry.provenance, buckets=buckets)
 
     def _adopted(self, kind: Kind, path: str | Path) -> Artifact:
-        return self._once(kind, lambda: adopted(self.case, kind, Path(path)))
+        return self.stages.once(kind, lambda: user_artifact(self.case, kind, Path(path)))
 
     def qpc(self, sdk: Sdk | None) -> Artifact:
         """Return the compiled QPC, stored by ONNX content, compile options and SDK."""
@@ -535,184 +511,12 @@ class Pipeline:
             "compile": compile_key(case.compile, case.precision, buckets, sdk),
             "code": code_key(),
         }
-        name = "compile" if not sdk.built_in else "compile (simulated)"
-        entry = self._once(name, lambda: self.store.entry("qpc", key, make, waiting=self._waiting), show=True)
+        label = "compile" if not sdk.built_in else "compile (simulated)"
+        entry = self.stages.once(
+            label, lambda: self.store.entry("qpc", key, make, waiting=self._waiting), label, shown=True
+        )
         self.seconds["compile"] = entry.seconds
         return Artifact("qpc", entry.path / "qpc", entry.digest, entry.provenance)
 
     def _waiting(self) -> None:
         self.progress.line("another process is building the same artifact; waiting for it")
-
-    def _once(self, name: str, make: Callable[[], T], *, show: bool = False) -> T:
-        if name not in self._done:
-            with self._stage(name, quiet=not show):
-                try:
-                    self._done[name] = make()
-                except ValidateError as exc:
-                    self._done[name] = exc
-                    raise
-        done: T | ValidateError = self._done[name]
-        if isinstance(done, ValidateError):
-            raise done
-        return done
-
-    @contextmanager
-    def _stage(self, name: str, runtime: str = "", *, quiet: bool = False) -> Iterator[None]:
-        text = f"{self.case.name}: {name}{f' on {runtime}' if runtime else ''}"
-        with nullcontext() if quiet else self.progress.step(text):
-            try:
-                yield
-            except Exception as exc:
-                if getattr(exc, "stage", None) is None:
-                    exc.stage = name  # type: ignore[attr-defined]
-                raise
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What floor and faults are measured on.
-
-    Attributes:
-        inputs: of the measured texts.
-        reference: their float32 reference.
-        rows: the numbers of their rows of an output; None: all.
-        choice: which texts, and why.
-    """
-
-    inputs: Any
-    reference: Tensors
-    rows: NDArray[np.int64] | None
-    choice: DecisiveRows
-
-
-def measured(made: Any, exact: Tensors, sample: Sample, precision: Precision, of: str) -> Floor:
-    """Run the ensemble of a model wrapper (`protocols.Measured`), and keep its errors and its mean.
-
-    Args:
-        made: the model wrapper.
-        exact: the float64 reference of the sample.
-        sample: what is run.
-        precision: in which.
-        of: digest of the whole reference.
-    """
-    inputs = sample.inputs
-    runs = list(made.ensemble(inputs, sample.reference, precision))
-    errors = by_metric([made.measure(exact, run, inputs) for run in runs])
-    if sample.choice.left_out:
-        places = [sample.choice.rows.index(text) for text in sample.choice.drawn]
-        drawn = [by_metric(list(alone(made, exact, run, inputs, places))) for run in runs]
-        errors = {
-            name: worst_of_all(values, np.stack([run[name] for run in drawn]), sample.choice.left_out)
-            for name, values in errors.items()
-        }
-    total = {name: sum(run[name].astype(np.float64) for run in runs) for name in runs[0]}
-    strays = []
-    for run in runs:  # against the others alone: a mean that a run has part in is nearer to it
-        others = {name: (total[name] - run[name]) / (len(runs) - 1) for name in run}
-        strays.append(made.strays(others, run, inputs))
-    center = {name: (array / len(runs)).astype(np.float32) for name, array in total.items()}
-    return Floor(precision.profile, of, errors, by_metric(strays), center, sample.rows, sample.choice.left_out)
-
-
-def alone(
-    made: Any, exact: Tensors, outputs: Tensors, inputs: Any, texts: Sequence[int]
-) -> Iterator[Mapping[str, float]]:
-    """Yield the errors of each of some texts."""
-    for text in texts:
-        one, wanted, rows = made.subset(inputs, exact, [text])
-        yield made.measure(wanted, {name: array[rows] for name, array in outputs.items()}, one)
-
-
-def by_metric(found: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
-    """Turn the metrics of each run into the runs of each metric."""
-    return {name: np.array([each[name] for each in found], dtype=np.float64) for name in found[0]}
-
-
-def release_memory() -> None:
-    """Collect garbage, and hand it back to the system."""
-    gc.collect()
-    trim_memory()
-
-
-def trim_memory() -> None:
-    """Hand back to the system what the C library keeps of freed weights: the next copy stands beside it otherwise."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
-        if trim is not None:
-            trim(0)
-
-
-def known_failure(case: Case, result: Result, today: date | None = None) -> Result:
-    """Mark a result that the case expects; turn an unexpected pass, and an expired expectation, into a failure."""
-    expect = next((item for item in case.expect if item.runtime == result.runtime), None)
-    if expect is None or result.status == "not_run":
-        return result
-    if result.status == "pass":
-        reason = f"passed, but the case expects {expect.status} ({expect.reason}): take the expectation out"
-        return replace(result, status="fail", stage="expect", reason=reason)
-    if result.status != expect.status:
-        return result
-    if (today or date.today()) > expect.until:
-        expired = f"the known failure ({expect.reason}) was accepted until {expect.until} only; {result.reason}"
-        return replace(result, reason=expired)
-    return replace(result, expected=f"{expect.reason}, until {expect.until}")
-
-
-def adopted(case: Case, kind: Kind, path: Path) -> Artifact:
-    """Return an artifact that the user brings, identified by the content of all its files.
-
-    Raises:
-        ConfigError: a file is missing, no regular file, or named by the ONNX file outside of its directory.
-        BuildError: it is an ONNX file that cannot be read, or becomes too large when it is opened.
-    """
-    main = path if kind == "onnx" else path / "programqpc.bin"
-    where = f"case {case.name!r}: artifacts.{kind}"
-    if not os.path.lexists(main):
-        raise ConfigError(f"{where}: there is no file {main}")
-    try:
-        checked([main])
-        if kind == "onnx":
-            check_graph(path)
-        files = [main, *external_files(path)] if kind == "onnx" else checked(qpc_files(path), most_bytes=MOST_PROGRAM)
-        digest = fingerprint(digests(files, path.parent))
-        return Artifact(kind, path, digest, {"given": str(path)}, untrusted=True)
-    except ConfigError as exc:
-        raise ConfigError(f"{where}: {exc}") from exc
-
-
-def qpc_files(path: Path) -> list[Path]:
-    """Return all files of a QPC's directory, and what stands beside it."""
-    beside = path.parent / BESIDE
-    return [*(entry for entry in path.rglob("*") if not entry.is_dir()), *([beside] if os.path.lexists(beside) else [])]
-
-
-class Timed:
-    """A session that notes how long each run took."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.inputs: tuple[TensorSpec, ...] = session.inputs
-        self.outputs: tuple[TensorSpec, ...] = session.outputs
-        self.shapes: tuple[Shapes, ...] = session.shapes
-        self._seconds: list[float] = []
-
-    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run and take the time."""
-        start = time.perf_counter()
-        out = self._session.run(feeds, fetch=fetch)
-        self._seconds.append(time.perf_counter() - start)
-        return out
-
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
-
-    def timings(self, rows: int) -> dict[str, float]:
-        """Return first run, median of the later ones, their number, and rows per second over all."""
-        first, rest = self._seconds[0], self._seconds[1:] or self._seconds
-        return {
-            "first_run": round(first, 6),
-            "median_run": round(median(rest), 6),
-            "runs": len(self._seconds),
-            "rows_per_s": round(rows / sum(self._seconds), 2),
-        }

@@ -21,7 +21,8 @@ from qeff_validate.engine import build, check, model
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import POOLINGS
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, Settings, capabilities, registered, runtime
 from qeff_validate.runtimes.isolation.parent import Isolated
 

@@ -26,7 +26,8 @@ from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
 from qeff_validate.mutation.mutant import session_of
 from qeff_validate.mutation.tracking_session import Feeds, Followed
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
@@ -296,9 +297,7 @@ def variant(made: Pipeline, **options: Any) -> Pipeline:
     """Return a pipeline of the same model and prompts in which what does not change is not made again."""
     found = pipeline(made.case.model_copy(update={"options": {**made.case.options, **options}}))
     made.floor(Precision(compute="fp32")), made.ceiling(), made.onnx()
-    found._done.update(
-        {name: made._done[name] for name in ("tokenize", "reference", "noise floor in fp32", "faults tried", "export")}
-    )
+    found.stages.take(made.stages, ("tokenize", "reference", "floor.fp32", "faults", "export"))
     return found
 
 

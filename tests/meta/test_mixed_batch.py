@@ -18,7 +18,8 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import RowLinear
 from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Session, runtime
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Array, Tensors

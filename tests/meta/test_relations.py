@@ -13,7 +13,8 @@ from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
 from qeff_validate.engine import check
 from qeff_validate.models.embedding.relations import RELATIONS
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, runtime
 from qeff_validate.selftest.faulty_runtime import Standing as Faulty
 from qeff_validate.tensors import Tensors

@@ -15,7 +15,8 @@ from qeff_validate.config.case import Case
 from qeff_validate.engine import check, selftest
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.mutation.mutant import Mutant, mutants, session_of
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.selftest.equivalent_variants import VARIANTS
 from qeff_validate.selftest.faulty_runtime import adapters, embedding
 from qeff_validate.selftest.run import Alarm, Examined, Outcome, examine, sound

@@ -16,7 +16,8 @@ from qeff_validate.builders.store import Store
 from qeff_validate.engine import check
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.models.sources.tokenizers import hashed_words
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 
 OPTIONS = {"seq_len": [48, 64]}
 

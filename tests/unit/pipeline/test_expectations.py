@@ -13,7 +13,7 @@ import pytest
 import qeff_validate as qv
 from qeff_validate.config.case import Expect
 from qeff_validate.engine import load
-from qeff_validate.pipeline.case_pipeline import known_failure
+from qeff_validate.pipeline.expectations import with_expectation
 from qeff_validate.report.result import Report, Result
 from qeff_validate.report.text import closing
 
@@ -23,7 +23,7 @@ LAST = date(2026, 12, 31)
 def judged(status: Any, today: date = LAST, expected: Any = "fail", runtime: str = "ort") -> Result:
     expect = Expect(runtime="ort", status=expected, reason="upstream bug 7", until=LAST)
     case = qv.Case(name="c", source="random:bert", expect=[expect])
-    return known_failure(case, Result(case="c", runtime=runtime, status=status, reason="rel_l2", compared=3), today)
+    return with_expectation(case, Result(case="c", runtime=runtime, status=status, reason="rel_l2", compared=3), today)
 
 
 def test_an_expected_failure_is_kept_visible_and_does_not_fail_the_run() -> None:

@@ -17,7 +17,7 @@ from qeff_validate.comparison.noise_floor import Floor, digest_of
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, strays, worst_errors
 from qeff_validate.config.case import Precision
 from qeff_validate.models.causal_lm.verdict import judge_continuations, measure_continuations
-from qeff_validate.pipeline.case_pipeline import Sample, by_metric, measured
+from qeff_validate.pipeline.measure_floor import Sample, by_metric, measure_floor
 from qeff_validate.protocols import Terms
 from qeff_validate.tensors import Tensors
 
@@ -61,7 +61,7 @@ def test_the_worst_row_of_each_run_is_kept_and_rows_without_a_token_take_no_part
     made = Ensemble(0.1)
     made.runs[2][5] = EXACT[5] * 1.2
     made.runs[4][3] = 9.0
-    floor = measured(made, {"output": EXACT}, ALL, Precision(compute="fp16", weights="mxfp6"), OF)
+    floor = measure_floor(made, {"output": EXACT}, ALL, Precision(compute="fp16", weights="mxfp6"), OF)
     assert (floor.profile, floor.of) == ("fp16+mxfp6", OF)
     wanted = [0.1] * RUNS
     wanted[2] = 0.2
@@ -73,7 +73,7 @@ def test_the_worst_row_of_each_run_is_kept_and_rows_without_a_token_take_no_part
 @pytest.mark.numeric
 def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others() -> None:
     made = Ensemble(0.01, shift=0.05)
-    floor = measured(made, {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
+    floor = measure_floor(made, {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     runs = np.stack(made.runs).astype(np.float64)
     close(floor.center["output"], runs.mean(0), rtol=1e-6, atol=1e-7)
     kept = [row for row in range(8) if row != 3]
@@ -89,7 +89,7 @@ def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others(
 
 @pytest.mark.parametrize(("size", "status"), [(0.1, "pass"), (0.19, "pass"), (0.25, "fail"), (0.4, "fail")])
 def test_verdicts_on_other_noise_of_this_size(size: float, status: str) -> None:
-    floor = measured(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
+    floor = measure_floor(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     # rel_l2 alone: the other metrics of this noise are not of the same size in each draw
     override = {"cosine": 0.9, "norm_ratio": 0.9, "max_abs_rms": 9, "why": "rel_l2"}
     bounds = bounds_for("fp16", floor=floor, override=override)
@@ -98,7 +98,7 @@ def test_verdicts_on_other_noise_of_this_size(size: float, status: str) -> None:
 
 
 def test_one_run_more_of_the_same_noise_passes_every_gate() -> None:
-    floor = measured(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
+    floor = measure_floor(Ensemble(0.1), {"output": EXACT}, ALL, Precision(compute="fp16"), OF)
     bounds = bounds_for("fp16", floor=floor, override={})
     for seed in range(100, 120):
         verdict = compare({"output": near(0, 0)}, {"output": near(0.1, seed)}, bounds, rows=ROWS, floor=floor)

@@ -22,8 +22,9 @@ from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.mutation.power import Ceiling
-from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
+from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.recorded_file import parts, read_recorded, sealed
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.tensors import save_tensors
 
 Changes = Callable[[dict[str, Any]], Any]

@@ -22,7 +22,7 @@ from qeff_validate.files import MOST_CONFIG
 from qeff_validate.models.adapters.files import read_adapter
 from qeff_validate.models.sources.resolve import resolve
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.pipeline.case_pipeline import adopted
+from qeff_validate.pipeline.user_artifacts import user_artifact
 
 LIMIT_S = 60
 
@@ -317,7 +317,7 @@ PLACES = ("initializer", "constant", "subgraph", "sparse", "function")
 
 
 def digest(path: Path) -> str:
-    return adopted(Case(name="x", source="random:bert", artifacts={"onnx": str(path)}), "onnx", path).digest
+    return user_artifact(Case(name="x", source="random:bert", artifacts={"onnx": str(path)}), "onnx", path).digest
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -27,7 +27,7 @@ from qeff_validate.config.case import Case
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
 from qeff_validate.models.adapters.apply import apply_peft
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.pipeline.case_pipeline import adopted
+from qeff_validate.pipeline.user_artifacts import user_artifact
 from tests.open_sources import keys
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -228,7 +228,7 @@ def test_files_are_seen_whether_python_or_native_code_opens_them(
 def key(entry: Mapping[str, Any]) -> Any:
     case = Case(**entry["case"])
     if "kind" in entry:
-        return adopted(case, entry["kind"], Path(case.artifacts.onnx or case.artifacts.qpc or "")).digest
+        return user_artifact(case, entry["kind"], Path(case.artifacts.onnx or case.artifacts.qpc or "")).digest
     return keys(case)
 
 

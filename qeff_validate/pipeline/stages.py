@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages of a case: each runs once, what failed stays failed, and long ones are shown while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+from qeff_validate.errors import ValidateError
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Is told what is going on; the default says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:
+        """Enclose one long step."""
+
+    def line(self, text: str) -> None:
+        """Take one line of a child's output."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def step(self, text: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Ignore the step."""
+        return nullcontext()
+
+    def line(self, text: str) -> None:
+        """Ignore the line."""
+
+
+class Stages:
+    """Results of the stages of one case by key.
+
+    Args:
+        case: its name, which begins each line of progress.
+        progress: shows the long ones.
+    """
+
+    def __init__(self, case: str, progress: Progress) -> None:
+        self._case, self._progress = case, progress
+        self._results: dict[str, Any] = {}
+
+    def once(self, key: str, run: Callable[[], T], label: str = "", *, shown: bool = False) -> T:
+        """Return the result of a stage; it runs at the first call, and its `ValidateError` is raised at every call.
+
+        Args:
+            key: identifies the result.
+            run: makes it.
+            label: what progress and errors call the stage; default: the key.
+            shown: it may take long, so progress shows it.
+        """
+        if key not in self._results:
+            with self.step(label or key, shown=shown):
+                try:
+                    self._results[key] = run()
+                except ValidateError as exc:
+                    self._results[key] = exc
+                    raise
+        result: T | ValidateError = self._results[key]
+        if isinstance(result, ValidateError):
+            raise result
+        return result
+
+    def drop(self, key: str) -> bool:
+        """Let go of a result, so that its memory can be freed; return whether there was one."""
+        return self._results.pop(key, None) is not None
+
+    def take(self, other: Stages, keys: Iterable[str]) -> None:
+        """Take results over from the stages of another case."""
+        self._results.update({key: other._results[key] for key in keys})
+
+    @contextmanager
+    def step(self, label: str, runtime: str = "", *, shown: bool = True) -> Iterator[None]:
+        """Enclose a step that runs each time; an exception that leaves it carries the label as ``stage``."""
+        text = f"{self._case}: {label}{f' on {runtime}' if runtime else ''}"
+        with self._progress.step(text) if shown else nullcontext():
+            try:
+                yield
+            except Exception as exc:
+                if getattr(exc, "stage", None) is None:
+                    exc.stage = label  # type: ignore[attr-defined]
+                raise
