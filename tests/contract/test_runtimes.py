@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One contract for every registered runtime, model kind and pooling; the registry is asked, so none escapes.
 
-``ai100`` runs here where a card is; elsewhere it is skipped with its probe's reason, and `test_installed_sdk` drives
+``ai100`` runs here where a card is; elsewhere it is skipped once, with its probe's reason, and `test_installed_sdk` drives
 the same adapter through an SDK prefix.
 """
 
@@ -26,7 +26,9 @@ from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, Settings, capabilities, registered, runtime
 from qeff_validate.runtimes.isolation.parent import Isolated
 
-RUNTIMES = sorted(registered("runtimes"))
+UNUSABLE = {name: reason for name in sorted(registered("runtimes")) if (reason := runtime(name).probe())}
+"""Why a registered runtime cannot be tried on this host."""
+RUNTIMES = sorted(registered("runtimes").keys() - UNUSABLE.keys())
 ISOLATED = [f"isolated-{name}" for name in RUNTIMES if runtime(name).kind == "qpc"]
 """What the engine does with native bindings: the same runtimes in a process of their own."""
 KINDS = sorted(registered("models"))
@@ -46,6 +48,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 assert RUNTIMES, "no runtime is registered: is the package installed?"
+
+
+@pytest.mark.parametrize("name", sorted(registered("runtimes")))
+def test_registered_runtime_is_in_this_contract_or_says_why_not(name: str) -> None:
+    if name in UNUSABLE:
+        pytest.skip(UNUSABLE[name])
+    assert name in RUNTIMES
 
 
 def pipeline(kind: str, **options: Any) -> Pipeline:
