@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One contract for every registered runtime, model kind and pooling; the registry is asked, so none escapes.
 
-``ai100`` runs here where a card is; elsewhere it is skipped once, with its probe's reason, and `test_installed_sdk` drives
+``ai100`` runs here where a card is; elsewhere it is skipped once, with its reason, and `test_installed_sdk` drives
 the same adapter through an SDK prefix.
 """
 
