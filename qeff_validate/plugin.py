@@ -82,14 +82,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _plugin_markers() -> dict[str, str]:
     """Return a marker for each registered runtime, and for the suite of each model kind of a plug-in."""
-    from qeff_validate.errors import ValidateError
-    from qeff_validate.protocols import load_entry, registered
-
-    markers = {name: f"runs on {name}" for name in registered("runtimes")}
-    for name, entry in registered("models").items():
-        if not entry.value.startswith("qeff_validate."):
-            with suppress(ValidateError):  # a plug-in that cannot be imported is told where a case names it
-                markers[load_entry("models", name).suite] = f"validates a model of the kind {name}"
+    markers = {entry.name: f"runs on {entry.name}" for entry in entry_points(group="qeff_validate.runtimes")}
+    for entry in entry_points(group="qeff_validate.models"):
+        if not entry.value.startswith("qeff_validate."):  # nothing of ours is loaded for unrelated tests
+            with suppress(Exception):  # a plug-in that cannot be imported is told where a case names it
+                markers[entry.load().suite] = f"validates a model of the kind {entry.name}"
     return markers
 
 

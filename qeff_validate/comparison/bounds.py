@@ -69,25 +69,24 @@ class Bound:
     """What is usual among legitimate runs, where it was measured."""
 
 
-def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
+def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] | None = MOST) -> None:
     """Refuse a tolerance that names no metric, gives no reason, or has a bound that gates nothing.
 
     Args:
         where: what to call it in an error.
         values: metric to bound, and ``why``.
-        most: the metrics that there are, with what a bound must stay below.
+        most: the metrics that there are, with what a bound must stay below; None: any metric, any finite bound.
 
     Raises:
         ConfigError: an unknown metric, a bound that is NaN, infinite, negative or absurdly wide, or no ``why``.
     """
     bounds = {name: value for name, value in values.items() if name != "why"}
     for name, value in bounds.items():
-        if name not in most:
+        if most is not None and name not in most:
             raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, most)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < most[name]):
-            raise ConfigError(
-                f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {most[name]:g}"
-            )
+        limit = math.inf if most is None else most[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < limit):
+            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {limit:g}")
     if bounds and not str(values.get("why") or "").strip():
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 

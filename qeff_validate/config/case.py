@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qeff_validate.comparison.bounds import check_tolerance
 from qeff_validate.config.yaml_reader import SURROGATE
+from qeff_validate.errors import ConfigError
 
 LONGEST_S = 10_000_000
 """A time limit of four months; the system's clocks take no infinite one."""
@@ -183,6 +185,16 @@ class Case(Strict):
         names = [expect.runtime for expect in value]
         if len(set(names)) != len(names):
             raise ValueError(f"a runtime is named twice in {names}")
+        return value
+
+    @field_validator("tolerance")
+    @classmethod
+    def _bounds(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
+        for runtime, bounds in value.items() if isinstance(value, dict) else ():
+            try:
+                check_tolerance(runtime, bounds, None)  # which metrics there are, the model kind says
+            except ConfigError as exc:
+                raise ValueError(str(exc)) from exc
         return value
 
     @field_validator("marks")

@@ -15,7 +15,7 @@ import qeff_validate.engine  # noqa: F401 (pytester would unload it after each r
 CONFTEST = """
 import os, signal
 import pytest
-from qeff_validate.report import Result
+from qeff_validate.report.result import Result
 
 class Runner:
     def result(self, case, name):
@@ -274,5 +274,5 @@ def test_marks_of_cases_only_select(markers: str, mark: str, code: int, text: st
 
 def test_an_unknown_mark_does_not_break_collection_where_markers_are_not_strict(pytester: pytest.Pytester) -> None:
     (pytester.path / "c.yaml").write_text("cases: [{name: a, source: 'random:bert', marks: [nightly]}]\n")
-    assert quick(pytester, "-m", "nightly and not ai100", "test_mine.py").ret == 0
+    assert quick(pytester, "-W", "default", "-m", "nightly and not ai100", "test_mine.py").ret == 0
     assert os.environ.get("QV_TEST_A_TORCH") is None
