@@ -12,8 +12,8 @@ from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
 from qeff_validate.mutation.adapter_mutants import ADAPTERS
-from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant
-from qeff_validate.mutation.tracking_session import Feed, Feeds, Followed, Numbers
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feed, Feeds, Numbers
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Tensors
 
@@ -31,17 +31,17 @@ def _out(change: Callable[..., Numbers] | None) -> Feed | None:
 
 def _session(
     feed: Feed | None = None,
-    out: Callable[[Followed, Numbers], Numbers] | None = None,
+    out: Callable[[DecodeTrackingSession, Numbers], Numbers] | None = None,
     *,
     zeroed: bool = False,
     rows: int = 1,
     mixed: bool | None = None,
     adapted: bool = False,
-) -> Callable[[Session], Followed]:
+) -> Callable[[Session], DecodeTrackingSession]:
     """Return a change of level ``session``; ``mixed``: rows must choose their adapters, or must not."""
 
-    def change(session: Session) -> Followed:
-        made = Followed(session, feed, _out(out), zeroed=zeroed, rows=rows)
+    def change(session: Session) -> DecodeTrackingSession:
+        made = DecodeTrackingSession(session, feed, _out(out), zeroed=zeroed, rows=rows)
         if mixed is not None and mixed != made.mixed:
             raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
         if adapted and not made.weights:
@@ -51,15 +51,15 @@ def _session(
     return change
 
 
-def _logits(out: Callable[[Damaged, Numbers], Numbers]) -> Callable[[Session], Damaged]:
+def _logits(out: Callable[[FaultySession, Numbers], Numbers]) -> Callable[[Session], FaultySession]:
     """Return a change that needs to know nothing of the feeds."""
-    return lambda session: Damaged(session, out=_out(out))
+    return lambda session: FaultySession(session, out=_out(out))
 
 
 def _mutant(
     name: str,
     family: str,
-    change: Callable[[Session], Damaged],
+    change: Callable[[Session], FaultySession],
     source: str = _LIST,
     *,
     gross: bool = False,
@@ -115,7 +115,7 @@ def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors
     return {name: mutant.change(name, adapters) for name in adapters}
 
 
-def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Session], Damaged]:
+def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Session], FaultySession]:
     """Return what gives a session a mutant of level ``adapters`` or ``session``.
 
     Args:
@@ -127,11 +127,11 @@ def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Sessio
         IncomparableError: in a run, because other tensors than the adapters' are fed.
     """
     if mutant.level == "session":
-        damage: Callable[[Session], Damaged] = mutant.change
+        damage: Callable[[Session], FaultySession] = mutant.change
         return damage
     instead = served(mutant, adapters)
 
-    def feed(session: Followed, feeds: Feeds) -> Mapping[str, Numbers]:
+    def feed(session: DecodeTrackingSession, feeds: Feeds) -> Mapping[str, Numbers]:
         types = {name: feeds[name].dtype for name in feeds.keys() & session.weights}
         if not types:
             return feeds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qeff_validate.mutation.tracking_session import Feeds, Followed, Numbers
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feeds, Numbers
 
 CUT = 8
 """Tokens of a prompt that are left of a longer one."""
@@ -20,24 +20,24 @@ def at_places(feeds: Feeds, places: Numbers) -> Feeds:
     return {**feeds, "position_ids": np.where(wanted >= 0, places, -1).astype(wanted.dtype)}
 
 
-def stays_on(session: Followed, feeds: Feeds) -> Feeds:
+def stays_on(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Leave the adapter before in its place when the base, which comes first, comes again."""
     off = session.began and session.again and session.adapter == 0
     return {name: array for name, array in feeds.items() if not off or name not in session.weights}
 
 
-def of_the_first_prompt(session: Followed, feeds: Feeds) -> Feeds:
+def of_the_first_prompt(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Serve every row with the adapter of the very first one."""
     ids = session.memory.setdefault("ids", feeds["adapter_ids"][:1].copy())
     return {**feeds, "adapter_ids": np.full_like(feeds["adapter_ids"], ids[0])}
 
 
-def of_the_next_row(_: Followed, feeds: Feeds) -> Feeds:
+def of_the_next_row(_: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Serve each row with its neighbour's adapter."""
     return {**feeds, "adapter_ids": np.roll(feeds["adapter_ids"], 1)}
 
 
-def leaks(session: Followed, feeds: Feeds) -> Feeds:
+def leaks(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Let the second row read a slot of the first one: not slot 0, where all may have the same token."""
     if not session.decoding:
         return feeds
@@ -47,25 +47,25 @@ def leaks(session: Followed, feeds: Feeds) -> Feeds:
     return {**feeds, **state}
 
 
-def goes_on(session: Followed, feeds: Feeds) -> Feeds:
+def goes_on(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Append every second batch of prompts to what the first one left in the cache."""
     if session.batch % 2 == 0:
         return feeds
     return at_places(feeds, np.minimum(feeds["position_ids"] + 1 + session.before[:, None], session.context - 1))
 
 
-def starts_again(_: Followed, feeds: Feeds) -> Feeds:
+def starts_again(_: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Give later chunks the positions of the first one."""
     width = feeds["position_ids"].shape[1]
     return at_places(feeds, feeds["position_ids"] % width) if width > 1 else feeds
 
 
-def one_further(session: Followed, feeds: Feeds) -> Feeds:
+def one_further(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Decode one position further than where the text ends."""
     return at_places(feeds, feeds["position_ids"] + 1) if session.decoding else feeds
 
 
-def padding_is_text(session: Followed, feeds: Feeds) -> Feeds:
+def padding_is_text(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Read padding on the left as text. Where prompts have it on the right, it is moved in the chunk first."""
     places, limit = feeds["position_ids"], session.context - 1
     if session.decoding:
@@ -85,7 +85,7 @@ def padding_is_text(session: Followed, feeds: Feeds) -> Feeds:
     return {**feeds, "input_ids": ids, "position_ids": found}
 
 
-def cut(session: Followed, feeds: Feeds) -> Feeds:
+def cut(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Cut prompts. The rest of each is its last token once more, at the same place, so it changes nothing."""
     ids, places = feeds["input_ids"].copy(), feeds["position_ids"]
     if session.decoding:
@@ -98,12 +98,12 @@ def cut(session: Followed, feeds: Feeds) -> Feeds:
     return at_places({**feeds, "input_ids": ids}, np.minimum(places, CUT - 1))
 
 
-def one_short(session: Followed, feeds: Feeds) -> Feeds:
+def one_short(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Decode over the last token of each prompt."""
     return at_places(feeds, feeds["position_ids"] - (session.prompt > 1)[:, None]) if session.decoding else feeds
 
 
-def exchanged(session: Followed, feeds: Feeds) -> Feeds:
+def exchanged(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     """Exchange the tokens of two prompts."""
     ids = feeds["input_ids"].copy()
     if not session.decoding:

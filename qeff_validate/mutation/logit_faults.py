@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qeff_validate.mutation.mutant import Damaged, Inapplicable
-from qeff_validate.mutation.tracking_session import Followed, Numbers
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Numbers
 
 
-def before_last(session: Followed, logits: Numbers) -> Numbers:
+def before_last(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
     """Take first tokens from the token before a prompt's last, which is fed once more in the last one's stead."""
     if session.decoding:
         return logits
@@ -30,7 +30,7 @@ def before_last(session: Followed, logits: Numbers) -> Numbers:
     return session.rerun(ids, places)
 
 
-def of_the_last_chunk(session: Followed, logits: Numbers) -> Numbers:
+def of_the_last_chunk(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
     """Take the first token of rows that end before others, which fill the chunk, from padding that follows them."""
     ids, places = session.feeds["input_ids"].copy(), session.feeds["position_ids"].copy()
     ended = (places[:, -1] < 0) & (places >= 0).any(axis=1)
@@ -41,20 +41,20 @@ def of_the_last_chunk(session: Followed, logits: Numbers) -> Numbers:
     return np.where(ended.reshape(-1, 1, 1), found, logits)
 
 
-def ends_early(session: Followed, logits: Numbers) -> Numbers:
+def ends_early(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
     """Choose padding, which mostly is what ends a text, at every third run."""
     if session.decoding and session.runs % 3 == 0:
         logits[0, ..., session.pad] = logits[0].max() + 1
     return logits
 
 
-def one_run_late(session: Damaged, logits: Numbers) -> Numbers:
+def one_run_late(session: FaultySession, logits: Numbers) -> Numbers:
     """Give the logits of the run before."""
     before = session.last.get("logits", logits)
     return before.copy() if before.shape == logits.shape else logits
 
 
-def one_bit(session: Followed, logits: Numbers) -> Numbers:
+def one_bit(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
     """Change one bit at the second visit to an adapter."""
     if session.again and session.decoding and session.adapter != 0:
         place = (min(1, len(logits) - 1), ..., logits.shape[-1] // 4)
@@ -62,13 +62,13 @@ def one_bit(session: Followed, logits: Numbers) -> Numbers:
     return logits
 
 
-def not_a_number(_: Damaged, logits: Numbers) -> Numbers:
+def not_a_number(_: FaultySession, logits: Numbers) -> Numbers:
     """Put a NaN into the first row."""
     logits[0, ..., 5] = np.nan
     return logits
 
 
-def not_a_number_of_one(session: Followed, logits: Numbers) -> Numbers:
+def not_a_number_of_one(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
     """Put a NaN where rows with the first adapter decode."""
     if session.decoding and session.mixed:
         logits[session.feeds["adapter_ids"] == 1, ..., 5] = np.nan
@@ -77,52 +77,52 @@ def not_a_number_of_one(session: Followed, logits: Numbers) -> Numbers:
     return logits
 
 
-def shifted_rows(_: Damaged, logits: Numbers) -> Numbers:
+def shifted_rows(_: FaultySession, logits: Numbers) -> Numbers:
     """Give each row its neighbour's logits."""
     if len(logits) < 2:
         raise Inapplicable("a batch of one row")
     return np.roll(logits, 1, axis=0)
 
 
-def column(size: float) -> Callable[[Damaged, Numbers], Numbers]:
+def column(size: float) -> Callable[[FaultySession, Numbers], Numbers]:
     """Add to one column of the vocabulary."""
 
-    def out(_: Damaged, logits: Numbers) -> Numbers:
+    def out(_: FaultySession, logits: Numbers) -> Numbers:
         logits[..., logits.shape[-1] // 4] += logits.dtype.type(size)
         return logits
 
     return out
 
 
-def noise(size: float) -> Callable[[Damaged, Numbers], Numbers]:
+def noise(size: float) -> Callable[[FaultySession, Numbers], Numbers]:
     """Add normal noise."""
 
-    def out(session: Damaged, logits: Numbers) -> Numbers:
+    def out(session: FaultySession, logits: Numbers) -> Numbers:
         drawn = np.random.default_rng(session.runs).standard_normal(logits.shape)
         return (logits + size * drawn).astype(logits.dtype)
 
     return out
 
 
-def warmer(factor: float) -> Callable[[Damaged, Numbers], Numbers]:
+def warmer(factor: float) -> Callable[[FaultySession, Numbers], Numbers]:
     """Multiply."""
     return lambda _, logits: logits * logits.dtype.type(factor)
 
 
-def swapped_columns(_: Damaged, logits: Numbers) -> Numbers:
+def swapped_columns(_: FaultySession, logits: Numbers) -> Numbers:
     """Exchange two columns of the vocabulary."""
     one, other = logits.shape[-1] // 4, logits.shape[-1] // 2
     logits[..., [one, other]] = logits[..., [other, one]]
     return logits
 
 
-def unmasked(_: Damaged, logits: Numbers) -> Numbers:
+def unmasked(_: FaultySession, logits: Numbers) -> Numbers:
     """Give the last column, as one that pads a vocabulary, the greatest value."""
     logits[..., -1] = logits.max(axis=-1)
     return logits
 
 
-def clipped(_: Damaged, logits: Numbers) -> Numbers:
+def clipped(_: FaultySession, logits: Numbers) -> Numbers:
     """Clip at the 99.9th percentile of each row."""
     most = np.percentile(logits, 99.9, axis=-1, keepdims=True)
     found: Numbers = np.minimum(logits, most.astype(logits.dtype))

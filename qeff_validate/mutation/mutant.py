@@ -42,7 +42,7 @@ class Mutant:
             of the pooling that was asked for, returns ``[batch, hidden]``;
             ``adapters``: ``(name, adapters)``, returns the tensors that are served for an adapter's name (or ``base``);
             ``graph``: ``(model)``, an `onnx.ModelProto` with its weights inside, changed in place;
-            ``session``: ``(session)``, returns the `Damaged` session.
+            ``session``: ``(session)``, returns the `FaultySession` session.
         change: what is done. Raises `Inapplicable` where there is nothing to change.
         source: where this fault was met: an upstream issue, or a section of ``docs/specs/``.
         gross: nobody may ship it in any precision; bounds that let it through prove nothing.
@@ -129,7 +129,7 @@ class Patch:
         self._undo.append(handle.remove)
 
 
-class Damaged:
+class FaultySession:
     """A session with a fault: a subclass or a caller says what happens to feeds and to outputs.
 
     Args:
@@ -178,6 +178,6 @@ class Damaged:
 def session_of(
     feed: Callable[[Any, dict[str, Array]], Mapping[str, Array]] | None = None,
     out: Callable[[Any, dict[str, Array]], Mapping[str, Array]] | None = None,
-) -> Callable[[Session], Damaged]:
+) -> Callable[[Session], FaultySession]:
     """Return the change of a mutant of level ``session``."""
-    return lambda session: Damaged(session, feed, out)
+    return lambda session: FaultySession(session, feed, out)

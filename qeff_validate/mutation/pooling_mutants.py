@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeff_validate.models.embedding.pooling import POOLINGS
-from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant, session_of
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant, session_of
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array
 
 Pool = Callable[[Tensor, Tensor], Tensor]
 Numbers: TypeAlias = NDArray[Any]
-Out = Callable[[Damaged, Numbers], Any]
+Out = Callable[[FaultySession, Numbers], Any]
 
 LONG = 40
 """Tokens beyond which a row is long: more than upstream's tests ever had."""
@@ -64,20 +64,20 @@ def _row_0(hidden: Tensor, mask: Tensor) -> Tensor:
 # --- feeds -----------------------------------------------------------------------------------------
 
 
-def _masked(change: Callable[[Numbers], Any]) -> Callable[[Session], Damaged]:
+def _masked(change: Callable[[Numbers], Any]) -> Callable[[Session], FaultySession]:
     """Return a fault of the mask; the change gets a copy."""
 
-    def feed(_: Damaged, feeds: dict[str, Array]) -> Mapping[str, Array]:
+    def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:
         mask = feeds["attention_mask"]
         return {**feeds, "attention_mask": change(mask.copy()).astype(mask.dtype)}
 
     return session_of(feed)
 
 
-def _identified(change: Callable[[Numbers, Numbers], Any]) -> Callable[[Session], Damaged]:
+def _identified(change: Callable[[Numbers, Numbers], Any]) -> Callable[[Session], FaultySession]:
     """Return a fault of the token ids; the change gets a copy of them, and the mask."""
 
-    def feed(_: Damaged, feeds: dict[str, Array]) -> Mapping[str, Array]:
+    def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:
         ids = feeds["input_ids"]
         return {**feeds, "input_ids": change(ids.copy(), feeds["attention_mask"]).astype(ids.dtype)}
 
@@ -107,28 +107,28 @@ def _swap_tokens(ids: Numbers, mask: Numbers) -> Numbers:
     return ids
 
 
-def _types(session: Session) -> Damaged:
+def _types(session: Session) -> FaultySession:
     if all(spec.name != "token_type_ids" for spec in session.inputs):
         raise Inapplicable("the graph has no input token_type_ids")
-    return Damaged(session, lambda _, feeds: {**feeds, "token_type_ids": np.ones_like(feeds["token_type_ids"])})
+    return FaultySession(session, lambda _, feeds: {**feeds, "token_type_ids": np.ones_like(feeds["token_type_ids"])})
 
 
 # --- outputs ---------------------------------------------------------------------------------------
 
 
-def _served(change: Out) -> Callable[[Session], Damaged]:
+def _served(change: Out) -> Callable[[Session], FaultySession]:
     """Return a fault of outputs; the change gets the session and a copy of each output."""
 
-    def out(damaged: Damaged, outputs: dict[str, Array]) -> Mapping[str, Array]:
+    def out(damaged: FaultySession, outputs: dict[str, Array]) -> Mapping[str, Array]:
         return {name: np.asarray(change(damaged, array)).astype(array.dtype) for name, array in outputs.items()}
 
     return session_of(out=out)
 
 
-def _before(every: int) -> Callable[[Session], Damaged]:
+def _before(every: int) -> Callable[[Session], FaultySession]:
     """Return a fault that answers a run with the healthy outputs of the one before it, if their shapes agree."""
 
-    def out(damaged: Damaged, outputs: dict[str, Array]) -> Mapping[str, Array]:
+    def out(damaged: FaultySession, outputs: dict[str, Array]) -> Mapping[str, Array]:
         stale = damaged.runs % every == every - 1
 
         def old(name: str) -> bool:
@@ -148,19 +148,19 @@ def _length(array: Numbers, order: int) -> Any:
     return np.where(length > 0, length, 1.0)
 
 
-def _random(damaged: Damaged, array: Numbers) -> Any:
+def _random(damaged: FaultySession, array: Numbers) -> Any:
     return np.random.default_rng(damaged.runs).standard_normal(array.shape)
 
 
 def _first_row(value: float) -> Out:
-    def change(_: Damaged, array: Numbers) -> Numbers:
+    def change(_: FaultySession, array: Numbers) -> Numbers:
         array[0] = value
         return array
 
     return change
 
 
-def _neighbour(_: Damaged, array: Numbers) -> Numbers:
+def _neighbour(_: FaultySession, array: Numbers) -> Numbers:
     array[1:2] = array[:1] if len(array) > 1 else array[1:2]
     return array
 
@@ -168,7 +168,7 @@ def _neighbour(_: Damaged, array: Numbers) -> Numbers:
 def _one_element(place: int, change: Callable[[Numbers, Any], Any]) -> Out:
     """Return a fault of one element of each vector; the change gets these elements, and the rms of the vectors."""
 
-    def out(_: Damaged, array: Numbers) -> Numbers:
+    def out(_: FaultySession, array: Numbers) -> Numbers:
         at = place % array.shape[-1]
         array[..., at] = change(array[..., at], _rms(array)[..., 0])
         return array
@@ -176,17 +176,17 @@ def _one_element(place: int, change: Callable[[Numbers, Any], Any]) -> Out:
     return out
 
 
-def _long_rows(damaged: Damaged, array: Numbers) -> Numbers:
+def _long_rows(damaged: FaultySession, array: Numbers) -> Numbers:
     array[damaged.feeds["attention_mask"].sum(axis=1) > LONG] = 0
     return array
 
 
-def _clipped(_: Damaged, array: Numbers) -> Any:
+def _clipped(_: FaultySession, array: Numbers) -> Any:
     limit = np.nanquantile(np.abs(array), 0.99)
     return np.clip(array, -limit, limit)
 
 
-def _to_bfloat16(_: Damaged, array: Numbers) -> Numbers:
+def _to_bfloat16(_: FaultySession, array: Numbers) -> Numbers:
     return np.asarray(torch.from_numpy(array).bfloat16().to(torch.float32).numpy())
 
 
@@ -203,7 +203,7 @@ def _pool(name: str, change: Pool, source: str = _FAULTS, *, gross: bool = False
 def _session(
     name: str,
     family: str,
-    change: Callable[[Session], Damaged],
+    change: Callable[[Session], FaultySession],
     source: str,
     gross: bool = False,
     ceiling: bool = False,

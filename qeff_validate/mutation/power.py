@@ -33,7 +33,7 @@ SIZES = ("rel_l2", "all_error")
 
 
 @dataclass(frozen=True, slots=True)
-class Ceiling:
+class FaultEffects:
     """What faults do to the original model.
 
     Attributes:
@@ -53,7 +53,7 @@ class Ceiling:
         return {**texts, **{f"errors.{name}": array for name, array in self.errors.items()}}
 
     @classmethod
-    def from_stored(cls, tensors: Tensors) -> Ceiling:
+    def from_stored(cls, tensors: Tensors) -> FaultEffects:
         """Read what `stored` gave.
 
         Raises:
@@ -90,15 +90,15 @@ def faults_key() -> str:
     return fingerprint(digest_tree(folder, suffixes=(".py",)))
 
 
-def tried(kind: str) -> tuple[Mutant, ...]:
+def ceiling_mutants(kind: str) -> tuple[Mutant, ...]:
     """Return the mutants of a model kind that are tried in each run."""
     return tuple(mutant for mutant in mutants(kind) if mutant.ceiling)
 
 
-def measured(kind: str, made: Any, exact: Tensors, reference: Tensors, inputs: Any) -> Ceiling:
+def measure_fault_effects(kind: str, made: Any, exact: Tensors, reference: Tensors, inputs: Any) -> FaultEffects:
     """Try the mutants of a model kind on the original model of a wrapper (`protocols.Measured`)."""
     names: list[str] = []
-    faults = tried(kind)
+    faults = ceiling_mutants(kind)
     errors: list[Mapping[str, float]] = []
     with np.errstate(all="ignore"):
         for name, outputs in made.altered(inputs, reference, faults):
@@ -106,7 +106,7 @@ def measured(kind: str, made: Any, exact: Tensors, reference: Tensors, inputs: A
             errors.append(made.measure(exact, outputs, inputs))
     metrics = errors[0] if errors else {}
     gross = {fault.name for fault in faults if fault.gross}
-    return Ceiling(
+    return FaultEffects(
         tuple(names),
         tuple(filter(gross.__contains__, names)),
         {name: np.array([each[name] for each in errors], dtype=float) for name in metrics},

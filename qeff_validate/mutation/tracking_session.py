@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.mutation.mutant import Damaged, Inapplicable
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import RETAINED, Tensors
 
@@ -20,12 +20,12 @@ Feeds = dict[str, Numbers]
 Feed = Callable[[Any, Feeds], Mapping[str, Numbers]]
 
 
-class Followed(Damaged):
+class DecodeTrackingSession(FaultySession):
     """A session with a fault, and its caller's place.
 
     Args:
         session: the healthy one.
-        feed: changes the feeds, as `Damaged` has it.
+        feed: changes the feeds, as `FaultySession` has it.
         out: changes the outputs.
         zeroed: keys and values start with zeros, as on a machine that clears its memory, so that what a fault does is
             not NaN alone.

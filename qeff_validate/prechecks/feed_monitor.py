@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.protocols import Session
-from qeff_validate.report.result import Rung
+from qeff_validate.report.result import Precheck
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
 
-class Watched:
+class FeedMonitor:
     """A session that compares token ids, masks and positions as they are fed with the rows that were to be fed.
 
     With ``attention_mask``, the tokens under each row's mask must be one of the rows. With ``position_ids``, a row's
@@ -56,8 +56,8 @@ class Watched:
         """Return the rows that were fed with padding under an ``attention_mask``."""
         return frozenset(at for at, row in enumerate(self._rows) if row in self._padded)
 
-    def rungs(self) -> Iterator[Rung]:
-        """Yield the rungs ``mask`` and ``positions``, once everything was fed."""
+    def prechecks(self) -> Iterator[Precheck]:
+        """Yield the prechecks ``mask`` and ``positions``, once everything was fed."""
         for row in list(self._going):
             self._close(row)
         if self._rows and self._fed and self._left:
@@ -68,11 +68,11 @@ class Watched:
         }
         for name in ("mask", "positions"):
             if name in self._wrong:
-                yield Rung(name, "differs", self._wrong[name])
+                yield Precheck(name, "differs", self._wrong[name])
             elif self._rows and self._fed:
-                yield Rung(name, "same", "" if name in self._fed else said[name])
+                yield Precheck(name, "same", "" if name in self._fed else said[name])
             else:
-                yield Rung(name, "unknown", "what this kind of model feeds is not known here")
+                yield Precheck(name, "unknown", "what this kind of model feeds is not known here")
 
     def _see_masks(self, ids: Array, masks: Array) -> None:
         for at, (row, mask) in enumerate(zip(ids, masks, strict=True)):

@@ -18,10 +18,10 @@ import numpy as np
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.config.case import Artifacts, Case
-from qeff_validate.mutation.mutant import Damaged
+from qeff_validate.mutation.mutant import FaultySession
 from qeff_validate.protocols import Runtime, Session, Settings, runtime
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.faulty_runtime import Standing
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Array
 
 Way = Callable[[Any, Case, Path], tuple[Any, Result]]
@@ -74,7 +74,7 @@ def in_module(change: Callable[[Any], Any]) -> Way:
     return judged
 
 
-class Other(Standing):
+class Other(FaultyRuntime):
     """The torch runtime, which opens a changed copy of the module."""
 
     def __init__(self, change: Callable[[Any], Any]) -> None:
@@ -92,7 +92,7 @@ class Other(Standing):
 
 def in_session(damage: Callable[[Session], Session], name: str) -> Way:
     """Run behind a session that changes what must not matter."""
-    return lambda pipeline, case, _: _run(pipeline(case), Standing(damage, name))
+    return lambda pipeline, case, _: _run(pipeline(case), FaultyRuntime(damage, name))
 
 
 def optimized(level: str, name: str = "ort") -> Way:
@@ -141,40 +141,40 @@ def double(module: Any) -> Any:
     return Double()
 
 
-def reversed_rows(session: Session) -> Damaged:
+def reversed_rows(session: Session) -> FaultySession:
     """Give each batch in the opposite order."""
     batched = {spec.name for spec in session.inputs if spec.shape and spec.shape[0] == "batch_size"} | {
         "input_ids", "attention_mask", "token_type_ids", "position_ids", "adapter_ids"
     }  # fmt: skip
 
-    def feed(_: Damaged, feeds: dict[str, Array]) -> Mapping[str, Array]:
+    def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:
         return {name: array[::-1] if name in batched else array for name, array in feeds.items()}
 
-    def out(_: Damaged, found: dict[str, Array]) -> Mapping[str, Array]:
+    def out(_: FaultySession, found: dict[str, Array]) -> Mapping[str, Array]:
         return {name: array[::-1].copy() for name, array in found.items()}
 
-    return Damaged(session, feed, out)
+    return FaultySession(session, feed, out)
 
 
-def other_padding(session: Session) -> Damaged:
+def other_padding(session: Session) -> FaultySession:
     """Put other tokens behind the mask."""
 
-    def feed(_: Damaged, feeds: dict[str, Array]) -> Mapping[str, Array]:
+    def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:
         seen: Any = feeds.get("attention_mask", feeds.get("position_ids"))
         ids: Any = feeds["input_ids"]
         hidden = seen == 0 if "attention_mask" in feeds else seen < 0
         return {**feeds, "input_ids": np.where(hidden, int(ids.max()), ids)}
 
-    return Damaged(session, feed)
+    return FaultySession(session, feed)
 
 
-def longer(session: Session) -> Damaged:
+def longer(session: Session) -> FaultySession:
     """Pad each batch by seven more columns; for vectors of texts, not of tokens."""
 
-    def feed(_: Damaged, feeds: dict[str, Array]) -> Mapping[str, Array]:
+    def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:
         return {name: np.pad(array, ((0, 0), (0, 7))) for name, array in feeds.items()}
 
-    return Damaged(session, feed)
+    return FaultySession(session, feed)
 
 
 VARIANTS: Sequence[Variant] = (

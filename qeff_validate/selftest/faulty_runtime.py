@@ -13,7 +13,7 @@ import numpy as np
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.config.case import Artifacts, Case
-from qeff_validate.mutation.mutant import Damaged
+from qeff_validate.mutation.mutant import FaultySession
 from qeff_validate.protocols import Runtime, Session, capabilities, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.tensors import RETAINED, Array, TensorSpec
@@ -62,7 +62,7 @@ class Bench:
 
     def judged(self, case: Case, damage: Callable[[Session], Session] | None = None, name: str = "ort") -> Result:
         """Judge a case on a runtime, with a fault in its sessions."""
-        return self.pipeline(case).result(runtime(name) if damage is None else Standing(damage, name))
+        return self.pipeline(case).result(runtime(name) if damage is None else FaultyRuntime(damage, name))
 
     def exported(self, case: Case) -> str:
         """Return the path of a case's own ONNX file."""
@@ -109,7 +109,7 @@ class ExportCache:
         return self._made[key]
 
 
-class Standing:
+class FaultyRuntime:
     """A runtime whose sessions have a fault; name and kind are those of the real one."""
 
     def __init__(self, damage: Callable[[Session], Session], name: str = "ort") -> None:
@@ -128,7 +128,7 @@ class Standing:
             yield self._damage(session)
 
 
-class OpenedOnce(Standing):
+class OpenedOnce(FaultyRuntime):
     """A runtime that makes its session once, and keeps it whatever is built afterwards."""
 
     def __init__(self, name: str) -> None:
@@ -143,7 +143,7 @@ class OpenedOnce(Standing):
             yield session
 
 
-class Deaf(Damaged):
+class Deaf(FaultySession):
     """A session that takes names which its graph does not have, and drops them.
 
     Args:
@@ -159,7 +159,7 @@ class Deaf(Damaged):
         self.outputs = (*session.outputs, *(TensorSpec(f"{s.name}{RETAINED}", s.dtype, s.shape) for s in more))
 
 
-class PaddingRead(Damaged):
+class PaddingRead(FaultySession):
     """A session that counts positions from the first column, so that padding on the left is a part of the text."""
 
     def __init__(self, session: Session) -> None:

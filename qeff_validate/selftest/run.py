@@ -29,7 +29,7 @@ from qeff_validate.protocols import Session, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.selftest.baseline_checkers import OTHERS, OTHERS_LM
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
-from qeff_validate.selftest.faulty_runtime import Standing
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Tensors
 
 Stage = Literal["fp32", "device"]
@@ -209,7 +209,7 @@ class Examined:
 
             damage = serving(mutant, self._healthy.inputs().adapters)
         self._healthy.actual = {}
-        result = self._healthy.result(Standing(lambda session: Noting(session, damage, noted), name))
+        result = self._healthy.result(FaultyRuntime(lambda session: Noting(session, damage, noted), name))
         if noted:
             raise noted[0]
         return result, self._healthy.actual

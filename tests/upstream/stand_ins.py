@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.config.case import Case
-from qeff_validate.mutation.mutant import Damaged, Patch, session_of
+from qeff_validate.mutation.mutant import FaultySession, Patch, session_of
 from qeff_validate.report.result import Result
 from qeff_validate.selftest.faulty_runtime import (
     BUCKETS,
@@ -80,7 +80,7 @@ def another_base(bench: Bench) -> Result:
     return bench.judged(adapters(cache.onnx(adapters(seed=1)), seed=1))
 
 
-def earlier_adapters(_: Damaged, feeds: dict[str, Array]) -> dict[str, Array]:
+def earlier_adapters(_: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:
     """Serve stacks with weights of other adapters, behind the base, which has none."""
     return {
         name: np.concatenate([array[:1], array[1:, ::-1]]) if "lora_" in name else array
@@ -124,12 +124,12 @@ def pooled_by(function: str, pooling: str, name: str = "ort") -> Callable[[Bench
     return lambda bench: bench.judged(embedding(pooling, bench.exported(embedding(f"{HERE}:{function}"))), name=name)
 
 
-def cropped(_: Damaged, feeds: dict[str, Array]) -> dict[str, Array]:
+def cropped(_: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:
     """Cut every row to a bucket of 32 tokens, the greatest that was compiled."""
     return {name: array[:, : BUCKETS[0]] for name, array in feeds.items()}
 
 
-def first_fit(_: Damaged, feeds: dict[str, Array]) -> dict[str, Array]:
+def first_fit(_: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:
     """Pad to the first bucket that is long enough, where the greater one comes first."""
     length = next(size for size in reversed(BUCKETS) if size >= feeds["input_ids"].shape[1])
     return {name: np.pad(array, ((0, 0), (0, length - array.shape[1]))) for name, array in feeds.items()}
@@ -197,7 +197,7 @@ def uneven_batch(bench: Bench) -> Result:
         return bench.judged(adapters())
 
 
-def adapter_of_prompt_0(_: Damaged, feeds: dict[str, Array]) -> dict[str, Array]:
+def adapter_of_prompt_0(_: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:
     """Let the first row of a batch choose for all."""
     return {**feeds, "adapter_ids": np.full_like(feeds["adapter_ids"], feeds["adapter_ids"][0])}
 

@@ -21,7 +21,7 @@ from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, SESSIONS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
-from qeff_validate.mutation.tracking_session import Followed
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 NAMED = {mutant.name: mutant for mutant in CONTINUING}
@@ -121,7 +121,7 @@ def damage(name: str) -> Callable[[Any], Any]:
 def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed: bool) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def out(session: Followed, found: dict[str, Array]) -> dict[str, Array]:
+    def out(session: DecodeTrackingSession, found: dict[str, Array]) -> dict[str, Array]:
         assert session.batch or session.before.tolist() == [-1, -1]
         if session.began:
             seen.append((session.batch, session.visit, session.adapter, session.again))
@@ -130,7 +130,7 @@ def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed
             assert ((wanted > 0) & (wanted < STEPS) | (session.reach < 0)).all()
         return found
 
-    found = run(lambda session: Followed(session, out=out), side=side, mixed=mixed)
+    found = run(lambda session: DecodeTrackingSession(session, out=out), side=side, mixed=mixed)
     all_read(found, healthy)
     if mixed:
         assert seen == [(batch, int(batch > 8), None, batch > 8) for batch in range(18)]
@@ -140,7 +140,7 @@ def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed
 
 
 def test_batches_are_told_apart_that_do_not_decode() -> None:
-    session = Followed(Record())
+    session = DecodeTrackingSession(Record())
     plan = Plan(2, 8, "right", PAD, frozenset(), 1)
     generate(session, [np.array(prompt) for prompt in PROMPTS], plan, state=ADAPTERS["a"])
     assert (session.batch, session.visit) == (2, 0)
@@ -357,7 +357,7 @@ def test_padding_is_chosen_now_and_then() -> None:
 
 
 def test_one_bit_and_one_nan_at_one_visit() -> None:
-    whole = run(Followed)
+    whole = run(DecodeTrackingSession)
     bit = run(damage("one bit at a second visit"))
     hit = np.argwhere(~((bit == whole) | (np.isnan(bit) & np.isnan(whole))))
     assert {(visit, step > 0) for visit, _, step, _ in hit.tolist()} == {(4, True)}

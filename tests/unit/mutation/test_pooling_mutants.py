@@ -11,7 +11,7 @@ import pytest
 import torch
 from bounds import close
 
-from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant, mutants
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant, mutants
 from qeff_validate.mutation.pooling_mutants import VECTORS
 from qeff_validate.tensors import Shapes, Tensors, TensorSpec
 
@@ -83,7 +83,7 @@ HEALTHY = results(Means(), batches())
 def test_a_session_with_a_fault_gives_other_vectors_of_the_same_form(mutant: Mutant, left: bool) -> None:
     healthy, inner = results(Means(), batches(left)), Means()
     damaged = mutant.change(inner)
-    assert isinstance(damaged, Damaged)
+    assert isinstance(damaged, FaultySession)
     assert (damaged.inputs, damaged.outputs, damaged.shapes) == (inner.inputs, inner.outputs, inner.shapes)
     found = results(damaged, batches(left))
     assert [(array.shape, array.dtype) for array in found] == [((4, 64), np.float32)] * 3

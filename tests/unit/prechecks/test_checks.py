@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rung of the ladder: the same, differing, unknown. Sides are written by hand, so nothing is exported or run."""
+"""Each precheck: same, differs, unknown. The evidence is written by hand, so nothing is exported or run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.embedding_tables import file_tables, tables
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.prechecks.checks import RUNGS, Sides, ladder, settled, sides_of, with_rungs
-from qeff_validate.prechecks.feed_monitor import Watched
-from qeff_validate.prechecks.weights_in_graph import Found, found_in
-from qeff_validate.report.result import Result, Rung
+from qeff_validate.prechecks.checks import (
+    PRECHECKS,
+    Evidence,
+    collect_evidence,
+    run_prechecks,
+    with_feed_prechecks,
+    with_prechecks,
+)
+from qeff_validate.prechecks.feed_monitor import FeedMonitor
+from qeff_validate.prechecks.weights_in_graph import WeightMatches, find_weights
+from qeff_validate.report.result import Precheck, Result
 from qeff_validate.report.text import problems
 from qeff_validate.tensors import TensorSpec
 
@@ -79,10 +86,10 @@ def recorded(**changes: Any) -> dict[str, Any]:
     return {**said, **changes}
 
 
-def rung(name: str, made: Any = None, inputs: Any = None, body: Any = BODY, **sides: Any) -> Rung:
-    climbed = ladder(made or Wrapper(), inputs or rows(), Sides(**sides), lambda: body)
-    assert [found.name for found in climbed] == list(RUNGS)
-    return next(found for found in climbed if found.name == name)
+def precheck(name: str, made: Any = None, inputs: Any = None, body: Any = BODY, **evidence: Any) -> Precheck:
+    prechecks = run_prechecks(made or Wrapper(), inputs or rows(), Evidence(**evidence), lambda: body)
+    assert [found.name for found in prechecks] == list(PRECHECKS)
+    return next(found for found in prechecks if found.name == name)
 
 
 def test_what_the_case_builds_itself_is_the_same_and_nothing_is_looked_at() -> None:
@@ -90,20 +97,20 @@ def test_what_the_case_builds_itself_is_the_same_and_nothing_is_looked_at() -> N
         raise AssertionError("weights were hashed")
 
     made = Wrapper()
-    climbed = ladder(made, rows(tokens=9, positions=8), Sides(), body)
-    states = {found.name: found.state for found in climbed}
-    assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in RUNGS}
+    prechecks = run_prechecks(made, rows(tokens=9, positions=8), Evidence(), body)
+    states = {found.name: found.state for found in prechecks}
+    assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in PRECHECKS}
     assert made.tokenized == 0
 
 
 def test_a_plug_in_without_settings_is_unknown_throughout() -> None:
-    climbed = ladder(object(), object(), Sides(), dict)
-    assert [(found.name, found.state) for found in climbed] == [(name, "unknown") for name in RUNGS]
+    prechecks = run_prechecks(object(), object(), Evidence(), dict)
+    assert [(found.name, found.state) for found in prechecks] == [(name, "unknown") for name in PRECHECKS]
 
 
 def test_a_foreign_graph_says_nothing() -> None:
     for name in ("pooling", "normalize", "weights", "adapters"):
-        found = rung(name, graph=About())
+        found = precheck(name, graph=About())
         assert (found.state, "nothing says" in found.detail) == ("unknown", True), found
 
 
@@ -112,27 +119,29 @@ def test_a_foreign_graph_says_nothing() -> None:
 
 @pytest.mark.parametrize(("ids", "said"), [([1, 7], "the id 7"), ([-1, 1], "the id -1")])
 def test_an_id_that_is_not_embedded_differs(ids: list[int], said: str) -> None:
-    found = rung("token ids", inputs=rows([1], ids, tokens=7))
+    found = precheck("token ids", inputs=rows([1], ids, tokens=7))
     assert found.state == "differs"
     assert "row 1 ('text 1')" in found.detail
     assert said in found.detail
     assert "0 to 6" in found.detail
-    assert rung("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
+    assert precheck("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
 
 
 def test_recorded_inputs_of_the_same_texts_and_tokenizer_are_not_tokenized_again() -> None:
     made = Wrapper()
-    assert rung("token ids", made, recorded=recorded()).state == "same", "another version of a package is no difference"
+    assert precheck("token ids", made, recorded=recorded()).state == "same", (
+        "another version of a package is no difference"
+    )
     assert made.tokenized == 0
 
 
 def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -> None:
     made = Wrapper()
     made.key = {"words": "other"}
-    assert rung("token ids", made, recorded=recorded()).state == "same"
+    assert precheck("token ids", made, recorded=recorded()).state == "same"
     assert made.tokenized == 1
     made.made = rows([1, 2, 3], [4, 9], [6])
-    found = rung("token ids", made, recorded=recorded())
+    found = precheck("token ids", made, recorded=recorded())
     assert found.state == "differs"
     assert "row 1 is [4, 5]" in found.detail
     assert "[4, 9]" in found.detail
@@ -144,7 +153,7 @@ def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -
 def test_padding_and_number_of_rows_are_compared(now: TokenRows, said: str) -> None:
     made = Wrapper()
     made.made = now
-    found = rung("token ids", made, recorded={})  # recorded before this was kept: only the rows can tell
+    found = precheck("token ids", made, recorded={})  # recorded before this was kept: only the rows can tell
     assert (found.state, said in found.detail) == ("differs", True), found
 
 
@@ -156,17 +165,19 @@ def test_recorded_inputs_are_unknown_where_nothing_can_be_tokenized() -> None:
         raise ConfigError("no such directory")
 
     made.rows = refuse  # type: ignore[method-assign]
-    found = rung("token ids", made, recorded=recorded())
+    found = precheck("token ids", made, recorded=recorded())
     assert (found.state, "no such directory" in found.detail) == ("unknown", True)
 
 
 def test_texts_are_compared_where_the_source_is_far() -> None:
     made = Wrapper()
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown"
+    assert precheck("token ids", made, recorded=recorded(), local=False).state == "unknown"
     made.asks["texts"] = ["a b ", "c", "d"]
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown", "a blank may be no difference"
+    assert precheck("token ids", made, recorded=recorded(), local=False).state == "unknown", (
+        "a blank may be no difference"
+    )
     made.asks["texts"] = ["a b", "c", "e"]
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "differs"
+    assert precheck("token ids", made, recorded=recorded(), local=False).state == "differs"
     assert made.tokenized == 0
 
 
@@ -188,8 +199,8 @@ def test_texts_are_compared_where_the_source_is_far() -> None:
 @pytest.mark.parametrize("side", ["graph", "recorded"])
 def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[str, Any], state: str) -> None:
     said = made_from(head={**HEAD, **change})
-    sides: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
-    found = rung(name, **sides)
+    evidence: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
+    found = precheck(name, **evidence)
     assert found.state == state
     if state == "differs":
         begins = "the graph was exported with" if side == "graph" else "the reference was recorded with"
@@ -200,19 +211,19 @@ def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[st
 
 def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
     graph = About(made_from(head={**HEAD, "pooling": "cls"}))
-    assert rung("pooling", graph=graph, recorded=recorded()).state == "differs"
-    assert rung("pooling", graph=graph, recorded={}).state == "differs"
-    assert rung("pooling", graph=About(), recorded=recorded()).state == "unknown"
+    assert precheck("pooling", graph=graph, recorded=recorded()).state == "differs"
+    assert precheck("pooling", graph=graph, recorded={}).state == "differs"
+    assert precheck("pooling", graph=About(), recorded=recorded()).state == "unknown"
 
 
 def test_what_sentence_transformers_says_is_a_remark() -> None:
     made = Wrapper()
     made.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
     for name in ("pooling", "normalize", "max length"):
-        found = rung(name, made)
+        found = precheck(name, made)
         assert (found.state, "sentence-transformers' files" in found.detail) == ("same", True), found
     made.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
-    assert not any("sentence" in rung(name, made).detail for name in ("pooling", "normalize", "max length"))
+    assert not any("sentence" in precheck(name, made).detail for name in ("pooling", "normalize", "max length"))
 
 
 # --- max length ------------------------------------------------------------------------------------
@@ -234,7 +245,7 @@ def test_what_sentence_transformers_says_is_a_remark() -> None:
     ],
 )
 def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: str) -> None:
-    found = rung("max length", inputs=rows(**sizes), graph=graph)
+    found = precheck("max length", inputs=rows(**sizes), graph=graph)
     assert (found.state, said in found.detail) == (state, True), found
 
 
@@ -259,12 +270,12 @@ def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], t
 
 
 def test_weights_from_a_seed_differ_by_it_and_not_by_a_package() -> None:
-    assert rung("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
-    found = rung("weights", graph=About(made_from(body={**BODY, "seed": 3})))
+    assert precheck("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
+    found = precheck("weights", graph=About(made_from(body={**BODY, "seed": 3})))
     assert (found.state, "seed: 3, the case asks for 0" in found.detail) == ("differs", True), found
-    found = rung("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
+    found = precheck("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
     assert (found.state, found.suspect) == ("unknown", True), "a config may change nothing in the graph"
-    assert rung("weights", graph=About(made_from()), near=False).state == "unknown"
+    assert precheck("weights", graph=About(made_from()), local=False).state == "unknown"
 
 
 FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
@@ -273,17 +284,19 @@ FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
 @pytest.mark.parametrize(
     ("found", "own", "state"),
     [
-        (Found(4, 4, 0), True, "same"),
-        (Found(4, 0, 4), True, "differs"),
-        (Found(4, 0, 4), False, "unknown"),
-        (Found(4, 0, 3), True, "unknown"),
-        (Found(4, 1, 3), True, "unknown"),
-        (Found(0, 0, 0), True, "unknown"),
+        (WeightMatches(4, 4, 0), True, "same"),
+        (WeightMatches(4, 0, 4), True, "differs"),
+        (WeightMatches(4, 0, 4), False, "unknown"),
+        (WeightMatches(4, 0, 3), True, "unknown"),
+        (WeightMatches(4, 1, 3), True, "unknown"),
+        (WeightMatches(0, 0, 0), True, "unknown"),
     ],
 )
-def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(found: Found, own: bool, state: str) -> None:
+def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(
+    found: WeightMatches, own: bool, state: str
+) -> None:
     said = made_from(body={"files": {**FILES["files"], "model.safetensors": "3"}}) if own else None
-    got = rung("weights", body=FILES, graph=About(said), contents=lambda: found)
+    got = precheck("weights", body=FILES, graph=About(said), find_weights=lambda: found)
     assert got.state == state
     if state == "differs":
         assert "model.safetensors" in got.detail
@@ -310,11 +323,11 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
 
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for external in (False, True):
-        assert found_in(graph(one, two.T, half, external=external), files) == Found(3, 3, 0)
-        assert found_in(graph(one, other, external=external), files) == Found(3, 1, 1)
+        assert find_weights(graph(one, two.T, half, external=external), files) == WeightMatches(3, 3, 0)
+        assert find_weights(graph(one, other, external=external), files) == WeightMatches(3, 1, 1)
     changed = one.copy()
     changed[-1, -1] += 1e-3
-    assert found_in(graph(changed, two, half, external=False), files) == Found(3, 2, 1)
+    assert find_weights(graph(changed, two, half, external=False), files) == WeightMatches(3, 2, 1)
 
 
 # --- adapters --------------------------------------------------------------------------------------
@@ -336,7 +349,7 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
 )
 def test_adapters(said: dict[str, Any], state: str, words: str) -> None:
     made = Wrapper(adapters=LORA, mixed=False)
-    found = rung("adapters", made, graph=About(made_from(**{"mixed": False, **said})))
+    found = precheck("adapters", made, graph=About(made_from(**{"mixed": False, **said})))
     assert (found.state, words in found.detail) == (state, True), found
 
 
@@ -344,7 +357,7 @@ def test_a_number_of_adapters_counts_in_a_mixed_batch_alone() -> None:
     two = {**LORA, "b": {"peft_method": "lora", "r": 4}}
     for mixed, state in ((False, "same"), (True, "differs")):
         made = Wrapper(adapters=LORA, mixed=mixed)
-        assert rung("adapters", made, graph=About(made_from(adapters=two, mixed=mixed))).state == state
+        assert precheck("adapters", made, graph=About(made_from(adapters=two, mixed=mixed))).state == state
 
 
 # --- what is fed -----------------------------------------------------------------------------------
@@ -364,11 +377,11 @@ class Sink:
         pass
 
 
-def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Rung]:
-    watched = Watched(Sink(), rows() if inputs is None else inputs)
+def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Precheck]:
+    watched = FeedMonitor(Sink(), rows() if inputs is None else inputs)
     for feeds in runs:
         watched.run({name: np.array(value) for name, value in feeds.items()})
-    return {found.name: found for found in watched.rungs()}
+    return {found.name: found for found in watched.prechecks()}
 
 
 IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
@@ -426,9 +439,9 @@ def test_what_a_plug_in_feeds_is_unknown() -> None:
 
 
 def test_a_difference_fails_whatever_the_numbers_say_and_is_told_first() -> None:
-    wrong = Rung("pooling", "differs", "the graph was exported with cls, the case asks for mean")
+    wrong = Precheck("pooling", "differs", "the graph was exported with cls, the case asks for mean")
     for status, reason in (("pass", ""), ("fail", "rel_l2 0.3"), ("error", "there are none: it broke")):
-        result = settled(Result("c", "ort", status, reason, prechecks=(wrong,)))  # type: ignore[arg-type]
+        result = with_prechecks(Result("c", "ort", status, reason, prechecks=(wrong,)))  # type: ignore[arg-type]
         assert (result.status, result.stage) == ("fail", "precheck")
         assert result.reason.startswith(
             "pooling: the graph was exported with cls, the case asks for mean. The numbers: "
@@ -437,18 +450,20 @@ def test_a_difference_fails_whatever_the_numbers_say_and_is_told_first() -> None
 
 
 def test_a_suspicion_is_told_only_if_the_numbers_fail() -> None:
-    suspect = Rung("weights", "unknown", "0 of the model's 4 largest matrices are in the graph", suspect=True)
-    assert settled(Result("c", "ort", "pass", prechecks=(suspect,))).reason == ""
-    failed = settled(Result("c", "ort", "fail", "rel_l2 0.3", "compare", prechecks=(suspect,)))
+    suspect = Precheck("weights", "unknown", "0 of the model's 4 largest matrices are in the graph", suspect=True)
+    assert with_prechecks(Result("c", "ort", "pass", prechecks=(suspect,))).reason == ""
+    failed = with_prechecks(Result("c", "ort", "fail", "rel_l2 0.3", "compare", prechecks=(suspect,)))
     assert (failed.status, failed.stage) == ("fail", "compare")
     assert failed.reason.startswith("rel_l2 0.3. Before looking further: weights: 0 of the model's 4")
-    plain = Rung("weights", "unknown", "nothing says")
-    assert settled(Result("c", "ort", "fail", "rel_l2 0.3", prechecks=(plain,))).reason == "rel_l2 0.3"
+    plain = Precheck("weights", "unknown", "nothing says")
+    assert with_prechecks(Result("c", "ort", "fail", "rel_l2 0.3", prechecks=(plain,))).reason == "rel_l2 0.3"
 
 
 def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
-    rungs = with_rungs((Rung("mask", "unknown", "not yet"), Rung("pooling", "differs", "x")), [Rung("mask", "same")])
-    plain = settled(Result("c", "ort", "pass", prechecks=rungs, precision="fp32")).plain()
+    prechecks = with_feed_prechecks(
+        (Precheck("mask", "unknown", "not yet"), Precheck("pooling", "differs", "x")), [Precheck("mask", "same")]
+    )
+    plain = with_prechecks(Result("c", "ort", "pass", prechecks=prechecks, precision="fp32")).plain()
     said = [{"name": "mask", "state": "same", "detail": ""}, {"name": "pooling", "state": "differs", "detail": "x"}]
     assert plain["prechecks"] == said
     (line,) = problems({"results": [plain]})
@@ -476,15 +491,15 @@ def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Path) -> None:
-    for source, near in (
+    for source, local in (
         ("some/model", False),
         ("tiny:some/model", False),
         ("random:bert", True),
         (str(tmp_path), True),
     ):
         case = qv.Case(name="c", source=source)
-        assert sides_of(case, "onnx", object(), {}, in_memory=False).near is near
-        assert sides_of(case, "onnx", object(), None, in_memory=False).near is True
+        assert collect_evidence(case, "onnx", object(), {}, in_memory=False).local is local
+        assert collect_evidence(case, "onnx", object(), None, in_memory=False).local is True
     assert model(qv.Case(name="c", source="random:bert")).settings()["head"] == HEAD
 
 
@@ -492,7 +507,7 @@ def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Pa
 def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
     made = Wrapper()
     made.files = {"model_max_length": limit}
-    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "max length")
+    found = next(r for r in run_prechecks(made, rows(), Evidence(), lambda: BODY) if r.name == "max length")
     assert (found.state, found.detail) == ("same", said)
 
 
@@ -512,14 +527,14 @@ def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | 
     made = Wrapper()
     made.files = {"bases": {"a": base}}
     made.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
-    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "adapters")
+    found = next(r for r in run_prechecks(made, rows(), Evidence(), lambda: BODY) if r.name == "adapters")
     assert (found.state, found.suspect) == ("same", suspect)
     assert (f"was trained on {base!r}" in found.detail) == suspect
 
 
 def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
     graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
-    found = rung("weights", graph=graph)
+    found = precheck("weights", graph=graph)
     assert (found.state, found.suspect) == ("unknown", True)
     assert (
         "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in found.detail
