@@ -9,7 +9,7 @@ or, if there are none (IA3 has ones), in how far all of its tensors are from the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.mutation.mutant import Inapplicable, Mutant
+from qeff_validate.mutation.mutant import AdapterMutant, Inapplicable
 from qeff_validate.tensors import Tensors
 
 Numbers = NDArray[Any]
@@ -242,11 +242,11 @@ def brain(array: Numbers) -> Numbers:
 
 def _mutant(
     name: str, change: Change, source: str = "validation-methods §12.6", *, gross: bool = False, ceiling: bool = True
-) -> Mutant:
-    return Mutant(name, "adapters", "adapters", change, source, gross, ceiling)
+) -> AdapterMutant:
+    return AdapterMutant(name, "adapters", change, source, gross, ceiling)
 
 
-ADAPTERS: Sequence[Mutant] = (
+ADAPTER_MUTANTS: tuple[AdapterMutant, ...] = (
     _mutant("base served for every adapter", base_for_all, gross=True),
     _mutant("base served for the first adapter", instead(0, 0), "validation-methods §12.6, PEFT #2090"),
     _mutant("first two adapters swapped", instead(0, 2, 1), gross=True),

@@ -11,8 +11,8 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
-from qeff_validate.mutation.adapter_mutants import ADAPTERS
-from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS
+from qeff_validate.mutation.mutant import AdapterMutant, FaultySession, Inapplicable, SessionMutant
 from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feed, Feeds, Numbers
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Tensors
@@ -64,13 +64,13 @@ def _mutant(
     *,
     gross: bool = False,
     ceiling: bool = False,
-) -> Mutant:
-    return Mutant(name, family, "session", change, source, gross, ceiling)
+) -> SessionMutant:
+    return SessionMutant(name, family, change, source, gross, ceiling)
 
 
 _NAN_OF_ONE = _session(out=logits.not_a_number_of_one, adapted=True)
 
-SESSIONS = (
+DECODE_MUTANTS: tuple[SessionMutant, ...] = (
     _mutant("an adapter stays on", "adapters", _session(feed.stays_on, mixed=False, adapted=True)),
     _mutant("adapter of the first prompt for all", "adapters", _session(feed.of_the_first_prompt, mixed=True), _MULTI),
     _mutant("adapter of the next row", "adapters", _session(feed.of_the_next_row, rows=2, mixed=True)),
@@ -103,10 +103,10 @@ SESSIONS = (
     _mutant("early end", "choices", _session(out=logits.ends_early)),
 )
 
-CONTINUING: tuple[Mutant, ...] = (*ADAPTERS, *SESSIONS)
+CAUSAL_LM_MUTANTS: tuple[AdapterMutant | SessionMutant, ...] = (*ADAPTER_MUTANTS, *DECODE_MUTANTS)
 
 
-def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
+def served(mutant: AdapterMutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
     """Return the tensors of ``base`` and of each adapter with a mutant of level ``adapters``.
 
     Raises:
@@ -115,20 +115,21 @@ def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors
     return {name: mutant.change(name, adapters) for name in adapters}
 
 
-def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Session], FaultySession]:
+def serving(
+    mutant: AdapterMutant | SessionMutant, adapters: Mapping[str, Tensors]
+) -> Callable[[Session], FaultySession]:
     """Return what gives a session a mutant of level ``adapters`` or ``session``.
 
     Args:
-        mutant: of `CONTINUING`.
+        mutant: of `CAUSAL_LM_MUTANTS`.
         adapters: tensors of ``base`` and of each adapter, as the session's caller has them.
 
     Raises:
         Inapplicable: there is nothing to change; of level ``session``, when the session is given, or runs.
         IncomparableError: in a run, because other tensors than the adapters' are fed.
     """
-    if mutant.level == "session":
-        damage: Callable[[Session], FaultySession] = mutant.change
-        return damage
+    if isinstance(mutant, SessionMutant):
+        return mutant.change
     instead = served(mutant, adapters)
 
     def feed(session: DecodeTrackingSession, feeds: Feeds) -> Mapping[str, Numbers]:

@@ -9,7 +9,6 @@ amplified by many others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import graph_finder
-from qeff_validate.mutation.mutant import Inapplicable, Mutant
+from qeff_validate.mutation.mutant import GraphMutant, Inapplicable
 from qeff_validate.tensors import Array
 
 Change = Callable[[onnx.ModelProto], None]
@@ -173,21 +172,20 @@ def _output_scale(model: onnx.ModelProto) -> None:
     graph_finder.scaled(model, graph_finder.makers_of(model)[model.graph.output[0].name], 1.01)
 
 
-_graph = partial(Mutant, level="graph")
 _LIST, _ROWS, _SIZES = "validation-methods §12.6", "upstream §5", "upstream §6"
 
-GRAPHS: tuple[Mutant, ...] = (
-    _graph("graph: one row of a weight negated", "weights", change=_in_late_weight(_negated_row), source=_ROWS),
-    _graph("graph: two weights of one shape exchanged", "weights", change=_exchanged, source=_LIST),
-    _graph("graph: the largest weight is zero", "weights", change=_without_weight, source=_LIST, gross=True),
-    _graph("graph: one bias is zero", "weights", change=_without_bias, source="tests/meta/test_faults.py"),
-    _graph("graph: one epsilon x 10000, at least 1e-3", "norms", change=_epsilon, source="design §5"),
-    _graph("graph: one product of fp16 operands", "numbers", change=_half_operands, source="design §5"),
-    _graph("graph: one weight rounded to int8", "numbers", change=_in_late_weight(_as_int8), source=_SIZES),
-    _graph("graph: weights rounded to MXFP6", "numbers", change=_compressed, source=_LIST),
-    _graph("graph: one product clipped at 2 rms", "numbers", change=_clipped, source=_LIST),
-    _graph("graph: scores of one attention x 0.9", "attention", change=_attention_scale(0.9), source=_SIZES),
-    _graph("graph: one softmax gives zeros", "attention", change=_no_attention, source=_LIST, gross=True),
-    _graph("graph: output x 1.01", "layers", change=_output_scale, source=_LIST),
+GRAPH_MUTANTS: tuple[GraphMutant, ...] = (
+    GraphMutant("graph: one row of a weight negated", "weights", _in_late_weight(_negated_row), _ROWS),
+    GraphMutant("graph: two weights of one shape exchanged", "weights", _exchanged, _LIST),
+    GraphMutant("graph: the largest weight is zero", "weights", _without_weight, _LIST, gross=True),
+    GraphMutant("graph: one bias is zero", "weights", _without_bias, "tests/meta/test_faults.py"),
+    GraphMutant("graph: one epsilon x 10000, at least 1e-3", "norms", _epsilon, "design §5"),
+    GraphMutant("graph: one product of fp16 operands", "numbers", _half_operands, "design §5"),
+    GraphMutant("graph: one weight rounded to int8", "numbers", _in_late_weight(_as_int8), _SIZES),
+    GraphMutant("graph: weights rounded to MXFP6", "numbers", _compressed, _LIST),
+    GraphMutant("graph: one product clipped at 2 rms", "numbers", _clipped, _LIST),
+    GraphMutant("graph: scores of one attention x 0.9", "attention", _attention_scale(0.9), _SIZES),
+    GraphMutant("graph: one softmax gives zeros", "attention", _no_attention, _LIST, gross=True),
+    GraphMutant("graph: output x 1.01", "layers", _output_scale, _LIST),
 )
 """None is tried in each run: they need a graph, and a runtime for it."""

@@ -19,7 +19,7 @@ from torch.nn.functional import gelu
 
 from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import module_finder as finder
-from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch
+from qeff_validate.mutation.mutant import Inapplicable, ModuleMutant, Patch
 
 Change = Callable[[Any, Patch], None]
 
@@ -257,41 +257,39 @@ def _negated_row(weight: Tensor) -> Tensor:
     return torch.cat([-weight[:1], weight[1:]])
 
 
-def _body(name: str, family: str, change: Change, source: str, *, gross: bool = False, ceiling: bool = False) -> Mutant:
-    return Mutant(name, family, "body", change, source, gross=gross, ceiling=ceiling)
-
-
 _LIST, _SIZES = "validation-methods §12.6", "upstream §6"
 _FAULTS, _EXPORT = "tests/meta/test_faults.py", "upstream §7"
+_SKIP_FIRST = _layer_output(0, lambda before, _: before)
+_NO_ATTENTION = _in(finder.attention_output, torch.zeros_like)
 
-BODIES: tuple[Mutant, ...] = (
-    _body("last layer dropped", "layers", _restack(lambda found: found[:-1]), _SIZES, gross=True, ceiling=True),
-    _body("first two layers swapped", "layers", _restack(lambda f: [f[1], f[0], *f[2:]]), _FAULTS, gross=True),
-    _body("first layer skipped", "layers", _layer_output(0, lambda before, _: before), _LIST, gross=True, ceiling=True),
-    _body("last attention left out", "layers", _in(finder.attention_output, torch.zeros_like), _LIST, ceiling=True),
-    _body("attention scale x 0.9", "attention", _attention_scale(0.9), _SIZES, ceiling=True),
-    _body("attention scale x 0.99", "attention", _attention_scale(0.99), _FAULTS),
-    _body("attention scale x 1.001", "attention", _attention_scale(1.001), _FAULTS, ceiling=True),
-    _body("two heads swapped", "attention", _swap_heads, _FAULTS),
-    _body("two projections swapped", "attention", _swap_projections, _LIST),
-    _body("square weight transposed", "attention", _transpose, _EXPORT),
-    _body("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "design §5", ceiling=True),
-    _body("one norm without its weight", "norms", _plain_norm, _FAULTS),
-    _body("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream §5"),
-    _body("GELU by its other formula", "activations", _other_gelu, _FAULTS),
-    _body("ReLU in one layer", "activations", _relu, _FAULTS, ceiling=True),
-    _body("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
-    _body("one bias dropped", "weights", _no_bias, _FAULTS),
-    _body("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
-    _body("one row of a weight negated", "weights", _in(finder.outer, _negated_row), "upstream §5"),
-    _body("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream §5"),
-    _body("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
-    _body("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
-    _body("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
-    _body("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
-    _body("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),
-    _body("positions + 1", "positions", _later, _SIZES),
-    _body("rotary base x 2", "positions", _rotary_base, "upstream §5"),
-    _body("window one token wider", "masks", _wider_window, "design §5"),
+MODULE_MUTANTS: tuple[ModuleMutant, ...] = (
+    ModuleMutant("last layer dropped", "layers", _restack(lambda found: found[:-1]), _SIZES, gross=True, ceiling=True),
+    ModuleMutant("first two layers swapped", "layers", _restack(lambda f: [f[1], f[0], *f[2:]]), _FAULTS, gross=True),
+    ModuleMutant("first layer skipped", "layers", _SKIP_FIRST, _LIST, gross=True, ceiling=True),
+    ModuleMutant("last attention left out", "layers", _NO_ATTENTION, _LIST, ceiling=True),
+    ModuleMutant("attention scale x 0.9", "attention", _attention_scale(0.9), _SIZES, ceiling=True),
+    ModuleMutant("attention scale x 0.99", "attention", _attention_scale(0.99), _FAULTS),
+    ModuleMutant("attention scale x 1.001", "attention", _attention_scale(1.001), _FAULTS, ceiling=True),
+    ModuleMutant("two heads swapped", "attention", _swap_heads, _FAULTS),
+    ModuleMutant("two projections swapped", "attention", _swap_projections, _LIST),
+    ModuleMutant("square weight transposed", "attention", _transpose, _EXPORT),
+    ModuleMutant("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "design §5", ceiling=True),
+    ModuleMutant("one norm without its weight", "norms", _plain_norm, _FAULTS),
+    ModuleMutant("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream §5"),
+    ModuleMutant("GELU by its other formula", "activations", _other_gelu, _FAULTS),
+    ModuleMutant("ReLU in one layer", "activations", _relu, _FAULTS, ceiling=True),
+    ModuleMutant("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
+    ModuleMutant("one bias dropped", "weights", _no_bias, _FAULTS),
+    ModuleMutant("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
+    ModuleMutant("one row of a weight negated", "weights", _in(finder.outer, _negated_row), "upstream §5"),
+    ModuleMutant("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream §5"),
+    ModuleMutant("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
+    ModuleMutant("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
+    ModuleMutant("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
+    ModuleMutant("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
+    ModuleMutant("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),
+    ModuleMutant("positions + 1", "positions", _later, _SIZES),
+    ModuleMutant("rotary base x 2", "positions", _rotary_base, "upstream §5"),
+    ModuleMutant("window one token wider", "masks", _wider_window, "design §5"),
 )
 """Positions + 1 are the same to a model with rotary embeddings alone: a mutant that the rule must find equivalent."""

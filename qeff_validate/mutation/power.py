@@ -101,7 +101,7 @@ def measure_fault_effects(kind: str, made: Any, exact: Tensors, reference: Tenso
     faults = ceiling_mutants(kind)
     errors: list[Mapping[str, float]] = []
     with np.errstate(all="ignore"):
-        for name, outputs in made.altered(inputs, reference, faults):
+        for name, outputs in made.faulty_runs(inputs, reference, faults):
             names.append(name)
             errors.append(made.measure(exact, outputs, inputs))
     metrics = errors[0] if errors else {}

@@ -451,7 +451,7 @@ class Pipeline:
     def ceiling(self) -> FaultEffects | None:
         """Return what faults do to the original model, stored by model, inputs and faults; None as with `floor`."""
         made = self.model()
-        if self.case.tolerance == "table" or not hasattr(made, "altered"):
+        if self.case.tolerance == "table" or not hasattr(made, "faulty_runs"):
             return None
         if self.case.artifacts.reference is not None:
             stored = part(self._recorded(), "ceiling")

@@ -23,7 +23,16 @@ from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.comparison.decisive_rows import MOST
 from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
-from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch, mutants
+from qeff_validate.mutation.mutant import (
+    AdapterMutant,
+    GraphMutant,
+    Inapplicable,
+    Mutant,
+    Patch,
+    PoolingMutant,
+    SessionMutant,
+    mutants,
+)
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
 from qeff_validate.protocols import Session, runtime
 from qeff_validate.report.result import Result
@@ -129,10 +138,10 @@ class Examined:
             if mutant.level != "graph" and (mutant.ceiling or mutant.level != "session" or not stateful)
         ]
         with np.errstate(all="ignore"):
-            altered = made.altered(inputs, reference, some, dtype="float64")
+            altered = made.faulty_runs(inputs, reference, some, dtype="float64")
             return {name: self._size(exact, outputs) for name, outputs in altered}
 
-    def _effect_of_graph(self, mutant: Mutant) -> float:
+    def _effect_of_graph(self, mutant: GraphMutant) -> float:
         """Return the size of a graph mutant's effect: the changed graph itself is run in float64."""
         import onnx
 
@@ -170,7 +179,7 @@ class Examined:
         floor = self._healthy.floor(precision)
         level = float(next(floor.level(name) for name in SIZES if name in floor.errors))
         effect = self.effects.get(mutant.name, float("nan"))
-        if mutant.level == "graph":
+        if isinstance(mutant, GraphMutant):
             effect = self._effect_of_graph(mutant)
         elif mutant.name not in self.effects and actual:
             effect = self._size({**self._healthy.exact(), **self._clean_outputs(stage)}, actual)
@@ -191,9 +200,9 @@ class Examined:
     # --- how a mutant gets into an artifact ----------------------------------------------------------
 
     def _judged(self, mutant: Mutant, stage: Stage) -> tuple[Result, Tensors]:
-        if mutant.level in ("session", "adapters"):
+        if isinstance(mutant, AdapterMutant | SessionMutant):
             return self._in_session(mutant, "ort" if stage == "fp32" else "sim")
-        if mutant.level == "graph":
+        if isinstance(mutant, GraphMutant):
             return self._from_graph(stage, lambda path: changed_graph(mutant, self._healthy.onnx(), path))
         if stage == "fp32":
             with self._in_module(mutant):
@@ -201,9 +210,9 @@ class Examined:
                 return self._torch.result(runtime("torch")), self._torch.actual
         return self._from_graph(stage, lambda path: self._exported(mutant, path))
 
-    def _in_session(self, mutant: Mutant, name: str) -> tuple[Result, Tensors]:
+    def _in_session(self, mutant: AdapterMutant | SessionMutant, name: str) -> tuple[Result, Tensors]:
         noted: list[Inapplicable] = []
-        damage = mutant.change
+        damage: Callable[..., Any] = mutant.change
         if self.case.model != "embedding":
             from qeff_validate.mutation.causal_lm_mutants import serving
 
@@ -219,13 +228,13 @@ class Examined:
         """Hold a mutant in the wrapper's module."""
         module = self._torch.loaded()[0]
         with ExitStack() as held:
-            if mutant.level == "pooling":
+            if isinstance(mutant, PoolingMutant):
                 if module.pooling == "none":
                     raise Inapplicable("there is no pooling")
                 patch = held.enter_context(Patch())
                 patch.attribute(module, "pool", mutant.change)
             else:
-                held.enter_context(mutant.held(getattr(module, "base_model", None) or module.model))
+                held.enter_context(mutant.applied_to(getattr(module, "base_model", None) or module.model))
             yield module
 
     def _exported(self, mutant: Mutant, path: Path) -> None:
@@ -297,7 +306,7 @@ def elsewhere(pipeline: Any, actual: Tensors, profile: str) -> dict[str, bool]:
     return found
 
 
-def changed_graph(mutant: Mutant, artifact: Artifact, path: Path) -> None:
+def changed_graph(mutant: GraphMutant, artifact: Artifact, path: Path) -> None:
     """Write a graph with a fault, weights inside."""
     import onnx
 

@@ -23,7 +23,7 @@ from qeff_validate.engine import check
 from qeff_validate.models.causal_lm import kv_cache, wrapper
 from qeff_validate.models.causal_lm.decode_loop import _Batch
 from qeff_validate.models.causal_lm.prompts import LONG
-from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
 from qeff_validate.mutation.mutant import session_of
 from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feeds
 from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
@@ -128,7 +128,7 @@ SESSIONS: dict[str, Sequence[str]] = {
 }
 """Words that the reason must have, by mutant."""
 
-NAMED = {mutant.name: mutant for mutant in CONTINUING}
+NAMED = {mutant.name: mutant for mutant in CAUSAL_LM_MUTANTS}
 
 
 @pytest.mark.parametrize("name", SESSIONS)

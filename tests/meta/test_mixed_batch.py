@@ -17,7 +17,7 @@ from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import RowLinear
 from qeff_validate.models.causal_lm.relations import RELATIONS
-from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
 from qeff_validate.pipeline.case_pipeline import Pipeline, Silent
 from qeff_validate.protocols import Session, runtime
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
@@ -98,7 +98,7 @@ def test_adapters_of_other_rows_are_noticed(change: Callable[[Array], Array], sa
     ],
 )
 def test_mutants_of_mixed_batches_are_noticed(name: str, said: str, pipeline: Pipeline) -> None:
-    (mutant,) = [mutant for mutant in CONTINUING if mutant.name == name]
+    (mutant,) = [mutant for mutant in CAUSAL_LM_MUTANTS if mutant.name == name]
     result = pipeline.result(FaultyRuntime(serving(mutant, pipeline.inputs().adapters)))
     assert result.status == "fail"
     assert said in result.reason

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from bounds import close
 
-from qeff_validate.mutation.adapter_mutants import ADAPTERS, brain, half
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS, brain, half
 from qeff_validate.mutation.causal_lm_mutants import served
 from qeff_validate.mutation.mutant import Inapplicable
 from qeff_validate.tensors import Array, Tensors
 
-NAMED = {mutant.name: mutant for mutant in ADAPTERS}
+NAMED = {mutant.name: mutant for mutant in ADAPTER_MUTANTS}
 HIDDEN, RANK = 6, 2
 
 METHODS: Mapping[str, Mapping[str, tuple[tuple[int, ...], float | None]]] = {

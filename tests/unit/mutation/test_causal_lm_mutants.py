@@ -19,12 +19,12 @@ from bounds import close
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
-from qeff_validate.mutation.causal_lm_mutants import CONTINUING, SESSIONS, serving
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, DECODE_MUTANTS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
 from qeff_validate.mutation.tracking_session import DecodeTrackingSession
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
-NAMED = {mutant.name: mutant for mutant in CONTINUING}
+NAMED = {mutant.name: mutant for mutant in CAUSAL_LM_MUTANTS}
 CTX, PAD, STEPS = 64, 3, 3
 LENGTHS = (2, 15, 8, 1, 17, 7)
 PROMPTS = [[100 * (row + 1) + at for at in range(size)] for row, size in enumerate(LENGTHS)]
@@ -369,7 +369,7 @@ def test_one_bit_and_one_nan_at_one_visit() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant", [mutant for mutant in SESSIONS if mutant.ceiling], ids=lambda mutant: mutant.name
+    "mutant", [mutant for mutant in DECODE_MUTANTS if mutant.ceiling], ids=lambda mutant: mutant.name
 )  # fmt: skip
 def test_ceiling_is_measured_on_logits_alone(mutant: Mutant) -> None:
     given = np.random.default_rng(0).standard_normal((6, 1, 50)).astype(np.float32)
@@ -381,9 +381,9 @@ def test_ceiling_is_measured_on_logits_alone(mutant: Mutant) -> None:
 
 
 def test_table_is_complete() -> None:
-    assert len(CONTINUING) >= 40
-    assert max(Counter(mutant.name for mutant in CONTINUING).values()) == 1
-    families = Counter(mutant.family for mutant in CONTINUING)
+    assert len(CAUSAL_LM_MUTANTS) >= 40
+    assert max(Counter(mutant.name for mutant in CAUSAL_LM_MUTANTS).values()) == 1
+    families = Counter(mutant.family for mutant in CAUSAL_LM_MUTANTS)
     assert set(families) == {"adapters", "state", "positions", "tokens", "rows", "numbers", "values", "choices"}
     assert min(families.values()) >= 1
-    assert sum(mutant.ceiling for mutant in CONTINUING) <= 16
+    assert sum(mutant.ceiling for mutant in CAUSAL_LM_MUTANTS) <= 16

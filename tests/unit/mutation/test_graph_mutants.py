@@ -15,7 +15,7 @@ from onnx import numpy_helper, parser
 
 from qeff_validate.engine import Runner, load
 from qeff_validate.mutation import graph_finder as finder
-from qeff_validate.mutation.graph_mutants import GRAPHS
+from qeff_validate.mutation.graph_mutants import GRAPH_MUTANTS
 from qeff_validate.mutation.mutant import Inapplicable, mutants
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime, session_options
@@ -25,7 +25,7 @@ from tests import microscaling
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CASES = {case.name: case for case in load([CONFIGS / "embedding.yaml", CONFIGS / "peft.yaml"])}
-NAMED = {mutant.name.removeprefix("graph: "): mutant for mutant in GRAPHS}
+NAMED = {mutant.name.removeprefix("graph: "): mutant for mutant in GRAPH_MUTANTS}
 BIAS = "one bias is zero"
 
 
@@ -286,6 +286,6 @@ def test_a_graph_without_anything_to_change_says_so(name: str) -> None:
 def test_both_model_kinds_have_them_and_each_run_does_not(kind: str) -> None:
     names = [mutant.name for mutant in mutants(kind)]
     assert len(names) == len(set(names))
-    assert {mutant.name for mutant in mutants(kind) if mutant.level == "graph"} == {mutant.name for mutant in GRAPHS}
-    assert not any(mutant.ceiling for mutant in GRAPHS)
-    assert {mutant.family for mutant in GRAPHS} == {"weights", "norms", "numbers", "attention", "layers"}
+    assert [mutant for mutant in mutants(kind) if mutant.level == "graph"] == list(GRAPH_MUTANTS)
+    assert not any(mutant.ceiling for mutant in GRAPH_MUTANTS)
+    assert {mutant.family for mutant in GRAPH_MUTANTS} == {"weights", "norms", "numbers", "attention", "layers"}
