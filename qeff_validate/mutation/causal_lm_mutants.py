@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of language models with adapters: what is served for an adapter, and what a session is fed and gives."""
+"""Mutants of language models with adapters: faults of adapters' tensors, and of a session's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SINGLE, _MULTI = "upstream §2.3", "upstream §2.4"
 def _out(change: Callable[..., Numbers] | None) -> Feed | None:
     if change is None:
         return None
-    return lambda session, found: {
-        name: change(session, array) if name == "logits" else array for name, array in found.items()
+    return lambda session, outputs: {
+        name: change(session, array) if name == "logits" else array for name, array in outputs.items()
     }
 
 
@@ -38,21 +38,30 @@ def _session(
     mixed: bool | None = None,
     adapted: bool = False,
 ) -> Callable[[Session], DecodeTrackingSession]:
-    """Return a change of level ``session``; ``mixed``: rows must choose their adapters, or must not."""
+    """Return the change of a session mutant.
+
+    Args:
+        feed: changes the feeds.
+        out: changes the logits.
+        zeroed: see `DecodeTrackingSession`.
+        rows: the least number of rows in a batch.
+        mixed: True: rows must choose their adapters; False: they must not; None: either.
+        adapted: there must be an adapter.
+    """
 
     def change(session: Session) -> DecodeTrackingSession:
-        made = DecodeTrackingSession(session, feed, _out(out), zeroed=zeroed, rows=rows)
-        if mixed is not None and mixed != made.mixed:
+        faulty = DecodeTrackingSession(session, feed, _out(out), zeroed=zeroed, rows=rows)
+        if mixed is not None and mixed != faulty.mixed:
             raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
-        if adapted and not made.weights:
+        if adapted and not faulty.weights:
             raise Inapplicable("there is no adapter")
-        return made
+        return faulty
 
     return change
 
 
 def _logits(out: Callable[[FaultySession, Numbers], Numbers]) -> Callable[[Session], FaultySession]:
-    """Return a change that needs to know nothing of the feeds."""
+    """Return the change of a session mutant that does not depend on the decode loop."""
     return lambda session: FaultySession(session, out=_out(out))
 
 
@@ -107,7 +116,7 @@ CAUSAL_LM_MUTANTS: tuple[AdapterMutant | SessionMutant, ...] = (*ADAPTER_MUTANTS
 
 
 def served(mutant: AdapterMutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Return the tensors of ``base`` and of each adapter with a mutant of level ``adapters``.
+    """Return the tensors that a mutant serves for ``base`` and for each adapter.
 
     Raises:
         Inapplicable: there is nothing to change.
@@ -118,30 +127,32 @@ def served(mutant: AdapterMutant, adapters: Mapping[str, Tensors]) -> dict[str, 
 def serving(
     mutant: AdapterMutant | SessionMutant, adapters: Mapping[str, Tensors]
 ) -> Callable[[Session], FaultySession]:
-    """Return what gives a session a mutant of level ``adapters`` or ``session``.
+    """Return a function that adds a mutant's fault to a session.
 
     Args:
         mutant: of `CAUSAL_LM_MUTANTS`.
-        adapters: tensors of ``base`` and of each adapter, as the session's caller has them.
+        adapters: tensors of ``base`` and of each adapter, as the caller of the session feeds them.
 
     Raises:
-        Inapplicable: there is nothing to change; of level ``session``, when the session is given, or runs.
-        IncomparableError: in a run, because other tensors than the adapters' are fed.
+        Inapplicable: there is nothing to change; a session mutant raises it when the function is called, or in a run.
+        IncomparableError: in a run, because the tensors that are fed are none of the adapters.
     """
     if isinstance(mutant, SessionMutant):
         return mutant.change
-    instead = served(mutant, adapters)
+    replacements = served(mutant, adapters)
 
     def feed(session: DecodeTrackingSession, feeds: Feeds) -> Mapping[str, Numbers]:
         types = {name: feeds[name].dtype for name in feeds.keys() & session.weights}
         if not types:
             return feeds
         if session.mixed:
-            stacks = stacked(instead)
+            stacks = stacked(replacements)
             return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
-        for adapter, tensors in adapters.items():  # a device may take them in another type
+        for adapter, tensors in adapters.items():  # a device may take another dtype
             if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):
-                return {**feeds, **{name: instead[adapter][name].astype(dtype) for name, dtype in types.items()}}
-        raise IncomparableError("what is fed is none of the adapters, so it is not known what is served in its stead")
+                return {**feeds, **{name: replacements[adapter][name].astype(dtype) for name, dtype in types.items()}}
+        raise IncomparableError(
+            "the fed tensors are none of the adapters: it is not known what to serve in place of them"
+        )
 
     return _session(feed)
