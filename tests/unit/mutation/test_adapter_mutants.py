@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bounds import close
 
-from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS, brain, half
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS, to_bfloat16, to_float16
 from qeff_validate.mutation.causal_lm_mutants import served
 from qeff_validate.mutation.mutant import Inapplicable
 from qeff_validate.tensors import Array, Tensors
@@ -217,8 +217,8 @@ def test_numbers_are_rounded_as_others_round_them() -> None:
     drawn = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     ties = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 0.0, -0.0, 3e38, 1e-40], np.float32)
     values = np.concatenate([drawn, ties])
-    np.testing.assert_array_equal(brain(values), values.astype(ml_dtypes.bfloat16).astype(np.float32))
-    np.testing.assert_array_equal(half(np.array([1 + 2.0**-12, 7e4, 1e-9], np.float32)), [1, np.inf, 0])
+    np.testing.assert_array_equal(to_bfloat16(values), values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(to_float16(np.array([1 + 2.0**-12, 7e4, 1e-9], np.float32)), [1, np.inf, 0])
 
 
 def test_integers_of_an_adapter_are_left_alone() -> None:
