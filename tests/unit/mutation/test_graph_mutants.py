@@ -19,7 +19,7 @@ from qeff_validate.mutation.graph_mutants import GRAPH_MUTANTS
 from qeff_validate.mutation.mutant import Inapplicable, mutants
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime, session_options
-from qeff_validate.selftest.float64_graph import WideSession, effect64
+from qeff_validate.selftest.float64_graph import Float64Session
 from qeff_validate.tensors import Array, Tensors
 from tests import microscaling
 
@@ -82,14 +82,14 @@ def exported(name: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
 def test_each_mutant_changes_outputs_by_what_it_changes_in_float64(case: str, refused: set[str]) -> None:
     clean, feeds = exported(case)
     before, output, without = clean.SerializeToString(), clean.graph.output[0].name, set()
-    wanted, exact = ort(clean, feeds), WideSession(clean).run(feeds)[output]
+    wanted, exact = ort(clean, feeds), Float64Session(clean).run(feeds)[output]
     for name, mutant in NAMED.items():
         try:
             made = mutant_of(clean, name)
         except Inapplicable:
             without.add(name)
             continue
-        size, least = effect(exact, WideSession(made).run(feeds)[output]), 5e-2 if mutant.gross else 2e-5
+        size, least = effect(exact, Float64Session(made).run(feeds)[output]), 5e-2 if mutant.gross else 2e-5
         assert size > least, f"{name}: {size}"
         close(effect(wanted, ort(made, feeds)), size, rtol=0.1, atol=2e-6, what=name)
     assert without == refused
@@ -211,7 +211,7 @@ def test_each_mutant_does_what_its_name_says(name: str, opset: int) -> None:
     right, wrong = by_hand("none", x), by_hand(name, x)
     close(ort(clean, {"x": x}), right, atol=1e-4)
     apart = np.abs(wrong - right).max()
-    ((_, found),) = effect64(clean, mutant_of(clean, name), [{"x": x}])
+    found = Float64Session(mutant_of(clean, name)).run({"x": x})
     assert apart > 1e-4
     # in float32 what is rounded to fp16 may fall to the other side of a middle
     close(found["output"], wrong, rtol=0, atol=2e-7 * np.abs(right).max())

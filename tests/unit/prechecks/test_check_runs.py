@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx
 import pytest
+from upstream.bench import adapters
 
 import qeff_validate as qv
 from qeff_validate.engine import Runner
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.prechecks.checks import PRECHECKS
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.faulty_runtime import adapters
 
 TEXTS = ["a river begins in the hills", "rain", "small streams that nobody named"]
 
