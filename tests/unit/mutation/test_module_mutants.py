@@ -61,12 +61,12 @@ def ids() -> Tensor:
 def output(model: Any, **more: Any) -> Tensor:
     with torch.no_grad():
         out = model(input_ids=ids(), attention_mask=torch.ones_like(ids()), **more)
-    found: Tensor = out.logits if "logits" in out else out.last_hidden_state
-    return found
+    outputs: Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return outputs
 
 
-def effect(wanted: Tensor, found: Tensor) -> float:
-    return float((found - wanted).double().norm() / wanted.double().norm())
+def effect(wanted: Tensor, outputs: Tensor) -> float:
+    return float((outputs - wanted).double().norm() / wanted.double().norm())
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def check(model: Any, absent: Any, noise: float) -> None:
         after = state(model)
         assert torch.equal(output(model), wanted), mutant.name
         assert (after["modules"], after["config"]) == (before["modules"], before["config"]), mutant.name
-        assert all(torch.equal(after["tensors"][name], kept) for name, kept in before["tensors"].items()), mutant.name
+        assert all(torch.equal(after["tensors"][name], copy) for name, copy in before["tensors"].items()), mutant.name
     assert refused == set(absent)
 
 
@@ -210,9 +210,9 @@ def test_a_mutant_does_what_it_says(name: str, family: str) -> None:
     body = Random(family, {"sliding_window": 8} if family == "mistral" else {}, 0).body()
     wanted = output(body)
     with NAMED[name].applied_to(body):
-        found = output(body)
-    within(effect(DONE_OTHERWISE[name, family](), found), 5e-6)
-    assert effect(wanted, found) > 1e-5
+        outputs = output(body)
+    within(effect(DONE_OTHERWISE[name, family](), outputs), 5e-6)
+    assert effect(wanted, outputs) > 1e-5
 
 
 @pytest.mark.numeric

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which faults count, and which of them bounds would find, on errors that are made by hand."""
+"""Which faults count, and which of them bounds would find, on errors that are written by hand."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_only_a_pass_that_would_let_something_gross_through_becomes_inconclusive
     verdict = Verdict(status, "as it was")  # type: ignore[arg-type]
     fine, blind = Power(9, ("small",)), Power(9, ("small", "large"), ("large",))
     assert verdict.discriminating(fine).status == status
-    found = verdict.discriminating(blind)
-    assert found.status == ("inconclusive" if status == "pass" else status)
-    assert ("'large' pass, which nobody may ship" in found.reason) == (status == "pass")
-    assert found.power == blind
+    limited = verdict.discriminating(blind)
+    assert limited.status == ("inconclusive" if status == "pass" else status)
+    assert ("'large' pass, which nobody may ship" in limited.reason) == (status == "pass")
+    assert limited.power == blind
 
 
 def test_the_report_has_the_share_and_the_missed_ones_by_name() -> None:

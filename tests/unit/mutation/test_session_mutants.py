@@ -194,8 +194,8 @@ WANTED: dict[str, list[np.ndarray]] = {
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", WANTED)
 def test_outputs_are_what_the_name_says(name: str) -> None:
-    for found, wanted in zip(faulty(name), WANTED[name], strict=True):
-        close(found, wanted, rtol=1e-6, atol=1e-9)
+    for outputs, wanted in zip(faulty(name), WANTED[name], strict=True):
+        close(outputs, wanted, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_noise_is_as_large_as_it_says_and_the_same_each_time(name: str, least: f
 
 
 def test_clipping_takes_one_element_of_a_hundred() -> None:
-    for found, healthy in zip(faulty("clipped at the 99th percentile"), HEALTHY, strict=True):
-        assert 1 <= (found != healthy).sum() <= 3
-        assert (np.abs(found) <= np.abs(healthy)).all()
+    for outputs, healthy in zip(faulty("clipped at the 99th percentile"), HEALTHY, strict=True):
+        assert 1 <= (outputs != healthy).sum() <= 3
+        assert (np.abs(outputs) <= np.abs(healthy)).all()
 
 
 # --- the tables ------------------------------------------------------------------------------------

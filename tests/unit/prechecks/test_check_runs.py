@@ -72,17 +72,17 @@ def test_a_graph_of_another_checkpoint_is_told_by_its_matrices(runner: Runner, t
         (tmp_path / str(seed) / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nrain\na\nriver\n")
     cases = [case().model_copy(update={"source": f"path:{tmp_path / str(seed)}"}) for seed in (0, 1)]
     path = str(runner.pipeline(cases[0]).onnx().path)
-    given = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": path})}
-    right, wrong = (runner.pipeline(made.model_copy(update=given)).prechecks("onnx") for made in cases)
+    update = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": path})}
+    right, wrong = (runner.pipeline(case.model_copy(update=update)).prechecks("onnx") for case in cases)
     assert {precheck.name for precheck in right if precheck.state == "differs"} == set()
-    (found,) = (precheck for precheck in wrong if precheck.state == "differs")
-    assert found.name == "weights"
-    assert "model.safetensors" in found.detail
+    (differing,) = (precheck for precheck in wrong if precheck.state == "differs")
+    assert differing.name == "weights"
+    assert "model.safetensors" in differing.detail
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, str(tmp_path / "foreign.onnx"))
-    given = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": str(tmp_path / "foreign.onnx")})}
-    right, wrong = (runner.pipeline(made.model_copy(update=given)).prechecks("onnx") for made in cases)
+    update = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": str(tmp_path / "foreign.onnx")})}
+    right, wrong = (runner.pipeline(case.model_copy(update=update)).prechecks("onnx") for case in cases)
     states = [
         [(precheck.state, precheck.suspect) for precheck in prechecks if precheck.name == "weights"]
         for prechecks in (right, wrong)
@@ -105,11 +105,11 @@ def test_a_recorded_reference_of_other_texts_is_named(runner: Runner, tmp_path: 
 
 
 def test_a_qpc_says_what_it_was_compiled_for(runner: Runner) -> None:
-    made = str(qv.build(qv.model(case()), "qpc").path)
+    qpc = str(qv.build(qv.model(case()), "qpc").path)
     for pooling, wrong in (("mean", []), ("cls", ["pooling"])):
-        prechecks = runner.pipeline(case(pooling, artifacts={"qpc": made})).prechecks("qpc")
+        prechecks = runner.pipeline(case(pooling, artifacts={"qpc": qpc})).prechecks("qpc")
         assert [precheck.name for precheck in prechecks if precheck.state == "differs"] == wrong
-    longer = case(texts=[*TEXTS, "word " * 20], options={"seq_len": [32]}, artifacts={"qpc": made})
+    longer = case(texts=[*TEXTS, "word " * 20], options={"seq_len": [32]}, artifacts={"qpc": qpc})
     prechecks = runner.pipeline(longer).prechecks("qpc")
     assert [precheck.detail for precheck in prechecks if precheck.state == "differs"] == [
         "the graph takes 16 tokens, the longest row has 22"
@@ -157,8 +157,8 @@ def test_a_graph_for_adapters_of_another_rank_is_named(runner: Runner) -> None:
 
 
 def test_a_recorded_reference_is_judged_where_its_source_is_gone(runner: Runner, exported: str, tmp_path: Path) -> None:
-    given = {"reference": str(runner.pipeline(case()).record(tmp_path)), "onnx": exported}
-    gone = case(artifacts=given).model_copy(update={"source": "path:/nowhere"})
+    user_artifacts = {"reference": str(runner.pipeline(case()).record(tmp_path)), "onnx": exported}
+    gone = case(artifacts=user_artifacts).model_copy(update={"source": "path:/nowhere"})
     result = Runner(store=tmp_path / "empty").result(gone, "ort")
     assert result.status == "pass", result.reason
     unknown = {precheck.name: precheck.detail for precheck in result.prechecks if precheck.state == "unknown"}

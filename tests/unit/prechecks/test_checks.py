@@ -86,32 +86,32 @@ def recorded(**changes: Any) -> dict[str, Any]:
     return {**said, **changes}
 
 
-def precheck(name: str, made: Any = None, inputs: Any = None, body: Any = BODY, **evidence: Any) -> Precheck:
-    prechecks = run_prechecks(made or Wrapper(), inputs or rows(), Evidence(**evidence), lambda: body)
-    assert [found.name for found in prechecks] == list(PRECHECKS)
-    return next(found for found in prechecks if found.name == name)
+def precheck(name: str, wrapper: Any = None, inputs: Any = None, body: Any = BODY, **evidence: Any) -> Precheck:
+    prechecks = run_prechecks(wrapper or Wrapper(), inputs or rows(), Evidence(**evidence), lambda: body)
+    assert [result.name for result in prechecks] == list(PRECHECKS)
+    return next(result for result in prechecks if result.name == name)
 
 
 def test_what_the_case_builds_itself_is_the_same_and_nothing_is_looked_at() -> None:
     def body() -> Any:
         raise AssertionError("weights were hashed")
 
-    made = Wrapper()
-    prechecks = run_prechecks(made, rows(tokens=9, positions=8), Evidence(), body)
-    states = {found.name: found.state for found in prechecks}
+    wrapper = Wrapper()
+    prechecks = run_prechecks(wrapper, rows(tokens=9, positions=8), Evidence(), body)
+    states = {result.name: result.state for result in prechecks}
     assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in PRECHECKS}
-    assert made.tokenized == 0
+    assert wrapper.tokenized == 0
 
 
 def test_a_plug_in_without_settings_is_unknown_throughout() -> None:
     prechecks = run_prechecks(object(), object(), Evidence(), dict)
-    assert [(found.name, found.state) for found in prechecks] == [(name, "unknown") for name in PRECHECKS]
+    assert [(result.name, result.state) for result in prechecks] == [(name, "unknown") for name in PRECHECKS]
 
 
 def test_a_foreign_graph_says_nothing() -> None:
     for name in ("pooling", "normalize", "weights", "adapters"):
-        found = precheck(name, graph=About())
-        assert (found.state, "nothing says" in found.detail) == ("unknown", True), found
+        result = precheck(name, graph=About())
+        assert (result.state, "nothing says" in result.detail) == ("unknown", True), result
 
 
 # --- token ids -------------------------------------------------------------------------------------
@@ -119,66 +119,66 @@ def test_a_foreign_graph_says_nothing() -> None:
 
 @pytest.mark.parametrize(("ids", "said"), [([1, 7], "the id 7"), ([-1, 1], "the id -1")])
 def test_an_id_that_is_not_embedded_differs(ids: list[int], said: str) -> None:
-    found = precheck("token ids", inputs=rows([1], ids, tokens=7))
-    assert found.state == "differs"
-    assert "row 1 ('text 1')" in found.detail
-    assert said in found.detail
-    assert "0 to 6" in found.detail
+    result = precheck("token ids", inputs=rows([1], ids, tokens=7))
+    assert result.state == "differs"
+    assert "row 1 ('text 1')" in result.detail
+    assert said in result.detail
+    assert "0 to 6" in result.detail
     assert precheck("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
 
 
 def test_recorded_inputs_of_the_same_texts_and_tokenizer_are_not_tokenized_again() -> None:
-    made = Wrapper()
-    assert precheck("token ids", made, recorded=recorded()).state == "same", (
+    wrapper = Wrapper()
+    assert precheck("token ids", wrapper, recorded=recorded()).state == "same", (
         "another version of a package is no difference"
     )
-    assert made.tokenized == 0
+    assert wrapper.tokenized == 0
 
 
 def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -> None:
-    made = Wrapper()
-    made.key = {"words": "other"}
-    assert precheck("token ids", made, recorded=recorded()).state == "same"
-    assert made.tokenized == 1
-    made.made = rows([1, 2, 3], [4, 9], [6])
-    found = precheck("token ids", made, recorded=recorded())
-    assert found.state == "differs"
-    assert "row 1 is [4, 5]" in found.detail
-    assert "[4, 9]" in found.detail
+    wrapper = Wrapper()
+    wrapper.key = {"words": "other"}
+    assert precheck("token ids", wrapper, recorded=recorded()).state == "same"
+    assert wrapper.tokenized == 1
+    wrapper.made = rows([1, 2, 3], [4, 9], [6])
+    result = precheck("token ids", wrapper, recorded=recorded())
+    assert result.state == "differs"
+    assert "row 1 is [4, 5]" in result.detail
+    assert "[4, 9]" in result.detail
 
 
 @pytest.mark.parametrize(
     ("now", "said"), [(rows(pad=3), "padding is 0 in the recorded file, 3"), (rows([1, 2, 3]), "has 3 rows")]
 )
 def test_padding_and_number_of_rows_are_compared(now: TokenRows, said: str) -> None:
-    made = Wrapper()
-    made.made = now
-    found = precheck("token ids", made, recorded={})  # recorded before this was kept: only the rows can tell
-    assert (found.state, said in found.detail) == ("differs", True), found
+    wrapper = Wrapper()
+    wrapper.made = now
+    result = precheck("token ids", wrapper, recorded={})  # recorded before this was kept: only the rows can tell
+    assert (result.state, said in result.detail) == ("differs", True), result
 
 
 def test_recorded_inputs_are_unknown_where_nothing_can_be_tokenized() -> None:
-    made = Wrapper()
-    made.key = ConfigError("no such directory")
+    wrapper = Wrapper()
+    wrapper.key = ConfigError("no such directory")
 
     def refuse() -> TokenRows:
         raise ConfigError("no such directory")
 
-    made.rows = refuse  # type: ignore[method-assign]
-    found = precheck("token ids", made, recorded=recorded())
-    assert (found.state, "no such directory" in found.detail) == ("unknown", True)
+    wrapper.rows = refuse  # type: ignore[method-assign]
+    result = precheck("token ids", wrapper, recorded=recorded())
+    assert (result.state, "no such directory" in result.detail) == ("unknown", True)
 
 
 def test_texts_are_compared_where_the_source_is_far() -> None:
-    made = Wrapper()
-    assert precheck("token ids", made, recorded=recorded(), local=False).state == "unknown"
-    made.asks["texts"] = ["a b ", "c", "d"]
-    assert precheck("token ids", made, recorded=recorded(), local=False).state == "unknown", (
+    wrapper = Wrapper()
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "unknown"
+    wrapper.asks["texts"] = ["a b ", "c", "d"]
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "unknown", (
         "a blank may be no difference"
     )
-    made.asks["texts"] = ["a b", "c", "e"]
-    assert precheck("token ids", made, recorded=recorded(), local=False).state == "differs"
-    assert made.tokenized == 0
+    wrapper.asks["texts"] = ["a b", "c", "e"]
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "differs"
+    assert wrapper.tokenized == 0
 
 
 # --- head ------------------------------------------------------------------------------------------
@@ -200,13 +200,13 @@ def test_texts_are_compared_where_the_source_is_far() -> None:
 def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[str, Any], state: str) -> None:
     said = made_from(head={**HEAD, **change})
     evidence: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
-    found = precheck(name, **evidence)
-    assert found.state == state
+    result = precheck(name, **evidence)
+    assert result.state == state
     if state == "differs":
         begins = "the graph was exported with" if side == "graph" else "the reference was recorded with"
-        assert found.detail.startswith(begins)
-        assert "the case asks for" in found.detail
-    assert found.suspect == (state == "unknown")
+        assert result.detail.startswith(begins)
+        assert "the case asks for" in result.detail
+    assert result.suspect == (state == "unknown")
 
 
 def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
@@ -217,13 +217,13 @@ def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
 
 
 def test_what_sentence_transformers_says_is_a_remark() -> None:
-    made = Wrapper()
-    made.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
+    wrapper = Wrapper()
+    wrapper.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
     for name in ("pooling", "normalize", "max length"):
-        found = precheck(name, made)
-        assert (found.state, "sentence-transformers' files" in found.detail) == ("same", True), found
-    made.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
-    assert not any("sentence" in precheck(name, made).detail for name in ("pooling", "normalize", "max length"))
+        result = precheck(name, wrapper)
+        assert (result.state, "sentence-transformers' files" in result.detail) == ("same", True), result
+    wrapper.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
+    assert not any("sentence" in precheck(name, wrapper).detail for name in ("pooling", "normalize", "max length"))
 
 
 # --- max length ------------------------------------------------------------------------------------
@@ -245,12 +245,12 @@ def test_what_sentence_transformers_says_is_a_remark() -> None:
     ],
 )
 def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: str) -> None:
-    found = precheck("max length", inputs=rows(**sizes), graph=graph)
-    assert (found.state, said in found.detail) == (state, True), found
+    result = precheck("max length", inputs=rows(**sizes), graph=graph)
+    assert (result.state, said in result.detail) == (state, True), result
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "sizes"),
     [
         (["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"], {"tokens": 9, "positions": 9}),
         (["transformer.wte.weight", "transformer.wpe.weight"], {"tokens": 9, "positions": 9}),
@@ -258,10 +258,10 @@ def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: s
         (["encoder.relative_attention_bias.weight"], {}),
     ],
 )
-def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], tmp_path: Path) -> None:
-    assert tables(dict.fromkeys(names, (9, 4))) == found
+def test_tables_are_those_of_the_text(names: list[str], sizes: dict[str, int], tmp_path: Path) -> None:
+    assert tables(dict.fromkeys(names, (9, 4))) == sizes
     save_file({name: np.zeros((9, 4), np.float32) for name in names}, tmp_path / "model.safetensors")
-    assert file_tables([tmp_path / "model.safetensors"]) == found
+    assert file_tables([tmp_path / "model.safetensors"]) == sizes
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert file_tables([tmp_path / "model.safetensors"]) == {}
 
@@ -271,10 +271,10 @@ def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], t
 
 def test_weights_from_a_seed_differ_by_it_and_not_by_a_package() -> None:
     assert precheck("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
-    found = precheck("weights", graph=About(made_from(body={**BODY, "seed": 3})))
-    assert (found.state, "seed: 3, the case asks for 0" in found.detail) == ("differs", True), found
-    found = precheck("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
-    assert (found.state, found.suspect) == ("unknown", True), "a config may change nothing in the graph"
+    result = precheck("weights", graph=About(made_from(body={**BODY, "seed": 3})))
+    assert (result.state, "seed: 3, the case asks for 0" in result.detail) == ("differs", True), result
+    result = precheck("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
+    assert (result.state, result.suspect) == ("unknown", True), "a config may change nothing in the graph"
     assert precheck("weights", graph=About(made_from()), local=False).state == "unknown"
 
 
@@ -282,7 +282,7 @@ FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
 
 
 @pytest.mark.parametrize(
-    ("found", "own", "state"),
+    ("matches", "own", "state"),
     [
         (WeightMatches(4, 4, 0), True, "same"),
         (WeightMatches(4, 0, 4), True, "differs"),
@@ -293,10 +293,10 @@ FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
     ],
 )
 def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(
-    found: WeightMatches, own: bool, state: str
+    matches: WeightMatches, own: bool, state: str
 ) -> None:
     said = made_from(body={"files": {**FILES["files"], "model.safetensors": "3"}}) if own else None
-    got = precheck("weights", body=FILES, graph=About(said), find_weights=lambda: found)
+    got = precheck("weights", body=FILES, graph=About(said), find_weights=lambda: matches)
     assert got.state == state
     if state == "differs":
         assert "model.safetensors" in got.detail
@@ -315,10 +315,14 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
     def graph(*arrays: np.ndarray, external: bool) -> Path:
-        held = [numpy_helper.from_array(np.ascontiguousarray(array), f"w{at}") for at, array in enumerate(arrays)]
-        made = helper.make_model(helper.make_graph([], "g", [], [], held))
+        initializers = [
+            numpy_helper.from_array(np.ascontiguousarray(array), f"w{at}") for at, array in enumerate(arrays)
+        ]
+        graph_model = helper.make_model(helper.make_graph([], "g", [], [], initializers))
         name = f"{len(list(tmp_path.iterdir()))}"
-        onnx.save(made, str(tmp_path / f"{name}.onnx"), save_as_external_data=external, location=name, size_threshold=0)
+        onnx.save(
+            graph_model, str(tmp_path / f"{name}.onnx"), save_as_external_data=external, location=name, size_threshold=0
+        )
         return tmp_path / f"{name}.onnx"
 
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
@@ -348,19 +352,19 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
     ],
 )
 def test_adapters(said: dict[str, Any], state: str, words: str) -> None:
-    made = Wrapper(adapters=LORA, mixed=False)
-    found = precheck("adapters", made, graph=About(made_from(**{"mixed": False, **said})))
-    assert (found.state, words in found.detail) == (state, True), found
+    wrapper = Wrapper(adapters=LORA, mixed=False)
+    result = precheck("adapters", wrapper, graph=About(made_from(**{"mixed": False, **said})))
+    assert (result.state, words in result.detail) == (state, True), result
 
 
 def test_a_number_of_adapters_counts_in_a_mixed_batch_alone() -> None:
     two = {**LORA, "b": {"peft_method": "lora", "r": 4}}
     for mixed, state in ((False, "same"), (True, "differs")):
-        made = Wrapper(adapters=LORA, mixed=mixed)
-        assert precheck("adapters", made, graph=About(made_from(adapters=two, mixed=mixed))).state == state
+        wrapper = Wrapper(adapters=LORA, mixed=mixed)
+        assert precheck("adapters", wrapper, graph=About(made_from(adapters=two, mixed=mixed))).state == state
 
 
-# --- what is fed -----------------------------------------------------------------------------------
+# --- feeds -----------------------------------------------------------------------------------------
 
 
 class Sink:
@@ -378,10 +382,10 @@ class Sink:
 
 
 def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Precheck]:
-    watched = FeedMonitor(Sink(), rows() if inputs is None else inputs)
+    monitor = FeedMonitor(Sink(), rows() if inputs is None else inputs)
     for feeds in runs:
-        watched.run({name: np.array(value) for name, value in feeds.items()})
-    return {found.name: found for found in watched.prechecks()}
+        monitor.run({name: np.array(value) for name, value in feeds.items()})
+    return {result.name: result for result in monitor.prechecks()}
 
 
 IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
@@ -398,10 +402,10 @@ IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
     ],
 )
 def test_masks_cover_each_row(mask: Any, ids: Any, said: str | None) -> None:
-    found = fed({"input_ids": ids, "attention_mask": mask})
-    assert found["mask"].state == ("same" if said is None else "differs")
-    assert (said or "") in found["mask"].detail
-    assert found["positions"].state == "same"
+    result = fed({"input_ids": ids, "attention_mask": mask})
+    assert result["mask"].state == ("same" if said is None else "differs")
+    assert (said or "") in result["mask"].detail
+    assert result["positions"].state == "same"
 
 
 CHUNKS = ([[1, 2], [4, 5]], [[0, 1], [0, 1]]), ([[3, 0], [7, 0]], [[2, -1], [2, -1]]), ([[6], [0]], [[0], [-1]])
@@ -422,15 +426,15 @@ def test_positions_count_up_over_runs(change: Any, name: str, said: str) -> None
     if change:
         run, what, row, column, value = change
         runs[run][what][row][column] = value
-    found = fed(*({"input_ids": ids, "position_ids": places} for ids, places in runs))
+    result = fed(*({"input_ids": ids, "position_ids": places} for ids, places in runs))
     for each in ("mask", "positions"):
-        assert found[each].state == ("differs" if each == name else "same"), found
-    assert not name or said in found[name].detail
+        assert result[each].state == ("differs" if each == name else "same"), result
+    assert not name or said in result[name].detail
 
 
 def test_what_a_plug_in_feeds_is_unknown() -> None:
-    assert {found.state for found in fed({"pixels": [1]}).values()} == {"unknown"}
-    assert {found.state for found in fed({"input_ids": IDS, "attention_mask": MASK}, inputs=object()).values()} == {
+    assert {result.state for result in fed({"pixels": [1]}).values()} == {"unknown"}
+    assert {result.state for result in fed({"input_ids": IDS, "attention_mask": MASK}, inputs=object()).values()} == {
         "unknown"
     }
 
@@ -475,12 +479,12 @@ def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
 
 def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 12])
-    made = helper.make_model(helper.make_graph([], "g", [ids], []))
+    graph_model = helper.make_model(helper.make_graph([], "g", [ids], []))
     path = tmp_path / "m.onnx"
-    onnx.save(made, str(path))
+    onnx.save(graph_model, str(path))
     assert about("onnx", path, "ids") == About(None, 12)
-    helper.set_model_props(made, {KEY: json.dumps(made_from())})
-    onnx.save(made, str(path))
+    helper.set_model_props(graph_model, {KEY: json.dumps(made_from())})
+    onnx.save(graph_model, str(path))
     assert about("onnx", path) == About(made_from())
     path.write_bytes(path.read_bytes()[:-5])
     assert about("onnx", path) == about("onnx", tmp_path / "none") == about("qpc", tmp_path / "qpc") == About()
@@ -505,10 +509,10 @@ def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Pa
 
 @pytest.mark.parametrize(("limit", "said"), [(7, "the tokenizer cuts at 7, the case asks for 8"), (8, ""), (None, "")])
 def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
-    made = Wrapper()
-    made.files = {"model_max_length": limit}
-    found = next(r for r in run_prechecks(made, rows(), Evidence(), lambda: BODY) if r.name == "max length")
-    assert (found.state, found.detail) == ("same", said)
+    wrapper = Wrapper()
+    wrapper.files = {"model_max_length": limit}
+    result = next(r for r in run_prechecks(wrapper, rows(), Evidence(), lambda: BODY) if r.name == "max length")
+    assert (result.state, result.detail) == ("same", said)
 
 
 @pytest.mark.parametrize(
@@ -524,20 +528,20 @@ def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
     ],
 )
 def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | None, suspect: bool) -> None:
-    made = Wrapper()
-    made.files = {"bases": {"a": base}}
-    made.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
-    found = next(r for r in run_prechecks(made, rows(), Evidence(), lambda: BODY) if r.name == "adapters")
-    assert (found.state, found.suspect) == ("same", suspect)
-    assert (f"was trained on {base!r}" in found.detail) == suspect
+    wrapper = Wrapper()
+    wrapper.files = {"bases": {"a": base}}
+    wrapper.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
+    result = next(r for r in run_prechecks(wrapper, rows(), Evidence(), lambda: BODY) if r.name == "adapters")
+    assert (result.state, result.suspect) == ("same", suspect)
+    assert (f"was trained on {base!r}" in result.detail) == suspect
 
 
 def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
     graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
-    found = precheck("weights", graph=graph)
-    assert (found.state, found.suspect) == ("unknown", True)
+    result = precheck("weights", graph=graph)
+    assert (result.state, result.suspect) == ("unknown", True)
     assert (
-        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in found.detail
+        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in result.detail
     )
 
 
@@ -548,6 +552,6 @@ def test_contrib_operators_are_counted(tmp_path: Path) -> None:
     onnx.save(
         helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=opsets), tmp_path / "m"
     )
-    found = about("onnx", tmp_path / "m").contrib
-    assert found is not None
-    assert found.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")
+    result = about("onnx", tmp_path / "m").contrib
+    assert result is not None
+    assert result.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")

@@ -30,15 +30,15 @@ def clean(seed: int = 0) -> np.ndarray:
 
 
 def with_element(value: float, row: int = 2, column: int = 7) -> np.ndarray:
-    found = clean()
-    found[row, column] = value
-    return found
+    vectors = clean()
+    vectors[row, column] = value
+    return vectors
 
 
 def with_dimension(step: float) -> np.ndarray:
-    found = clean()
-    found[:, 7] += np.float32(step)
-    return found
+    vectors = clean()
+    vectors[:, 7] += np.float32(step)
+    return vectors
 
 
 def with_noise(size: float) -> np.ndarray:
@@ -131,9 +131,9 @@ def original_polygraphy(reference: np.ndarray, actual: np.ndarray) -> bool:
         for name, array in (("actual", actual), ("reference", reference))
     )
     with np.errstate(all="ignore"), logger.verbosity(logger.CRITICAL):
-        found = comparator.SimpleCompareFunc()(ours, theirs)
-    assert list(found) == ["output"]
-    return bool(found["output"])
+        outputs_match = comparator.SimpleCompareFunc()(ours, theirs)
+    assert list(outputs_match) == ["output"]
+    return bool(outputs_match["output"])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Polygraphy, for means of nothing
