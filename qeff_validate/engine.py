@@ -283,7 +283,7 @@ def selftest(
         ConfigError: a case is none that this can be done with.
         ValidateError: a case does not pass without a fault.
     """
-    from qeff_validate.selftest.run import examine, sound
+    from qeff_validate.selftest.run import run_mutants, run_variants
     from qeff_validate.selftest.score import Score
 
     for case in cases:
@@ -296,9 +296,9 @@ def selftest(
         def pipeline(case: Case) -> Pipeline:
             return Pipeline(case, check(case), store, Silent())
 
-        outcomes = [one for case in cases for one in examine(case, pipeline, graphs, progress, stages)]
+        outcomes = [one for case in cases for one in run_mutants(case, pipeline, graphs, progress, stages)]
         random = [case for case in cases if case.source.startswith("random:")]
-        alarms = list(sound(random, seeds, pipeline, graphs, progress, stages)) if random else []
+        alarms = list(run_variants(random, seeds, pipeline, graphs, progress, stages)) if random else []
     return Score(title, tuple(outcomes), tuple(alarms))
 
 

@@ -189,8 +189,8 @@ class Change(Protocol):
     def change(self) -> Callable[..., Any]:
         """What is done at this level."""
 
-    def held(self, model: Any) -> AbstractContextManager[None]:
-        """Hold a fault of level ``body`` in a model; at other levels do nothing.
+    def applied_to(self, model: Any) -> AbstractContextManager[None]:
+        """Apply a fault of level ``body`` to a model for the duration of the context; at other levels do nothing.
 
         Raises:
             IncomparableError: the model has nothing that could be changed.
@@ -210,7 +210,7 @@ class Measured(Protocol):
         Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
         """
 
-    def altered(
+    def faulty_runs(
         self, inputs: Any, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
         """Run the original model with each of some faults; those that do not apply are left out."""

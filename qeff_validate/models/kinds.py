@@ -38,9 +38,10 @@ EMBEDDING = ModelKind(
     bounds=MOST,
     relations=("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row"),
     mutants=(
-        "qeff_validate.mutation.module_mutants:BODIES",
-        "qeff_validate.mutation.pooling_mutants:VECTORS",
-        "qeff_validate.mutation.graph_mutants:GRAPHS",
+        "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
+        "qeff_validate.mutation.pooling_mutants:POOLING_MUTANTS",
+        "qeff_validate.mutation.session_mutants:SESSION_MUTANTS",
+        "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
 )
 
@@ -71,8 +72,8 @@ PEFT_CAUSAL_LM = ModelKind(
         *("row_alone", "scaled"),
     ),
     mutants=(
-        "qeff_validate.mutation.module_mutants:BODIES",
-        "qeff_validate.mutation.causal_lm_mutants:CONTINUING",
-        "qeff_validate.mutation.graph_mutants:GRAPHS",
+        "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
+        "qeff_validate.mutation.causal_lm_mutants:CAUSAL_LM_MUTANTS",
+        "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
 )

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of what is served for an adapter's name. They know PEFT's saved names, and of methods only the shape of them.
+"""Mutants of the tensors that are served for an adapter. They rely on PEFT's saved names, and on no method.
 
 A change takes a name and the tensors of ``base`` and of all adapters, and returns the tensors that are served for it.
-How strong an adapter is lies in the tensors that are all zero in the base (``lora_B`` of LoRA, ``lora_E`` of AdaLoRA),
-or, if there are none (IA3 has ones), in how far all of its tensors are from the base's.
+An adapter's strength is in the tensors that are all zero in the base (``lora_B`` of LoRA, ``lora_E`` of AdaLoRA), or,
+if there are none (IA3 has ones), in the distance of all of its tensors from the base's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,189 +17,196 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.mutation.mutant import Inapplicable, Mutant
+from qeff_validate.mutation.mutant import AdapterMutant, Inapplicable
 from qeff_validate.tensors import Tensors
 
 Numbers = NDArray[Any]
 Adapters = Mapping[str, Tensors]
 Change = Callable[[str, Adapters], Tensors]
+Where = Callable[["Location", Tensors], bool]
+"""Takes a location and the tensors of an adapter: whether a fault is there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Where a tensor belongs: the number of its layer (None outside of layers) and the name of its module."""
+class Location:
+    """Where a tensor belongs: the number of its layer (None outside of layers) and the name of its target module."""
 
     layer: int | None
     module: str
 
 
-def part_of(name: str) -> Part:
+def location_of(name: str) -> Location:
     """Read the layer and the target module from PEFT's saved name of a tensor."""
     *path, module, _ = name.removesuffix(".weight").split(".")
     layer = next((int(step) for step in path if step.isdigit()), None)
-    return Part(layer, module)
+    return Location(layer, module)
 
 
-def named(adapters: Adapters, at: int) -> str:
-    """Return the name of the adapter at a place, from 1; the base is at 0."""
+def adapter_name(adapters: Adapters, number: int) -> str:
+    """Return the name of an adapter by its number; the base is number 0."""
     names = list(adapters)
-    if at >= len(names) or not adapters[names[at]]:
-        raise Inapplicable("there is no adapter" if at == 1 else f"there are fewer than {at} adapters")
-    return names[at]
+    if number >= len(names) or not adapters[names[number]]:
+        raise Inapplicable("there is no adapter" if number == 1 else f"there are fewer than {number} adapters")
+    return names[number]
 
 
 def layers(tensors: Tensors) -> list[int]:
-    """Return the numbers of two layers or more that have tensors."""
-    found = sorted({part.layer for part in map(part_of, tensors) if part.layer is not None})
-    if len(found) < 2:
+    """Return the numbers of the layers that have tensors; at least two."""
+    numbers = sorted({location.layer for location in map(location_of, tensors) if location.layer is not None})
+    if len(numbers) < 2:
         raise Inapplicable("the adapter is in fewer than two layers")
-    return found
+    return numbers
 
 
 def modules(tensors: Tensors) -> list[str]:
-    """Return the names of two target modules or more."""
-    found = sorted({part.module for part in map(part_of, tensors) if part.layer is not None})
-    if len(found) < 2:
+    """Return the names of the target modules; at least two."""
+    names = sorted({location.module for location in map(location_of, tensors) if location.layer is not None})
+    if len(names) < 2:
         raise Inapplicable("the adapter has one target module only")
-    return found
+    return names
 
 
-def carriers(name: str, adapters: Adapters) -> list[str]:
-    """Return the tensors that an adapter's strength is in."""
-    base, own = adapters[BASE], adapters[name]
-    floats = [tensor for tensor in own if own[tensor].dtype.kind == "f"]
-    zero = [tensor for tensor in floats if not base[tensor].any() and own[tensor].any()]
-    return zero or [tensor for tensor in floats if not np.array_equal(own[tensor], base[tensor])]
+def strength_tensors(name: str, adapters: Adapters) -> list[str]:
+    """Return the names of the tensors that hold an adapter's strength."""
+    base, adapter = adapters[BASE], adapters[name]
+    floats = [tensor for tensor in adapter if adapter[tensor].dtype.kind == "f"]
+    zero_in_base = [tensor for tensor in floats if not base[tensor].any() and adapter[tensor].any()]
+    return zero_in_base or [tensor for tensor in floats if not np.array_equal(adapter[tensor], base[tensor])]
 
 
-def moved(array: Numbers, base: Numbers, factor: float) -> Numbers:
-    """Return a tensor so many times as far from the base's."""
-    found: Numbers = (base + np.float64(factor) * (array.astype(np.float64) - base)).astype(array.dtype)
-    return found
+def scaled_tensor(array: Numbers, base: Numbers, factor: float) -> Numbers:
+    """Multiply the distance of a tensor from the base's by a factor."""
+    result: Numbers = (base + np.float64(factor) * (array.astype(np.float64) - base)).astype(array.dtype)
+    return result
 
 
-def of_each(change: Callable[[str, Adapters], Tensors]) -> Change:
-    """Change every adapter; the base is served as it is."""
+def except_base(change: Change) -> Change:
+    """Change every adapter, and serve the base as it is."""
 
     def served(name: str, adapters: Adapters) -> Tensors:
-        named(adapters, 1)
+        adapter_name(adapters, 1)
         return adapters[BASE] if name == BASE else change(name, adapters)
 
     return served
 
 
-def instead(*places: int) -> Change:
-    """Serve for the base, the first adapter, … what is at these places."""
+def reordered(*numbers: int) -> Change:
+    """Serve for the base, the first adapter, … the adapters of these numbers."""
 
     def served(name: str, adapters: Adapters) -> Tensors:
         names = list(adapters)
-        for place in range(1, max((*places, len(places) - 1)) + 1):
-            named(adapters, place)
-        at = names.index(name)
-        return adapters[names[places[at]] if at < len(places) else name]
+        for number in range(1, max((*numbers, len(numbers) - 1)) + 1):
+            adapter_name(adapters, number)
+        asked = names.index(name)
+        return adapters[names[numbers[asked]] if asked < len(numbers) else name]
 
     return served
 
 
 def base_for_all(name: str, adapters: Adapters) -> Tensors:
-    """Serve the base whatever is asked for."""
-    named(adapters, 1)
+    """Serve the base for every adapter."""
+    adapter_name(adapters, 1)
     return adapters[BASE if name != BASE else name]
 
 
 def first_for_all(name: str, adapters: Adapters) -> Tensors:
-    """Serve the first adapter for every other."""
-    named(adapters, 2)
-    return adapters[name if name == BASE else named(adapters, 1)]
+    """Serve the first adapter for every other adapter."""
+    adapter_name(adapters, 2)
+    return adapters[name if name == BASE else adapter_name(adapters, 1)]
 
 
-def scaled(factor: float, where: Callable[[Part, Tensors], bool] = lambda _, __: True) -> Change:
-    """Scale what each adapter adds, in all of its parts or some."""
+def scaled(factor: float, where: Where = lambda _, __: True) -> Change:
+    """Scale what each adapter adds, everywhere or in some locations."""
 
-    @of_each
+    @except_base
     def served(name: str, adapters: Adapters) -> Tensors:
-        base, own = adapters[BASE], adapters[name]
-        hit = {tensor for tensor in carriers(name, adapters) if where(part_of(tensor), own)}
-        return {tensor: moved(own[tensor], base[tensor], factor) if tensor in hit else own[tensor] for tensor in own}
+        base, adapter = adapters[BASE], adapters[name]
+        tensors = {key for key in strength_tensors(name, adapters) if where(location_of(key), adapter)}
+        return {
+            key: scaled_tensor(array, base[key], factor) if key in tensors else array for key, array in adapter.items()
+        }
 
     return served
 
 
-def without(where: Callable[[Part, Tensors], bool]) -> Change:
-    """Take an adapter out of some of its parts: the base's tensors are there."""
+def without(where: Where) -> Change:
+    """Serve the base's tensors in some locations of each adapter."""
 
-    @of_each
+    @except_base
     def served(name: str, adapters: Adapters) -> Tensors:
-        base, own = adapters[BASE], adapters[name]
-        return {tensor: base[tensor] if where(part_of(tensor), own) else own[tensor] for tensor in own}
+        base, adapter = adapters[BASE], adapters[name]
+        return {key: base[key] if where(location_of(key), adapter) else array for key, array in adapter.items()}
 
     return served
 
 
-def last_module(part: Part, tensors: Tensors) -> bool:
-    """Say whether a part is of the last target module by name."""
-    return part.layer is not None and part.module == modules(tensors)[-1]
+def in_last_module(location: Location, tensors: Tensors) -> bool:
+    """Return True in the last target module by name."""
+    return location.layer is not None and location.module == modules(tensors)[-1]
 
 
-def last_layer(part: Part, tensors: Tensors) -> bool:
-    """Say whether a part is of the last layer."""
-    return part.layer == layers(tensors)[-1]
+def in_last_layer(location: Location, tensors: Tensors) -> bool:
+    """Return True in the last layer."""
+    return location.layer == layers(tensors)[-1]
 
 
-def one_place(part: Part, tensors: Tensors) -> bool:
-    """Say whether a part is of the last target module in the last layer, of two or more places in all."""
-    places = sorted({(found.layer, found.module) for found in map(part_of, tensors) if found.layer is not None})
-    if len(places) < 2:
+def at_last_location(location: Location, tensors: Tensors) -> bool:
+    """Return True in the last target module of the last layer; there must be two locations in all."""
+    in_layers = [other for other in map(location_of, tensors) if other.layer is not None]
+    locations = sorted({(other.layer, other.module) for other in in_layers})
+    if len(locations) < 2:
         raise Inapplicable("the adapter is in one place only")
-    return (part.layer, part.module) == places[-1]
+    return (location.layer, location.module) == locations[-1]
 
 
-def by_root_of_rank(name: str, adapters: Adapters) -> Tensors:
-    """Scale by alpha / r where alpha / √r is meant."""
-    ranks = {array.shape[0] for tensor, array in adapters[named(adapters, 1)].items() if ".lora_A" in tensor}
+def scaled_by_rank(name: str, adapters: Adapters) -> Tensors:
+    """Scale by alpha / r in place of alpha / √r."""
+    ranks = {array.shape[0] for tensor, array in adapters[adapter_name(adapters, 1)].items() if ".lora_A" in tensor}
     if len(ranks) != 1 or ranks == {1}:
         raise Inapplicable("the adapters have no lora_A, or none of one rank above 1")
     return scaled(ranks.pop() ** -0.5)(name, adapters)
 
 
-@of_each
+@except_base
 def without_magnitude(name: str, adapters: Adapters) -> Tensors:
-    """Leave the magnitudes of DoRA as they are in the base."""
-    base, own = adapters[BASE], adapters[name]
-    if not any("magnitude" in tensor for tensor in own):
+    """Serve the base's magnitudes for DoRA."""
+    base, adapter = adapters[BASE], adapters[name]
+    if not any("magnitude" in tensor for tensor in adapter):
         raise Inapplicable("the adapter has no magnitudes: it is no DoRA")
-    return {tensor: base[tensor] if "magnitude" in tensor else own[tensor] for tensor in own}
+    return {tensor: base[tensor] if "magnitude" in tensor else adapter[tensor] for tensor in adapter}
 
 
-def _layer_renamed(tensor: str, number: int) -> str:
+def _in_layer(tensor: str, number: int) -> str:
     return re.sub(r"\.\d+\.", f".{number}.", tensor, count=1)
 
 
-def _from_layer(own: Tensors, source: Tensors, pairs: Mapping[int, int]) -> Tensors:
-    """Return tensors of which those of some layers come from other layers of the source, where shapes allow."""
+def _with_layers(adapter: Tensors, source: Tensors, source_layers: Mapping[int, int]) -> Tensors:
+    """Return tensors with those of some layers replaced by those of the source's layers, where shapes allow."""
 
-    def of(tensor: str) -> Numbers:
-        to = pairs.get(part_of(tensor).layer)  # type: ignore[arg-type]  # None is in no mapping
-        found = None if to is None else source.get(_layer_renamed(tensor, to))
-        return own[tensor] if found is None or found.shape != own[tensor].shape else found
+    def served(tensor: str) -> Numbers:
+        layer = source_layers.get(location_of(tensor).layer)  # type: ignore[arg-type]  # None is in no mapping
+        replacement = None if layer is None else source.get(_in_layer(tensor, layer))
+        if replacement is None or replacement.shape != adapter[tensor].shape:
+            return adapter[tensor]
+        return replacement
 
-    return {tensor: of(tensor) for tensor in own}
+    return {tensor: served(tensor) for tensor in adapter}
 
 
-@of_each
+@except_base
 def exchanged_layers(name: str, adapters: Adapters) -> Tensors:
     """Exchange the tensors of the first and the last layer."""
     first, *_, last = layers(adapters[name])
-    return _from_layer(adapters[name], adapters[name], {first: last, last: first})
+    return _with_layers(adapters[name], adapters[name], {first: last, last: first})
 
 
-@of_each
+@except_base
 def one_buffer(name: str, adapters: Adapters) -> Tensors:
-    """Let tensors that are equal in the base have one input: exporters merge equal initializers of a fresh adapter."""
-    base, own = adapters[BASE], adapters[name]
+    """Serve one tensor for all that are equal in the base: exporters merge equal initializers of a fresh adapter."""
+    base, adapter = adapters[BASE], adapters[name]
     first: dict[tuple[tuple[int, ...], bytes], str] = {}
-    served = {tensor: own[first.setdefault((base[tensor].shape, base[tensor].tobytes()), tensor)] for tensor in own}
-    if len(first) == len(own):
+    served = {key: adapter[first.setdefault((base[key].shape, base[key].tobytes()), key)] for key in adapter}
+    if len(first) == len(adapter):
         raise Inapplicable("no two tensors of the base are equal")
     return served
 
@@ -207,70 +214,70 @@ def one_buffer(name: str, adapters: Adapters) -> Tensors:
 def layer_of_another(name: str, adapters: Adapters) -> Tensors:
     """Serve one layer of each adapter from the next one."""
     others = [adapter for adapter in adapters if adapter != BASE]
-    named(adapters, 2)
+    adapter_name(adapters, 2)
     if name == BASE:
         return adapters[BASE]
     last = layers(adapters[name])[-1]
-    return _from_layer(adapters[name], adapters[others[others.index(name) - 1]], {last: last})
+    return _with_layers(adapters[name], adapters[others[others.index(name) - 1]], {last: last})
 
 
-def rounded(to: Callable[[Numbers], Numbers]) -> Change:
-    """Round every number of the adapters."""
+def rounded(rounding: Callable[[Numbers], Numbers]) -> Change:
+    """Round every float32 number of the adapters."""
 
-    @of_each
+    @except_base
     def served(name: str, adapters: Adapters) -> Tensors:
-        own = adapters[name]
-        return {tensor: to(array) if array.dtype == np.float32 else array for tensor, array in own.items()}
+        adapter = adapters[name]
+        return {key: rounding(array) if array.dtype == np.float32 else array for key, array in adapter.items()}
 
     return served
 
 
-def half(array: Numbers) -> Numbers:
-    """Round to float16, with infinities where the number is too great."""
+def to_float16(array: Numbers) -> Numbers:
+    """Round float32 numbers to float16, to infinity where they are too great."""
     with np.errstate(over="ignore"):
-        found: Numbers = array.astype(np.float16).astype(np.float32)
-    return found
+        result: Numbers = array.astype(np.float16).astype(np.float32)
+    return result
 
 
-def brain(array: Numbers) -> Numbers:
-    """Round to bfloat16, to the nearest and halves to even."""
+def to_bfloat16(array: Numbers) -> Numbers:
+    """Round float32 numbers to bfloat16, to the nearest and halves to even."""
     bits = np.ascontiguousarray(array).view(np.uint32).astype(np.uint64)
     bits = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) & np.uint64(0xFFFF0000)
-    found: Numbers = bits.astype(np.uint32).view(np.float32)
-    return found
+    result: Numbers = bits.astype(np.uint32).view(np.float32)
+    return result
 
 
 def _mutant(
     name: str, change: Change, source: str = "validation-methods §12.6", *, gross: bool = False, ceiling: bool = True
-) -> Mutant:
-    return Mutant(name, "adapters", "adapters", change, source, gross, ceiling)
+) -> AdapterMutant:
+    return AdapterMutant(name, "adapters", change, source, gross, ceiling)
 
 
-ADAPTERS: Sequence[Mutant] = (
+ADAPTER_MUTANTS: tuple[AdapterMutant, ...] = (
     _mutant("base served for every adapter", base_for_all, gross=True),
-    _mutant("base served for the first adapter", instead(0, 0), "validation-methods §12.6, PEFT #2090"),
-    _mutant("first two adapters swapped", instead(0, 2, 1), gross=True),
-    _mutant("first adapter served for base", instead(1), ceiling=False),
+    _mutant("base served for the first adapter", reordered(0, 0), "validation-methods §12.6, PEFT #2090"),
+    _mutant("first two adapters swapped", reordered(0, 2, 1), gross=True),
+    _mutant("first adapter served for base", reordered(1), ceiling=False),
     _mutant("first adapter served for all adapters", first_for_all, ceiling=False),
     _mutant("alpha / r dropped, x 0.5", scaled(0.5)),
     _mutant("merged and fed, x 2", scaled(2.0), ceiling=False),
     _mutant("alpha / r squared, x 4", scaled(4.0), ceiling=False),
-    _mutant("alpha / r where alpha / sqrt(r) is meant", by_root_of_rank, "upstream §2.4", ceiling=False),
+    _mutant("alpha / r where alpha / sqrt(r) is meant", scaled_by_rank, "upstream §2.4", ceiling=False),
     _mutant(
         "alpha_pattern of one target module ignored, x 0.5",
-        scaled(0.5, last_module),
+        scaled(0.5, in_last_module),
         "upstream §2.4",
         ceiling=False,
     ),
     _mutant("DoRA's magnitudes ignored", without_magnitude, "upstream §2.4", ceiling=False),
     _mutant("sign of adapters flipped", scaled(-1.0), "this project", ceiling=False),
     _mutant("adapters x 1.02", scaled(1.02), "this project"),
-    _mutant("one target module without adapter", without(last_module)),
-    _mutant("one layer without adapter", without(last_layer)),
-    _mutant("one module of one layer without adapter", without(one_place), "this project"),
+    _mutant("one target module without adapter", without(in_last_module)),
+    _mutant("one layer without adapter", without(in_last_layer)),
+    _mutant("one module of one layer without adapter", without(at_last_location), "this project"),
     _mutant("two layers' tensors exchanged", exchanged_layers, "this project"),
     _mutant("one layer from another adapter", layer_of_another, "this project", ceiling=False),
     _mutant("one buffer for tensors that are equal in the base", one_buffer, "upstream §2.3"),
-    _mutant("adapters rounded to fp16", rounded(half), "upstream §2.3", ceiling=False),
-    _mutant("adapters rounded to bf16", rounded(brain), "this project", ceiling=False),
+    _mutant("adapters rounded to fp16", rounded(to_float16), "upstream §2.3", ceiling=False),
+    _mutant("adapters rounded to bf16", rounded(to_bfloat16), "this project", ceiling=False),
 )

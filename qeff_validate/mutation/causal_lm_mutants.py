@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of language models with adapters: what is served for an adapter, and what a session is fed and gives."""
+"""Mutants of language models with adapters: faults of adapters' tensors, and of a session's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
-from qeff_validate.mutation.adapter_mutants import ADAPTERS
-from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant
-from qeff_validate.mutation.tracking_session import Feed, Feeds, Followed, Numbers
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS
+from qeff_validate.mutation.mutant import AdapterMutant, FaultySession, Inapplicable, SessionMutant
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feed, Feeds, Numbers
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Tensors
 
@@ -24,53 +24,62 @@ _SINGLE, _MULTI = "upstream §2.3", "upstream §2.4"
 def _out(change: Callable[..., Numbers] | None) -> Feed | None:
     if change is None:
         return None
-    return lambda session, found: {
-        name: change(session, array) if name == "logits" else array for name, array in found.items()
+    return lambda session, outputs: {
+        name: change(session, array) if name == "logits" else array for name, array in outputs.items()
     }
 
 
 def _session(
     feed: Feed | None = None,
-    out: Callable[[Followed, Numbers], Numbers] | None = None,
+    out: Callable[[DecodeTrackingSession, Numbers], Numbers] | None = None,
     *,
     zeroed: bool = False,
     rows: int = 1,
     mixed: bool | None = None,
     adapted: bool = False,
-) -> Callable[[Session], Followed]:
-    """Return a change of level ``session``; ``mixed``: rows must choose their adapters, or must not."""
+) -> Callable[[Session], DecodeTrackingSession]:
+    """Return the change of a session mutant.
 
-    def change(session: Session) -> Followed:
-        made = Followed(session, feed, _out(out), zeroed=zeroed, rows=rows)
-        if mixed is not None and mixed != made.mixed:
+    Args:
+        feed: changes the feeds.
+        out: changes the logits.
+        zeroed: see `DecodeTrackingSession`.
+        rows: the least number of rows in a batch.
+        mixed: True: rows must choose their adapters; False: they must not; None: either.
+        adapted: there must be an adapter.
+    """
+
+    def change(session: Session) -> DecodeTrackingSession:
+        faulty = DecodeTrackingSession(session, feed, _out(out), zeroed=zeroed, rows=rows)
+        if mixed is not None and mixed != faulty.mixed:
             raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
-        if adapted and not made.weights:
+        if adapted and not faulty.weights:
             raise Inapplicable("there is no adapter")
-        return made
+        return faulty
 
     return change
 
 
-def _logits(out: Callable[[Damaged, Numbers], Numbers]) -> Callable[[Session], Damaged]:
-    """Return a change that needs to know nothing of the feeds."""
-    return lambda session: Damaged(session, out=_out(out))
+def _logits(out: Callable[[FaultySession, Numbers], Numbers]) -> Callable[[Session], FaultySession]:
+    """Return the change of a session mutant that does not depend on the decode loop."""
+    return lambda session: FaultySession(session, out=_out(out))
 
 
 def _mutant(
     name: str,
     family: str,
-    change: Callable[[Session], Damaged],
+    change: Callable[[Session], FaultySession],
     source: str = _LIST,
     *,
     gross: bool = False,
     ceiling: bool = False,
-) -> Mutant:
-    return Mutant(name, family, "session", change, source, gross, ceiling)
+) -> SessionMutant:
+    return SessionMutant(name, family, change, source, gross, ceiling)
 
 
 _NAN_OF_ONE = _session(out=logits.not_a_number_of_one, adapted=True)
 
-SESSIONS = (
+DECODE_MUTANTS: tuple[SessionMutant, ...] = (
     _mutant("an adapter stays on", "adapters", _session(feed.stays_on, mixed=False, adapted=True)),
     _mutant("adapter of the first prompt for all", "adapters", _session(feed.of_the_first_prompt, mixed=True), _MULTI),
     _mutant("adapter of the next row", "adapters", _session(feed.of_the_next_row, rows=2, mixed=True)),
@@ -103,11 +112,11 @@ SESSIONS = (
     _mutant("early end", "choices", _session(out=logits.ends_early)),
 )
 
-CONTINUING: tuple[Mutant, ...] = (*ADAPTERS, *SESSIONS)
+CAUSAL_LM_MUTANTS: tuple[AdapterMutant | SessionMutant, ...] = (*ADAPTER_MUTANTS, *DECODE_MUTANTS)
 
 
-def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Return the tensors of ``base`` and of each adapter with a mutant of level ``adapters``.
+def served(mutant: AdapterMutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Return the tensors that a mutant serves for ``base`` and for each adapter.
 
     Raises:
         Inapplicable: there is nothing to change.
@@ -115,32 +124,35 @@ def served(mutant: Mutant, adapters: Mapping[str, Tensors]) -> dict[str, Tensors
     return {name: mutant.change(name, adapters) for name in adapters}
 
 
-def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Session], Damaged]:
-    """Return what gives a session a mutant of level ``adapters`` or ``session``.
+def serving(
+    mutant: AdapterMutant | SessionMutant, adapters: Mapping[str, Tensors]
+) -> Callable[[Session], FaultySession]:
+    """Return a function that adds a mutant's fault to a session.
 
     Args:
-        mutant: of `CONTINUING`.
-        adapters: tensors of ``base`` and of each adapter, as the session's caller has them.
+        mutant: of `CAUSAL_LM_MUTANTS`.
+        adapters: tensors of ``base`` and of each adapter, as the caller of the session feeds them.
 
     Raises:
-        Inapplicable: there is nothing to change; of level ``session``, when the session is given, or runs.
-        IncomparableError: in a run, because other tensors than the adapters' are fed.
+        Inapplicable: there is nothing to change; a session mutant raises it when the function is called, or in a run.
+        IncomparableError: in a run, because the tensors that are fed are none of the adapters.
     """
-    if mutant.level == "session":
-        damage: Callable[[Session], Damaged] = mutant.change
-        return damage
-    instead = served(mutant, adapters)
+    if isinstance(mutant, SessionMutant):
+        return mutant.change
+    replacements = served(mutant, adapters)
 
-    def feed(session: Followed, feeds: Feeds) -> Mapping[str, Numbers]:
+    def feed(session: DecodeTrackingSession, feeds: Feeds) -> Mapping[str, Numbers]:
         types = {name: feeds[name].dtype for name in feeds.keys() & session.weights}
         if not types:
             return feeds
         if session.mixed:
-            stacks = stacked(instead)
+            stacks = stacked(replacements)
             return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
-        for adapter, tensors in adapters.items():  # a device may take them in another type
+        for adapter, tensors in adapters.items():  # a device may take another dtype
             if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):
-                return {**feeds, **{name: instead[adapter][name].astype(dtype) for name, dtype in types.items()}}
-        raise IncomparableError("what is fed is none of the adapters, so it is not known what is served in its stead")
+                return {**feeds, **{name: replacements[adapter][name].astype(dtype) for name, dtype in types.items()}}
+        raise IncomparableError(
+            "the fed tensors are none of the adapters: it is not known what to serve in place of them"
+        )
 
     return _session(feed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are in an ONNX graph: weights of products, attentions, constants; and how nodes are put between others.
+"""Finds weights, attentions and constants in an ONNX graph, and inserts nodes.
 
-Nodes are found by their operators and by what they read, never by name, so the graphs of both exporters will do.
+Nodes are found by their operators and inputs, never by name, so the graphs of both exporters are supported.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qeff_validate.mutation.mutant import Inapplicable
 from qeff_validate.tensors import Array
 
 T = TypeVar("T")
-Made = Callable[[str, str], Sequence[onnx.NodeProto]]
-"""From the names of a value before and after a fault to the nodes between."""
+NodesBetween = Callable[[str, str], Sequence[onnx.NodeProto]]
+"""Takes the names of a value before and after a fault, and returns the nodes between them."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 AFTER_SCORES = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Tanh", "Concat", "Reshape"})
-"""What lies between the product of queries and keys and its softmax: scale, mask, soft cap, sink."""
+"""Operators between the product of queries and keys and its softmax: scale, mask, soft cap, sink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Weight:
     Attributes:
         node: the product that reads it first.
         tensor: the initializer.
-        summed: the dim that the product sums over, counted from the end.
+        summed: axis of the tensor that the product sums over, counted from the end.
     """
 
     node: onnx.NodeProto
@@ -42,50 +42,54 @@ class Weight:
 
     def array(self) -> Array:
         """Return a copy of the weight as ``[…, out, in]``."""
-        lines: Array = np.moveaxis(numpy_helper.to_array(self.tensor), self.summed, -1).copy()
-        return lines
+        rows: Array = np.moveaxis(numpy_helper.to_array(self.tensor), self.summed, -1).copy()
+        return rows
 
-    def write(self, lines: Array) -> None:
+    def write(self, rows: Array) -> None:
         """Set the weight, given as ``[…, out, in]``."""
-        write(self.tensor, np.moveaxis(lines, -1, self.summed))
+        write(self.tensor, np.moveaxis(rows, -1, self.summed))
 
 
 def write(tensor: onnx.TensorProto, values: Array) -> None:
-    """Set an initializer."""
-    held = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, dtype=held), tensor.name))
+    """Set an initializer, in its own dtype."""
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, dtype=dtype), tensor.name))
 
 
-def makers_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Return the node that makes each value."""
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return the node that computes each value, by the name of the value."""
     return {name: node for node in model.graph.node for name in node.output}
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """Return an attribute's value; None if the node leaves it out."""
+    """Return an attribute's value; None if the node does not have it."""
     return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), None)
 
 
 def weights(model: onnx.ModelProto) -> list[Weight]:
     """Return the weights of products in the order of the nodes; each once, and at least one."""
-    makers, found = makers_of(model), dict[str, Weight]()
-    held = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) > 1}
-    experts = {name for name, tensor in held.items() if len(tensor.dims) > 2}
+    producer, found_weights = producers(model), dict[str, Weight]()
+    initializers = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) > 1}
+    experts = {name for name, tensor in initializers.items() if len(tensor.dims) > 2}
     for node in model.graph.node:
         for place, name in enumerate(node.input[:2] if node.op_type in PRODUCTS else ()):
-            turned = bool(attribute(node, ("transA", "transB")[place]))
-            weight, summed = _source(makers, experts, name, -2 if (place == 1) != turned else -1)
-            if weight in held:
-                found.setdefault(weight, Weight(node, held[weight], summed))
-    if not found:
+            transposed = bool(attribute(node, ("transA", "transB")[place]))
+            weight, summed = _source(producer, experts, name, -2 if (place == 1) != transposed else -1)
+            if weight in initializers:
+                found_weights.setdefault(weight, Weight(node, initializers[weight], summed))
+    if not found_weights:
         raise Inapplicable("no product in the graph reads a weight of its own")
-    return list(found.values())
+    return list(found_weights.values())
 
 
-def _source(makers: Mapping[str, onnx.NodeProto], experts: Set[str], name: str, axis: int) -> tuple[str, int]:
-    """Follow an axis of a value, counted from the end, back to what was turned round or chosen from experts."""
-    while name in makers:
-        node = makers[name]
+def _source(producer: Mapping[str, onnx.NodeProto], experts: Set[str], name: str, axis: int) -> tuple[str, int]:
+    """Follow a value and one of its axes back through transpositions and the choice of experts.
+
+    Returns:
+        The name of the source, and the axis there, counted from the end.
+    """
+    while name in producer:
+        node = producer[name]
         perm = attribute(node, "perm")
         if node.op_type == "Transpose" and perm:
             axis = perm[axis] - len(perm)
@@ -98,62 +102,62 @@ def _source(makers: Mapping[str, onnx.NodeProto], experts: Set[str], name: str, 
     return name, axis
 
 
-def late(found: Sequence[T]) -> T:
-    """Return the first of the last third."""
-    return found[2 * len(found) // 3]
+def first_of_last_third(items: Sequence[T]) -> T:
+    """Return the first item of the last third of a sequence."""
+    return items[2 * len(items) // 3]
 
 
-def scalar(model: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto], name: str) -> float | None:
-    """Return the value of a constant of one number."""
+def scalar(model: onnx.ModelProto, producer: Mapping[str, onnx.NodeProto], name: str) -> float | None:
+    """Return the value of a constant of one element; None for any other value."""
     tensors = [tensor for tensor in model.graph.initializer if tensor.name == name]
-    made = makers.get(name)
-    if made is not None and made.op_type == "Constant":
-        value = attribute(made, "value")
+    node = producer.get(name)
+    if node is not None and node.op_type == "Constant":
+        value = attribute(node, "value")
         tensors += [] if value is None else [value]
     values = numpy_helper.to_array(tensors[0]) if tensors else np.zeros(2)
     return float(values.item()) if values.size == 1 else None
 
 
 def constant(model: onnx.ModelProto, name: str, value: float) -> str:
-    """Add a number under a name, which is returned."""
+    """Add a float32 constant, and return its name."""
     model.graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.float32), name))
     return name
 
 
-def insert(model: onnx.ModelProto, at: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], *, after: bool) -> None:
-    """Put nodes before or after one."""
-    place = list(model.graph.node).index(at) + after
+def insert(model: onnx.ModelProto, anchor: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], *, after: bool) -> None:
+    """Insert nodes before or after a node."""
+    index = list(model.graph.node).index(anchor) + after
     for node in reversed(nodes):
-        model.graph.node.insert(place, node)
+        model.graph.node.insert(index, node)
 
 
-def behind(model: onnx.ModelProto, node: onnx.NodeProto, made: Made) -> None:
-    """Put nodes between a node's first output and all that read it."""
+def insert_after(model: onnx.ModelProto, node: onnx.NodeProto, nodes_between: NodesBetween) -> None:
+    """Insert nodes between the first output of a node and all nodes that read it."""
     name = node.output[0]
     node.output[0] = f"{name}.before"
-    insert(model, node, made(node.output[0], name), after=True)
+    insert(model, node, nodes_between(node.output[0], name), after=True)
 
 
 def scaled(model: onnx.ModelProto, node: onnx.NodeProto, factor: float) -> None:
-    """Multiply what a node gives by a number."""
-    by = constant(model, f"{node.output[0]}.factor", factor)
-    behind(model, node, lambda before, after: [helper.make_node("Mul", [before, by], [after])])
+    """Multiply the first output of a node by a number."""
+    multiplier = constant(model, f"{node.output[0]}.factor", factor)
+    insert_after(model, node, lambda before, after: [helper.make_node("Mul", [before, multiplier], [after])])
 
 
 def attentions(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    """Return the product of queries and keys with the softmax of each attention; at least one."""
-    makers, found = makers_of(model), []
-    weighted = {weight.node.output[0] for weight in weights(model)}
+    """Return for each attention the product of queries and keys and the softmax; at least one pair."""
+    producer, pairs = producers(model), []
+    linear = {weight.node.output[0] for weight in weights(model)}
     for softmax in model.graph.node:
         pending = list(softmax.input) if softmax.op_type == "Softmax" else []
         while pending:
-            node = makers.get(pending.pop(0))
+            node = producer.get(pending.pop(0))
             if node is not None and node.op_type == "MatMul":
-                if node.output[0] not in weighted:  # a router chooses by a weight
-                    found.append((node, softmax))
+                if node.output[0] not in linear:  # the softmax of a router has a weight
+                    pairs.append((node, softmax))
                 break
             if node is not None and node.op_type in AFTER_SCORES:
                 pending += node.input
-    if not found:
+    if not pairs:
         raise Inapplicable("the graph has no softmax behind a product of queries and keys")
-    return found
+    return pairs

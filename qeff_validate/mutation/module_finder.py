@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the parts of a transformers model by structure: layers, projections, norms, activations, positions.
+"""Finds the modules of a transformers model by structure: layers, projections, norms, activations, positions.
 
-No architecture is listed here. What a part is called differs everywhere; what class it has, whether it lies in an
-attention, and in which order parts run does not. The order is asked of the model, by running it on three tokens.
+No architecture is listed here. The names of modules differ between architectures; their classes, whether they belong
+to an attention, and the order in which they run do not. The order is found by running the model on three tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qeff_validate.mutation.mutant import Inapplicable, Patch
 
 Named: TypeAlias = tuple[str, Any]
-"""A path in the model, and the module there."""
+"""A module and its path in the model."""
 
 _PROJECTIONS: Mapping[str, re.Pattern[str]] = {
     name: re.compile(rf"(^|\.){name[0]}({name[1:]})?(_proj|_lin)?(\.base_layer)?$")
@@ -28,126 +28,131 @@ _STACKED = re.compile(r"(^|\.)Wqkv(\.base_layer)?$")
 _SCALES = ("scaling", "softmax_scale")
 
 
-def own(model: Any) -> dict[str, Any]:
+def base_modules(model: Any) -> dict[str, Any]:
     """Return the modules by path, without those of adapters."""
-    everything = dict(model.named_modules())
-    adapted = tuple(f"{path}." for path, module in everything.items() if hasattr(module, "base_layer"))
+    all_modules = dict(model.named_modules())
+    adapted = tuple(f"{path}." for path, module in all_modules.items() if hasattr(module, "base_layer"))
 
-    def added(path: str) -> bool:
-        return any(path.startswith(start) and not path.startswith(f"{start}base_layer") for start in adapted)
+    def of_adapter(path: str) -> bool:
+        return any(path.startswith(prefix) and not path.startswith(f"{prefix}base_layer") for prefix in adapted)
 
-    return {path: module for path, module in everything.items() if not added(path)}
+    return {path: module for path, module in all_modules.items() if not of_adapter(path)}
 
 
-def stack(model: Any, least: int = 1) -> tuple[str, nn.ModuleList]:
-    """Return the layers and their path: the largest list of modules that lies in no other list."""
-    lists = {path: module for path, module in own(model).items() if isinstance(module, nn.ModuleList)}
-    outer = {path: made for path, made in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
-    if not outer:
+def layer_stack(model: Any, min_layers: int = 1) -> tuple[str, nn.ModuleList]:
+    """Return the layers and their path: the largest list of modules that is in no other list.
+
+    Raises:
+        Inapplicable: there is no list, or it has fewer layers.
+    """
+    lists = {path: module for path, module in base_modules(model).items() if isinstance(module, nn.ModuleList)}
+    nested = {path for path in lists if any(path.startswith(f"{other}.") for other in lists)}
+    stacks = {path: layers for path, layers in lists.items() if path not in nested}
+    if not stacks:
         raise Inapplicable("the model has no list of layers")
-    path = max(outer, key=lambda name: sum(weight.numel() for weight in outer[name].parameters()))
-    if len(outer[path]) < least:
-        raise Inapplicable(f"the model has no {least} layers with weights of their own")
-    return path, outer[path]
+    path = max(stacks, key=lambda name: sum(weight.numel() for weight in stacks[name].parameters()))
+    if len(stacks[path]) < min_layers:
+        raise Inapplicable(f"the model has no {min_layers} layers with weights of their own")
+    return path, stacks[path]
 
 
-def called(model: Any, is_kind: Callable[[str, Any], bool]) -> list[Named]:
-    """Return the modules of a kind in the order in which they first run."""
+def in_order(model: Any, is_kind: Callable[[str, Any], bool]) -> list[Named]:
+    """Return the modules for which ``is_kind(path, module)`` is true, in the order in which they first run."""
     order: dict[str, Any] = {}
     with Patch() as patch, torch.no_grad():
-        for path, module in own(model).items():
+        for path, module in base_modules(model).items():
             if is_kind(path, module):
 
-                def note(module: Any, *_: Any, path: str = path) -> None:
+                def record(module: Any, *_: Any, path: str = path) -> None:
                     order.setdefault(path, module)
 
-                patch.hook(module.register_forward_hook(note))
+                patch.hook(module.register_forward_hook(record))
         model(input_ids=torch.tensor([[1, 2, 3]], device=model.get_input_embeddings().weight.device))
     return list(order.items())
 
 
 def in_layer(model: Any, index: int, is_kind: Callable[[str, Any], bool]) -> list[Named]:
-    """Return the same for one layer, with paths that start there."""
-    path, layers = stack(model)
-    start = f"{path}.{range(len(layers))[index]}."
-    return [(name[len(start) :], made) for name, made in called(model, is_kind) if name.startswith(start)]
+    """Return the same for the layer of an index, with paths relative to it."""
+    path, layers = layer_stack(model)
+    prefix = f"{path}.{range(len(layers))[index]}."
+    return [(name.removeprefix(prefix), module) for name, module in in_order(model, is_kind) if name.startswith(prefix)]
 
 
 def is_linear(path: str, module: Any) -> bool:  # noqa: ARG001
-    """Tell a product with a weight."""
+    """Return True for a linear layer."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_norm(path: str, module: Any) -> bool:  # noqa: ARG001
-    """Tell a normalization that has a weight."""
+    """Return True for a normalization with a weight."""
     return "Norm" in type(module).__name__ and epsilon_of(module) is not None and module.weight is not None
 
 
 def is_activation(path: str, module: Any) -> bool:
-    """Tell an activation function."""
-    plain = next(module.children(), None) is None and next(module.parameters(), None) is None
-    return plain and "act" in path.rpartition(".")[2] and not isinstance(module, nn.Dropout | nn.Identity)
+    """Return True for an activation function."""
+    without_weights = next(module.children(), None) is None and next(module.parameters(), None) is None
+    return without_weights and "act" in path.rpartition(".")[2] and not isinstance(module, nn.Dropout | nn.Identity)
 
 
 def epsilon_of(norm: Any) -> str | None:
-    """Return what the epsilon of a norm is called."""
+    """Return the name of a norm's attribute for its epsilon; None if it has none."""
     return next((name for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
 
 
 def in_attention(path: str) -> bool:
-    """Tell whether a path within a layer is a part of its attention."""
+    """Return True for a path within a layer that belongs to its attention."""
     return "att" in path.lower()
 
 
 def norms(model: Any) -> list[Any]:
-    """Return the norms that run, the last one last."""
-    found = [module for _, module in called(model, is_norm)]
-    if not found:
+    """Return the norms in the order in which they run; at least one."""
+    modules = [module for _, module in in_order(model, is_norm)]
+    if not modules:
         raise Inapplicable("the model has no norm with a weight and an epsilon")
-    return found
+    return modules
 
 
 def attention_output(model: Any) -> Any:
-    """Return the projection that the attention of the last layer ends with."""
-    found = [module for path, module in in_layer(model, -1, is_linear) if in_attention(path)]
-    if not found:
+    """Return the output projection of the attention in the last layer."""
+    linear = [module for path, module in in_layer(model, -1, is_linear) if in_attention(path)]
+    if not linear:
         raise Inapplicable("the last layer has no linear layer in an attention")
-    return found[-1]
+    return linear[-1]
 
 
-def outer(model: Any) -> Any:
-    """Return the linear layer that the feed-forward part of the last layer ends with; if it has none, any last one."""
-    found = in_layer(model, -1, is_linear)
-    if not found:
+def feed_forward_output(model: Any) -> Any:
+    """Return the last linear layer of the feed-forward part in the last layer; without such a part, of the layer."""
+    linear = in_layer(model, -1, is_linear)
+    if not linear:
         raise Inapplicable("the last layer has no linear layer")
-    return next((module for path, module in reversed(found) if not in_attention(path)), found[-1][1])
+    return next((module for path, module in reversed(linear) if not in_attention(path)), linear[-1][1])
 
 
 def projections(model: Any) -> dict[str, Any]:
-    """Return those of the last layer that are no part of a greater one, by ``query``, ``key`` and ``value``."""
+    """Return the separate projections in the last layer's attention by ``query``, ``key`` and ``value``."""
     linear = [(path, module) for path, module in in_layer(model, -1, is_linear) if in_attention(path)]
     return {name: module for name, wanted in _PROJECTIONS.items() for path, module in linear if wanted.search(path)}
 
 
 def scales(model: Any) -> list[tuple[Any, str]]:
-    """Return the attributes that attention scores are multiplied with; empty if attentions have none."""
-    modules = [module for path, module in own(model).items() if in_attention(path)]
-    return [(made, name) for made in modules for name in _SCALES if isinstance(getattr(made, name, None), float)]
+    """Return the modules and attributes that scale attention scores; empty if attentions have no such attribute."""
+    modules = [module for path, module in base_modules(model).items() if in_attention(path)]
+    return [(module, name) for module in modules for name in _SCALES if isinstance(getattr(module, name, None), float)]
 
 
 def queries(model: Any) -> list[tuple[Any, int]]:
-    """Return the layers that make the queries, and how many of their outputs these are."""
-    linear = {path: module for path, module in own(model).items() if is_linear(path, module)}
-    alone = [(made, _outputs(made)) for path, made in linear.items() if _PROJECTIONS["query"].search(path)]
-    return alone or [(made, _outputs(made) // 3) for path, made in linear.items() if _STACKED.search(path)]
+    """Return the linear layers that compute queries, each with the number of its outputs that are queries."""
+    linear = {path: module for path, module in base_modules(model).items() if is_linear(path, module)}
+    separate = [(module, _outputs(module)) for path, module in linear.items() if _PROJECTIONS["query"].search(path)]
+    return separate or [(module, _outputs(module) // 3) for path, module in linear.items() if _STACKED.search(path)]
 
 
-def rewrite(patch: Patch, linear: Any, made: Callable[[Tensor], Tensor]) -> None:
-    """Replace a weight by what is made of a copy that is turned to ``[out, in]``."""
-    turned = isinstance(linear, Conv1D)
+def rewrite(patch: Patch, linear: Any, edit: Callable[[Tensor], Tensor]) -> None:
+    """Replace the weight of a linear layer; ``edit`` takes a copy as ``[out, in]`` and returns the new weight."""
+    transposed = isinstance(linear, Conv1D)
     weight = linear.weight.detach().clone()
-    value = made(weight.T if turned else weight)
-    patch.tensor(linear.weight, value.T if turned else value)
+    value = edit(weight.T if transposed else weight)
+    patch.tensor(linear.weight, value.T if transposed else value)
 
 
 def _outputs(linear: Any) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of the transformers model itself, for embeddings and for language models: what a port gets wrong in a graph.
+"""Mutants of the transformers model, for embeddings and for language models: typical errors of a port.
 
-Each change takes any body or causal LM, adapted or not, in float32 or float64, and goes through `Patch` alone, so that
-the model is afterwards what it was, bit by bit. Where only one layer is changed it is the last one, if nothing else
-is said: what it does wrong is not amplified by others, so a bound that finds it there finds it anywhere.
+Each change takes any body or causal LM, with or without adapters, in float32 or float64, and goes through `Patch`
+alone, so that the model is restored bit for bit. A change of one layer is in the last one unless its name says
+otherwise: no later layer amplifies the error, so a bound that finds it there finds it in any layer.
 """
 
 from __future__ import annotations
@@ -19,34 +19,42 @@ from torch.nn.functional import gelu
 
 from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import module_finder as finder
-from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch
+from qeff_validate.mutation.mutant import Inapplicable, ModuleMutant, Patch
 
 Change = Callable[[Any, Patch], None]
 
 GRID = torch.linspace(-4, 4, 33)
-"""Where functions are told apart."""
+"""Points at which activation functions are compared."""
 
 GARBAGE = slice(7, None, 32)
-"""Rows of the word embeddings: some words of any text, and no special token of the usual vocabularies."""
+"""Rows of the word embeddings: they hold some words of any text and no special token of the usual vocabularies."""
 
 
 def _restack(order: Callable[[list[Any]], list[Any]]) -> Change:
     def change(model: Any, patch: Patch) -> None:
-        path, layers = finder.stack(model, least=2)
+        path, layers = finder.layer_stack(model, min_layers=2)
         parent, _, name = path.rpartition(".")
         patch.attribute(model.get_submodule(parent), name, nn.ModuleList(order(list(layers))))
 
     return change
 
 
-def _layer_output(index: int, made: Callable[[Tensor, Tensor], Tensor]) -> Change:
-    """Return a change of what a layer gives, by its input and its output."""
+def _swap_first_two(layers: list[Any]) -> list[Any]:
+    return [layers[1], layers[0], *layers[2:]]
+
+
+def _layer_output(index: int, edit: Callable[[Tensor, Tensor], Tensor]) -> Change:
+    """Return a change of a layer's output; ``edit`` takes the layer's input and output."""
 
     def hook(layer: Any, args: Any, kwargs: Any, out: Any) -> Any:  # noqa: ARG001
         before = args[0] if args else kwargs["hidden_states"]
-        return (made(before, out[0]), *out[1:]) if isinstance(out, tuple) else made(before, out)
+        return (edit(before, out[0]), *out[1:]) if isinstance(out, tuple) else edit(before, out)
 
-    return lambda model, patch: patch.hook(finder.stack(model)[1][index].register_forward_hook(hook, with_kwargs=True))
+    def change(model: Any, patch: Patch) -> None:
+        layer = finder.layer_stack(model)[1][index]
+        patch.hook(layer.register_forward_hook(hook, with_kwargs=True))
+
+    return change
 
 
 def _clipped(before: Tensor, after: Tensor) -> Tensor:  # noqa: ARG001
@@ -56,21 +64,21 @@ def _clipped(before: Tensor, after: Tensor) -> Tensor:  # noqa: ARG001
 
 def _attention_scale(factor: float) -> Change:
     def change(model: Any, patch: Patch) -> None:
-        found = finder.scales(model)
-        for module, name in found:
+        scales = finder.scales(model)
+        for module, name in scales:
             patch.attribute(module, name, getattr(module, name) * factor)
-        queries = [] if found else finder.queries(model)
-        if not found and not queries:
+        queries = [] if scales else finder.queries(model)
+        if not scales and not queries:
             raise Inapplicable("attention has neither a scale nor a query projection of its own")
         for linear, width in queries:
-            finder.rewrite(patch, linear, partial(_times, first=width, factor=factor))
+            finder.rewrite(patch, linear, partial(_scale_rows, first=width, factor=factor))
             if linear.bias is not None:
-                patch.tensor(linear.bias, _times(linear.bias.detach().clone(), width, factor))
+                patch.tensor(linear.bias, _scale_rows(linear.bias.detach().clone(), width, factor))
 
     return change
 
 
-def _times(values: Tensor, first: int, factor: float) -> Tensor:
+def _scale_rows(values: Tensor, first: int, factor: float) -> Tensor:
     values[:first] *= factor
     return values
 
@@ -88,15 +96,17 @@ def _swap_heads(model: Any, patch: Patch) -> None:
 
 
 def _swap_projections(model: Any, patch: Patch) -> None:
-    found = finder.projections(model)
-    for one, other in (("query", "key"), ("key", "value")):
-        if {one, other} <= found.keys() and found[one].weight.shape == found[other].weight.shape:
+    projections = finder.projections(model)
+    for first, second in (("query", "key"), ("key", "value")):
+        if not {first, second} <= projections.keys():
+            continue
+        if projections[first].weight.shape == projections[second].weight.shape:
             for name in ("weight", "bias"):
-                left, right = getattr(found[one], name), getattr(found[other], name)
+                left, right = getattr(projections[first], name), getattr(projections[second], name)
                 if left is not None and right is not None:
-                    kept = left.detach().clone()
+                    copy = left.detach().clone()
                     patch.tensor(left, right.detach())
-                    patch.tensor(right, kept)
+                    patch.tensor(right, copy)
             return
     raise Inapplicable("the last layer has no two projections of one shape among query, key and value")
 
@@ -116,14 +126,14 @@ def _epsilon(model: Any, patch: Patch) -> None:
 
 
 def _plain_norm(model: Any, patch: Patch) -> None:
-    found = finder.in_layer(model, -1, finder.is_norm)
-    if not found:
+    norms = finder.in_layer(model, -1, finder.is_norm)
+    if not norms:
         raise Inapplicable("the last layer has no norm with a weight")
-    norm, weight = found[-1][1], found[-1][1].weight
+    norm, weight = norms[-1][1], norms[-1][1].weight
     patch.tensor(weight, torch.zeros_like(weight))
     bias = 0 if getattr(norm, "bias", None) is None else norm.bias
-    some = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device).view_as(weight)
-    adds_one = bool((norm(some) - bias).any())  # some families multiply by 1 + weight
+    probe = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device).view_as(weight)
+    adds_one = bool((norm(probe) - bias).any())  # some families multiply by 1 + weight
     patch.tensor(weight, torch.full_like(weight, 0.0 if adds_one else 1.0))
 
 
@@ -136,35 +146,36 @@ def _final_norm_column(model: Any, patch: Patch) -> None:
 
 def _other_gelu(model: Any, patch: Patch) -> None:
     exact, fast = gelu(GRID), gelu(GRID, approximate="tanh")
-    found = 0
-    for _, module in finder.called(model, finder.is_activation):
+    replaced = 0
+    for _, module in finder.in_order(model, finder.is_activation):
         value = module(GRID)
-        for ours, formula in ((exact, "tanh"), (fast, "none")):
-            if torch.allclose(value, ours, rtol=0, atol=1e-6):
-                found += 1
-                patch.hook(module.register_forward_hook(_replaced(partial(gelu, approximate=formula))))
-    if not found:
+        for known, other in ((exact, "tanh"), (fast, "none")):
+            if torch.allclose(value, known, rtol=0, atol=1e-6):
+                replaced += 1
+                patch.hook(module.register_forward_hook(_replacing(partial(gelu, approximate=other))))
+    if not replaced:
         raise Inapplicable("the model has no GELU")
 
 
 def _relu(model: Any, patch: Patch) -> None:
-    found = finder.in_layer(model, -1, finder.is_activation)
-    if not found or torch.equal(found[-1][1](GRID), torch.relu(GRID)):
+    activations = finder.in_layer(model, -1, finder.is_activation)
+    if not activations or torch.equal(activations[-1][1](GRID), torch.relu(GRID)):
         raise Inapplicable("the last layer has no activation that is not ReLU already")
-    patch.hook(found[-1][1].register_forward_hook(_replaced(torch.relu)))
+    patch.hook(activations[-1][1].register_forward_hook(_replacing(torch.relu)))
 
 
-def _replaced(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _replacing(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a forward hook that computes another function of the module's input."""
     return lambda module, args, out: function(args[0])  # noqa: ARG005
 
 
-def _in(part: Callable[[Any], Any], made: Callable[[Tensor], Tensor]) -> Change:
-    """Return a change of the weight of a part, as ``[out, in]``."""
-    return lambda model, patch: finder.rewrite(patch, part(model), made)
+def _in_weight(find: Callable[[Any], Any], edit: Callable[[Tensor], Tensor]) -> Change:
+    """Return a change of the weight, as ``[out, in]``, of the linear layer that ``find`` returns."""
+    return lambda model, patch: finder.rewrite(patch, find(model), edit)
 
 
 def _no_bias(model: Any, patch: Patch) -> None:
-    # from the end, because an attention does not feel the bias of its keys
+    # from the end: the bias of the keys has no effect in an attention
     for _, module in reversed(finder.in_layer(model, -1, finder.is_linear)):
         if module.bias is not None:
             patch.tensor(module.bias, torch.zeros_like(module.bias))
@@ -182,7 +193,7 @@ def _garbage_words(model: Any, patch: Patch) -> None:
 
 def _round_weights(dtype: torch.dtype) -> Change:
     def change(model: Any, patch: Patch) -> None:
-        for module in finder.own(model).values():
+        for module in finder.base_modules(model).values():
             for weight in module.parameters(recurse=False):
                 patch.tensor(weight, weight.detach().to(dtype))
 
@@ -191,7 +202,7 @@ def _round_weights(dtype: torch.dtype) -> Change:
 
 def _compress_weights(model: Any, patch: Patch) -> None:
     words = model.get_input_embeddings().weight
-    for path, module in finder.own(model).items():
+    for path, module in finder.base_modules(model).items():
         if finder.is_linear(path, module) and module.weight is not words:
             finder.rewrite(patch, module, lambda weight: in_blocks(weight.float(), E2M3, 1))
         for weight in module.parameters(recurse=False):
@@ -200,40 +211,40 @@ def _compress_weights(model: Any, patch: Patch) -> None:
 
 
 def _scale_first_layer(model: Any, patch: Patch) -> None:
-    for module in finder.own(finder.stack(model)[1][0]).values():
+    for module in finder.base_modules(finder.layer_stack(model)[1][0]).values():
         for weight in module.parameters(recurse=False):
             if weight.ndim > 1:
                 patch.tensor(weight, weight.detach() * 1.02)
 
 
-def _later(model: Any, patch: Patch) -> None:
-    modules = finder.own(model)
+def _positions_plus_one(model: Any, patch: Patch) -> None:
+    modules = finder.base_modules(model)
     tables = [
-        made
-        for path, made in modules.items()
-        if isinstance(made, nn.Embedding) and re.search("pos|wpe|rel", path.rpartition(".")[2])
+        module
+        for path, module in modules.items()
+        if isinstance(module, nn.Embedding) and re.search("pos|wpe|rel", path.rpartition(".")[2])
     ]
     for table in tables:
         patch.tensor(table.weight, torch.roll(table.weight.detach(), -1, 0))
-    rotary = [] if tables else [made for made in modules.values() if "Rotary" in type(made).__name__]
+    rotary = [] if tables else [module for module in modules.values() if "Rotary" in type(module).__name__]
 
-    def one(value: Any) -> Any:
+    def plus_one(value: Any) -> Any:
         return value + 1 if isinstance(value, Tensor) and not value.is_floating_point() else value
 
     def shift(module: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-        return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
+        return tuple(map(plus_one, args)), {name: plus_one(value) for name, value in kwargs.items()}
 
-    for made in rotary:
-        patch.hook(made.register_forward_pre_hook(shift, with_kwargs=True))
+    for module in rotary:
+        patch.hook(module.register_forward_pre_hook(shift, with_kwargs=True))
     if not tables and not rotary:
         raise Inapplicable("the model has no table of positions and no rotary embedding")
 
 
 def _rotary_base(model: Any, patch: Patch) -> None:
-    found = [(name, buffer) for name, buffer in model.named_buffers() if "inv_freq" in name.rpartition(".")[2]]
-    if not found:
+    frequencies = [buffer for name, buffer in model.named_buffers() if "inv_freq" in name.rpartition(".")[2]]
+    if not frequencies:
         raise Inapplicable("the model has no rotary frequencies")
-    for _, buffer in found:
+    for buffer in frequencies:
         share = torch.arange(len(buffer), dtype=buffer.dtype, device=buffer.device) / len(buffer)
         patch.tensor(buffer, buffer * 2.0**-share)
 
@@ -245,53 +256,53 @@ def _wider_window(model: Any, patch: Patch) -> None:
     patch.attribute(model.config, "sliding_window", window + 1)
 
 
-def _filled(place: tuple[Any, ...], value: float) -> Change:
-    def made(weight: Tensor) -> Tensor:
-        weight[place] = value
+def _filled(index: tuple[Any, ...], value: float) -> Change:
+    def edit(weight: Tensor) -> Tensor:
+        weight[index] = value
         return weight
 
-    return _in(finder.outer, made)
+    return _in_weight(finder.feed_forward_output, edit)
 
 
 def _negated_row(weight: Tensor) -> Tensor:
     return torch.cat([-weight[:1], weight[1:]])
 
 
-def _body(name: str, family: str, change: Change, source: str, *, gross: bool = False, ceiling: bool = False) -> Mutant:
-    return Mutant(name, family, "body", change, source, gross=gross, ceiling=ceiling)
-
-
 _LIST, _SIZES = "validation-methods §12.6", "upstream §6"
 _FAULTS, _EXPORT = "tests/meta/test_faults.py", "upstream §7"
+_NEGATE_ROW = _in_weight(finder.feed_forward_output, _negated_row)
+_DROP_LAST = _restack(lambda layers: layers[:-1])
+_SKIP_FIRST = _layer_output(0, lambda before, _: before)
+_NO_ATTENTION = _in_weight(finder.attention_output, torch.zeros_like)
 
-BODIES: tuple[Mutant, ...] = (
-    _body("last layer dropped", "layers", _restack(lambda found: found[:-1]), _SIZES, gross=True, ceiling=True),
-    _body("first two layers swapped", "layers", _restack(lambda f: [f[1], f[0], *f[2:]]), _FAULTS, gross=True),
-    _body("first layer skipped", "layers", _layer_output(0, lambda before, _: before), _LIST, gross=True, ceiling=True),
-    _body("last attention left out", "layers", _in(finder.attention_output, torch.zeros_like), _LIST, ceiling=True),
-    _body("attention scale x 0.9", "attention", _attention_scale(0.9), _SIZES, ceiling=True),
-    _body("attention scale x 0.99", "attention", _attention_scale(0.99), _FAULTS),
-    _body("attention scale x 1.001", "attention", _attention_scale(1.001), _FAULTS, ceiling=True),
-    _body("two heads swapped", "attention", _swap_heads, _FAULTS),
-    _body("two projections swapped", "attention", _swap_projections, _LIST),
-    _body("square weight transposed", "attention", _transpose, _EXPORT),
-    _body("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "design §5", ceiling=True),
-    _body("one norm without its weight", "norms", _plain_norm, _FAULTS),
-    _body("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream §5"),
-    _body("GELU by its other formula", "activations", _other_gelu, _FAULTS),
-    _body("ReLU in one layer", "activations", _relu, _FAULTS, ceiling=True),
-    _body("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
-    _body("one bias dropped", "weights", _no_bias, _FAULTS),
-    _body("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
-    _body("one row of a weight negated", "weights", _in(finder.outer, _negated_row), "upstream §5"),
-    _body("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream §5"),
-    _body("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
-    _body("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
-    _body("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
-    _body("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
-    _body("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),
-    _body("positions + 1", "positions", _later, _SIZES),
-    _body("rotary base x 2", "positions", _rotary_base, "upstream §5"),
-    _body("window one token wider", "masks", _wider_window, "design §5"),
+MODULE_MUTANTS: tuple[ModuleMutant, ...] = (
+    ModuleMutant("last layer dropped", "layers", _DROP_LAST, _SIZES, gross=True, ceiling=True),
+    ModuleMutant("first two layers swapped", "layers", _restack(_swap_first_two), _FAULTS, gross=True),
+    ModuleMutant("first layer skipped", "layers", _SKIP_FIRST, _LIST, gross=True, ceiling=True),
+    ModuleMutant("last attention left out", "layers", _NO_ATTENTION, _LIST, ceiling=True),
+    ModuleMutant("attention scale x 0.9", "attention", _attention_scale(0.9), _SIZES, ceiling=True),
+    ModuleMutant("attention scale x 0.99", "attention", _attention_scale(0.99), _FAULTS),
+    ModuleMutant("attention scale x 1.001", "attention", _attention_scale(1.001), _FAULTS, ceiling=True),
+    ModuleMutant("two heads swapped", "attention", _swap_heads, _FAULTS),
+    ModuleMutant("two projections swapped", "attention", _swap_projections, _LIST),
+    ModuleMutant("square weight transposed", "attention", _transpose, _EXPORT),
+    ModuleMutant("norm epsilon x 10, at least 1e-5", "norms", _epsilon, "design §5", ceiling=True),
+    ModuleMutant("one norm without its weight", "norms", _plain_norm, _FAULTS),
+    ModuleMutant("final norm, one weight + 0.01", "norms", _final_norm_column, "upstream §5"),
+    ModuleMutant("GELU by its other formula", "activations", _other_gelu, _FAULTS),
+    ModuleMutant("ReLU in one layer", "activations", _relu, _FAULTS, ceiling=True),
+    ModuleMutant("one layer clipped at 2 rms", "activations", _layer_output(-1, _clipped), _LIST),
+    ModuleMutant("one bias dropped", "weights", _no_bias, _FAULTS),
+    ModuleMutant("garbage in word embeddings", "weights", _garbage_words, _FAULTS),
+    ModuleMutant("one row of a weight negated", "weights", _NEGATE_ROW, "upstream §5"),
+    ModuleMutant("one neuron dead", "weights", _filled((slice(None), 0), 0.0), "upstream §5"),
+    ModuleMutant("first layer's weights x 1.02", "weights", _scale_first_layer, _LIST),
+    ModuleMutant("NaN in one weight", "weights", _filled((0, 0), float("nan")), _LIST, gross=True),
+    ModuleMutant("weights rounded to fp16", "numbers", _round_weights(torch.float16), _SIZES),
+    ModuleMutant("weights rounded to bf16", "numbers", _round_weights(torch.bfloat16), _SIZES),
+    ModuleMutant("weights rounded to MXFP6", "numbers", _compress_weights, _LIST),
+    ModuleMutant("positions + 1", "positions", _positions_plus_one, _SIZES),
+    ModuleMutant("rotary base x 2", "positions", _rotary_base, "upstream §5"),
+    ModuleMutant("window one token wider", "masks", _wider_window, "design §5"),
 )
-"""Positions + 1 are the same to a model with rotary embeddings alone: a mutant that the rule must find equivalent."""
+"""Positions + 1 change nothing in a model with rotary embeddings alone: the rule must find that mutant equivalent."""

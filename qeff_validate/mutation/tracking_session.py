@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A damaged session of a language model that tracks its caller's decode loop by what it is fed."""
+"""A faulty session of a language model that tracks the decode loop of its caller by the feeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.mutation.mutant import Damaged, Inapplicable
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import RETAINED, Tensors
 
@@ -20,29 +20,29 @@ Feeds = dict[str, Numbers]
 Feed = Callable[[Any, Feeds], Mapping[str, Numbers]]
 
 
-class Followed(Damaged):
-    """A session with a fault, and its caller's place.
+class DecodeTrackingSession(FaultySession):
+    """A session with a fault that depends on the progress of the caller's decode loop.
 
     Args:
         session: the healthy one.
-        feed: changes the feeds, as `Damaged` has it.
+        feed: changes the feeds, as `FaultySession` has it.
         out: changes the outputs.
-        zeroed: keys and values start with zeros, as on a machine that clears its memory, so that what a fault does is
-            not NaN alone.
-        rows: so many rows a batch must have.
+        zeroed: keys and values start as zeros, as on a machine that clears its memory; else a fault that reads an
+            unwritten slot gives nothing but NaN.
+        rows: the least number of rows in a batch.
 
     Attributes:
         batch: number of the batch of prompts, from 0.
-        began: this run is a batch's first.
-        visit: number of the visit to an adapter, or to all of a mixed batch.
-        adapter: which adapter is visited, in the order of first visits; None where each row has its own.
-        again: it has been visited before.
-        decoding: each row has one token at most; a prefill of one token a run looks the same.
-        prompt: for each row, how many tokens of its prompt have been fed.
-        reach: for each row, the greatest position in this batch, −1 if there is none.
-        before: the same for the batch before.
-        pad: the id of padding; 0 until some is seen.
-        memory: what a fault has to remember.
+        began: this run is the first of its batch.
+        visit: number of the pass over the prompts with one adapter, or with all adapters of a mixed batch.
+        adapter: number of the adapter, in the order of first visits; None where each row has its own.
+        again: the adapter has been visited before.
+        decoding: each row has at most one token; a prefill of one token a run looks the same.
+        prompt: int64 ``[rows]``, how many tokens of its prompt each row has been fed.
+        reach: int64 ``[rows]``, the greatest position of each row in this batch; -1 if there is none.
+        before: ``reach`` at the end of the batch before.
+        pad: the id of the padding token; 0 until one was fed.
+        memory: state of the fault itself.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Followed(Damaged):
         rows: int = 1,
     ) -> None:
         super().__init__(session, feed, out)
-        self._zeroed, self._least = zeroed, rows
+        self._zeroed, self._min_rows = zeroed, rows
         self._visited: list[Tensors] = []
         self._first: Numbers = np.zeros(0)
         self._context: int | None = None
@@ -65,89 +65,92 @@ class Followed(Damaged):
         self.prompt = self.reach = self.before = np.zeros(0, np.int64)
         self.memory: dict[str, Any] = {}
         for shapes in self.shapes:
-            self._enough(shapes["input_ids"][0])
+            self._check_rows(shapes["input_ids"][0])
 
     @property
     def state(self) -> list[str]:
-        """The inputs that hold keys and values."""
+        """Names of the inputs for keys and values."""
         return [spec.name for spec in self.inputs if spec.name.startswith("past_")]
 
     @property
     def weights(self) -> set[str]:
-        """The inputs that hold adapters."""
+        """Names of the inputs for adapters."""
         return {spec.name for spec in self.inputs} - {*TOKENS, *self.state}
 
     @property
     def mixed(self) -> bool:
-        """Each row chooses its adapter."""
+        """True if each row chooses its adapter."""
         return any(spec.name == "adapter_ids" for spec in self.inputs)
 
     @property
     def context(self) -> int:
-        """How many slots there are."""
+        """Number of slots of the KV cache."""
         if self._context is None:
-            self._context = int(next(iter(self.kept().values())).shape[2])
+            self._context = int(next(iter(self.retained().values())).shape[2])
         return self._context
 
-    def kept(self) -> Feeds:
-        """Return keys and values as the last run left them: a session shows them in a run only, so one of padding."""
-        padding = {**self.feeds, "position_ids": np.full_like(self.feeds["position_ids"], -1)}
-        found = self._session.run(padding, fetch=[f"{name}{RETAINED}" for name in self.state])
-        return {name: found[f"{name}{RETAINED}"] for name in self.state}
+    def retained(self) -> Feeds:
+        """Return the keys and values after the last run.
 
-    def rerun(self, ids: Numbers, places: Numbers) -> Numbers:
-        """Return the logits of other tokens in the stead of this run's, after it."""
-        feeds = {**self.feeds, "input_ids": ids, "position_ids": places}
-        found: Numbers = self._session.run(feeds, fetch=["logits"])["logits"]
-        return found
+        A session returns them from a run only, so padding is run, which changes none of them.
+        """
+        padding = {**self.feeds, "position_ids": np.full_like(self.feeds["position_ids"], -1)}
+        outputs = self._session.run(padding, fetch=[f"{name}{RETAINED}" for name in self.state])
+        return {name: outputs[f"{name}{RETAINED}"] for name in self.state}
+
+    def rerun(self, ids: Numbers, positions: Numbers) -> Numbers:
+        """Run once more with other tokens in place of this run's, and return the logits."""
+        feeds = {**self.feeds, "input_ids": ids, "position_ids": positions}
+        logits: Numbers = self._session.run(feeds, fetch=["logits"])["logits"]
+        return logits
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run with the fault."""
-        self._enough(len(feeds["input_ids"]))
-        self._follow(feeds)
+        self._check_rows(len(feeds["input_ids"]))
+        self._track(feeds)
         if self._zeroed and not self.runs:
             self.feeds = dict(feeds)
-            feeds = {**feeds, **{name: np.zeros_like(array) for name, array in self.kept().items()}}
+            feeds = {**feeds, **{name: np.zeros_like(array) for name, array in self.retained().items()}}
         return super().run(feeds, fetch=fetch)
 
-    def _enough(self, rows: int) -> None:
-        if rows < self._least:
-            raise Inapplicable(f"a batch has {rows} row(s), and this takes {self._least}")
+    def _check_rows(self, rows: int) -> None:
+        if rows < self._min_rows:
+            raise Inapplicable(f"a batch has {rows} row(s), and this takes {self._min_rows}")
 
-    def _follow(self, feeds: Tensors) -> None:
+    def _track(self, feeds: Tensors) -> None:
         ids: Numbers = feeds["input_ids"]
-        places: Numbers = feeds["position_ids"]
-        decoded, self.decoding = self.decoding, places.shape[1] == 1
-        if (places < 0).any():
-            self.pad = int(ids[places < 0][0])
-        fresh = self.reach.shape != places.shape[:1]
-        starts_over = not fresh and ((places == 0).any(axis=1) & (self.reach >= 0)).any()
-        self.began = bool(fresh or (not self.decoding and (decoded or starts_over)))
+        positions: Numbers = feeds["position_ids"]
+        was_decoding, self.decoding = self.decoding, positions.shape[1] == 1
+        if (positions < 0).any():
+            self.pad = int(ids[positions < 0][0])
+        resized = self.reach.shape != positions.shape[:1]
+        starts_over = not resized and ((positions == 0).any(axis=1) & (self.reach >= 0)).any()
+        self.began = bool(resized or (not self.decoding and (was_decoding or starts_over)))
         if self.began:
             self.batch += 1
-            self.before = np.full(len(places), -1) if fresh else self.reach
-            self.reach = np.full(len(places), -1)
-            self.prompt = np.zeros(len(places), np.int64)
-            self._visits(feeds)
-        self.reach = np.maximum(self.reach, places.max(axis=1))
+            self.before = np.full(len(positions), -1) if resized else self.reach
+            self.reach = np.full(len(positions), -1)
+            self.prompt = np.zeros(len(positions), np.int64)
+            self._count_visit(feeds)
+        self.reach = np.maximum(self.reach, positions.max(axis=1))
         if not self.decoding:
             self.prompt = self.reach + 1
 
-    def _visits(self, feeds: Tensors) -> None:
-        """Tell visits apart: by the adapter that is fed, or, where none ever is, by the first prompts' return."""
+    def _count_visit(self, feeds: Tensors) -> None:
+        """Count visits: by the adapter that is fed, or, where none ever is, by the return of the first prompts."""
         if self.batch == 0:
             self._first = feeds["input_ids"].copy()
-        fed = {name: feeds[name] for name in self.weights if name in feeds}
+        adapter = {name: feeds[name] for name in self.weights if name in feeds}
         if self.mixed or not self.weights:
             if np.array_equal(feeds["input_ids"], self._first):
                 self.visit, self.again = self.visit + 1, self.visit >= 0
-        elif fed:
+        elif adapter:
             self.visit += 1
-            known = [at for at, tensors in enumerate(self._visited) if _equal(tensors, fed)]
+            known = [number for number, tensors in enumerate(self._visited) if _equal(tensors, adapter)]
             self.again, self.adapter = bool(known), known[0] if known else len(self._visited)
             if not known:
-                self._visited.append(fed)
+                self._visited.append(adapter)
 
 
-def _equal(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+def _equal(left: Tensors, right: Tensors) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)

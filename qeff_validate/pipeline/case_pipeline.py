@@ -22,8 +22,7 @@ from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferen
 from qeff_validate.files import temporary_beside
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.framework_calls import versions
-from qeff_validate.mutation.power import Ceiling, faults_key
-from qeff_validate.mutation.power import measured as trials
+from qeff_validate.mutation.power import FaultEffects, faults_key, measure_fault_effects
 from qeff_validate.pipeline.expectations import with_expectation
 from qeff_validate.pipeline.measure_floor import Sample, measure_floor
 from qeff_validate.pipeline.memory import release_memory, trim_memory
@@ -31,11 +30,11 @@ from qeff_validate.pipeline.recorded_file import is_input, naming, outputs_of, p
 from qeff_validate.pipeline.stages import Progress, Stages
 from qeff_validate.pipeline.timing import TimedSession
 from qeff_validate.pipeline.user_artifacts import user_artifact
-from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
-from qeff_validate.prechecks.feed_monitor import Watched
+from qeff_validate.prechecks.checks import ABOUT, collect_evidence, run_prechecks, with_feed_prechecks, with_prechecks
+from qeff_validate.prechecks.feed_monitor import FeedMonitor
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
 from qeff_validate.protocols import Model, Runtime, Session, Terms, capabilities, model_kind
-from qeff_validate.report.result import Result, Rung
+from qeff_validate.report.result import Precheck, Result
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.tensors import Array, Tensors, save_tensors
@@ -117,19 +116,19 @@ class Pipeline:
             yield f"the file computes in {file.words} ({file.where}); {said}"
 
     def _judged(self, adapter: Runtime, base: dict[str, Any]) -> Result:
-        base["prechecks"] = rungs = self.prechecks(adapter.kind)
+        base["prechecks"] = prechecks = self.prechecks(adapter.kind)
         try:
             result = self._numbers(adapter, base)
         except Exception as exc:  # what is known to be wrong is said first, and is mostly why
-            if all(rung.state != "differs" for rung in rungs):
+            if all(precheck.state != "differs" for precheck in prechecks):
                 raise
             result = Result(**base, status="error", reason=f"there are none: {exc}")
-        return settled(result)
+        return with_prechecks(result)
 
-    def prechecks(self, kind: Kind) -> tuple[Rung, ...]:
+    def prechecks(self, kind: Kind) -> tuple[Precheck, ...]:
         """Compare what a runtime opens, and the reference, with what the case asks for; nothing is built or run."""
 
-        def climb() -> tuple[Rung, ...]:
+        def compare() -> tuple[Precheck, ...]:
             brought = self.case.artifacts
             if kind == "qpc" and brought.qpc is not None:
                 self._adopted("qpc", brought.qpc)
@@ -137,10 +136,10 @@ class Pipeline:
                 self._adopted("onnx", brought.onnx)  # a pipe or a device among its files must not be opened
             recorded = None if self.case.artifacts.reference is None else self._recorded()
             in_memory = self._given is not None
-            sides = sides_of(self.case, kind, self.model(), recorded, in_memory=in_memory)
-            return ladder(self.model(), self.inputs(), sides, lambda: self._body_key()["body"])
+            evidence = collect_evidence(self.case, kind, self.model(), recorded, in_memory=in_memory)
+            return run_prechecks(self.model(), self.inputs(), evidence, lambda: self._body_key()["body"])
 
-        return self.stages.once(f"prechecks.{kind}", climb, f"prechecks for {kind}")
+        return self.stages.once(f"prechecks.{kind}", compare, f"prechecks for {kind}")
 
     def _numbers(self, adapter: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
@@ -151,17 +150,17 @@ class Pipeline:
             start = time.perf_counter()
             with self.stages.step("load", adapter.name):
                 session = TimedSession(held.enter_context(self._opened(adapter, artifact)))
-                watched = Watched(session, inputs)
+                monitor = FeedMonitor(session, inputs)
             loaded = time.perf_counter() - start
             with self.stages.step("run", adapter.name):
-                actual = self.actual = self.model().infer(watched, inputs, reference)
+                actual = self.actual = self.model().infer(monitor, inputs, reference)
                 times = session.timings(len(inputs.labels))
-                reached, told = self._fillers(adapter, watched, actual)
-        base["prechecks"] = with_rungs(base["prechecks"], watched.rungs())
+                reached, told = self._fillers(adapter, monitor, actual)
+        base["prechecks"] = with_feed_prechecks(base["prechecks"], monitor.prechecks())
         ceiling = self.ceiling()
         with self.stages.step("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), capabilities(adapter).compute != "fp32"
-            ours, padded = not self._foreign(adapter.kind), watched.padded()
+            ours, padded = not self._foreign(adapter.kind), monitor.padded()
             terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
             verdict = self.model().judge(reference, actual, inputs, terms)
             if floor is not None and ceiling is not None and verdict.metrics:
@@ -420,24 +419,24 @@ class Pipeline:
 
         return self.stages.once(f"floor.{profile}", get, f"noise floor in {profile}", shown=True)
 
-    def ceiling(self) -> Ceiling | None:
+    def ceiling(self) -> FaultEffects | None:
         """Return what faults do to the original model, stored by model, inputs and faults; None as with `floor`."""
         made = self.model()
-        if self.case.tolerance == "table" or not hasattr(made, "altered"):
+        if self.case.tolerance == "table" or not hasattr(made, "faulty_runs"):
             return None
         if self.case.artifacts.reference is not None:
             stored = part(self._recorded(), "ceiling")
             with naming(self.case.artifacts.reference):
-                return Ceiling.from_stored(stored) if stored else None
+                return FaultEffects.from_stored(stored) if stored else None
 
         def make() -> Tensors:
             exact, sample = self.exact(), self.sample()
-            return trials(self.case.model, made, exact, sample.reference, sample.inputs).stored()
+            return measure_fault_effects(self.case.model, made, exact, sample.reference, sample.inputs).stored()
 
         key = {**self._measured_key(), "faults": faults_key(), "measures": measures_key()}
         return self.stages.once(
             "faults",
-            lambda: Ceiling.from_stored(self.store.tensors("ceiling", key, make)[0]),
+            lambda: FaultEffects.from_stored(self.store.tensors("ceiling", key, make)[0]),
             "faults tried",
             shown=True,
         )

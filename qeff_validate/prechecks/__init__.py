@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be compared before any number: what was fed, and what artifacts were made from. Loads no framework."""
+"""Comparisons before any numeric one: of a session's inputs, and of the provenance of artifacts. Loads no framework."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which row of a model's table of positions a foreign ONNX graph reads for the first token; no framework is loaded."""
+"""Finds the row of the position table that a user's ONNX graph reads for the first token; loads no framework."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qeff_validate.models.sources.embedding_tables import POSITIONS, header
 from qeff_validate.tensors import Array
 
 MOST_NODES = 200
-"""Nodes from token ids to positions; exporters write some twenty."""
+"""Most nodes between token ids and positions; exporters write some twenty."""
 
 TOKENS = 3
-"""Tokens of the row that is tried."""
+"""Number of tokens of the row that the positions are computed for."""
 
 CONTROL = frozenset({"If", "Loop", "Scan"})
-"""Operators that hold graphs; they and local functions are not computed."""
+"""Operators with subgraphs; neither they nor local functions are evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class GraphPositions:
     """How a graph reads the table of positions.
 
     Attributes:
-        begins: row of the model's table that the first token gets.
+        begins: row of the model's table for the first token.
         rows: rows of the model's table that are in the graph, counted from the model's first row.
     """
 
@@ -38,17 +38,17 @@ class GraphPositions:
 
 
 def graph_positions(onnx_file: Path, files: Sequence[Path], ids: str, mask: str, first: int) -> GraphPositions | None:
-    """Find the model's table of positions in a graph, bit for bit, and compute which row the first token reads.
+    """Find the model's table of positions in a graph, bit for bit, and compute the row of the first token.
 
     Args:
         onnx_file: the graph.
         files: the model's safetensors files.
-        ids: what the graph calls ``input_ids``.
-        mask: what it calls ``attention_mask``.
-        first: the model's row of the first token; a table that is cut there counts too.
+        ids: the graph's name for ``input_ids``.
+        mask: the graph's name for ``attention_mask``.
+        first: the model's row of the first token; the graph's table may begin there.
 
     Returns:
-        None if the table is not there as it is, or if how it is read cannot be told.
+        None if the graph does not have the table unchanged, or if its index cannot be computed.
     """
     import onnx
 
@@ -69,19 +69,19 @@ def graph_positions(onnx_file: Path, files: Sequence[Path], ids: str, mask: str,
 
 
 def _table(files: Sequence[Path]) -> Array | None:
-    """Return the only float32 table of positions of safetensors files."""
+    """Return the float32 table of positions in safetensors files; None unless there is exactly one."""
     tables = []
     for file in files:
         entries, start = header(file)
         for name, entry in entries.items():
             if POSITIONS.fullmatch(name) and entry["dtype"] == "F32" and len(entry["shape"]) == 2:
-                at = start + entry["data_offsets"][0]
-                tables.append(np.memmap(file, DTYPES["F32"], "r", at, tuple(entry["shape"])))
+                offset = start + entry["data_offsets"][0]
+                tables.append(np.memmap(file, DTYPES["F32"], "r", offset, tuple(entry["shape"])))
     return tables[0] if len(tables) == 1 else None
 
 
 def _start(tensor: Any, folder: Path, table: Array, first: int) -> int | None:
-    """Return where in the model's table a graph's tensor begins; None if it is another tensor."""
+    """Return the row of the model's table at which a graph's tensor begins; None if it is another tensor."""
     from onnx import TensorProto, external_data_helper, numpy_helper
 
     if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or tensor.dims[1] != table.shape[1]:
@@ -128,7 +128,7 @@ def _first_index(model: Any, name: str, rows: Mapping[str, Array]) -> int | None
 
 
 def _ancestors(graph: Any, name: str) -> list[Any] | None:
-    """Return the nodes that a value comes from, in order; None if they are many, or more than plain operators."""
+    """Return the nodes that compute a value, in order; None if there are too many, or one is no plain operator."""
     wanted, nodes = {name}, []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):

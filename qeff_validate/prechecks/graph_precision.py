@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision that an ONNX file computes in by itself, read from the types of what its products multiply."""
+"""The precision that an ONNX file computes in, read from the operand types of its matrix products."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PRODUCTS = frozenset({
     "Attention", "Conv", "ConvTranspose", "Einsum", "EmbedLayerNormalization", "FusedConv", "FusedGemm", "FusedMatMul",
     "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul", "MultiHeadAttention",
 })  # fmt: skip
-"""Operators that multiply with weights or with each other's results."""
+"""Operators that multiply activations with weights or with each other."""
 
 MOVES = frozenset({
     "Cast", "Concat", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split",
     "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
-"""Operators whose results hold the numbers of their input, so a widening cast does not undo a rounding."""
+"""Operators that copy numbers of their input, so that a widening cast does not undo a rounding."""
 
 INTEGER_PRODUCTS = frozenset({
     "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention",
@@ -34,18 +34,18 @@ INTEGER_PRODUCTS = frozenset({
 })  # fmt: skip
 
 BLOCKS: Mapping[str, int] = {"GatherBlockQuantized": 4, "MatMulBnb4": 4, "MatMulFpQ4": 4, "MatMulNBits": 4}
-"""Operators of ONNX Runtime that read weights of few bits, with the number of bits if no attribute says it."""
+"""Operators of ONNX Runtime with block-quantized weights, and their default number of bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPrecision:
-    """What an ONNX file computes in.
+    """The precision that an ONNX file computes in.
 
     Attributes:
-        compute: the floating type that half of the products read, or a coarser one; fewer products in a coarser type
-            are no precision of the file's, but may be a fault.
-        weights: ``int8`` or ``int4`` if weights or activations are quantized to integers, ``fp8``; None: neither.
-        where: how many products read what, for messages; empty if all are float32.
+        compute: the coarsest floating type for which at least half of the products read it or a coarser one; fewer
+            products in a coarser type do not define the file's precision, but may be a fault.
+        weights: ``int8`` or ``int4`` if weights or activations are quantized to integers, or ``fp8``; None: neither.
+        where: the number of products for each operand type, for messages; empty if all are float32.
     """
 
     compute: Compute = "fp32"
@@ -54,20 +54,20 @@ class GraphPrecision:
 
     @property
     def words(self) -> str:
-        """Return it in words."""
+        """The precision in words, for messages."""
         parts = [WORDS.get(self.compute, ""), self.weights or ""]
         return " and ".join(filter(None, parts)) or "float32"
 
 
 class FilePrecision(Precision):
-    """What a user's file computes in, on a host or a device; it may be what no device is asked for."""
+    """The precision of a user's file, on a host or a device; a case cannot ask for some of these."""
 
     compute: Literal["fp16", "fp32", "bf16"] = "fp32"  # type: ignore[assignment]
     weights: str | None = None  # type: ignore[assignment]
 
 
 def combined(asked: Precision, file: GraphPrecision) -> Precision:
-    """Return what comes of a file on a runtime that computes in a precision: the coarser of both.
+    """Return the precision of a file on a runtime that computes in a precision: the coarser of both.
 
     Weights that a compiler compresses once more are noisier by that alone, so the file's own are not named beside them.
     """
@@ -103,10 +103,12 @@ def precision_of(model: Any) -> GraphPrecision:
     reader = _Reader()
     reader.read(model.graph, {}, {})
     weights = f"int{reader.bits}" if reader.bits else "fp8" if reader.eights else None
-    total = sum(reader.found.values())
-    coarser = {name: sum(reader.found.get(other, 0) for other in COMPUTE[at:]) for at, name in enumerate(COMPUTE)}
+    total = sum(reader.products.values())
+    coarser = {name: sum(reader.products.get(other, 0) for other in COMPUTE[at:]) for at, name in enumerate(COMPUTE)}
     compute = [name for name in COMPUTE if 2 * coarser[name] >= total][-1] if total else "fp32"
-    parts = [f"{reader.found[name]} of {total} products in {WORDS[name]}" for name in WORDS if name in reader.found]
+    parts = [
+        f"{reader.products[name]} of {total} products in {WORDS[name]}" for name in WORDS if name in reader.products
+    ]
     parts += [f"{count} {name}" for name, count in sorted(reader.integers.items())]
     return GraphPrecision(compute, weights, ", ".join(parts))
 
@@ -127,16 +129,16 @@ class _Reader:
             if hasattr(TensorProto, name)
         }
         self._eights = {value for name, value in TensorProto.DataType.items() if name.startswith("FLOAT8")}
-        self.found: dict[str, int] = {}
-        """By precision: how many products read it."""
+        self.products: dict[str, int] = {}
+        """Number of products by the coarsest precision of their operands."""
         self.integers: dict[str, int] = {}
         self.bits = 0
-        """Of the narrowest integers that weights are stored in; 0: none."""
+        """Width of the narrowest integers that weights are stored in; 0: none."""
         self.eights = False
 
-    def coarsest(self, found: Iterable[str]) -> Compute:
-        """Return the one with the most rounding."""
-        known = [name for name in COMPUTE if name in set(found)]
+    def coarsest(self, precisions: Iterable[str]) -> Compute:
+        """Return the precision with the most rounding; ``fp32`` of none."""
+        known = [name for name in COMPUTE if name in set(precisions)]
         return known[-1] if known else "fp32"
 
     def read(self, graph: Any, types: Mapping[str, int], rounded: Mapping[str, Compute]) -> dict[str, int]:
@@ -144,38 +146,38 @@ class _Reader:
 
         Args:
             graph: a GraphProto.
-            types: element types of the values around it.
-            rounded: the coarsest precision that these values have been rounded to.
+            types: element types of the values of the enclosing graph.
+            rounded: the coarsest precision that each of these values has been rounded to.
         """
         known = dict(types) | {tensor.name: tensor.data_type for tensor in graph.initializer}
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.elem_type:
                 known.setdefault(value.name, value.type.tensor_type.elem_type)
-        held = dict(rounded) | {name: self._floats[kind] for name, kind in known.items() if kind in self._floats}
+        rounded_to = dict(rounded) | {name: self._floats[kind] for name, kind in known.items() if kind in self._floats}
         for value in (*graph.value_info, *graph.output):  # what is rounded on the way there is not known yet
-            held.pop(value.name, None)
+            rounded_to.pop(value.name, None)
         for node in graph.node:
-            self._node(node, known, held)
+            self._node(node, known, rounded_to)
         return known
 
-    def _node(self, node: Any, known: MutableMapping[str, int], held: MutableMapping[str, Compute]) -> None:
+    def _node(self, node: Any, known: MutableMapping[str, int], rounded_to: MutableMapping[str, Compute]) -> None:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         inputs = [name for name in node.input if name]
         inner: dict[str, int] = {}
         for attribute in node.attribute:
             for branch in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                inner |= self.read(branch, known, held)
+                inner |= self.read(branch, known, rounded_to)
         kind = self._kind(node, attributes, known)
         if node.op_type in PRODUCTS:
-            read = [held[name] for name in inputs if name in held]
+            read = [rounded_to[name] for name in inputs if name in rounded_to]
             compute = self.coarsest([*read, *([self._floats[kind]] if kind in self._floats else [])])
-            self.found[compute] = self.found.get(compute, 0) + 1
+            self.products[compute] = self.products.get(compute, 0) + 1
         self._integers(node, attributes, known)
         for name in filter(None, node.output):
-            own = known.setdefault(name, kind) if kind else known.get(name, 0)
-            if own in self._floats:
-                before = [held[inputs[0]]] if node.op_type in MOVES and inputs and inputs[0] in held else []
-                held[name] = self.coarsest([self._floats[own], *before])
+            element_type = known.setdefault(name, kind) if kind else known.get(name, 0)
+            if element_type in self._floats:
+                before = [rounded_to[inputs[0]]] if node.op_type in MOVES and inputs and inputs[0] in rounded_to else []
+                rounded_to[name] = self.coarsest([self._floats[element_type], *before])
 
     def _kind(self, node: Any, attributes: Mapping[str, Any], known: Mapping[str, int]) -> int:
         """Return the element type of a node's first output; 0 if it is not known."""
@@ -192,7 +194,7 @@ class _Reader:
         return next((kind for kind in kinds if kind in self._floats), kinds[0] if kinds else 0)
 
     def _integers(self, node: Any, attributes: Mapping[str, Any], known: Mapping[str, int]) -> None:
-        """Note a node that computes with integers or reads weights that are stored in them."""
+        """Record a node that computes with integers or reads weights that are stored in them."""
         bits = 0
         if node.op_type in BLOCKS:
             bits = int(attributes["bits"].i) if "bits" in attributes else BLOCKS[node.op_type]

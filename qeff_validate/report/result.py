@@ -24,11 +24,11 @@ DEFAULT_DIR = "qv-report"
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class Precheck:
     """One precheck: whether both sides of a comparison were made from the same thing.
 
     Attributes:
-        name: one of `prechecks.checks.RUNGS`.
+        name: one of `prechecks.checks.PRECHECKS`.
         state: ``differs`` only where that is certain.
         detail: both sides if they differ, why if it is unknown, a remark if it is the same.
         suspect: unknown, but worth a look if the numbers do not agree.
@@ -67,7 +67,7 @@ class Result:
     findings: tuple[str, ...] = ()
     expected: str | None = None
     power: Power | None = None
-    prechecks: tuple[Rung, ...] = ()
+    prechecks: tuple[Precheck, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -88,7 +88,10 @@ class Result:
             "findings": list(self.findings),
             "expected": self.expected,
             "power": None if self.power is None else _power(self.power),
-            "prechecks": [{"name": rung.name, "state": rung.state, "detail": rung.detail} for rung in self.prechecks],
+            "prechecks": [
+                {"name": precheck.name, "state": precheck.state, "detail": precheck.detail}
+                for precheck in self.prechecks
+            ],
         }
         return {key: finite(value) for key, value in made.items()}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other checkers say of the same tensors, so that their columns stand beside ours and come from the same run.
+"""Other checkers, applied to the same tensors, so that their results come from the same run as ours.
 
-Each is written after its documented behaviour, with its own handling of shapes and NaN; where several readings are
-possible, the one that finds more is taken. All get our inputs, which are more than most of them are used with.
-Rows that hold zeros on purpose (texts without a token) are left out by the caller: a cosine has no value there.
+Each implements its documented behavior, including its handling of shapes and NaN; where the documentation leaves a
+choice, the stricter one is taken. All of them get our inputs, which are more than most of them are used with. The
+caller leaves out rows of zeros (texts without a token), for which a cosine is undefined.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COSINE = 0.999
 
 
 class Check(Protocol):
-    """Says whether a checker lets outputs pass."""
+    """A checker: returns True if outputs pass."""
 
     def __call__(self, reference: Array, actual: Array, precision: str = "fp32") -> bool:
         """Judge float32 arrays ``[n, d]``; ``precision`` is the profile of what computed them."""
@@ -46,10 +46,10 @@ def upstream_mad(reference: Array, actual: Array, precision: str = "fp32") -> bo
 
 
 def upstream_tokens(reference: Array, actual: Array, precision: str = "fp32") -> bool:  # noqa: ARG001
-    """Ask for the same greedy tokens, of all rows (QEfficient's check_causal_models.py: the first 24, exactly).
+    """Require the same greedy tokens in all rows (QEfficient's check_causal_models.py: the first 24, exactly).
 
     Rows are teacher-forced, so two greedy texts differ first where the greatest logit of a row first does. QEfficient
-    asks this of base models only, with one prompt.
+    requires this of base models only, with one prompt.
     """
     return bool(np.array_equal(reference.argmax(axis=-1), actual.argmax(axis=-1)))
 
@@ -67,9 +67,9 @@ def torch_assert_close(reference: Array, actual: Array, precision: str = "fp32")
     import torch
 
     rtol, atol = TORCH[_compute(precision)]
-    got, wanted = (torch.from_numpy(np.ascontiguousarray(array)) for array in (actual, reference))
+    outputs, expected = (torch.from_numpy(np.ascontiguousarray(array)) for array in (actual, reference))
     try:
-        torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol)
+        torch.testing.assert_close(outputs, expected, rtol=rtol, atol=atol)
     except AssertionError:
         return False
     return True
@@ -91,7 +91,7 @@ def polygraphy(reference: Array, actual: Array, precision: str = "fp32") -> bool
 
 
 def cosine(reference: Array, actual: Array, precision: str = "fp32") -> bool:  # noqa: ARG001
-    """Ask for a cosine similarity of at least 0.999 in each row, in float32 (as vLLM's and TEI's tests of embeddings).
+    """Require a cosine similarity of at least 0.999 in each row, in float32 (as vLLM's and TEI's tests of embeddings).
 
     ``tests/models/utils.py`` of vllm-project/vllm and its like; a row that is zero or not finite fails.
     """
@@ -104,22 +104,22 @@ def cosine(reference: Array, actual: Array, precision: str = "fp32") -> bool:  #
     return bool((similar >= COSINE).all())
 
 
-OTHERS: Mapping[str, Check] = {
+EMBEDDING_CHECKERS: Mapping[str, Check] = {
     "upstream MAD": upstream_mad,
     "torch assert_close": torch_assert_close,
     "Polygraphy": polygraphy,
     "cosine 0.999": cosine,
 }
-"""For embeddings ``[n, hidden]``, by the heading of their column."""
+"""Checkers of embeddings ``[n, hidden]``, by the heading of their column."""
 
-OTHERS_LM: Mapping[str, Check] = {
+LOGIT_CHECKERS: Mapping[str, Check] = {
     "upstream tokens": upstream_tokens,
     "upstream PEFT": upstream_peft,
     "torch assert_close": torch_assert_close,
     "Polygraphy": polygraphy,
     "cosine 0.999": cosine,
 }
-"""For logits ``[n, vocab]`` of base and adapters."""
+"""Checkers of logits ``[n, vocab]`` of base and adapters."""
 
 
 def _compute(precision: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ONNX graph in float64, so that what a fault in a graph does is measured without the noise of float32."""
+"""An ONNX graph in float64, so that the effect of a fault in a graph is measured without the noise of float32."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feed
 def float64_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which everything in float32 is float64: weights, constants, casts, inputs and outputs.
 
-    Numbers are those of the float32 graph, so constants keep their rounding (an epsilon, the root of 2), and casts to
-    fp16 round as before. The copy is for `onnx.reference` alone: not every operator has float64 by the standard.
+    Constants keep their float32 rounding (an epsilon, the root of 2), and casts to fp16 round as before. The copy is
+    for `onnx.reference` alone: the standard does not define every operator for float64.
 
     Args:
-        model: with its weights inside.
+        model: weights included.
     """
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
@@ -69,36 +69,36 @@ class Erf(OpRun):
     """The error function in the dtype of its input; `onnx.reference` rounds it to float32."""
 
     def _run(self, x: Array) -> tuple[Array]:
-        found = np.fromiter(map(erf, x.ravel().tolist()), dtype=np.float64, count=x.size)
-        return (found.reshape(x.shape).astype(x.dtype),)
+        values = np.fromiter(map(erf, x.ravel().tolist()), dtype=np.float64, count=x.size)
+        return (values.reshape(x.shape).astype(x.dtype),)
 
 
 class Cast(OpRun):
-    """A cast that cuts to integers what float32 holds: 1.9999999 is a two that a rounded constant has missed."""
+    """A cast that rounds to float32 before it truncates to integers: 1.9999999 is a 2 up to a constant's rounding."""
 
     def _run(self, x: Array, to: int, **_: Any) -> tuple[Array]:
-        wanted = helper.tensor_dtype_to_np_dtype(to)
-        cut = x.dtype == np.float64 and np.issubdtype(wanted, np.integer)
-        return ((x.astype(np.float32) if cut else x).astype(wanted),)
+        dtype = helper.tensor_dtype_to_np_dtype(to)
+        truncates = x.dtype == np.float64 and np.issubdtype(dtype, np.integer)
+        return ((x.astype(np.float32) if truncates else x).astype(dtype),)
 
 
 class GatherElements(OpRun):
-    """The operator for an index that is smaller than the data along other axes, which `onnx.reference` refuses."""
+    """The operator with indices smaller than the data along other axes, which `onnx.reference` rejects."""
 
     def _run(self, data: Array, indices: NDArray[np.int64], axis: int = 0) -> tuple[Array]:
-        reach = [slice(size) for size in indices.shape]
-        reach[axis] = slice(None)
-        return (np.take_along_axis(data[tuple(reach)], indices, axis),)
+        region = [slice(size) for size in indices.shape]
+        region[axis] = slice(None)
+        return (np.take_along_axis(data[tuple(region)], indices, axis),)
 
 
-class WideSession:
+class Float64Session:
     """A `Session` that runs a graph in float64 in the reference evaluator; its outputs and its state are float64.
 
     A random body of the configs takes 0.02 to 0.2 s for 8 rows of 24 tokens, experts 0.6 s.
 
     Args:
-        model: a graph in float32 with its weights inside; it is left as it is.
-        buckets: values of symbols that no fed input may tell, such as ``ctx_len``.
+        model: a graph in float32, weights included; it is not changed.
+        buckets: values of symbols that the shapes of the feeds do not determine, such as ``ctx_len``.
     """
 
     shapes: tuple[Shapes, ...] = ()
@@ -112,15 +112,17 @@ class WideSession:
         )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run once, with feeds as the graph in float32 wants them."""
+        """Run once, with the feeds of the float32 graph."""
         symbols = check_feeds(feeds, self.inputs, optional=tuple(self._state.twins))
-        given = {**feeds, **self._state.values(feeds, symbols)}
-        wide = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in given.items()}
+        inputs = {**feeds, **self._state.values(feeds, symbols)}
+        wide = {
+            name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()
+        }
         names = [spec.name for spec in self.outputs]
-        with np.errstate(all="ignore"):  # what a mask drops afterwards may be infinite
-            made: dict[str, Array] = dict(zip(names, self._evaluator.run(names, wide), strict=True))
-        self._state.keep(made)
-        return {name: made[name].copy() for name in wanted_outputs(self.outputs, fetch)}
+        with np.errstate(all="ignore"):  # values that a mask drops later may be infinite
+            outputs: dict[str, Array] = dict(zip(names, self._evaluator.run(names, wide), strict=True))
+        self._state.keep(outputs)
+        return {name: outputs[name].copy() for name in wanted_outputs(self.outputs, fetch)}
 
     def reset(self) -> None:
         """Forget retained state."""
@@ -128,20 +130,6 @@ class WideSession:
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    made = value.type.tensor_type
-    dims = (dim.dim_param or dim.dim_value for dim in made.shape.dim)
-    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(made.elem_type).name, tuple(dims))
-
-
-def effect64(
-    clean: onnx.ModelProto, mutant: onnx.ModelProto, feeds: Iterable[Tensors]
-) -> list[tuple[Tensors, Tensors]]:
-    """Return the outputs in float64 of a graph and of its mutant, for each of some feeds.
-
-    Args:
-        clean: the graph.
-        mutant: a copy that was changed.
-        feeds: one mapping for each run; retained state that is left out goes on from the run before.
-    """
-    one, other = WideSession(clean), WideSession(mutant)
-    return [(one.run(each), other.run(each)) for each in feeds]
+    tensor_type = value.type.tensor_type
+    dims = (dim.dim_param or dim.dim_value for dim in tensor_type.shape.dim)
+    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor_type.elem_type).name, tuple(dims))

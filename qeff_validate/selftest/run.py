@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the verdicts themselves: every mutant through the whole pipeline, and beside it what other checks say.
+"""Measures the verdicts themselves: runs every mutant through the whole pipeline, and other checkers beside it.
 
-In float32 a mutant of the modules or of the pooling runs on PyTorch, one of a graph, of what is fed, given or served on
-ONNX Runtime; in the precision of the device all of them run as compiled programs on the simulated card. A mutant is
-equivalent only by rule: its effect in float64 is below twice the floor of the precision on every row.
+In float32 module and pooling mutants run on PyTorch; graph, session and adapter mutants run on ONNX Runtime. In the
+precision of the device all of them run as compiled programs on the simulated card. A mutant is equivalent only by rule:
+its effect in float64 is below twice the floor of the precision on every row.
 """
 
 from __future__ import annotations
@@ -23,33 +23,42 @@ from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.comparison.decisive_rows import MOST
 from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
-from qeff_validate.mutation.mutant import Inapplicable, Mutant, Patch, mutants
+from qeff_validate.mutation.mutant import (
+    AdapterMutant,
+    GraphMutant,
+    Inapplicable,
+    Mutant,
+    Patch,
+    PoolingMutant,
+    SessionMutant,
+    mutants,
+)
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
 from qeff_validate.protocols import Session, runtime
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.baseline_checkers import OTHERS, OTHERS_LM
+from qeff_validate.selftest.baseline_checkers import EMBEDDING_CHECKERS, LOGIT_CHECKERS
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
-from qeff_validate.selftest.faulty_runtime import Standing
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Tensors
 
 Stage = Literal["fp32", "device"]
 STAGES: tuple[Stage, ...] = ("fp32", "device")
 
 GOALS: Mapping[str, float] = {"fp32": 0.98, "device": 0.90}
-"""Which share of the mutants that are no noise must be caught, by stage."""
+"""Share of the mutants above the noise that must be caught, by stage."""
 
 Verdict = Literal["caught", "survived", "equivalent", "inapplicable"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one mutant of one case at one stage.
+    """The result of one mutant of one case at one stage.
 
     Attributes:
         effect: its greatest error on a row, in float64 where the original model can have the fault.
-        floor: what is usual there for legitimate runs.
-        gates: names of the metrics whose bounds it broke.
-        others: whether each other check lets it pass.
+        floor: the noise floor of the metric that measures the effect.
+        gates: names of the metrics that exceeded their bounds.
+        others: for each other checker, whether it passes the mutant.
     """
 
     case: str
@@ -67,7 +76,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """What came of one legitimate run; it is a false alarm unless it passed."""
+    """The result of one legitimate run; a failure or an error is a false alarm."""
 
     case: str
     variant: str
@@ -78,28 +87,28 @@ class Alarm:
 
     @property
     def false(self) -> bool:
-        """Say whether a run without a fault was called faulty, or could not be made."""
+        """True if a run without a fault failed or ended in an error."""
         return self.status in ("fail", "error")
 
 
-class Examined:
-    """One case under examination.
+class CaseUnderTest:
+    """One case whose verdicts on mutants are measured.
 
     Args:
         case: healthy.
-        pipeline: makes the pipeline of a case (`pipeline.Pipeline`), all with one store.
-        folder: for graphs that are changed; what is written there is taken away again.
+        pipeline: returns the pipeline of a case (`pipeline.case_pipeline.Pipeline`), all with one store.
+        folder: for changed graphs, which are removed afterwards.
     """
 
     def __init__(self, case: Case, pipeline: Callable[[Case], Any], folder: Path) -> None:
         self.case, self._pipeline, self._folder = case, pipeline, folder
-        self._made = 0
-        self._effects_of_graphs: dict[str, float] = {}
+        self._folders = 0
+        self._graph_effects: dict[str, float] = {}
         self._clean: dict[str, Tensors] = {}
 
     @cached_property
     def _torch(self) -> Any:
-        """The pipeline whose module is changed; it must never export."""
+        """The pipeline whose module is changed; it must never export the case."""
         return self._pipeline(self.case)
 
     @cached_property
@@ -107,80 +116,80 @@ class Examined:
         return self._pipeline(self.case)
 
     def sampled(self) -> bool:
-        """Return True if bounds are measured on some of the rows alone."""
+        """Return True if bounds are measured on a sample of the rows."""
         return bool(self._healthy.sample().choice.left_out)
 
     def clean(self, stage: Stage) -> Result:
         """Return the verdict on the healthy case."""
-        found: Result = self._healthy.result(runtime("ort" if stage == "fp32" else "sim"))
-        return found
+        result: Result = self._healthy.result(runtime("ort" if stage == "fp32" else "sim"))
+        return result
 
     @cached_property
     def effects(self) -> Mapping[str, float]:
-        """The size of each mutant's effect on the original model in float64."""
-        made, inputs, reference, exact = (
+        """The size of the effect of each mutant on the original model in float64, by name."""
+        model, inputs, reference, exact = (
             self._healthy.model(), self._healthy.inputs(), self._healthy.reference(), self._healthy.exact()
         )  # fmt: skip
-        # a language model's session mutants act on a decode loop, which the original does not have
+        # session mutants of a language model change a decode loop, which the original model does not have
         stateful = self.case.model != "embedding"
-        some = [
+        applicable = [
             mutant
             for mutant in mutants(self.case.model)
             if mutant.level != "graph" and (mutant.ceiling or mutant.level != "session" or not stateful)
         ]
         with np.errstate(all="ignore"):
-            altered = made.altered(inputs, reference, some, dtype="float64")
-            return {name: self._size(exact, outputs) for name, outputs in altered}
+            runs = model.faulty_runs(inputs, reference, applicable, dtype="float64")
+            return {name: self._size(exact, outputs) for name, outputs in runs}
 
-    def _effect_of_graph(self, mutant: Mutant) -> float:
-        """Return the size of a graph mutant's effect: the changed graph itself is run in float64."""
+    def _graph_effect(self, mutant: GraphMutant) -> float:
+        """Return the size of a graph mutant's effect, from the changed graph in float64."""
         import onnx
 
-        from qeff_validate.selftest.float64_graph import WideSession
+        from qeff_validate.selftest.float64_graph import Float64Session
 
-        if mutant.name not in self._effects_of_graphs:
-            made, graph = self._healthy.model(), onnx.load(str(self._healthy.onnx().path))
+        if mutant.name not in self._graph_effects:
+            model, graph = self._healthy.model(), onnx.load(str(self._healthy.onnx().path))
             mutant.change(graph)
-            wide = WideSession(graph, made.graph.buckets)
-            found = made.infer(wide, self._healthy.inputs(), self._healthy.reference())
-            self._effects_of_graphs[mutant.name] = self._size(self._healthy.exact(), found)
-        return self._effects_of_graphs[mutant.name]
+            session = Float64Session(graph, model.graph.buckets)
+            outputs = model.infer(session, self._healthy.inputs(), self._healthy.reference())
+            self._graph_effects[mutant.name] = self._size(self._healthy.exact(), outputs)
+        return self._graph_effects[mutant.name]
 
-    def _size(self, wanted: Tensors, outputs: Tensors) -> float:
-        """Return the greatest error of a row; infinity if outputs are not even alike in shape."""
+    def _size(self, expected: Tensors, outputs: Tensors) -> float:
+        """Return the greatest error of a row; infinity if the shapes differ."""
         try:
             with np.errstate(all="ignore"):
-                errors = self._healthy.model().measure(wanted, outputs, self._healthy.inputs())
+                errors = self._healthy.model().measure(expected, outputs, self._healthy.inputs())
         except (ValueError, IndexError, KeyError, ValidateError):
             return float("inf")
         size = float(next(errors[name] for name in SIZES if name in errors))
-        if "again" in wanted:  # second visits, which no metric of rows looks at
-            first, second = wanted["again"].astype(float), outputs["again"].astype(float)
+        if "again" in expected:  # second visits, which no metric of rows covers
+            first, second = expected["again"].astype(float), outputs["again"].astype(float)
             size = float(np.max([size, np.abs(first - second).max()]))
         return size
 
     def outcome(self, mutant: Mutant, stage: Stage) -> Outcome:
-        """Run one mutant, and judge it by our bounds and by other checks."""
-        about = (self.case.name, stage, mutant.name, mutant.family, mutant.level)
+        """Run one mutant, and judge it by our bounds and by the other checkers."""
+        key = (self.case.name, stage, mutant.name, mutant.family, mutant.level)
         try:
-            result, actual = self._judged(mutant, stage)
-        except ValidateError as exc:  # nothing to change, or nothing that an exporter would take
-            return Outcome(*about, "inapplicable", reason=str(exc))
+            result, actual = self._run(mutant, stage)
+        except ValidateError as exc:  # there is nothing to change, or no exporter accepts the change
+            return Outcome(*key, "inapplicable", reason=str(exc))
         precision = Precision(compute="fp32") if stage == "fp32" else self.case.precision
         floor = self._healthy.floor(precision)
         level = float(next(floor.level(name) for name in SIZES if name in floor.errors))
         effect = self.effects.get(mutant.name, float("nan"))
-        if mutant.level == "graph":
-            effect = self._effect_of_graph(mutant)
+        if isinstance(mutant, GraphMutant):
+            effect = self._graph_effect(mutant)
         elif mutant.name not in self.effects and actual:
             effect = self._size({**self._healthy.exact(), **self._clean_outputs(stage)}, actual)
-        broken = tuple(item.metric.name.rpartition(".")[2] for item in result.metrics if not item.passed)
+        exceeded = tuple(item.metric.name.rpartition(".")[2] for item in result.metrics if not item.passed)
         verdict: Verdict = "caught" if result.status in ("fail", "error") else "survived"
         if effect < EQUIVALENT * level:
-            verdict = "equivalent"  # so small that to see it or not is no merit
-        others = elsewhere(self._healthy, actual, precision.profile) if actual else {}
+            verdict = "equivalent"  # too small for a verdict to be right or wrong
+        others = baseline_verdicts(self._healthy, actual, precision.profile) if actual else {}
         reason = result.reason.splitlines()[0] if result.reason else ""
-        return Outcome(*about, verdict, effect, level, reason or _nearest(result), broken, others)
+        return Outcome(*key, verdict, effect, level, reason or _nearest(result), exceeded, others)
 
     def _clean_outputs(self, stage: Stage) -> Tensors:
         if stage not in self._clean:
@@ -188,12 +197,12 @@ class Examined:
             self._clean[stage] = self._healthy.actual
         return self._clean[stage]
 
-    # --- how a mutant gets into an artifact ----------------------------------------------------------
+    # --- artifacts with a mutant ----------------------------------------------------------
 
-    def _judged(self, mutant: Mutant, stage: Stage) -> tuple[Result, Tensors]:
-        if mutant.level in ("session", "adapters"):
+    def _run(self, mutant: Mutant, stage: Stage) -> tuple[Result, Tensors]:
+        if isinstance(mutant, AdapterMutant | SessionMutant):
             return self._in_session(mutant, "ort" if stage == "fp32" else "sim")
-        if mutant.level == "graph":
+        if isinstance(mutant, GraphMutant):
             return self._from_graph(stage, lambda path: changed_graph(mutant, self._healthy.onnx(), path))
         if stage == "fp32":
             with self._in_module(mutant):
@@ -201,31 +210,31 @@ class Examined:
                 return self._torch.result(runtime("torch")), self._torch.actual
         return self._from_graph(stage, lambda path: self._exported(mutant, path))
 
-    def _in_session(self, mutant: Mutant, name: str) -> tuple[Result, Tensors]:
-        noted: list[Inapplicable] = []
-        damage = mutant.change
+    def _in_session(self, mutant: AdapterMutant | SessionMutant, name: str) -> tuple[Result, Tensors]:
+        errors: list[Inapplicable] = []
+        fault: Callable[..., Any] = mutant.change
         if self.case.model != "embedding":
             from qeff_validate.mutation.causal_lm_mutants import serving
 
-            damage = serving(mutant, self._healthy.inputs().adapters)
+            fault = serving(mutant, self._healthy.inputs().adapters)
         self._healthy.actual = {}
-        result = self._healthy.result(Standing(lambda session: Noting(session, damage, noted), name))
-        if noted:
-            raise noted[0]
+        result = self._healthy.result(FaultyRuntime(lambda session: InapplicableRecorder(session, fault, errors), name))
+        if errors:
+            raise errors[0]
         return result, self._healthy.actual
 
     @contextmanager
     def _in_module(self, mutant: Mutant) -> Iterator[Any]:
-        """Hold a mutant in the wrapper's module."""
+        """Apply a mutant to the wrapper's module for the duration of the context."""
         module = self._torch.loaded()[0]
-        with ExitStack() as held:
-            if mutant.level == "pooling":
+        with ExitStack() as stack:
+            if isinstance(mutant, PoolingMutant):
                 if module.pooling == "none":
                     raise Inapplicable("there is no pooling")
-                patch = held.enter_context(Patch())
+                patch = stack.enter_context(Patch())
                 patch.attribute(module, "pool", mutant.change)
             else:
-                held.enter_context(mutant.held(getattr(module, "base_model", None) or module.model))
+                stack.enter_context(mutant.applied_to(getattr(module, "base_model", None) or module.model))
             yield module
 
     def _exported(self, mutant: Mutant, path: Path) -> None:
@@ -242,38 +251,44 @@ class Examined:
                     return
 
     def _from_graph(self, stage: Stage, write: Callable[[Path], None]) -> tuple[Result, Tensors]:
-        self._made += 1
-        folder = self._folder / f"{self.case.name}-{self._made}"
+        self._folders += 1
+        folder = self._folder / f"{self.case.name}-{self._folders}"
         folder.mkdir(parents=True)
         try:
             write(folder / "model.onnx")
             case = self.case.model_copy(update={"artifacts": Artifacts(onnx=str(folder / "model.onnx"))})
-            brought = self._pipeline(case)
-            return brought.result(runtime("ort" if stage == "fp32" else "sim")), brought.actual
+            pipeline = self._pipeline(case)
+            return pipeline.result(runtime("ort" if stage == "fp32" else "sim")), pipeline.actual
         finally:
             shutil.rmtree(folder)
 
 
-class Noting:
-    """A damaged session that notes when the damage does not apply, which a pipeline takes for an error."""
+class InapplicableRecorder:
+    """A session with a fault that records `Inapplicable`, which a pipeline reports like any error.
 
-    def __init__(self, session: Session, damage: Callable[[Session], Session], noted: list[Inapplicable]) -> None:
-        self._noted = noted
-        with self._noting():
-            self._session = damage(session)
+    Args:
+        session: the healthy one.
+        fault: takes the session and returns the one with the fault.
+        errors: receives the exceptions.
+    """
+
+    def __init__(self, session: Session, fault: Callable[[Session], Session], errors: list[Inapplicable]) -> None:
+        self._errors = errors
+        with self._recording():
+            self._session = fault(session)
         self.inputs, self.outputs, self.shapes = session.inputs, session.outputs, session.shapes
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         try:
             yield
         except Inapplicable as exc:
-            self._noted.append(exc)
+            self._errors.append(exc)
             raise
 
     def run(self, feeds: Tensors, *, fetch: Any = None) -> Tensors:
-        """Run with the damage."""
-        with self._noting():
+        """Run with the fault."""
+        with self._recording():
             return self._session.run(feeds, fetch=fetch)
 
     def reset(self) -> None:
@@ -281,24 +296,24 @@ class Noting:
         self._session.reset()
 
 
-def elsewhere(pipeline: Any, actual: Tensors, profile: str) -> dict[str, bool]:
-    """Say which other checks let a pipeline's outputs pass."""
+def baseline_verdicts(pipeline: Any, actual: Tensors, profile: str) -> dict[str, bool]:
+    """Return for each other checker whether it passes a pipeline's outputs."""
     name, inputs = pipeline.model().graph.outputs[0].name, pipeline.inputs()
-    wanted, got = pipeline.reference()[name], actual[name]
-    if len(got) == len(wanted) and wanted.ndim == 2:
-        kept = [row for row in range(len(wanted)) if row not in inputs.tokenless]
-        wanted, got = wanted[kept], got[kept]
-    found = {}
-    for title, check in (OTHERS if pipeline.case.model == "embedding" else OTHERS_LM).items():
+    expected, outputs = pipeline.reference()[name], actual[name]
+    if len(outputs) == len(expected) and expected.ndim == 2:
+        with_tokens = [row for row in range(len(expected)) if row not in inputs.tokenless]
+        expected, outputs = expected[with_tokens], outputs[with_tokens]
+    passed = {}
+    for title, check in (EMBEDDING_CHECKERS if pipeline.case.model == "embedding" else LOGIT_CHECKERS).items():
         try:
-            found[title] = bool(check(wanted, got, profile))
+            passed[title] = bool(check(expected, outputs, profile))
         except (ValueError, IndexError):
-            found[title] = False
-    return found
+            passed[title] = False
+    return passed
 
 
-def changed_graph(mutant: Mutant, artifact: Artifact, path: Path) -> None:
-    """Write a graph with a fault, weights inside."""
+def changed_graph(mutant: GraphMutant, artifact: Artifact, path: Path) -> None:
+    """Write a graph with a fault, weights included."""
     import onnx
 
     model = onnx.load(str(artifact.path))
@@ -307,17 +322,17 @@ def changed_graph(mutant: Mutant, artifact: Artifact, path: Path) -> None:
 
 
 def _nearest(result: Result) -> str:
-    """Say which bound a mutant that passed came nearest to."""
+    """Return a sentence about the metric nearest to its bound."""
     gates = [item for item in result.metrics if item.bound is not None and item.bound.value > 0]
     if not gates:
         return ""
     shares = [item.metric.value / item.bound.value if item.bound else 0.0 for item in gates]
-    near = gates[int(np.argmax(shares))]  # the first NaN, if there is one
-    assert near.bound is not None
-    return f"nearest bound: {near.metric.name} {near.metric.value:.2e} of {near.bound.value:.2e}"
+    nearest = gates[int(np.argmax(shares))]  # the first NaN, if there is one
+    assert nearest.bound is not None
+    return f"nearest bound: {nearest.metric.name} {nearest.metric.value:.2e} of {nearest.bound.value:.2e}"
 
 
-def examine(
+def run_mutants(
     case: Case, pipeline: Callable[[Case], Any], folder: Path, say: Callable[[str], None], stages: Sequence[Stage]
 ) -> Iterator[Outcome]:
     """Yield the outcome of every mutant of a case.
@@ -325,35 +340,35 @@ def examine(
     Raises:
         ValidateError: the healthy case does not pass, so faults in it prove nothing.
     """
-    examined = Examined(case, pipeline, folder)
-    if examined.sampled():
+    under_test = CaseUnderTest(case, pipeline, folder)
+    if under_test.sampled():
         raise ConfigError(f"case {case.name!r}: selftest compares every row in float64: give it at most {MOST} texts")
     for stage in stages:
-        clean = examined.clean(stage)
+        clean = under_test.clean(stage)
         if clean.status != "pass":
             raise ValidateError(f"case {case.name!r} does not pass without a fault: {clean.status}: {clean.reason}")
-        found = mutants(case.model)
-        for at, mutant in enumerate(found, start=1):
-            say(f"{case.name}, {stage}, mutant {at} of {len(found)}: {mutant.name}")
-            yield examined.outcome(mutant, stage)
+        table = mutants(case.model)
+        for number, mutant in enumerate(table, start=1):
+            say(f"{case.name}, {stage}, mutant {number} of {len(table)}: {mutant.name}")
+            yield under_test.outcome(mutant, stage)
 
 
-def sound(
+def run_variants(
     cases: Sequence[Case],
     seeds: int,
-    pipeline: Callable[[Case], Any],
+    make_pipeline: Callable[[Case], Any],
     folder: Path,
     say: Callable[[str], None],
     stages: Sequence[Stage],
 ) -> Iterator[Alarm]:
-    """Yield the verdict on every legitimate variant, with as many seeds; the cases take turns."""
+    """Yield the verdict on every legitimate variant for each of some seeds; the cases take turns."""
     for seed in range(1, seeds + 1):
         case = seeded(cases[seed % len(cases)], 1000 + seed)
         for variant in VARIANTS:
             if case.model not in variant.kinds or variant.precision not in stages:
                 continue
             say(f"{case.name}: {variant.name}")
-            made, result = variant.judged(pipeline, case, folder)
+            pipeline, result = variant.run(make_pipeline, case, folder)
             profile = "fp32" if variant.precision == "fp32" else case.precision.profile
-            others = elsewhere(made, made.actual, profile) if made.actual else {}
+            others = baseline_verdicts(pipeline, pipeline.actual, profile) if pipeline.actual else {}
             yield Alarm(case.name, variant.name, variant.precision, result.status, result.reason, others)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a selftest found, counted: kill rates by stage, class and metric, survivors, false alarms, and other checks."""
+"""The score of a selftest: kill rates by stage, class and metric, survivors, false alarms, and other checkers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TITLES: Mapping[str, str] = {"fp32": "float32 (PyTorch, ONNX Runtime)", "device"
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """All outcomes of one config's selftest.
+    """All outcomes of outcome config's selftest.
 
     Attributes:
-        title: what was tested.
+        title: name of the config.
         outcomes: of mutants.
         alarms: of legitimate runs.
     """
@@ -28,29 +28,30 @@ class Score:
     alarms: tuple[Alarm, ...]
 
     def rate(self, stage: str) -> float:
-        """Return which share of the mutants that are no noise was caught; NaN if there was none."""
-        some = self._counted(stage)
-        return sum(one.verdict == "caught" for one in some) / len(some) if some else float("nan")
+        """Return the share of the mutants above the noise that were caught; NaN if there was none."""
+        counted = self._counted(stage)
+        return sum(outcome.verdict == "caught" for outcome in counted) / len(counted) if counted else float("nan")
 
     def _counted(self, stage: str) -> list[Outcome]:
-        return [one for one in self.outcomes if one.stage == stage and one.verdict in ("caught", "survived")]
+        of_stage = [outcome for outcome in self.outcomes if outcome.stage == stage]
+        return [outcome for outcome in of_stage if outcome.verdict in ("caught", "survived")]
 
     def stages(self) -> list[Stage]:
         """Return the stages that took part."""
-        return [stage for stage in STAGES if any(one.stage == stage for one in self.outcomes)]
+        return [stage for stage in STAGES if any(outcome.stage == stage for outcome in self.outcomes)]
 
     def shortfalls(self) -> list[str]:
-        """Say what was not reached: a kill rate, or silence on legitimate runs."""
-        found = [
+        """Return a sentence for each goal that was not reached: kill rates, and no false alarm."""
+        rates = [
             f"{TITLES[stage]}: {self.rate(stage):.1%} of the mutants were caught, the goal is {GOALS[stage]:.0%}"
             for stage in self.stages()
             if not self.rate(stage) >= GOALS[stage]
         ]
         false = [alarm for alarm in self.alarms if alarm.false]
-        return [*found, *([f"{len(false)} of {len(self.alarms)} legitimate runs were called faulty"] if false else [])]
+        return [*rates, *([f"{len(false)} of {len(self.alarms)} legitimate runs were called faulty"] if false else [])]
 
     def plain(self) -> dict[str, Any]:
-        """Return it as selftest.json holds it."""
+        """Return the score as selftest.json holds it."""
         rates = {stage: self.rate(stage) for stage in self.stages()}
         false = sum(alarm.false for alarm in self.alarms)
         summary = {"rates": rates, "legitimate": len(self.alarms), "false_alarms": false}
@@ -58,13 +59,13 @@ class Score:
             "schema": 1,
             "title": self.title,
             "summary": summary,
-            "outcomes": [asdict(one) for one in self.outcomes],
-            "legitimate": [asdict(one) for one in self.alarms],
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "legitimate": [asdict(alarm) for alarm in self.alarms],
         }
 
     def tables(self) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
         """Yield tables: title, heading, rows."""
-        others = list(dict.fromkeys(title for one in self.outcomes for title in one.others))
+        others = list(dict.fromkeys(title for outcome in self.outcomes for title in outcome.others))
         yield (
             "Mutants",
             ("stage", "no noise", "caught", "share", *others),
@@ -76,15 +77,12 @@ class Score:
             [self._alarms(stage, others) for stage in self.stages()] if self.alarms else [],
         )
         stages = self.stages()
-        families = list(dict.fromkeys(one.family for one in self.outcomes))
+        families = list(dict.fromkeys(outcome.family for outcome in self.outcomes))
         rows: list[Sequence[str]] = [(name, *(self._share(stage, name) for stage in stages)) for name in families]
         yield "By class", ("class", *stages), rows
-        metrics = Counter(
-            (gate, one.stage) for one in self.outcomes if one.verdict == "caught" for gate in set(one.gates)
-        )
-        alone = Counter(
-            (one.gates[0], one.stage) for one in self.outcomes if one.verdict == "caught" and len(set(one.gates)) == 1
-        )
+        caught = [(outcome.stage, set(outcome.gates)) for outcome in self.outcomes if outcome.verdict == "caught"]
+        metrics = Counter((gate, stage) for stage, gates in caught for gate in gates)
+        alone = Counter((next(iter(gates)), stage) for stage, gates in caught if len(gates) == 1)
         names = [name for name, _ in Counter(name for name, _ in metrics.elements()).most_common()]
         cells: list[Sequence[str]] = [
             (n, *(f"{metrics[n, stage]} ({alone[n, stage]} alone)" for stage in stages)) for n in names
@@ -92,37 +90,40 @@ class Score:
         yield "By metric", ("metric", *(f"{stage}: mutants beyond it" for stage in stages)), cells
 
     def survivors(self) -> list[str]:
-        """Say of each mutant that was not caught, and is no noise, what came of it."""
+        """Return a sentence for each mutant above the noise that was not caught."""
         return [
-            f"{one.stage}, {one.case}: {one.mutant}: effect {one.effect:.2e}, {one.effect / one.floor:.1f} x the floor;"
-            f" {one.reason}"
-            for one in self.outcomes
-            if one.verdict == "survived"
+            f"{outcome.stage}, {outcome.case}: {outcome.mutant}: effect {outcome.effect:.2e},"
+            f" {outcome.effect / outcome.floor:.1f} x the floor; {outcome.reason}"
+            for outcome in self.outcomes
+            if outcome.verdict == "survived"
         ]
 
     def false_alarms(self) -> list[str]:
-        """Say of each legitimate run that did not pass what came of it."""
+        """Return a sentence for each legitimate run that did not pass."""
         return [
-            f"{one.stage}, {one.case}: {one.variant}: {one.status}: {one.reason}"
-            for one in self.alarms
-            if one.status != "pass"
+            f"{alarm.stage}, {alarm.case}: {alarm.variant}: {alarm.status}: {alarm.reason}"
+            for alarm in self.alarms
+            if alarm.status != "pass"
         ]
 
     def _row(self, stage: str, others: Iterable[str]) -> Sequence[str]:
-        some = self._counted(stage)
-        caught = sum(one.verdict == "caught" for one in some)
-        shares = [_percent(sum(not one.others.get(name, False) for one in some), len(some)) for name in others]
-        return (TITLES[stage], str(len(some)), str(caught), _percent(caught, len(some)), *shares)
+        counted = self._counted(stage)
+        caught = sum(outcome.verdict == "caught" for outcome in counted)
+        by_others = [sum(not outcome.others.get(name, False) for outcome in counted) for name in others]
+        shares = [_percent(count, len(counted)) for count in by_others]
+        return (TITLES[stage], str(len(counted)), str(caught), _percent(caught, len(counted)), *shares)
 
     def _alarms(self, stage: str, others: Iterable[str]) -> Sequence[str]:
-        some = [alarm for alarm in self.alarms if alarm.stage == stage]
-        counts = [sum(not alarm.others.get(name, False) for alarm in some) for name in others]
-        unsure = sum(alarm.status == "inconclusive" for alarm in some)
-        return (TITLES[stage], str(len(some)), str(sum(a.false for a in some)), str(unsure), *map(str, counts))
+        runs = [alarm for alarm in self.alarms if alarm.stage == stage]
+        counts = [sum(not run.others.get(name, False) for run in runs) for name in others]
+        inconclusive = sum(run.status == "inconclusive" for run in runs)
+        false = sum(run.false for run in runs)
+        return (TITLES[stage], str(len(runs)), str(false), str(inconclusive), *map(str, counts))
 
     def _share(self, stage: str, family: str) -> str:
-        some = [one for one in self._counted(stage) if one.family == family]
-        return f"{sum(one.verdict == 'caught' for one in some)}/{len(some)}" if some else "none"
+        counted = [outcome for outcome in self._counted(stage) if outcome.family == family]
+        caught = sum(outcome.verdict == "caught" for outcome in counted)
+        return f"{caught}/{len(counted)}" if counted else "none"
 
 
 def _percent(part: int, whole: int) -> str:
@@ -131,8 +132,8 @@ def _percent(part: int, whole: int) -> str:
 
 def markdown(score: Score) -> str:
     """Return a score as a section of docs/power.md."""
-    cases = ", ".join(dict.fromkeys(one.case for one in score.outcomes))
-    kinds: Counter[tuple[str, str]] = Counter((one.stage, one.verdict) for one in score.outcomes)
+    cases = ", ".join(dict.fromkeys(outcome.case for outcome in score.outcomes))
+    kinds: Counter[tuple[str, str]] = Counter((outcome.stage, outcome.verdict) for outcome in score.outcomes)
     lines = [f"## {score.title}", "", f"Mutants of the cases {cases}."]
     lines += [
         f"{TITLES[stage]}: {kinds[stage, 'equivalent']} equivalent by rule, {kinds[stage, 'inapplicable']} had nothing"
@@ -142,8 +143,8 @@ def markdown(score: Score) -> str:
     for title, head, rows in score.tables():
         if rows:
             lines += ["", f"### {title}", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
-    for title, found in (("Survivors", score.survivors()), ("Legitimate runs that did not pass", score.false_alarms())):
-        lines += ["", f"### {title}", "", *([f"- {text}" for text in found] or ["None."])]
+    for title, items in (("Survivors", score.survivors()), ("Legitimate runs that did not pass", score.false_alarms())):
+        lines += ["", f"### {title}", "", *([f"- {text}" for text in items] or ["None."])]
     return "\n".join(lines) + "\n"
 
 

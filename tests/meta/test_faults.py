@@ -2,7 +2,7 @@
 """Faults that suites with one short prompt and a mean difference let through, each as somebody's ONNX file on ``ort``.
 
 A small seeded BERT is the model; every variant is exported from a changed copy of it, or is an edit of its graph,
-and judged through ``artifacts: {onnx: …}``. Faulty ones must fail, legitimate ones must pass.
+and judged through ``artifacts: {onnx: …}``. FaultyRuntime ones must fail, legitimate ones must pass.
 """
 
 from __future__ import annotations

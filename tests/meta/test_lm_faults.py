@@ -23,14 +23,14 @@ from qeff_validate.engine import check
 from qeff_validate.models.causal_lm import kv_cache, wrapper
 from qeff_validate.models.causal_lm.decode_loop import _Batch
 from qeff_validate.models.causal_lm.prompts import LONG
-from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
 from qeff_validate.mutation.mutant import session_of
-from qeff_validate.mutation.tracking_session import Feeds, Followed
+from qeff_validate.mutation.tracking_session import DecodeTrackingSession, Feeds
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.faulty_runtime import Standing as Faulty
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Array, Tensors
 
 LENGTHS = (3, 13, 6, 1, 17, 7)
@@ -89,7 +89,7 @@ def mistral() -> Pipeline:
 
 
 def judged(made: Pipeline, damage: Callable[[Session], Any], name: str = "ort") -> Result:
-    return made.result(Faulty(damage, name))
+    return made.result(FaultyRuntime(damage, name))
 
 
 SESSIONS: dict[str, Sequence[str]] = {
@@ -129,7 +129,7 @@ SESSIONS: dict[str, Sequence[str]] = {
 }
 """Words that the reason must have, by mutant."""
 
-NAMED = {mutant.name: mutant for mutant in CONTINUING}
+NAMED = {mutant.name: mutant for mutant in CAUSAL_LM_MUTANTS}
 
 
 @pytest.mark.parametrize("name", SESSIONS)
@@ -260,7 +260,7 @@ def test_fault_of_the_module_fails_and_is_named(name: str, request: pytest.Fixtu
     fixture, damage, texts = MODULES[name]
     made: Pipeline = request.getfixturevalue(fixture)
     with damage(made):
-        result = judged(made, lambda session: Followed(session, zeroed=True), "torch")
+        result = judged(made, lambda session: DecodeTrackingSession(session, zeroed=True), "torch")
     assert result.status == "fail", f"{name}: {result.status} {result.reason}"
     for text in texts:
         assert text in result.reason, f"{text!r} is not in {result.reason!r}"
@@ -368,7 +368,7 @@ def test_adapters_merged_into_the_weights_pass(on_torch: Pipeline) -> None:
     adapters = on_torch.inputs().adapters
     plain = {name: layer.base_layer.weight.detach().clone() for name, layer in adapted(on_torch).items()}
 
-    def merge(session: Followed, feeds: Feeds) -> Feeds:
+    def merge(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
         if not feeds.keys() & session.weights:
             return feeds
         own = list(adapters.values())[session.adapter or 0]
@@ -377,11 +377,11 @@ def test_adapters_merged_into_the_weights_pass(on_torch: Pipeline) -> None:
         return {**feeds, **adapters["base"]}
 
     with merged(on_torch, "base"):  # which changes nothing, and puts the weights back afterwards
-        result = judged(on_torch, lambda session: Followed(session, merge), "torch")
+        result = judged(on_torch, lambda session: DecodeTrackingSession(session, merge), "torch")
     assert result.status == "pass", result.reason
 
 
 def test_healthy_session_behind_the_same_wrapper_passes(llama: Pipeline) -> None:
-    result = judged(llama, Followed)
+    result = judged(llama, DecodeTrackingSession)
     assert result.status == "pass", result.reason
     assert result.planned == result.compared > 60

@@ -17,7 +17,7 @@ from qeff_validate.models.causal_lm.relations import RELATIONS
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, runtime
-from qeff_validate.selftest.faulty_runtime import Standing as Faulty
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Tensors
 
 Symptom = Callable[[Tensors], bool]
@@ -147,7 +147,7 @@ def test_a_healthy_session_keeps_the_relation(name: str, pipeline: Pipeline) -> 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str, pipeline: Pipeline) -> None:
-    result = related(pipeline, Faulty(DAMAGED[name]), name)
+    result = related(pipeline, FaultyRuntime(DAMAGED[name]), name)
     assert result.status == "fail", result.reason
     assert "worst row" in result.reason
 

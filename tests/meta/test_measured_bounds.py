@@ -26,7 +26,7 @@ from qeff_validate.mutation.mutant import mutants
 from qeff_validate.pipeline.recorded_file import DIGEST, sealed
 from qeff_validate.protocols import Session
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.faulty_runtime import Standing as Faulty
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Array, Tensors, load_tensors, save_tensors
 
 FP32 = "floor.fp32/"
@@ -127,7 +127,7 @@ class Empty:
 
 @pytest.mark.parametrize("outputs", [True, False], ids=["no row", "no output"])
 def test_an_empty_comparison_does_not_pass(outputs: bool) -> None:
-    result = Runner().pipeline(bert()).result(Faulty(lambda session: Empty(session, outputs=outputs), "torch"))
+    result = Runner().pipeline(bert()).result(FaultyRuntime(lambda session: Empty(session, outputs=outputs), "torch"))
     assert result.status in ("fail", "error")
     assert result.compared == 0
     assert on_torch(bert(inputs={"texts": []})).status == "error"
@@ -279,9 +279,9 @@ def test_a_device_s_error_below_its_noise_is_seen_if_all_rows_have_it(
     change: Callable[[Array], Array], gate: str
 ) -> None:
     pipeline = Runner().pipeline(bert())
-    intact = pipeline.result(Faulty(lambda session: session, "sim"))
+    intact = pipeline.result(FaultyRuntime(lambda session: session, "sim"))
     assert intact.status == "pass", intact.reason
-    result = pipeline.result(Faulty(lambda session: Changed(session, change), "sim"))
+    result = pipeline.result(FaultyRuntime(lambda session: Changed(session, change), "sim"))
     assert result.status == "fail"
     failed = {item.metric.name for item in result.metrics if not item.passed}
     assert f"output.{gate}" in failed

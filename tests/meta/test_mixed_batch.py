@@ -17,11 +17,11 @@ from qeff_validate.engine import check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import RowLinear
 from qeff_validate.models.causal_lm.relations import RELATIONS
-from qeff_validate.mutation.causal_lm_mutants import CONTINUING, serving
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Session, runtime
-from qeff_validate.selftest.faulty_runtime import Standing as Faulty
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Array, Tensors
 
 
@@ -83,7 +83,7 @@ def test_rows_with_different_adapters_agree_with_peft(name: str, pipeline: Pipel
     ],
 )
 def test_adapters_of_other_rows_are_noticed(change: Callable[[Array], Array], said: str, pipeline: Pipeline) -> None:
-    result = pipeline.result(Faulty(lambda session: Ids(session, change)))
+    result = pipeline.result(FaultyRuntime(lambda session: Ids(session, change)))
     assert result.status == "fail"
     assert said in result.reason
 
@@ -99,8 +99,8 @@ def test_adapters_of_other_rows_are_noticed(change: Callable[[Array], Array], sa
     ],
 )
 def test_mutants_of_mixed_batches_are_noticed(name: str, said: str, pipeline: Pipeline) -> None:
-    (mutant,) = [mutant for mutant in CONTINUING if mutant.name == name]
-    result = pipeline.result(Faulty(serving(mutant, pipeline.inputs().adapters)))
+    (mutant,) = [mutant for mutant in CAUSAL_LM_MUTANTS if mutant.name == name]
+    result = pipeline.result(FaultyRuntime(serving(mutant, pipeline.inputs().adapters)))
     assert result.status == "fail"
     assert said in result.reason
 
@@ -114,7 +114,7 @@ def test_all_relations_hold(pipeline: Pipeline) -> None:
 
 def test_a_row_that_takes_its_neighbours_adapter_breaks_mixed_rows(pipeline: Pipeline) -> None:
     result = pipeline.relation(
-        Faulty(lambda session: Ids(session, lambda ids: np.full_like(ids, ids[-1]))), "mixed_rows"
+        FaultyRuntime(lambda session: Ids(session, lambda ids: np.full_like(ids, ids[-1]))), "mixed_rows"
     )
     assert result.status == "fail"
     assert "worst row" in result.reason

@@ -16,7 +16,7 @@ from qeff_validate.models.embedding.relations import RELATIONS
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, runtime
-from qeff_validate.selftest.faulty_runtime import Standing as Faulty
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.tensors import Tensors
 
 Damage = Callable[[Tensors, np.ndarray], np.ndarray]
@@ -75,7 +75,7 @@ def test_a_healthy_session_keeps_the_relation(name: str, pipeline: Pipeline) -> 
 
 @pytest.mark.parametrize("name", sorted(RELATIONS))
 def test_a_session_that_breaks_the_relation_fails_and_the_row_is_named(name: str, pipeline: Pipeline) -> None:
-    result = related(pipeline, Faulty(lambda session: Damaged(session, DAMAGE[name])), name)
+    result = related(pipeline, FaultyRuntime(lambda session: Damaged(session, DAMAGE[name])), name)
     assert result.status == "fail", result.reason
     assert "worst row" in result.reason
 

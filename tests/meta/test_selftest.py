@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from upstream.bench import adapters, embedding
 
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
@@ -18,8 +19,7 @@ from qeff_validate.mutation.mutant import Mutant, mutants, session_of
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.selftest.equivalent_variants import VARIANTS
-from qeff_validate.selftest.faulty_runtime import adapters, embedding
-from qeff_validate.selftest.run import Alarm, Examined, Outcome, examine, sound
+from qeff_validate.selftest.run import Alarm, CaseUnderTest, Outcome, run_mutants, run_variants
 from qeff_validate.selftest.score import Score, markdown
 
 
@@ -28,13 +28,13 @@ def pipeline(case: Case) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Examined:
-    return Examined(embedding(), pipeline, tmp_path_factory.mktemp("graphs"))
+def bert(tmp_path_factory: pytest.TempPathFactory) -> CaseUnderTest:
+    return CaseUnderTest(embedding(), pipeline, tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Examined:
-    return Examined(adapters(), pipeline, tmp_path_factory.mktemp("graphs"))
+def llama(tmp_path_factory: pytest.TempPathFactory) -> CaseUnderTest:
+    return CaseUnderTest(adapters(), pipeline, tmp_path_factory.mktemp("graphs"))
 
 
 def named(kind: str, name: str) -> Mutant:
@@ -58,12 +58,12 @@ def named(kind: str, name: str) -> Mutant:
         ("weights rounded to fp16", "device", "equivalent"),
     ],
 )
-def test_a_mutant_of_an_embedding_comes_out_as_it_must(bert: Examined, name: str, stage: Any, verdict: str) -> None:
-    found = bert.outcome(named("embedding", name), stage)
-    assert found.verdict == verdict, found
+def test_a_mutant_of_an_embedding_gets_its_verdict(bert: CaseUnderTest, name: str, stage: Any, verdict: str) -> None:
+    outcome = bert.outcome(named("embedding", name), stage)
+    assert outcome.verdict == verdict, outcome
     if verdict in ("caught", "equivalent"):
-        assert (found.effect >= 2 * found.floor) == (verdict == "caught"), found
-        assert set(found.others) == {"upstream MAD", "torch assert_close", "Polygraphy", "cosine 0.999"}
+        assert (outcome.effect >= 2 * outcome.floor) == (verdict == "caught"), outcome
+        assert set(outcome.others) == {"upstream MAD", "torch assert_close", "Polygraphy", "cosine 0.999"}
     assert bert.clean("fp32").status == "pass", "the mutant stayed in the model"
 
 
@@ -78,25 +78,25 @@ def test_a_mutant_of_an_embedding_comes_out_as_it_must(bert: Examined, name: str
         ("adapter of the next row", "inapplicable"),
     ],
 )
-def test_a_mutant_of_a_language_model_comes_out_as_it_must(llama: Examined, name: str, verdict: str) -> None:
-    found = llama.outcome(named("peft-causal-lm", name), "fp32")
-    assert found.verdict == verdict, found
+def test_a_mutant_of_a_language_model_gets_its_verdict(llama: CaseUnderTest, name: str, verdict: str) -> None:
+    outcome = llama.outcome(named("peft-causal-lm", name), "fp32")
+    assert outcome.verdict == verdict, outcome
 
 
-def test_a_survivor_is_said_to_be_one(bert: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_survivor_is_said_to_be_one(bert: CaseUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bounds worth the name, what was caught survives, with the bound that it came nearest to."""
     mutant = named("embedding", "scaled by 1.0002")
     wide = {"rel_l2": 0.01, "cosine": 0.01, "norm_ratio": 0.01, "max_abs_rms": 0.1, "why": "a test"}
     case = embedding(tolerance={"ort": wide})
-    found = Examined(case, pipeline, Path("unused")).outcome(mutant, "fp32")
-    assert found.verdict == "survived"
-    assert "nearest bound: output." in found.reason
+    outcome = CaseUnderTest(case, pipeline, Path("unused")).outcome(mutant, "fp32")
+    assert outcome.verdict == "survived"
+    assert "nearest bound: output." in outcome.reason
 
 
 def test_a_case_that_fails_by_itself_is_refused(tmp_path: Path) -> None:
     strict = embedding(tolerance={"ort": {"rel_l2": 0, "why": "nothing is that exact"}})
     with pytest.raises(ValidateError, match="does not pass without a fault: fail"):
-        next(examine(strict, pipeline, tmp_path, lambda _: None, ["fp32"]))
+        next(run_mutants(strict, pipeline, tmp_path, lambda _: None, ["fp32"]))
 
 
 def test_a_case_of_the_table_is_refused() -> None:
@@ -109,23 +109,23 @@ def test_legitimate_variants_pass_and_a_fault_among_them_is_an_alarm(
 ) -> None:
     some = [v for v in VARIANTS if v.name in ("the module with sdpa", "nodes fused", "compiled")]
     broken = some[0].__class__(
-        "broken", "fp32", ("embedding",), in_session_of(lambda _, found: {"output": -found["output"]})
+        "broken", "fp32", ("embedding",), in_session_of(lambda _, outputs: {"output": -outputs["output"]})
     )
     monkeypatch.setattr("qeff_validate.selftest.run.VARIANTS", [*some, broken])
-    found = list(sound([embedding()], 1, pipeline, tmp_path, lambda _: None, ["fp32", "device"]))
-    assert [(one.variant, one.status, one.false) for one in found] == [
+    alarms = list(run_variants([embedding()], 1, pipeline, tmp_path, lambda _: None, ["fp32", "device"]))
+    assert [(alarm.variant, alarm.status, alarm.false) for alarm in alarms] == [
         ("the module with sdpa", "pass", False),
         ("nodes fused", "pass", False),
         ("compiled", "pass", False),
         ("broken", "fail", True),
     ]
-    assert found[0].others["cosine 0.999"]
+    assert alarms[0].others["cosine 0.999"]
 
 
 def in_session_of(out: Callable[..., Any]) -> Any:
-    from qeff_validate.selftest.equivalent_variants import in_session
+    from qeff_validate.selftest.equivalent_variants import with_session
 
-    return in_session(session_of(None, out), "ort")
+    return with_session(session_of(None, out), "ort")
 
 
 def test_there_are_enough_mutants_and_variants() -> None:

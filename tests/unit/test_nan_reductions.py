@@ -21,7 +21,7 @@ from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_er
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
 from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import Judged, Rows, rows_beyond, strays, worst_errors
-from qeff_validate.mutation.power import Ceiling
+from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import _row as report_row
 from qeff_validate.report.text import nearness
@@ -80,7 +80,7 @@ def judged(value: float, bound: float, name: str = "output.rel_l2") -> Judged:
 @pytest.mark.parametrize("order", list(permutations((0, 1, 2))))
 def test_a_fault_that_gives_nan_in_one_metric_is_found(order: tuple[int, ...]) -> None:
     names, errors = ("rel_l2", "cosine", "norm_ratio"), (1e-9, 1e-9, math.nan)
-    ceiling = Ceiling(("fault",), ("fault",), {names[at]: np.array([errors[at]]) for at in order})
+    ceiling = FaultEffects(("fault",), ("fault",), {names[at]: np.array([errors[at]]) for at in order})
     floor = made_floor({"rel_l2": 1e-12})
     power = ceiling.power(floor, [judged(0.0, 1e-3, f"output.{name}") for name in names])
     assert (power.tried, power.missed) == (1, ())

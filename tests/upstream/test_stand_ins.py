@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEfficient's defects, each as a stand-in that has it: our verdict, and what it says. The healthy ones must pass."""
+"""QEfficient's defects, each by its stand-in: status and reason of our verdict. Without the defect all must pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
+from upstream.bench import LORA, Bench, adapters, embedding, mixed
 from upstream.stand_ins import DEFECTS, Defect, rows
 
 from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner
-from qeff_validate.selftest.faulty_runtime import LORA, Bench, adapters, embedding, mixed
 
 WORDS: Mapping[str, Sequence[str]] = {
     "the export for another pooling is served": ["output.rel_l2", "worst row"],
@@ -29,7 +29,7 @@ WORDS: Mapping[str, Sequence[str]] = {
     "DoRA's magnitudes ignored": ["adapter 'a'", "with a, b only"],
     "the adapter of prompt 0 serves the whole batch": ["some prompts with 'base' give the outputs of 'a'"],
 }
-"""What a reason must hold beyond being one."""
+"""Texts that the reason of a defect must contain."""
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +46,19 @@ def test_stand_in_gets_its_verdict(defect: Defect, bench: Bench) -> None:
         assert text in result.reason, f"{text!r} is not in {result.reason!r}"
 
 
-def own(case: Callable[..., Case]) -> Callable[[Bench], Case]:
-    """Return a case that brings the very file that it would export."""
+def with_own_export(case: Callable[..., Case]) -> Callable[[Bench], Case]:
+    """Return a case that provides the same file that it would export."""
     return lambda bench: case(onnx=bench.exported(case()))
 
 
 HEALTHY: Mapping[str, tuple[Callable[[Bench], Case], str]] = {
     **{
-        pooling: (own(lambda pooling=pooling, **given: embedding(pooling, **given)), "ort")
+        pooling: (with_own_export(lambda pooling=pooling, **artifacts: embedding(pooling, **artifacts)), "ort")
         for pooling in ("mean", "cls", "avg", "max")
     },
-    "other weights": (own(lambda **given: embedding(seed=1, **given)), "ort"),
+    "other weights": (with_own_export(lambda **artifacts: embedding(seed=1, **artifacts)), "ort"),
     "mean in fp16": (lambda _: embedding(), "sim"),
-    "adapters": (own(adapters), "ort"),
+    "adapters": (with_own_export(adapters), "ort"),
     "another base": (lambda _: adapters(seed=1), "torch"),
     "left padding": (lambda _: adapters(padding_side="left"), "ort"),
     "rsLoRA": (lambda _: adapters(method="rslora"), "torch"),
@@ -71,7 +71,7 @@ HEALTHY: Mapping[str, tuple[Callable[[Bench], Case], str]] = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_the_same_without_the_defect_passes(name: str, bench: Bench) -> None:
     case, runtime = HEALTHY[name]
-    result = bench.judged(case(bench), name=runtime)
+    result = bench.result(case(bench), name=runtime)
     assert result.status == "pass", result.reason
 
 

@@ -69,7 +69,7 @@ class Altered:
             with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
                 for change in changes:
                     try:
-                        with change.held(adapted):
+                        with change.applied_to(adapted):
                             found[change.name] += self._run(adapted, adapter)
                     except ValidateError:
                         found.pop(change.name, None)

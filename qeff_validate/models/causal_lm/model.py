@@ -289,7 +289,7 @@ class PeftCausalLM:
         yield from ensemble(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
 
-    def altered(
+    def faulty_runs(
         self, inputs: Prompts, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
         """Yield the logits of the reference's texts by the original model with each of some faults."""

@@ -243,7 +243,7 @@ class PooledEmbedding:
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
         return {str(at): states for at, states in enumerate(runs)}
 
-    def altered(
+    def faulty_runs(
         self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
         """Yield the vectors of the original model with each of some faults."""
@@ -276,7 +276,7 @@ class PooledEmbedding:
         with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
             for change in changes:
                 original.instead, session = None, cast("Session", original)
-                with suppress(ValidateError), change.held(original.body):
+                with suppress(ValidateError), change.applied_to(original.body):
                     if change.level == "body":
                         if change.name not in states:
                             states[change.name] = packed(unpadded_states(original.body, inputs.ids), dtype)

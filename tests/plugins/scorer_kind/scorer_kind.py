@@ -14,7 +14,7 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.config.case import Strict
 from qeff_validate.models.row_model import RowModel
-from qeff_validate.mutation.mutant import Mutant, Patch
+from qeff_validate.mutation.mutant import ModuleMutant, Patch
 from qeff_validate.protocols import Graph, ModelKind, Session, Terms
 from qeff_validate.tensors import Tensors, TensorSpec
 
@@ -92,7 +92,7 @@ def _negate_last_layer(model: Any, patch: Patch) -> None:
     patch.tensor(weight, -weight)
 
 
-MUTANTS = (Mutant("last layer negated", "weights", "body", _negate_last_layer, "none"),)
+MUTANTS = (ModuleMutant("last layer negated", "weights", _negate_last_layer, "none"),)
 
 SCORER = ModelKind(
     options=ScorerOptions,

@@ -17,7 +17,7 @@ from qeff_validate.engine import Runner
 from qeff_validate.models.padding_hint import padding_hint
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.prechecks.feed_monitor import Watched
+from qeff_validate.prechecks.feed_monitor import FeedMonitor
 
 N = 6
 OUTPUTS = {"output": np.ones((N, 4), np.float32)}
@@ -51,7 +51,7 @@ def test_a_session_knows_which_rows_it_was_fed_with_padding() -> None:
             return {}
 
     rows = TokenRows(tuple(np.array(ids, np.int64) for ids in ([5, 6, 7], [8], [], [9, 9, 9])), 0, tuple("abcd"))
-    watched = Watched(Session(), rows)  # type: ignore[arg-type]
+    watched = FeedMonitor(Session(), rows)  # type: ignore[arg-type]
     ids = np.array([[5, 6, 7], [0, 0, 8], [0, 0, 0], [9, 9, 9]])
     watched.run({"input_ids": ids, "attention_mask": np.array([[1, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]])})
     assert watched.padded() == {1, 2}

@@ -17,8 +17,8 @@ from qeff_validate.errors import UnstableReferenceError
 from qeff_validate.models.row_order import probes, refuse_change, refuse_frequencies_by_length
 from qeff_validate.models.sources.embedding_tables import folder_switch, frequency_switch
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.prechecks.checks import with_rungs
-from qeff_validate.report.result import Rung
+from qeff_validate.prechecks.checks import with_feed_prechecks
+from qeff_validate.report.result import Precheck
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
@@ -98,9 +98,9 @@ def test_rounding_is_no_change_and_everything_else_is() -> None:
 
 
 def test_a_suspicion_stays_when_what_was_fed_is_right_and_goes_when_it_is_wrong() -> None:
-    suspect = Rung("positions", "unknown", "rope", suspect=True)
+    suspect = Precheck("positions", "unknown", "rope", suspect=True)
     for state in ("same", "differs"):
-        (found,) = with_rungs([suspect], [Rung("positions", state, "fed")])  # type: ignore[arg-type]
+        (found,) = with_feed_prechecks([suspect], [Precheck("positions", state, "fed")])  # type: ignore[arg-type]
         assert found.detail == ("rope" if state == "same" else "fed")
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from bounds import close
 
-from qeff_validate.mutation.adapter_mutants import ADAPTERS, brain, half
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS, to_bfloat16, to_float16
 from qeff_validate.mutation.causal_lm_mutants import served
 from qeff_validate.mutation.mutant import Inapplicable
 from qeff_validate.tensors import Array, Tensors
 
-NAMED = {mutant.name: mutant for mutant in ADAPTERS}
+NAMED = {mutant.name: mutant for mutant in ADAPTER_MUTANTS}
 HIDDEN, RANK = 6, 2
 
 METHODS: Mapping[str, Mapping[str, tuple[tuple[int, ...], float | None]]] = {
@@ -46,27 +46,27 @@ METHODS: Mapping[str, Mapping[str, tuple[tuple[int, ...], float | None]]] = {
 
 
 def adapters(method: str = "lora", *, count: int = 2, layers: int = 2, modules: int = 2) -> dict[str, dict[str, Array]]:
-    drawn = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     places = [(layer, module) for layer in range(layers) for module in ("q_proj", "v_proj")[:modules]]
-    found: dict[str, dict[str, Array]] = {name: {} for name in ("base", "a", "b")[: count + 1]}
+    by_adapter: dict[str, dict[str, Array]] = {name: {} for name in ("base", "a", "b")[: count + 1]}
     for layer, module in places:
         for tensor, (shape, fresh) in METHODS[method].items():
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}.{tensor}"
-            for adapter, tensors in found.items():
-                noise = drawn.standard_normal(shape)
-                held = noise if fresh is None or adapter != "base" else np.full(shape, fresh)
-                tensors[name] = held.astype(np.float32)
-    return found
+            for adapter, tensors in by_adapter.items():
+                noise = rng.standard_normal(shape)
+                values = noise if fresh is None or adapter != "base" else np.full(shape, fresh)
+                tensors[name] = values.astype(np.float32)
+    return by_adapter
 
 
-def differing(one: Tensors, other: Tensors) -> set[str]:
+def differing(left: Tensors, right: Tensors) -> set[str]:
     """Return layer, module and tensor of what differs."""
-    assert one.keys() == other.keys()
+    assert left.keys() == right.keys()
     short = "base_model.model.model.layers."
     return {
         name.removeprefix(short).replace("self_attn.", "").removesuffix(".weight")
-        for name in one
-        if not np.array_equal(one[name], other[name])
+        for name in left
+        if not np.array_equal(left[name], right[name])
     }
 
 
@@ -88,21 +88,21 @@ INAPPLICABLE = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_mutant_changes_values_and_nothing_else(method: str) -> None:
-    made, kept = adapters(method), adapters(method)
+    healthy, copies = adapters(method), adapters(method)
     refused = set()
     for name, mutant in NAMED.items():
         try:
-            found = served(mutant, made)
+            faulty = served(mutant, healthy)
         except Inapplicable:
             refused.add(name)
             continue
-        hit = {adapter for adapter in made if differing(made[adapter], found[adapter])}
+        hit = {adapter for adapter in healthy if differing(healthy[adapter], faulty[adapter])}
         assert hit, f"{name} serves what it should"
         assert ("base" in hit) == (name == "first adapter served for base"), name
-        for adapter, tensors in found.items():
-            for key, array in made[adapter].items():
+        for adapter, tensors in faulty.items():
+            for key, array in healthy[adapter].items():
                 assert (tensors[key].shape, tensors[key].dtype) == (array.shape, array.dtype), (name, key)
-                np.testing.assert_array_equal(array, kept[adapter][key], f"{name} writes into {key}")
+                np.testing.assert_array_equal(array, copies[adapter][key], f"{name} writes into {key}")
     assert refused == INAPPLICABLE[method]
 
 
@@ -122,15 +122,15 @@ def test_each_mutant_changes_values_and_nothing_else(method: str) -> None:
 def test_strength_is_in_what_a_fresh_adapter_holds_without_effect(
     method: str, tensor: str, name: str, factor: float
 ) -> None:
-    made = adapters(method)
-    found = served(NAMED[name], made)
+    healthy = adapters(method)
+    faulty = served(NAMED[name], healthy)
     places = {f"{layer}.{module}.{tensor}" for layer in (0, 1) for module in ("q_proj", "v_proj")}
     for adapter in ("a", "b"):
-        assert differing(made[adapter], found[adapter]) == places
-        for key, array in found[adapter].items():
+        assert differing(healthy[adapter], faulty[adapter]) == places
+        for key, array in faulty[adapter].items():
             if tensor in key:
                 fresh = 1 if method == "ia3" else 0
-                close(array, fresh + factor * (made[adapter][key] - fresh), atol=5e-6)
+                close(array, fresh + factor * (healthy[adapter][key] - fresh), atol=5e-6)
 
 
 @pytest.mark.numeric
@@ -138,10 +138,10 @@ def test_strength_is_in_what_a_fresh_adapter_holds_without_effect(
     ("name", "factor"), [("alpha / r dropped, x 0.5", 0.5), ("alpha / r where alpha / sqrt(r) is meant", RANK**-0.5)]
 )
 def test_scale_is_that_of_the_product(name: str, factor: float) -> None:
-    made = adapters()
-    found = served(NAMED[name], made)
+    healthy = adapters()
+    faulty = served(NAMED[name], healthy)
     for place in ("0.self_attn.q_proj", "1.self_attn.v_proj"):
-        close(change(found["b"], place), factor * change(made["b"], place), rtol=1e-5)
+        close(change(faulty["b"], place), factor * change(healthy["b"], place), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_scale_is_that_of_the_product(name: str, factor: float) -> None:
     ],
 )
 def test_whole_adapters_take_each_others_place(name: str, wanted: list[str]) -> None:
-    made = adapters()
-    found = served(NAMED[name], made)
-    for adapter, source in zip(made, wanted, strict=True):
-        assert not differing(found[adapter], made[source])
+    healthy = adapters()
+    faulty = served(NAMED[name], healthy)
+    for adapter, source in zip(healthy, wanted, strict=True):
+        assert not differing(faulty[adapter], healthy[source])
 
 
 PARTS = {
@@ -170,64 +170,64 @@ PARTS = {
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_without_adapter_have_the_tensors_of_base(name: str) -> None:
-    made = adapters()
-    found = served(NAMED[name], made)
+    healthy = adapters()
+    faulty = served(NAMED[name], healthy)
     for adapter in ("a", "b"):
-        hit = differing(made[adapter], found[adapter])
+        hit = differing(healthy[adapter], faulty[adapter])
         assert hit == {f"{part}.lora_{factor}" for part in PARTS[name] for factor in "AB"}
-        same_as_base = differing(made["base"], found[adapter])
+        same_as_base = differing(healthy["base"], faulty[adapter])
         assert not hit & same_as_base
 
 
 @pytest.mark.numeric
 def test_only_one_target_module_has_another_scale() -> None:
-    made = adapters()
-    found = served(NAMED["alpha_pattern of one target module ignored, x 0.5"], made)
-    assert differing(made["a"], found["a"]) == {"0.v_proj.lora_B", "1.v_proj.lora_B"}
-    close(change(found["a"], "0.self_attn.v_proj"), change(made["a"], "0.self_attn.v_proj") / 2, rtol=1e-6)
+    healthy = adapters()
+    faulty = served(NAMED["alpha_pattern of one target module ignored, x 0.5"], healthy)
+    assert differing(healthy["a"], faulty["a"]) == {"0.v_proj.lora_B", "1.v_proj.lora_B"}
+    close(change(faulty["a"], "0.self_attn.v_proj"), change(healthy["a"], "0.self_attn.v_proj") / 2, rtol=1e-6)
 
 
 def test_layers_are_exchanged_and_come_from_others() -> None:
-    made = adapters(layers=3)
-    found = served(NAMED["two layers' tensors exchanged"], made)
-    other = served(NAMED["one layer from another adapter"], made)
-    for key in made["a"]:
+    healthy = adapters(layers=3)
+    faulty = served(NAMED["two layers' tensors exchanged"], healthy)
+    mixed = served(NAMED["one layer from another adapter"], healthy)
+    for key in healthy["a"]:
         layer = key.split(".")[4]
         twin = key.replace(f"layers.{layer}", f"layers.{2 - int(layer)}")
-        np.testing.assert_array_equal(found["b"][key], made["b"][twin])
-        np.testing.assert_array_equal(other["a"][key], made["b" if layer == "2" else "a"][key])
+        np.testing.assert_array_equal(faulty["b"][key], healthy["b"][twin])
+        np.testing.assert_array_equal(mixed["a"][key], healthy["b" if layer == "2" else "a"][key])
 
 
 def test_what_is_equal_in_the_base_has_one_input() -> None:
-    made = adapters()
-    found = served(NAMED["one buffer for tensors that are equal in the base"], made)
-    first = made["a"]["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
-    for key, array in found["a"].items():
-        np.testing.assert_array_equal(array, first if "lora_B" in key else made["a"][key])
+    healthy = adapters()
+    faulty = served(NAMED["one buffer for tensors that are equal in the base"], healthy)
+    first = healthy["a"]["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    for key, array in faulty["a"].items():
+        np.testing.assert_array_equal(array, first if "lora_B" in key else healthy["a"][key])
 
 
 def test_magnitudes_alone_stay_as_in_the_base() -> None:
-    made = adapters("dora")
-    found = served(NAMED["DoRA's magnitudes ignored"], made)
-    assert {part.split(".")[-1] for part in differing(made["a"], found["a"])} == {"lora_magnitude_vector"}
-    assert not any("magnitude" in part for part in differing(made["base"], found["a"]))
+    healthy = adapters("dora")
+    faulty = served(NAMED["DoRA's magnitudes ignored"], healthy)
+    assert {part.split(".")[-1] for part in differing(healthy["a"], faulty["a"])} == {"lora_magnitude_vector"}
+    assert not any("magnitude" in part for part in differing(healthy["base"], faulty["a"]))
 
 
 def test_numbers_are_rounded_as_others_round_them() -> None:
     drawn = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     ties = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 0.0, -0.0, 3e38, 1e-40], np.float32)
     values = np.concatenate([drawn, ties])
-    np.testing.assert_array_equal(brain(values), values.astype(ml_dtypes.bfloat16).astype(np.float32))
-    np.testing.assert_array_equal(half(np.array([1 + 2.0**-12, 7e4, 1e-9], np.float32)), [1, np.inf, 0])
+    np.testing.assert_array_equal(to_bfloat16(values), values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(to_float16(np.array([1 + 2.0**-12, 7e4, 1e-9], np.float32)), [1, np.inf, 0])
 
 
 def test_integers_of_an_adapter_are_left_alone() -> None:
-    made = adapters()
-    for at, tensors in enumerate(made.values()):
+    healthy = adapters()
+    for at, tensors in enumerate(healthy.values()):
         tensors["base_model.model.model.layers.0.self_attn.q_proj.indices"] = np.array([at, 7])
     for name in ("adapters x 1.02", "adapters rounded to bf16", "sign of adapters flipped"):
-        found = served(NAMED[name], made)
-        assert not any("indices" in part for part in differing(made["b"], found["b"]))
+        faulty = served(NAMED[name], healthy)
+        assert not any("indices" in part for part in differing(healthy["b"], faulty["b"]))
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,10 @@ def test_integers_of_an_adapter_are_left_alone() -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_there_cannot_be_changed(sizes: dict[str, int], said: str, names: set[str]) -> None:
-    made = adapters(**sizes)
+    healthy = adapters(**sizes)
     for name in names:
         with pytest.raises(Inapplicable, match=said):
-            served(NAMED[name], made)
+            served(NAMED[name], healthy)
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -15,36 +15,36 @@ from onnx import numpy_helper, parser
 
 from qeff_validate.engine import Runner, load
 from qeff_validate.mutation import graph_finder as finder
-from qeff_validate.mutation.graph_mutants import GRAPHS
+from qeff_validate.mutation.graph_mutants import GRAPH_MUTANTS
 from qeff_validate.mutation.mutant import Inapplicable, mutants
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime, session_options
-from qeff_validate.selftest.float64_graph import WideSession, effect64
+from qeff_validate.selftest.float64_graph import Float64Session
 from qeff_validate.tensors import Array, Tensors
 from tests import microscaling
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CASES = {case.name: case for case in load([CONFIGS / "embedding.yaml", CONFIGS / "peft.yaml"])}
-NAMED = {mutant.name.removeprefix("graph: "): mutant for mutant in GRAPHS}
+NAMED = {mutant.name.removeprefix("graph: "): mutant for mutant in GRAPH_MUTANTS}
 BIAS = "one bias is zero"
 
 
 def ort(model: onnx.ModelProto, feeds: Tensors) -> Array:
     options = session_options(Settings(threads=1))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found: Array = session.run([model.graph.output[0].name], dict(feeds))[0]
-    return found
+    outputs: Array = session.run([model.graph.output[0].name], dict(feeds))[0]
+    return outputs
 
 
-def effect(wanted: Array, found: Array) -> float:
-    return float(np.linalg.norm((found - wanted).astype(np.float64)) / np.linalg.norm(wanted.astype(np.float64)))
+def effect(wanted: Array, outputs: Array) -> float:
+    return float(np.linalg.norm((outputs - wanted).astype(np.float64)) / np.linalg.norm(wanted.astype(np.float64)))
 
 
 def mutant_of(clean: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    made = copy.deepcopy(clean)
-    NAMED[name].change(made)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    mutated = copy.deepcopy(clean)
+    NAMED[name].change(mutated)
+    onnx.checker.check_model(mutated, full_check=True)
+    return mutated
 
 
 # --- graphs of both exporters ----------------------------------------------------------------------
@@ -82,16 +82,16 @@ def exported(name: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
 def test_each_mutant_changes_outputs_by_what_it_changes_in_float64(case: str, refused: set[str]) -> None:
     clean, feeds = exported(case)
     before, output, without = clean.SerializeToString(), clean.graph.output[0].name, set()
-    wanted, exact = ort(clean, feeds), WideSession(clean).run(feeds)[output]
+    wanted, exact = ort(clean, feeds), Float64Session(clean).run(feeds)[output]
     for name, mutant in NAMED.items():
         try:
-            made = mutant_of(clean, name)
+            mutated = mutant_of(clean, name)
         except Inapplicable:
             without.add(name)
             continue
-        size, least = effect(exact, WideSession(made).run(feeds)[output]), 5e-2 if mutant.gross else 2e-5
+        size, least = effect(exact, Float64Session(mutated).run(feeds)[output]), 5e-2 if mutant.gross else 2e-5
         assert size > least, f"{name}: {size}"
-        close(effect(wanted, ort(made, feeds)), size, rtol=0.1, atol=2e-6, what=name)
+        close(effect(wanted, ort(mutated, feeds)), size, rtol=0.1, atol=2e-6, what=name)
     assert without == refused
     assert clean.SerializeToString() == before
 
@@ -198,8 +198,8 @@ def by_hand(name: str, x: Any) -> Any:
         "scores of one attention x 0.9": {"scale": 0.9 * SCALE},
         "one softmax gives zeros": {"chance": 0},
     }
-    found = numpy_small(x.astype(np.float64), {**w, **changed.get(name, {})}, **options.get(name, {}))
-    return 1.01 * found if name == "output x 1.01" else found
+    outputs = numpy_small(x.astype(np.float64), {**w, **changed.get(name, {})}, **options.get(name, {}))
+    return 1.01 * outputs if name == "output x 1.01" else outputs
 
 
 @pytest.mark.numeric
@@ -211,10 +211,10 @@ def test_each_mutant_does_what_its_name_says(name: str, opset: int) -> None:
     right, wrong = by_hand("none", x), by_hand(name, x)
     close(ort(clean, {"x": x}), right, atol=1e-4)
     apart = np.abs(wrong - right).max()
-    ((_, found),) = effect64(clean, mutant_of(clean, name), [{"x": x}])
+    outputs = Float64Session(mutant_of(clean, name)).run({"x": x})
     assert apart > 1e-4
     # in float32 what is rounded to fp16 may fall to the other side of a middle
-    close(found["output"], wrong, rtol=0, atol=2e-7 * np.abs(right).max())
+    close(outputs["output"], wrong, rtol=0, atol=2e-7 * np.abs(right).max())
 
 
 def test_the_epsilon_of_an_operator_is_its_attribute() -> None:
@@ -224,8 +224,8 @@ def test_the_epsilon_of_an_operator_is_its_attribute() -> None:
         c = LayerNormalization <epsilon = 1e-12> (b, w)  y = LayerNormalization (c, w) }
     """
     name = "one epsilon x 10000, at least 1e-3"
-    found = [finder.attribute(node, "epsilon") for node in mutant_of(parser.parse_model(text), name).graph.node]
-    assert found == [pytest.approx(1e-5), None, pytest.approx(1e-3), None]
+    epsilons = [finder.attribute(node, "epsilon") for node in mutant_of(parser.parse_model(text), name).graph.node]
+    assert epsilons == [pytest.approx(1e-5), None, pytest.approx(1e-3), None]
     text = text.replace("<epsilon = 1e-12>", "<axis = -1>")
     node = mutant_of(parser.parse_model(text), name).graph.node[2]
     assert (finder.attribute(node, "epsilon"), finder.attribute(node, "axis")) == (pytest.approx(0.1), -1)
@@ -247,12 +247,12 @@ def test_experts_are_weights_and_tables_of_words_are_none() -> None:
         ("mixing", -1),
         ("experts", -1),
     ]
-    made = mutant_of(model, "one row of a weight negated")
-    before, after = (numpy_helper.to_array(each.graph.initializer[1]) for each in (model, made))
+    mutated = mutant_of(model, "one row of a weight negated")
+    before, after = (numpy_helper.to_array(each.graph.initializer[1]) for each in (model, mutated))
     np.testing.assert_array_equal(after[:, 0], -before[:, 0])
     np.testing.assert_array_equal(after[:, 1:], before[:, 1:])
-    made = mutant_of(model, "the largest weight is zero")  # but for the last
-    assert [bool(numpy_helper.to_array(tensor).any()) for tensor in made.graph.initializer] == [True, True, False]
+    mutated = mutant_of(model, "the largest weight is zero")  # but for the last
+    assert [bool(numpy_helper.to_array(tensor).any()) for tensor in mutated.graph.initializer] == [True, True, False]
     with pytest.raises(Inapplicable, match="no softmax behind a product of queries and keys"):
         mutant_of(model, "one softmax gives zeros")
 
@@ -266,8 +266,8 @@ def test_copies_of_one_weight_are_not_exchanged() -> None:
     one = np.arange(16, dtype=np.float32).reshape(4, 4)
     for name, array in (("one", one), ("copy", one), ("other", one + 1)):
         model.graph.initializer.append(numpy_helper.from_array(array, name))
-    made = mutant_of(model, "two weights of one shape exchanged")
-    first, _, last = (numpy_helper.to_array(tensor) for tensor in made.graph.initializer)
+    mutated = mutant_of(model, "two weights of one shape exchanged")
+    first, _, last = (numpy_helper.to_array(tensor) for tensor in mutated.graph.initializer)
     np.testing.assert_array_equal(first, one + 1)
     np.testing.assert_array_equal(last, one)
 
@@ -286,6 +286,6 @@ def test_a_graph_without_anything_to_change_says_so(name: str) -> None:
 def test_both_model_kinds_have_them_and_each_run_does_not(kind: str) -> None:
     names = [mutant.name for mutant in mutants(kind)]
     assert len(names) == len(set(names))
-    assert {mutant.name for mutant in mutants(kind) if mutant.level == "graph"} == {mutant.name for mutant in GRAPHS}
-    assert not any(mutant.ceiling for mutant in GRAPHS)
-    assert {mutant.family for mutant in GRAPHS} == {"weights", "norms", "numbers", "attention", "layers"}
+    assert [mutant for mutant in mutants(kind) if mutant.level == "graph"] == list(GRAPH_MUTANTS)
+    assert not any(mutant.ceiling for mutant in GRAPH_MUTANTS)
+    assert {mutant.family for mutant in GRAPH_MUTANTS} == {"weights", "norms", "numbers", "attention", "layers"}

@@ -13,7 +13,7 @@ from bounds import close, within
 from torch import Tensor, nn
 
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.mutation.module_mutants import BODIES
+from qeff_validate.mutation.module_mutants import MODULE_MUTANTS
 from qeff_validate.mutation.mutant import Inapplicable, Patch
 
 GELU, ROTARY, WINDOW = "GELU by its other formula", "rotary base x 2", "window one token wider"
@@ -49,7 +49,7 @@ NOT_IN_LANGUAGE = {
     "gpt_neox": {SWAPPED, WINDOW},
     "mpt": {SWAPPED, BIAS, LATER, *TABLES},
 }
-NAMED = {mutant.name: mutant for mutant in BODIES}
+NAMED = {mutant.name: mutant for mutant in MODULE_MUTANTS}
 
 
 def ids() -> Tensor:
@@ -61,12 +61,12 @@ def ids() -> Tensor:
 def output(model: Any, **more: Any) -> Tensor:
     with torch.no_grad():
         out = model(input_ids=ids(), attention_mask=torch.ones_like(ids()), **more)
-    found: Tensor = out.logits if "logits" in out else out.last_hidden_state
-    return found
+    outputs: Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return outputs
 
 
-def effect(wanted: Tensor, found: Tensor) -> float:
-    return float((found - wanted).double().norm() / wanted.double().norm())
+def effect(wanted: Tensor, outputs: Tensor) -> float:
+    return float((outputs - wanted).double().norm() / wanted.double().norm())
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def state(model: nn.Module) -> dict[str, Any]:
 def check(model: Any, absent: Any, noise: float) -> None:
     """Try every mutant on a model: those that are absent say so, and all leave it as it was."""
     wanted, before, refused = output(model), state(model), set()
-    for mutant in BODIES:
+    for mutant in MODULE_MUTANTS:
         try:
-            with mutant.held(model):
+            with mutant.applied_to(model):
                 size = effect(wanted, output(model))
         except Inapplicable:
             refused.add(mutant.name)
@@ -99,7 +99,7 @@ def check(model: Any, absent: Any, noise: float) -> None:
         after = state(model)
         assert torch.equal(output(model), wanted), mutant.name
         assert (after["modules"], after["config"]) == (before["modules"], before["config"]), mutant.name
-        assert all(torch.equal(after["tensors"][name], kept) for name, kept in before["tensors"].items()), mutant.name
+        assert all(torch.equal(after["tensors"][name], copy) for name, copy in before["tensors"].items()), mutant.name
     assert refused == set(absent)
 
 
@@ -123,15 +123,15 @@ def test_mutants_of_an_adapted_model_change_the_base_alone() -> None:
     check(model, ROPE, noise=2e-6)
     adapter = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters() if "lora_" in name}
     assert adapter
-    for mutant in BODIES:
+    for mutant in MODULE_MUTANTS:
         if mutant.name not in ROPE:
-            with mutant.held(model):
+            with mutant.applied_to(model):
                 assert all(torch.equal(*pair) for pair in adapter.values()), mutant.name
 
 
 def test_each_mutant_applies_somewhere_and_is_named_once() -> None:
     assert not set.intersection(*(set(absent) for absent in NOT_IN.values()))
-    assert len(NAMED) == len(BODIES) >= 20
+    assert len(NAMED) == len(MODULE_MUTANTS) >= 20
 
 
 # --- what a mutant does, against the same model made in another way ---------------------------------
@@ -209,10 +209,10 @@ DONE_OTHERWISE: dict[tuple[str, str], Callable[[], Tensor]] = {
 def test_a_mutant_does_what_it_says(name: str, family: str) -> None:
     body = Random(family, {"sliding_window": 8} if family == "mistral" else {}, 0).body()
     wanted = output(body)
-    with NAMED[name].held(body):
-        found = output(body)
-    within(effect(DONE_OTHERWISE[name, family](), found), 5e-6)
-    assert effect(wanted, found) > 1e-5
+    with NAMED[name].applied_to(body):
+        outputs = output(body)
+    within(effect(DONE_OTHERWISE[name, family](), outputs), 5e-6)
+    assert effect(wanted, outputs) > 1e-5
 
 
 @pytest.mark.numeric
@@ -220,7 +220,7 @@ def test_a_norm_that_adds_one_to_its_weight_is_left_plain_too() -> None:
     body = Random("gemma2", {}, 0).body()
     norm = body.layers[-1].post_feedforward_layernorm
     some = torch.linspace(-2, 3, 64)[None]
-    with NAMED["one norm without its weight"].held(body), torch.no_grad():
+    with NAMED["one norm without its weight"].applied_to(body), torch.no_grad():
         close(norm(some), some / some.square().mean().sqrt(), rtol=1e-4, atol=1e-6)
 
 

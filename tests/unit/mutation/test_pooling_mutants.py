@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of pooling and of sessions, on a session of a few lines of numpy; and the tables as a whole."""
+"""Mutants of pooling, on hidden states of rows with and without tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,214 +11,12 @@ import pytest
 import torch
 from bounds import close
 
-from qeff_validate.mutation.mutant import Damaged, Inapplicable, Mutant, mutants
-from qeff_validate.mutation.pooling_mutants import VECTORS
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.mutation.mutant import PoolingMutant
+from qeff_validate.mutation.pooling_mutants import POOLING_MUTANTS
 
-NAMED = {mutant.name: mutant for mutant in VECTORS}
-POOLED = [mutant for mutant in VECTORS if mutant.level == "pooling"]
-SERVED = [mutant for mutant in VECTORS if mutant.level == "session"]
+NAMED = {mutant.name: mutant for mutant in POOLING_MUTANTS}
 LENGTHS = (48, 5, 0, 33)
 """Tokens of the rows; one has none."""
-
-FAMILIES = {"layers", "attention", "norms", "activations", "weights", "positions", "tokens", "masks", "pooling", "rows",
-            "values", "numbers"}  # fmt: skip
-
-
-class Means:
-    """A session whose vectors are weighted means of a table's rows; places and token types matter too."""
-
-    inputs: tuple[TensorSpec, ...] = tuple(
-        TensorSpec(name, ("batch_size", "seq_len"), "int64")
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-    )
-    outputs: tuple[TensorSpec, ...] = (TensorSpec("output", ("batch_size", 64), "float32"),)
-    shapes: tuple[Shapes, ...] = ()
-
-    def __init__(self) -> None:
-        self.table = np.random.default_rng(0).standard_normal((1000, 64))
-        self.forgotten = 0
-        self.given: list[np.ndarray] = []
-
-    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        ids, mask, types = (feeds[spec.name] for spec in self.inputs)
-        assert all(array.flags.c_contiguous and array.dtype == np.int64 for array in feeds.values())
-        place = 1 + 0.1 * np.arange(ids.shape[1])[None, :, None]
-        weight = mask[..., None] * place
-        total = ((self.table[ids] + types[..., None]) * weight).sum(1) / np.maximum(weight.sum(1), 1)
-        self.given.append(total.astype(np.float32))
-        return {"output": self.given[-1]}
-
-    def reset(self) -> None:
-        self.forgotten += 1
-
-
-def batches(left: bool = False) -> list[dict[str, np.ndarray]]:
-    """Three batches that may not be written to."""
-    rng, made = np.random.default_rng(1), []
-    for _ in range(3):
-        mask = (np.arange(48)[None] < np.array(LENGTHS)[:, None]).astype(np.int64)
-        mask = mask[:, ::-1].copy() if left else mask
-        ids = rng.integers(3, 1000, mask.shape) * mask
-        made.append({"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)})
-    for feeds in made:
-        for array in feeds.values():
-            array.flags.writeable = False
-    return made
-
-
-def results(session: Any, feeds: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
-    return [session.run(one)["output"] for one in feeds]
-
-
-def served(name: str, left: bool = False) -> list[np.ndarray]:
-    return results(NAMED[name].change(Means()), batches(left))
-
-
-HEALTHY = results(Means(), batches())
-
-
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("mutant", SERVED, ids=lambda mutant: mutant.name)
-def test_a_session_with_a_fault_gives_other_vectors_of_the_same_form(mutant: Mutant, left: bool) -> None:
-    healthy, inner = results(Means(), batches(left)), Means()
-    damaged = mutant.change(inner)
-    assert isinstance(damaged, Damaged)
-    assert (damaged.inputs, damaged.outputs, damaged.shapes) == (inner.inputs, inner.outputs, inner.shapes)
-    found = results(damaged, batches(left))
-    assert [(array.shape, array.dtype) for array in found] == [((4, 64), np.float32)] * 3
-    off = np.concatenate(found) - np.concatenate(healthy)
-    size = float(np.linalg.norm(off) / np.linalg.norm(np.concatenate(healthy)))
-    assert not size <= (1e-4 if mutant.gross else 1e-6), size
-    damaged.reset()
-    assert inner.forgotten == 1
-    if mutant.family in {"rows", "values", "numbers"}:
-        assert all(np.array_equal(*pair) for pair in zip(inner.given, healthy, strict=True)), "outputs are no copies"
-
-
-def test_token_types_need_an_input() -> None:
-    class Plain(Means):
-        inputs = Means.inputs[:2]
-
-    with pytest.raises(Inapplicable, match="token_type_ids"):
-        NAMED["token types 1"].change(Plain())
-
-
-# --- what is fed -----------------------------------------------------------------------------------
-
-
-class Fed(Means):
-    """Keeps what it is fed."""
-
-    feeds: Tensors
-
-    def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        self.feeds = feeds
-        return super().run(feeds, fetch=fetch)
-
-
-def fed(name: str, left: bool) -> tuple[dict[str, np.ndarray], Tensors]:
-    inner, feeds = Fed(), batches(left)[0]
-    NAMED[name].change(inner).run(feeds)
-    return feeds, inner.feeds
-
-
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    [
-        ("mask ignored", (48, 48, 48, 48)),
-        ("cut at 16 tokens", (16, 5, 0, 16)),
-        ("one padding token counted as text", (48, 6, 0, 34)),
-        ("first token dropped", (47, 4, 0, 32)),
-    ],
-)
-def test_masks_keep_so_many_tokens(name: str, counts: tuple[int, ...], left: bool) -> None:
-    before, after = fed(name, left)
-    assert after["attention_mask"].sum(axis=1).tolist() == list(counts)
-    for row, ids in enumerate(before["input_ids"]):
-        kept = ids[(before["attention_mask"][row] > 0) & (after["attention_mask"][row] > 0)]
-        real = ids[before["attention_mask"][row] > 0]
-        wanted = real[1:] if name == "first token dropped" else real[: counts[row]]
-        assert kept.tolist() == wanted.tolist()
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_tokens_that_are_changed(left: bool) -> None:
-    before, after = fed("two tokens swapped", left)
-    lower = fed("token ids one too low", left)[1]["input_ids"]
-    for row, length in enumerate(LENGTHS):
-        real = before["attention_mask"][row] > 0
-        ids, swapped = before["input_ids"][row][real].tolist(), after["input_ids"][row][real].tolist()
-        assert swapped == ([ids[0], ids[2], ids[1], *ids[3:]] if length > 3 else ids)
-        assert lower[row][real].tolist() == [token - 1 for token in ids]
-        assert not lower[row][~real].any()
-
-
-# --- what is served --------------------------------------------------------------------------------
-
-
-def by_hand(change: Callable[[np.ndarray], Any]) -> list[np.ndarray]:
-    return [np.array(change(array.astype(np.float64))) for array in HEALTHY]
-
-
-def edited(index: Any, change: Callable[[Any, float], Any]) -> list[np.ndarray]:
-    made = [array.astype(np.float64) for array in HEALTHY]
-    for array in made:
-        for row in array:
-            row[index] = change(row[index], float(np.sqrt((row**2).mean())))
-    return made
-
-
-def unit(array: np.ndarray) -> Any:
-    return array / np.array([[np.sqrt((row**2).sum()) or 1.0] for row in array])
-
-
-WANTED: dict[str, list[np.ndarray]] = {
-    "rows rolled": by_hand(lambda array: array[[3, 0, 1, 2]]),
-    "first row of each batch zero": by_hand(lambda array: [0 * array[0], *array[1:]]),
-    "first row of each batch NaN": by_hand(lambda array: [np.nan * array[0], *array[1:]]),
-    "first row given to its neighbour": by_hand(lambda array: array[[0, 0, 2, 3]]),
-    "rows beyond 40 tokens zero": by_hand(lambda array: [0 * array[0], *array[1:]]),
-    "first batch all zeros": [0 * HEALTHY[0], HEALTHY[1], HEALTHY[2]],
-    "answers of the run before": [HEALTHY[0], HEALTHY[0], HEALTHY[1]],
-    "every other batch answers the one before": [HEALTHY[0], HEALTHY[0], HEALTHY[2]],
-    "dims rolled": by_hand(lambda array: array[:, [63, *range(63)]]),
-    "scaled by 1.02": by_hand(lambda array: 1.02 * array),
-    "scaled by 1.0002": by_hand(lambda array: 1.0002 * array),
-    "all elements + 0.001 rms": edited(slice(None), lambda values, rms: values + rms / 1000),
-    "one element + 0.001 rms": edited(9, lambda value, rms: value + rms / 1000),
-    "sign of one element": edited(5, lambda value, rms: -value),
-    "normalized": by_hand(unit),
-    "outputs rounded to fp16": [array.astype("e").astype("d") for array in HEALTHY],
-}
-
-
-@pytest.mark.numeric
-@pytest.mark.parametrize("name", WANTED)
-def test_outputs_are_what_the_name_says(name: str) -> None:
-    for found, wanted in zip(served(name), WANTED[name], strict=True):
-        close(found, wanted, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "least", "most"),
-    [("noise of 1 %", 5e-3, 2e-2), ("noise of 0.01 %", 5e-5, 2e-4), ("outputs rounded to bf16", 1e-3, 4e-3)],
-)
-def test_noise_is_as_large_as_it_says_and_the_same_each_time(name: str, least: float, most: float) -> None:
-    first, again = np.concatenate(served(name)), np.concatenate(served(name))
-    assert np.array_equal(first, again)
-    healthy = np.concatenate(HEALTHY)
-    assert least < np.linalg.norm(first - healthy) / np.linalg.norm(healthy) < most
-
-
-def test_clipping_takes_one_element_of_a_hundred() -> None:
-    for found, healthy in zip(served("clipped at the 99th percentile"), HEALTHY, strict=True):
-        assert 1 <= (found != healthy).sum() <= 3
-        assert (np.abs(found) <= np.abs(healthy)).all()
-
-
-# --- pooling ---------------------------------------------------------------------------------------
 
 
 def tokens_of(row: int, hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -232,7 +30,7 @@ POOLED_BY_HAND: dict[str, Callable[[np.ndarray], Any]] = {
     "pooled by last": lambda tokens: tokens[-1],
     "pooled by weighted mean": lambda tokens: np.average(tokens, 0, weights=np.arange(1, len(tokens) + 1)),
     "mean over n + 1": lambda tokens: tokens.sum(0) / (len(tokens) + 1),
-    "sum in the stead of mean": lambda tokens: tokens.sum(0),
+    "sum in place of mean": lambda tokens: tokens.sum(0),
     "mean without the first token": lambda tokens: tokens[1:].mean(0),
     "mean without the last token": lambda tokens: tokens[:-1].mean(0),
     "pooling cut at 30 tokens": lambda tokens: tokens[:30].mean(0),
@@ -240,51 +38,40 @@ POOLED_BY_HAND: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 def states(left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return hidden states ``[4, 48, 64]`` and their mask, with padding on the left or on the right."""
     hidden = np.random.default_rng(2).standard_normal((4, 48, 64))
-    return hidden, batches(left)[0]["attention_mask"].copy()
+    mask = (np.arange(48)[None] < np.array(LENGTHS)[:, None]).astype(np.int64)
+    return hidden, mask[:, ::-1].copy() if left else mask
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("name", POOLED_BY_HAND)
-def test_pooling_is_what_the_name_says_wherever_padding_stands(name: str, left: bool) -> None:
+def test_pooling_is_what_the_name_says_with_padding_on_either_side(name: str, left: bool) -> None:
     hidden, mask = states(left)
-    found = NAMED[name].change(torch.from_numpy(hidden), torch.from_numpy(mask)).numpy()
+    pooled = NAMED[name].change(torch.from_numpy(hidden), torch.from_numpy(mask)).numpy()
     for row in (0, 1, 3):
-        close(found[row], POOLED_BY_HAND[name](tokens_of(row, hidden, mask)), rtol=1e-10)
-    assert not found[2].any()
+        close(pooled[row], POOLED_BY_HAND[name](tokens_of(row, hidden, mask)), rtol=1e-10)
+    assert not pooled[2].any()
 
 
 @pytest.mark.numeric
 def test_pooling_that_takes_other_rows_or_padding() -> None:
     hidden, mask = states(left=False)
     tensors = torch.from_numpy(hidden), torch.from_numpy(mask)
-    found = NAMED["mask ignored in pooling"].change(*tensors).numpy()
-    close(found, hidden.mean(axis=1), rtol=1e-10)
-    found = NAMED["all rows pooled from row 0"].change(*tensors).numpy()
-    close(found[:2], [hidden[0].mean(0), hidden[0, :5].mean(0)], rtol=1e-10)
+    pooled = NAMED["mask ignored in pooling"].change(*tensors).numpy()
+    close(pooled, hidden.mean(axis=1), rtol=1e-10)
+    pooled = NAMED["all rows pooled from row 0"].change(*tensors).numpy()
+    close(pooled[:2], [hidden[0].mean(0), hidden[0, :5].mean(0)], rtol=1e-10)
 
 
-@pytest.mark.parametrize("mutant", POOLED, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", POOLING_MUTANTS, ids=lambda mutant: mutant.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pooling_keeps_the_dtype_and_its_inputs(mutant: Mutant, dtype: torch.dtype) -> None:
+def test_pooling_keeps_the_dtype_and_its_inputs(mutant: PoolingMutant, dtype: torch.dtype) -> None:
     hidden, mask = (torch.from_numpy(array) for array in states(left=False))
     hidden = hidden.to(dtype)
-    kept = hidden.clone(), mask.clone()
-    found = mutant.change(hidden, mask)
-    assert (found.shape, found.dtype) == ((4, 64), dtype)
-    assert torch.equal(hidden, kept[0])
-    assert torch.equal(mask, kept[1])
-
-
-# --- the tables ------------------------------------------------------------------------------------
-
-
-def test_embeddings_have_enough_mutants_of_every_family() -> None:
-    table = mutants("embedding")
-    assert len(table) == len({mutant.name for mutant in table}) >= 44
-    assert {mutant.family for mutant in table} == FAMILIES
-    assert 12 <= sum(mutant.ceiling for mutant in table) <= 18
-    assert sum(mutant.gross and mutant.ceiling for mutant in table) >= 4
-    assert all(mutant.source for mutant in table)
-    assert mutants("somebody's") == ()
+    copies = hidden.clone(), mask.clone()
+    pooled = mutant.change(hidden, mask)
+    assert (pooled.shape, pooled.dtype) == ((4, 64), dtype)
+    assert torch.equal(hidden, copies[0])
+    assert torch.equal(mask, copies[1])

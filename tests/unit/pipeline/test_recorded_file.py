@@ -21,7 +21,7 @@ from qeff_validate.engine import check
 from qeff_validate.errors import IncomparableError, Unavailable, ValidateError
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.mutation.power import Ceiling
+from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.recorded_file import parts, read_recorded, sealed
 from qeff_validate.pipeline.stages import Silent
@@ -49,7 +49,7 @@ def with_floors(tensors: dict[str, Any], errors: Any) -> dict[str, Any]:
         profile: made_floor(errors, profile=profile, of=digest_of(outputs_in(tensors)), center=center).stored()
         for profile in ("fp32",)
     }
-    ceiling = Ceiling(("one", "two"), ("one",), {name: np.array([1.0, 2.0]) for name in errors})
+    ceiling = FaultEffects(("one", "two"), ("one",), {name: np.array([1.0, 2.0]) for name in errors})
     about = {"model": {"kind": "x", "head": 3, "adapters": [], "body": None}, "tokens": {"asked": {}, "tokenizer": {}}}
     return {**tensors, **parts({**floors, "ceiling": ceiling.stored()}), "about": json_tensor(about)}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx
 import pytest
+from upstream.bench import adapters
 
 import qeff_validate as qv
 from qeff_validate.engine import Runner
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.prechecks.checks import RUNGS
+from qeff_validate.prechecks.checks import PRECHECKS
 from qeff_validate.report.result import Result
-from qeff_validate.selftest.faulty_runtime import adapters
 
 TEXTS = ["a river begins in the hills", "rain", "small streams that nobody named"]
 
@@ -38,15 +38,15 @@ def exported(runner: Runner) -> str:
 
 
 def differing(result: Result) -> list[str]:
-    assert [rung.name for rung in result.prechecks] == list(RUNGS)
-    return [rung.name for rung in result.prechecks if rung.state == "differs"]
+    assert [precheck.name for precheck in result.prechecks] == list(PRECHECKS)
+    return [precheck.name for precheck in result.prechecks if precheck.state == "differs"]
 
 
 def test_what_is_right_passes_and_its_rungs_say_so(runner: Runner, exported: str) -> None:
     result = runner.result(case(artifacts={"onnx": exported}), "ort")
     assert result.status == "pass", result.reason
-    states = {rung.name: rung.state for rung in result.prechecks}
-    assert states == {**dict.fromkeys(RUNGS, "same"), "adapters": "unknown"}
+    states = {precheck.name: precheck.state for precheck in result.prechecks}
+    assert states == {**dict.fromkeys(PRECHECKS, "same"), "adapters": "unknown"}
 
 
 def test_a_graph_for_another_pooling_is_named_and_its_numbers_are_told(runner: Runner, exported: str) -> None:
@@ -72,18 +72,21 @@ def test_a_graph_of_another_checkpoint_is_told_by_its_matrices(runner: Runner, t
         (tmp_path / str(seed) / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nrain\na\nriver\n")
     cases = [case().model_copy(update={"source": f"path:{tmp_path / str(seed)}"}) for seed in (0, 1)]
     path = str(runner.pipeline(cases[0]).onnx().path)
-    given = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": path})}
-    right, wrong = (runner.pipeline(made.model_copy(update=given)).prechecks("onnx") for made in cases)
-    assert {rung.name for rung in right if rung.state == "differs"} == set()
-    (found,) = (rung for rung in wrong if rung.state == "differs")
-    assert found.name == "weights"
-    assert "model.safetensors" in found.detail
+    update = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": path})}
+    right, wrong = (runner.pipeline(case.model_copy(update=update)).prechecks("onnx") for case in cases)
+    assert {precheck.name for precheck in right if precheck.state == "differs"} == set()
+    (differing,) = (precheck for precheck in wrong if precheck.state == "differs")
+    assert differing.name == "weights"
+    assert "model.safetensors" in differing.detail
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, str(tmp_path / "foreign.onnx"))
-    given = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": str(tmp_path / "foreign.onnx")})}
-    right, wrong = (runner.pipeline(made.model_copy(update=given)).prechecks("onnx") for made in cases)
-    states = [[(rung.state, rung.suspect) for rung in rungs if rung.name == "weights"] for rungs in (right, wrong)]
+    update = {"artifacts": cases[1].artifacts.model_copy(update={"onnx": str(tmp_path / "foreign.onnx")})}
+    right, wrong = (runner.pipeline(case.model_copy(update=update)).prechecks("onnx") for case in cases)
+    states = [
+        [(precheck.state, precheck.suspect) for precheck in prechecks if precheck.name == "weights"]
+        for prechecks in (right, wrong)
+    ]
     assert states == [[("same", False)], [("unknown", True)]], "a graph that is not ours may be quantized or fused"
 
 
@@ -102,13 +105,13 @@ def test_a_recorded_reference_of_other_texts_is_named(runner: Runner, tmp_path: 
 
 
 def test_a_qpc_says_what_it_was_compiled_for(runner: Runner) -> None:
-    made = str(qv.build(qv.model(case()), "qpc").path)
+    qpc = str(qv.build(qv.model(case()), "qpc").path)
     for pooling, wrong in (("mean", []), ("cls", ["pooling"])):
-        rungs = runner.pipeline(case(pooling, artifacts={"qpc": made})).prechecks("qpc")
-        assert [rung.name for rung in rungs if rung.state == "differs"] == wrong
-    longer = case(texts=[*TEXTS, "word " * 20], options={"seq_len": [32]}, artifacts={"qpc": made})
-    rungs = runner.pipeline(longer).prechecks("qpc")
-    assert [rung.detail for rung in rungs if rung.state == "differs"] == [
+        prechecks = runner.pipeline(case(pooling, artifacts={"qpc": qpc})).prechecks("qpc")
+        assert [precheck.name for precheck in prechecks if precheck.state == "differs"] == wrong
+    longer = case(texts=[*TEXTS, "word " * 20], options={"seq_len": [32]}, artifacts={"qpc": qpc})
+    prechecks = runner.pipeline(longer).prechecks("qpc")
+    assert [precheck.detail for precheck in prechecks if precheck.state == "differs"] == [
         "the graph takes 16 tokens, the longest row has 22"
     ]
 
@@ -150,14 +153,14 @@ def test_a_graph_for_adapters_of_another_rank_is_named(runner: Runner) -> None:
     assert "adapters with r 4, the case's have 8" in result.reason
     own = runner.result(adapters(path).model_copy(update={"tolerance": "table"}), "ort")
     assert own.status == "pass", own.reason
-    assert {rung.name for rung in own.prechecks if rung.state != "same"} == {"pooling", "normalize"}
+    assert {precheck.name for precheck in own.prechecks if precheck.state != "same"} == {"pooling", "normalize"}
 
 
 def test_a_recorded_reference_is_judged_where_its_source_is_gone(runner: Runner, exported: str, tmp_path: Path) -> None:
-    given = {"reference": str(runner.pipeline(case()).record(tmp_path)), "onnx": exported}
-    gone = case(artifacts=given).model_copy(update={"source": "path:/nowhere"})
+    user_artifacts = {"reference": str(runner.pipeline(case()).record(tmp_path)), "onnx": exported}
+    gone = case(artifacts=user_artifacts).model_copy(update={"source": "path:/nowhere"})
     result = Runner(store=tmp_path / "empty").result(gone, "ort")
     assert result.status == "pass", result.reason
-    unknown = {rung.name: rung.detail for rung in result.prechecks if rung.state == "unknown"}
+    unknown = {precheck.name: precheck.detail for precheck in result.prechecks if precheck.state == "unknown"}
     assert set(unknown) == {"token ids", "weights", "adapters"}
     assert "directory /nowhere does not exist" in unknown["weights"]

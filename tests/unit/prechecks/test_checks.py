@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rung of the ladder: the same, differing, unknown. Sides are written by hand, so nothing is exported or run."""
+"""Each precheck: same, differs, unknown. The evidence is written by hand, so nothing is exported or run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.embedding_tables import file_tables, tables
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.prechecks.checks import RUNGS, Sides, ladder, settled, sides_of, with_rungs
-from qeff_validate.prechecks.feed_monitor import Watched
-from qeff_validate.prechecks.weights_in_graph import Found, found_in
-from qeff_validate.report.result import Result, Rung
+from qeff_validate.prechecks.checks import (
+    PRECHECKS,
+    Evidence,
+    collect_evidence,
+    run_prechecks,
+    with_feed_prechecks,
+    with_prechecks,
+)
+from qeff_validate.prechecks.feed_monitor import FeedMonitor
+from qeff_validate.prechecks.weights_in_graph import WeightMatches, find_weights
+from qeff_validate.report.result import Precheck, Result
 from qeff_validate.report.text import problems
 from qeff_validate.tensors import TensorSpec
 
@@ -79,32 +86,32 @@ def recorded(**changes: Any) -> dict[str, Any]:
     return {**said, **changes}
 
 
-def rung(name: str, made: Any = None, inputs: Any = None, body: Any = BODY, **sides: Any) -> Rung:
-    climbed = ladder(made or Wrapper(), inputs or rows(), Sides(**sides), lambda: body)
-    assert [found.name for found in climbed] == list(RUNGS)
-    return next(found for found in climbed if found.name == name)
+def precheck(name: str, wrapper: Any = None, inputs: Any = None, body: Any = BODY, **evidence: Any) -> Precheck:
+    prechecks = run_prechecks(wrapper or Wrapper(), inputs or rows(), Evidence(**evidence), lambda: body)
+    assert [result.name for result in prechecks] == list(PRECHECKS)
+    return next(result for result in prechecks if result.name == name)
 
 
 def test_what_the_case_builds_itself_is_the_same_and_nothing_is_looked_at() -> None:
     def body() -> Any:
         raise AssertionError("weights were hashed")
 
-    made = Wrapper()
-    climbed = ladder(made, rows(tokens=9, positions=8), Sides(), body)
-    states = {found.name: found.state for found in climbed}
-    assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in RUNGS}
-    assert made.tokenized == 0
+    wrapper = Wrapper()
+    prechecks = run_prechecks(wrapper, rows(tokens=9, positions=8), Evidence(), body)
+    states = {result.name: result.state for result in prechecks}
+    assert states == {name: "unknown" if name in ("mask", "positions") else "same" for name in PRECHECKS}
+    assert wrapper.tokenized == 0
 
 
 def test_a_plug_in_without_settings_is_unknown_throughout() -> None:
-    climbed = ladder(object(), object(), Sides(), dict)
-    assert [(found.name, found.state) for found in climbed] == [(name, "unknown") for name in RUNGS]
+    prechecks = run_prechecks(object(), object(), Evidence(), dict)
+    assert [(result.name, result.state) for result in prechecks] == [(name, "unknown") for name in PRECHECKS]
 
 
 def test_a_foreign_graph_says_nothing() -> None:
     for name in ("pooling", "normalize", "weights", "adapters"):
-        found = rung(name, graph=About())
-        assert (found.state, "nothing says" in found.detail) == ("unknown", True), found
+        result = precheck(name, graph=About())
+        assert (result.state, "nothing says" in result.detail) == ("unknown", True), result
 
 
 # --- token ids -------------------------------------------------------------------------------------
@@ -112,62 +119,66 @@ def test_a_foreign_graph_says_nothing() -> None:
 
 @pytest.mark.parametrize(("ids", "said"), [([1, 7], "the id 7"), ([-1, 1], "the id -1")])
 def test_an_id_that_is_not_embedded_differs(ids: list[int], said: str) -> None:
-    found = rung("token ids", inputs=rows([1], ids, tokens=7))
-    assert found.state == "differs"
-    assert "row 1 ('text 1')" in found.detail
-    assert said in found.detail
-    assert "0 to 6" in found.detail
-    assert rung("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
+    result = precheck("token ids", inputs=rows([1], ids, tokens=7))
+    assert result.state == "differs"
+    assert "row 1 ('text 1')" in result.detail
+    assert said in result.detail
+    assert "0 to 6" in result.detail
+    assert precheck("token ids", inputs=rows([1], [6, 0], [], tokens=7)).state == "same"
 
 
 def test_recorded_inputs_of_the_same_texts_and_tokenizer_are_not_tokenized_again() -> None:
-    made = Wrapper()
-    assert rung("token ids", made, recorded=recorded()).state == "same", "another version of a package is no difference"
-    assert made.tokenized == 0
+    wrapper = Wrapper()
+    assert precheck("token ids", wrapper, recorded=recorded()).state == "same", (
+        "another version of a package is no difference"
+    )
+    assert wrapper.tokenized == 0
 
 
 def test_recorded_inputs_with_another_tokenizer_file_are_compared_one_by_one() -> None:
-    made = Wrapper()
-    made.key = {"words": "other"}
-    assert rung("token ids", made, recorded=recorded()).state == "same"
-    assert made.tokenized == 1
-    made.made = rows([1, 2, 3], [4, 9], [6])
-    found = rung("token ids", made, recorded=recorded())
-    assert found.state == "differs"
-    assert "row 1 is [4, 5]" in found.detail
-    assert "[4, 9]" in found.detail
+    wrapper = Wrapper()
+    wrapper.key = {"words": "other"}
+    assert precheck("token ids", wrapper, recorded=recorded()).state == "same"
+    assert wrapper.tokenized == 1
+    wrapper.made = rows([1, 2, 3], [4, 9], [6])
+    result = precheck("token ids", wrapper, recorded=recorded())
+    assert result.state == "differs"
+    assert "row 1 is [4, 5]" in result.detail
+    assert "[4, 9]" in result.detail
 
 
 @pytest.mark.parametrize(
     ("now", "said"), [(rows(pad=3), "padding is 0 in the recorded file, 3"), (rows([1, 2, 3]), "has 3 rows")]
 )
 def test_padding_and_number_of_rows_are_compared(now: TokenRows, said: str) -> None:
-    made = Wrapper()
-    made.made = now
-    found = rung("token ids", made, recorded={})  # recorded before this was kept: only the rows can tell
-    assert (found.state, said in found.detail) == ("differs", True), found
+    wrapper = Wrapper()
+    wrapper.made = now
+    result = precheck("token ids", wrapper, recorded={})  # recorded before this was kept: only the rows can tell
+    assert (result.state, said in result.detail) == ("differs", True), result
 
 
 def test_recorded_inputs_are_unknown_where_nothing_can_be_tokenized() -> None:
-    made = Wrapper()
-    made.key = ConfigError("no such directory")
+    wrapper = Wrapper()
+    wrapper.key = ConfigError("no such directory")
 
     def refuse() -> TokenRows:
         raise ConfigError("no such directory")
 
-    made.rows = refuse  # type: ignore[method-assign]
-    found = rung("token ids", made, recorded=recorded())
-    assert (found.state, "no such directory" in found.detail) == ("unknown", True)
+    wrapper.rows = refuse  # type: ignore[method-assign]
+    result = precheck("token ids", wrapper, recorded=recorded())
+    assert (result.state, "no such directory" in result.detail) == ("unknown", True)
 
 
 def test_texts_are_compared_where_the_source_is_far() -> None:
-    made = Wrapper()
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown"
-    made.asks["texts"] = ["a b ", "c", "d"]
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "unknown", "a blank may be no difference"
-    made.asks["texts"] = ["a b", "c", "e"]
-    assert rung("token ids", made, recorded=recorded(), near=False).state == "differs"
-    assert made.tokenized == 0
+    wrapper = Wrapper()
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "unknown"
+    wrapper.asks["texts"] = ["a b ", "c", "d"]
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "unknown", (
+        "a blank may be no difference"
+    )
+    wrapper.asks["texts"] = ["a b", "c", "e"]
+    assert precheck("token ids", wrapper, recorded=recorded(), local=False).state == "differs"
+    assert wrapper.tokenized == 0
 
 
 # --- head ------------------------------------------------------------------------------------------
@@ -188,31 +199,31 @@ def test_texts_are_compared_where_the_source_is_far() -> None:
 @pytest.mark.parametrize("side", ["graph", "recorded"])
 def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[str, Any], state: str) -> None:
     said = made_from(head={**HEAD, **change})
-    sides: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
-    found = rung(name, **sides)
-    assert found.state == state
+    evidence: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
+    result = precheck(name, **evidence)
+    assert result.state == state
     if state == "differs":
         begins = "the graph was exported with" if side == "graph" else "the reference was recorded with"
-        assert found.detail.startswith(begins)
-        assert "the case asks for" in found.detail
-    assert found.suspect == (state == "unknown")
+        assert result.detail.startswith(begins)
+        assert "the case asks for" in result.detail
+    assert result.suspect == (state == "unknown")
 
 
 def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
     graph = About(made_from(head={**HEAD, "pooling": "cls"}))
-    assert rung("pooling", graph=graph, recorded=recorded()).state == "differs"
-    assert rung("pooling", graph=graph, recorded={}).state == "differs"
-    assert rung("pooling", graph=About(), recorded=recorded()).state == "unknown"
+    assert precheck("pooling", graph=graph, recorded=recorded()).state == "differs"
+    assert precheck("pooling", graph=graph, recorded={}).state == "differs"
+    assert precheck("pooling", graph=About(), recorded=recorded()).state == "unknown"
 
 
 def test_what_sentence_transformers_says_is_a_remark() -> None:
-    made = Wrapper()
-    made.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
+    wrapper = Wrapper()
+    wrapper.files = {"pooling": "cls", "normalize": True, "max_seq_length": 4}
     for name in ("pooling", "normalize", "max length"):
-        found = rung(name, made)
-        assert (found.state, "sentence-transformers' files" in found.detail) == ("same", True), found
-    made.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
-    assert not any("sentence" in rung(name, made).detail for name in ("pooling", "normalize", "max length"))
+        result = precheck(name, wrapper)
+        assert (result.state, "sentence-transformers' files" in result.detail) == ("same", True), result
+    wrapper.files = {"pooling": "avg", "normalize": False, "max_seq_length": 8}
+    assert not any("sentence" in precheck(name, wrapper).detail for name in ("pooling", "normalize", "max length"))
 
 
 # --- max length ------------------------------------------------------------------------------------
@@ -234,12 +245,12 @@ def test_what_sentence_transformers_says_is_a_remark() -> None:
     ],
 )
 def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: str) -> None:
-    found = rung("max length", inputs=rows(**sizes), graph=graph)
-    assert (found.state, said in found.detail) == (state, True), found
+    result = precheck("max length", inputs=rows(**sizes), graph=graph)
+    assert (result.state, said in result.detail) == (state, True), result
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "sizes"),
     [
         (["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"], {"tokens": 9, "positions": 9}),
         (["transformer.wte.weight", "transformer.wpe.weight"], {"tokens": 9, "positions": 9}),
@@ -247,10 +258,10 @@ def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: s
         (["encoder.relative_attention_bias.weight"], {}),
     ],
 )
-def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], tmp_path: Path) -> None:
-    assert tables(dict.fromkeys(names, (9, 4))) == found
+def test_tables_are_those_of_the_text(names: list[str], sizes: dict[str, int], tmp_path: Path) -> None:
+    assert tables(dict.fromkeys(names, (9, 4))) == sizes
     save_file({name: np.zeros((9, 4), np.float32) for name in names}, tmp_path / "model.safetensors")
-    assert file_tables([tmp_path / "model.safetensors"]) == found
+    assert file_tables([tmp_path / "model.safetensors"]) == sizes
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert file_tables([tmp_path / "model.safetensors"]) == {}
 
@@ -259,31 +270,33 @@ def test_tables_are_those_of_the_text(names: list[str], found: dict[str, int], t
 
 
 def test_weights_from_a_seed_differ_by_it_and_not_by_a_package() -> None:
-    assert rung("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
-    found = rung("weights", graph=About(made_from(body={**BODY, "seed": 3})))
-    assert (found.state, "seed: 3, the case asks for 0" in found.detail) == ("differs", True), found
-    found = rung("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
-    assert (found.state, found.suspect) == ("unknown", True), "a config may change nothing in the graph"
-    assert rung("weights", graph=About(made_from()), near=False).state == "unknown"
+    assert precheck("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
+    result = precheck("weights", graph=About(made_from(body={**BODY, "seed": 3})))
+    assert (result.state, "seed: 3, the case asks for 0" in result.detail) == ("differs", True), result
+    result = precheck("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
+    assert (result.state, result.suspect) == ("unknown", True), "a config may change nothing in the graph"
+    assert precheck("weights", graph=About(made_from()), local=False).state == "unknown"
 
 
 FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
 
 
 @pytest.mark.parametrize(
-    ("found", "own", "state"),
+    ("matches", "own", "state"),
     [
-        (Found(4, 4, 0), True, "same"),
-        (Found(4, 0, 4), True, "differs"),
-        (Found(4, 0, 4), False, "unknown"),
-        (Found(4, 0, 3), True, "unknown"),
-        (Found(4, 1, 3), True, "unknown"),
-        (Found(0, 0, 0), True, "unknown"),
+        (WeightMatches(4, 4, 0), True, "same"),
+        (WeightMatches(4, 0, 4), True, "differs"),
+        (WeightMatches(4, 0, 4), False, "unknown"),
+        (WeightMatches(4, 0, 3), True, "unknown"),
+        (WeightMatches(4, 1, 3), True, "unknown"),
+        (WeightMatches(0, 0, 0), True, "unknown"),
     ],
 )
-def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(found: Found, own: bool, state: str) -> None:
+def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(
+    matches: WeightMatches, own: bool, state: str
+) -> None:
     said = made_from(body={"files": {**FILES["files"], "model.safetensors": "3"}}) if own else None
-    got = rung("weights", body=FILES, graph=About(said), contents=lambda: found)
+    got = precheck("weights", body=FILES, graph=About(said), find_weights=lambda: matches)
     assert got.state == state
     if state == "differs":
         assert "model.safetensors" in got.detail
@@ -302,19 +315,23 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
     def graph(*arrays: np.ndarray, external: bool) -> Path:
-        held = [numpy_helper.from_array(np.ascontiguousarray(array), f"w{at}") for at, array in enumerate(arrays)]
-        made = helper.make_model(helper.make_graph([], "g", [], [], held))
+        initializers = [
+            numpy_helper.from_array(np.ascontiguousarray(array), f"w{at}") for at, array in enumerate(arrays)
+        ]
+        graph_model = helper.make_model(helper.make_graph([], "g", [], [], initializers))
         name = f"{len(list(tmp_path.iterdir()))}"
-        onnx.save(made, str(tmp_path / f"{name}.onnx"), save_as_external_data=external, location=name, size_threshold=0)
+        onnx.save(
+            graph_model, str(tmp_path / f"{name}.onnx"), save_as_external_data=external, location=name, size_threshold=0
+        )
         return tmp_path / f"{name}.onnx"
 
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for external in (False, True):
-        assert found_in(graph(one, two.T, half, external=external), files) == Found(3, 3, 0)
-        assert found_in(graph(one, other, external=external), files) == Found(3, 1, 1)
+        assert find_weights(graph(one, two.T, half, external=external), files) == WeightMatches(3, 3, 0)
+        assert find_weights(graph(one, other, external=external), files) == WeightMatches(3, 1, 1)
     changed = one.copy()
     changed[-1, -1] += 1e-3
-    assert found_in(graph(changed, two, half, external=False), files) == Found(3, 2, 1)
+    assert find_weights(graph(changed, two, half, external=False), files) == WeightMatches(3, 2, 1)
 
 
 # --- adapters --------------------------------------------------------------------------------------
@@ -335,19 +352,19 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
     ],
 )
 def test_adapters(said: dict[str, Any], state: str, words: str) -> None:
-    made = Wrapper(adapters=LORA, mixed=False)
-    found = rung("adapters", made, graph=About(made_from(**{"mixed": False, **said})))
-    assert (found.state, words in found.detail) == (state, True), found
+    wrapper = Wrapper(adapters=LORA, mixed=False)
+    result = precheck("adapters", wrapper, graph=About(made_from(**{"mixed": False, **said})))
+    assert (result.state, words in result.detail) == (state, True), result
 
 
 def test_a_number_of_adapters_counts_in_a_mixed_batch_alone() -> None:
     two = {**LORA, "b": {"peft_method": "lora", "r": 4}}
     for mixed, state in ((False, "same"), (True, "differs")):
-        made = Wrapper(adapters=LORA, mixed=mixed)
-        assert rung("adapters", made, graph=About(made_from(adapters=two, mixed=mixed))).state == state
+        wrapper = Wrapper(adapters=LORA, mixed=mixed)
+        assert precheck("adapters", wrapper, graph=About(made_from(adapters=two, mixed=mixed))).state == state
 
 
-# --- what is fed -----------------------------------------------------------------------------------
+# --- feeds -----------------------------------------------------------------------------------------
 
 
 class Sink:
@@ -364,11 +381,11 @@ class Sink:
         pass
 
 
-def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Rung]:
-    watched = Watched(Sink(), rows() if inputs is None else inputs)
+def fed(*runs: dict[str, Any], inputs: Any = None) -> dict[str, Precheck]:
+    monitor = FeedMonitor(Sink(), rows() if inputs is None else inputs)
     for feeds in runs:
-        watched.run({name: np.array(value) for name, value in feeds.items()})
-    return {found.name: found for found in watched.rungs()}
+        monitor.run({name: np.array(value) for name, value in feeds.items()})
+    return {result.name: result for result in monitor.prechecks()}
 
 
 IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
@@ -385,10 +402,10 @@ IDS, MASK = [[1, 2, 3], [4, 5, 0], [0, 0, 6]], [[1, 1, 1], [1, 1, 0], [0, 0, 1]]
     ],
 )
 def test_masks_cover_each_row(mask: Any, ids: Any, said: str | None) -> None:
-    found = fed({"input_ids": ids, "attention_mask": mask})
-    assert found["mask"].state == ("same" if said is None else "differs")
-    assert (said or "") in found["mask"].detail
-    assert found["positions"].state == "same"
+    result = fed({"input_ids": ids, "attention_mask": mask})
+    assert result["mask"].state == ("same" if said is None else "differs")
+    assert (said or "") in result["mask"].detail
+    assert result["positions"].state == "same"
 
 
 CHUNKS = ([[1, 2], [4, 5]], [[0, 1], [0, 1]]), ([[3, 0], [7, 0]], [[2, -1], [2, -1]]), ([[6], [0]], [[0], [-1]])
@@ -409,15 +426,15 @@ def test_positions_count_up_over_runs(change: Any, name: str, said: str) -> None
     if change:
         run, what, row, column, value = change
         runs[run][what][row][column] = value
-    found = fed(*({"input_ids": ids, "position_ids": places} for ids, places in runs))
+    result = fed(*({"input_ids": ids, "position_ids": places} for ids, places in runs))
     for each in ("mask", "positions"):
-        assert found[each].state == ("differs" if each == name else "same"), found
-    assert not name or said in found[name].detail
+        assert result[each].state == ("differs" if each == name else "same"), result
+    assert not name or said in result[name].detail
 
 
 def test_what_a_plug_in_feeds_is_unknown() -> None:
-    assert {found.state for found in fed({"pixels": [1]}).values()} == {"unknown"}
-    assert {found.state for found in fed({"input_ids": IDS, "attention_mask": MASK}, inputs=object()).values()} == {
+    assert {result.state for result in fed({"pixels": [1]}).values()} == {"unknown"}
+    assert {result.state for result in fed({"input_ids": IDS, "attention_mask": MASK}, inputs=object()).values()} == {
         "unknown"
     }
 
@@ -426,9 +443,9 @@ def test_what_a_plug_in_feeds_is_unknown() -> None:
 
 
 def test_a_difference_fails_whatever_the_numbers_say_and_is_told_first() -> None:
-    wrong = Rung("pooling", "differs", "the graph was exported with cls, the case asks for mean")
+    wrong = Precheck("pooling", "differs", "the graph was exported with cls, the case asks for mean")
     for status, reason in (("pass", ""), ("fail", "rel_l2 0.3"), ("error", "there are none: it broke")):
-        result = settled(Result("c", "ort", status, reason, prechecks=(wrong,)))  # type: ignore[arg-type]
+        result = with_prechecks(Result("c", "ort", status, reason, prechecks=(wrong,)))  # type: ignore[arg-type]
         assert (result.status, result.stage) == ("fail", "precheck")
         assert result.reason.startswith(
             "pooling: the graph was exported with cls, the case asks for mean. The numbers: "
@@ -437,18 +454,20 @@ def test_a_difference_fails_whatever_the_numbers_say_and_is_told_first() -> None
 
 
 def test_a_suspicion_is_told_only_if_the_numbers_fail() -> None:
-    suspect = Rung("weights", "unknown", "0 of the model's 4 largest matrices are in the graph", suspect=True)
-    assert settled(Result("c", "ort", "pass", prechecks=(suspect,))).reason == ""
-    failed = settled(Result("c", "ort", "fail", "rel_l2 0.3", "compare", prechecks=(suspect,)))
+    suspect = Precheck("weights", "unknown", "0 of the model's 4 largest matrices are in the graph", suspect=True)
+    assert with_prechecks(Result("c", "ort", "pass", prechecks=(suspect,))).reason == ""
+    failed = with_prechecks(Result("c", "ort", "fail", "rel_l2 0.3", "compare", prechecks=(suspect,)))
     assert (failed.status, failed.stage) == ("fail", "compare")
     assert failed.reason.startswith("rel_l2 0.3. Before looking further: weights: 0 of the model's 4")
-    plain = Rung("weights", "unknown", "nothing says")
-    assert settled(Result("c", "ort", "fail", "rel_l2 0.3", prechecks=(plain,))).reason == "rel_l2 0.3"
+    plain = Precheck("weights", "unknown", "nothing says")
+    assert with_prechecks(Result("c", "ort", "fail", "rel_l2 0.3", prechecks=(plain,))).reason == "rel_l2 0.3"
 
 
 def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
-    rungs = with_rungs((Rung("mask", "unknown", "not yet"), Rung("pooling", "differs", "x")), [Rung("mask", "same")])
-    plain = settled(Result("c", "ort", "pass", prechecks=rungs, precision="fp32")).plain()
+    prechecks = with_feed_prechecks(
+        (Precheck("mask", "unknown", "not yet"), Precheck("pooling", "differs", "x")), [Precheck("mask", "same")]
+    )
+    plain = with_prechecks(Result("c", "ort", "pass", prechecks=prechecks, precision="fp32")).plain()
     said = [{"name": "mask", "state": "same", "detail": ""}, {"name": "pooling", "state": "differs", "detail": "x"}]
     assert plain["prechecks"] == said
     (line,) = problems({"results": [plain]})
@@ -460,12 +479,12 @@ def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
 
 def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 12])
-    made = helper.make_model(helper.make_graph([], "g", [ids], []))
+    graph_model = helper.make_model(helper.make_graph([], "g", [ids], []))
     path = tmp_path / "m.onnx"
-    onnx.save(made, str(path))
+    onnx.save(graph_model, str(path))
     assert about("onnx", path, "ids") == About(None, 12)
-    helper.set_model_props(made, {KEY: json.dumps(made_from())})
-    onnx.save(made, str(path))
+    helper.set_model_props(graph_model, {KEY: json.dumps(made_from())})
+    onnx.save(graph_model, str(path))
     assert about("onnx", path) == About(made_from())
     path.write_bytes(path.read_bytes()[:-5])
     assert about("onnx", path) == about("onnx", tmp_path / "none") == about("qpc", tmp_path / "qpc") == About()
@@ -476,24 +495,24 @@ def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Path) -> None:
-    for source, near in (
+    for source, local in (
         ("some/model", False),
         ("tiny:some/model", False),
         ("random:bert", True),
         (str(tmp_path), True),
     ):
         case = qv.Case(name="c", source=source)
-        assert sides_of(case, "onnx", object(), {}, in_memory=False).near is near
-        assert sides_of(case, "onnx", object(), None, in_memory=False).near is True
+        assert collect_evidence(case, "onnx", object(), {}, in_memory=False).local is local
+        assert collect_evidence(case, "onnx", object(), None, in_memory=False).local is True
     assert model(qv.Case(name="c", source="random:bert")).settings()["head"] == HEAD
 
 
 @pytest.mark.parametrize(("limit", "said"), [(7, "the tokenizer cuts at 7, the case asks for 8"), (8, ""), (None, "")])
 def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
-    made = Wrapper()
-    made.files = {"model_max_length": limit}
-    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "max length")
-    assert (found.state, found.detail) == ("same", said)
+    wrapper = Wrapper()
+    wrapper.files = {"model_max_length": limit}
+    result = next(r for r in run_prechecks(wrapper, rows(), Evidence(), lambda: BODY) if r.name == "max length")
+    assert (result.state, result.detail) == ("same", said)
 
 
 @pytest.mark.parametrize(
@@ -509,20 +528,20 @@ def test_the_tokenizers_limit_is_a_note(limit: int | None, said: str) -> None:
     ],
 )
 def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | None, suspect: bool) -> None:
-    made = Wrapper()
-    made.files = {"bases": {"a": base}}
-    made.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
-    found = next(r for r in ladder(made, rows(), Sides(), lambda: BODY) if r.name == "adapters")
-    assert (found.state, found.suspect) == ("same", suspect)
-    assert (f"was trained on {base!r}" in found.detail) == suspect
+    wrapper = Wrapper()
+    wrapper.files = {"bases": {"a": base}}
+    wrapper.case = qv.Case(name="x", model="peft-causal-lm", source=source)  # type: ignore[attr-defined]
+    result = next(r for r in run_prechecks(wrapper, rows(), Evidence(), lambda: BODY) if r.name == "adapters")
+    assert (result.state, result.suspect) == ("same", suspect)
+    assert (f"was trained on {base!r}" in result.detail) == suspect
 
 
 def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
     graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
-    found = rung("weights", graph=graph)
-    assert (found.state, found.suspect) == ("unknown", True)
+    result = precheck("weights", graph=graph)
+    assert (result.state, result.suspect) == ("unknown", True)
     assert (
-        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in found.detail
+        "the graph has contrib operators: 2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer" in result.detail
     )
 
 
@@ -533,6 +552,6 @@ def test_contrib_operators_are_counted(tmp_path: Path) -> None:
     onnx.save(
         helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=opsets), tmp_path / "m"
     )
-    found = about("onnx", tmp_path / "m").contrib
-    assert found is not None
-    assert found.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")
+    result = about("onnx", tmp_path / "m").contrib
+    assert result is not None
+    assert result.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")

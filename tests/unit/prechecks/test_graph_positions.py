@@ -56,7 +56,7 @@ def validate(folder: Path, onnx: Path, **options: Any) -> Any:
         exporter="torchscript", artifacts={"onnx": str(onnx)}, options={"seq_len": [16], "batch_size": 3, **options},
     )  # fmt: skip
     (result,) = qv.validate(case, runtimes=["ort"], store=folder / "store").results
-    return result, {rung.name: rung for rung in result.prechecks}
+    return result, {precheck.name: precheck for precheck in result.prechecks}
 
 
 @pytest.fixture(scope="module", params=KIN)
@@ -89,12 +89,12 @@ def test_where_positions_begin_is_known_of_models_and_of_files(saved: tuple[Path
 @pytest.mark.filterwarnings("ignore")  # tracing warns of every Python branch
 def test_a_graph_that_begins_at_zero_is_told_by_name_and_a_right_one_is_not(saved: tuple[Path, Any]) -> None:
     folder, source = saved
-    right, rungs = validate(folder, export(source.body(), None, folder / "right.onnx"))
+    right, prechecks = validate(folder, export(source.body(), None, folder / "right.onnx"))
     assert right.status == "pass", right.reason
-    assert rungs["positions"].state == rungs["max length"].state == "same"
-    wrong, rungs = validate(folder, export(source.body(), from_zero, folder / "wrong.onnx"))
+    assert prechecks["positions"].state == prechecks["max length"].state == "same"
+    wrong, prechecks = validate(folder, export(source.body(), from_zero, folder / "wrong.onnx"))
     assert wrong.status == "fail"
-    assert rungs["positions"].state == "differs"
+    assert prechecks["positions"].state == "differs"
     assert "gives the first token row 0 of the table of positions, the model row 2" in wrong.reason
 
 
@@ -106,9 +106,9 @@ def test_a_cut_table_that_is_read_from_its_own_beginning_is_right(saved: tuple[P
     table = next(m for n, m in body.named_modules() if n.endswith("position_embeddings"))
     table.weight = torch.nn.Parameter(table.weight[2:].clone())
     table.padding_idx = None
-    result, rungs = validate(folder, export(body, from_zero, folder / "cut.onnx"))
+    result, prechecks = validate(folder, export(body, from_zero, folder / "cut.onnx"))
     assert result.status == "pass", result.reason
-    assert rungs["positions"].state == "same"
+    assert prechecks["positions"].state == "same"
 
 
 def test_rows_of_padding_are_no_positions(saved: tuple[Path, Any]) -> None:
@@ -127,6 +127,6 @@ def test_a_table_that_is_too_short_for_a_row_is_told(saved: tuple[Path, Any]) ->
     body = source.body()
     table = next(m for n, m in body.named_modules() if n.endswith("position_embeddings"))
     table.weight = torch.nn.Parameter(table.weight[:7].clone())
-    result, rungs = validate(folder, export(body, None, folder / "short.onnx"))
-    assert rungs["max length"].state == "differs"
+    result, prechecks = validate(folder, export(body, None, folder / "short.onnx"))
+    assert prechecks["max length"].state == "differs"
     assert "the graph's table of positions serves 5 tokens, the longest row has 6" in result.reason

@@ -101,9 +101,9 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_precision_is_that_of_what_is_multiplied(name: str) -> None:
     text, wanted = GRAPHS[name]
-    found = precision_of(parser.parse_model(f"{HEAD} {text}"))
-    assert (found.compute, found.weights) == wanted
-    assert bool(found.where) == (wanted != ("fp32", None) or name == "one float16 product of three")
+    precision = precision_of(parser.parse_model(f"{HEAD} {text}"))
+    assert (precision.compute, precision.weights) == wanted
+    assert bool(precision.where) == (wanted != ("fp32", None) or name == "one float16 product of three")
 
 
 def test_a_file_is_read_without_its_weights_and_through_local_functions(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
 def test_a_runtime_and_a_file_give_the_coarser_precision(
     asked: Precision, file: GraphPrecision, profile: str, measured: bool
 ) -> None:
-    found = combined(asked, file)
-    assert (found.profile, measurable(found)) == (profile, measured)
+    precision = combined(asked, file)
+    assert (precision.profile, measurable(precision)) == (profile, measured)
 
 
 # --- end to end --------------------------------------------------------------------------------------

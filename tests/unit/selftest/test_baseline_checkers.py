@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qeff_validate.selftest.baseline_checkers import (
-    OTHERS,
-    OTHERS_LM,
+    EMBEDDING_CHECKERS,
+    LOGIT_CHECKERS,
     cosine,
     polygraphy,
     torch_assert_close,
@@ -30,15 +30,15 @@ def clean(seed: int = 0) -> np.ndarray:
 
 
 def with_element(value: float, row: int = 2, column: int = 7) -> np.ndarray:
-    found = clean()
-    found[row, column] = value
-    return found
+    vectors = clean()
+    vectors[row, column] = value
+    return vectors
 
 
 def with_dimension(step: float) -> np.ndarray:
-    found = clean()
-    found[:, 7] += np.float32(step)
-    return found
+    vectors = clean()
+    vectors[:, 7] += np.float32(step)
+    return vectors
 
 
 def with_noise(size: float) -> np.ndarray:
@@ -131,9 +131,9 @@ def original_polygraphy(reference: np.ndarray, actual: np.ndarray) -> bool:
         for name, array in (("actual", actual), ("reference", reference))
     )
     with np.errstate(all="ignore"), logger.verbosity(logger.CRITICAL):
-        found = comparator.SimpleCompareFunc()(ours, theirs)
-    assert list(found) == ["output"]
-    return bool(found["output"])
+        outputs_match = comparator.SimpleCompareFunc()(ours, theirs)
+    assert list(outputs_match) == ["output"]
+    return bool(outputs_match["output"])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Polygraphy, for means of nothing
@@ -154,9 +154,8 @@ def test_torch_says_the_same_by_the_defaults_of_the_type(name: str, precision: s
 
 def test_fp16_is_judged_by_wider_tolerances_of_torch_and_upstream_alone() -> None:
     pair: Any = (np.ones((N, D), np.float32), np.full((N, D), 1.0005, np.float32))
-    passed = {
-        name: [check(*pair, precision) for precision in ("fp32", "fp16+mxint8")] for name, check in OTHERS.items()
-    }
+    precisions = ("fp32", "fp16+mxint8")
+    passed = {name: [check(*pair, precision) for precision in precisions] for name, check in EMBEDDING_CHECKERS.items()}
     assert passed == {
         "upstream MAD": [False, True],
         "torch assert_close": [False, True],
@@ -166,6 +165,6 @@ def test_fp16_is_judged_by_wider_tolerances_of_torch_and_upstream_alone() -> Non
 
 
 def test_each_lets_equal_outputs_pass_and_all_but_one_see_others() -> None:
-    for table in (OTHERS, OTHERS_LM):
+    for table in (EMBEDDING_CHECKERS, LOGIT_CHECKERS):
         assert all(check(clean(), clean()) for check in table.values())
         assert {name for name, check in table.items() if check(clean(), clean(1))} <= {"upstream PEFT"}

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import qeff_validate as qv
 from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.errors import RunError
-from qeff_validate.selftest.float64_graph import WideSession, float64_graph
+from qeff_validate.selftest.float64_graph import Float64Session, float64_graph
 
 EXACT = 2.0**-20
 """An epsilon that float32 holds as it is."""
@@ -59,8 +59,8 @@ def test_a_graph_in_float64_is_the_model_in_float64(
     with torch.inference_mode(), Doubled():
         wanted = module.double()(**{name: torch.from_numpy(array) for name, array in feeds.items()})
     assert wanted.dtype == torch.float64
-    found = WideSession(onnx.load(str(tmp_path / "model.onnx"))).run(feeds)["output"]
-    close(found, wanted.numpy(), rtol=0, atol=1e-12 * float(wanted.abs().max()))
+    outputs = Float64Session(onnx.load(str(tmp_path / "model.onnx"))).run(feeds)["output"]
+    close(outputs, wanted.numpy(), rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
 def graph(text: str) -> onnx.ModelProto:
@@ -82,9 +82,9 @@ def test_everything_in_float32_is_widened_and_nothing_else() -> None:
     x = np.array([1 / 3, 5.0], np.float32)
     constants = sum(float(np.float32(number)) for number in (0.1, 0.2, 0.3, 0.333333333))
     wanted = 2 * constants + x.astype(np.float16).astype(np.float64) + float(np.float32(0.7))
-    found = WideSession(model).run({"x": x, "chosen": np.array(True)})["y"]
-    assert found.dtype == np.float64
-    close(found, wanted, rtol=1e-14)
+    outputs = Float64Session(model).run({"x": x, "chosen": np.array(True)})["y"]
+    assert outputs.dtype == np.float64
+    close(outputs, wanted, rtol=1e-14)
     assert model.SerializeToString() == before
     assert len(model.graph.value_info) == 1
     wide = float64_graph(model)
@@ -95,8 +95,8 @@ def test_everything_in_float32_is_widened_and_nothing_else() -> None:
 @pytest.mark.numeric
 def test_the_error_function_is_not_rounded_to_float32() -> None:
     x = np.linspace(-4, 4, 33, dtype=np.float32)
-    found = WideSession(graph("(float[n] x) => (float[n] y) { y = Erf (x) }")).run({"x": x})["y"]
-    close(found, torch.erf(torch.from_numpy(x).double()).numpy(), rtol=1e-14)
+    outputs = Float64Session(graph("(float[n] x) => (float[n] y) { y = Erf (x) }")).run({"x": x})["y"]
+    close(outputs, torch.erf(torch.from_numpy(x).double()).numpy(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
@@ -104,26 +104,26 @@ def test_elements_are_gathered_as_onnx_runtime_does(axis: int) -> None:
     model = graph(f"(float[3, 5] x, int64[a, b] i) => (float[a, b] y) {{ y = GatherElements <axis = {axis}> (x, i) }}")
     feeds = {"x": np.arange(15, dtype=np.float32).reshape(3, 5), "i": np.array([[2, 0, -1], [1, 1, 0]])}
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    np.testing.assert_array_equal(WideSession(model).run(feeds)["y"], session.run(None, feeds)[0])
+    np.testing.assert_array_equal(Float64Session(model).run(feeds)["y"], session.run(None, feeds)[0])
 
 
 def test_a_whole_number_that_constants_miss_in_float32_is_not_cut() -> None:
     """T5's buckets: the logarithm of a power of two by the rounded logarithm of another."""
     model = graph("""(float[n] x) => (int64[n] y) <float base = {2.7725887}, float eight = {8}> {
         l = Log (x)  d = Div (l, base)  m = Mul (d, eight)  y = Cast <to = 7> (m) }""")
-    found = WideSession(model).run({"x": np.array([2, 4, 8, 15.9], np.float32)})["y"]
-    np.testing.assert_array_equal(found, [2, 4, 6, 7])
+    outputs = Float64Session(model).run({"x": np.array([2, 4, 8, 15.9], np.float32)})["y"]
+    np.testing.assert_array_equal(outputs, [2, 4, 6, 7])
 
 
 def test_state_goes_on_in_float64_until_it_is_reset() -> None:
     model = graph("""(float[1] x, float[1] sum) => (float[1] y, float[1] sum_RetainedState)
     <float zero = {0}> { lost = IsNaN (sum)  kept = Where (lost, zero, sum)
         sum_RetainedState = Add (kept, x)  y = Identity (sum_RetainedState) }""")
-    session, x = WideSession(model), np.array([1e9], np.float32)
+    session, x = Float64Session(model), np.array([1e9], np.float32)
     session.run({"x": x})
-    found = session.run({"x": np.array([1e-3], np.float32)}, fetch=["y"])
-    assert set(found) == {"y"}
-    assert found["y"][0] == 1e9 + float(np.float32(1e-3))
+    outputs = session.run({"x": np.array([1e-3], np.float32)}, fetch=["y"])
+    assert set(outputs) == {"y"}
+    assert outputs["y"][0] == 1e9 + float(np.float32(1e-3))
     session.reset()
     assert session.run({"x": x})["y"][0] == 1e9
     with pytest.raises(RunError, match="float64, wanted float32"):
