@@ -133,8 +133,8 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms outputs are compared.
+class ComparisonContext:
+    """What a comparison needs to know beside the outputs.
 
     Attributes:
         precision: profile of what computed them: ``fp32``, ``fp16``, ``fp16+mxfp6``, ….
@@ -299,10 +299,10 @@ class Model(Protocol):
                 context. Nothing else of it may be used.
         """
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare what a runtime gave with the reference."""
 
-    def relate(self, name: str, session: Session, inputs: Any, terms: Terms) -> Verdict:
+    def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare two ways of running the same inputs on one session; no reference is needed.
 
         Raises:

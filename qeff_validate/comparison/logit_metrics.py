@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qeff_validate.comparison.bounds import NOISE_SHARE, Bound, gate_bounds, overridden
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic, worst_row
-from qeff_validate.comparison.verdict import Judged
+from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.tensors import Array
 
 TIERS = (1, 5, 50, 1000)
@@ -110,7 +110,7 @@ def judge_logits(
     texts: Sequence[Text],
     eos: frozenset[int],
     kept: Sequence[int] | None = None,
-) -> list[Judged]:
+) -> list[GateResult]:
     """Measure logits ``[n, vocab]`` of the same continuations against their bounds.
 
     Args:
@@ -163,7 +163,7 @@ def _flips(
     texts: Sequence[Text],
     eos: frozenset[int],
     places: NDArray[np.int_],
-) -> list[Judged]:
+) -> list[GateResult]:
     """Judge changed choices: none beyond a tie, and ties within the budget that the noise gives."""
     ours, theirs = wanted.argmax(axis=-1), got.argmax(axis=-1)
     rows = np.arange(len(ours))
@@ -240,7 +240,7 @@ def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) ->
     return ~fine
 
 
-def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> Judged:
+def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> GateResult:
     row = int(places[metric.worst["row"]])
     place = {**metric.worst, "row": row, "text": labels[row]}
-    return Judged(Metric(f"logits.{metric.name}", metric.value, place), bound)
+    return GateResult(Metric(f"logits.{metric.name}", metric.value, place), bound)

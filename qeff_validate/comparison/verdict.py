@@ -38,7 +38,7 @@ ROW_GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms")
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class GateResult:
     """A metric beside its bound; without a bound it is shown and never a gate."""
 
     metric: Metric
@@ -71,7 +71,7 @@ class Verdict:
 
     status: Status
     reason: str
-    metrics: tuple[Judged, ...] = ()
+    metrics: tuple[GateResult, ...] = ()
     planned: int = 0
     compared: int = 0
     power: Power | None = None
@@ -159,7 +159,7 @@ def compare(
         return Verdict("fail", problem, planned=planned)
     if not reference or not rows.kept():
         return Verdict("inconclusive", "nothing to compare: no output, or no row with a token", planned=planned)
-    judged: list[Judged] = []
+    judged: list[GateResult] = []
     findings: list[str] = []
     unusable: dict[str, list[int]] = {}
     for name in sorted(reference):
@@ -229,7 +229,7 @@ def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None
     return None
 
 
-def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> list[Judged]:
+def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> list[GateResult]:
     """Return the gate that rows break which are not finite; nothing if there are none.
 
     Args:
@@ -251,7 +251,7 @@ def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> li
         "others": [{"row": other, "text": rows.labels[other]} for other in places[1:MOST_LISTED]],
     }
     count = float(sum(np.count_nonzero(~np.isfinite(array[place])) for place in places))
-    return [Judged(Metric(f"{name}.{NON_FINITE}", count, worst), Bound(0.0, "exact", "every value must be finite"))]
+    return [GateResult(Metric(f"{name}.{NON_FINITE}", count, worst), Bound(0.0, "exact", "every value must be finite"))]
 
 
 def _judge(
@@ -263,7 +263,7 @@ def _judge(
     kept: list[int],
     floor: Floor | None,
     seed: int,
-) -> list[Judged]:
+) -> list[GateResult]:
     whole = len(kept) == len(reference)
     wanted, got = (reference, actual) if whole else (reference[kept], actual[kept])
     errors = row_errors(wanted, got)
@@ -280,21 +280,21 @@ def _judge(
         place = {**metric.worst, "row": row, "text": rows.labels[row]}
         if metric.name == "max_abs_rms":
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
-        judged.append(Judged(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
+        judged.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
     measured = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(measured, kept))
     if floor is not None and set(STRAYS) <= set(bounds) and places.size:
         common = systematic(floor.center[name][places], actual[measured[places]])
-        judged += [Judged(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
+        judged += [GateResult(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
     return judged
 
 
-def _tokenless(name: str, actual: Array, rows: Rows) -> Judged:
+def _tokenless(name: str, actual: Array, rows: Rows) -> GateResult:
     places = sorted(rows.tokenless)
     worst = places[int(np.argmax([np.max(np.abs(actual[row])) for row in places]))]
     count = float(sum(np.count_nonzero(actual[row]) for row in places))
     metric = Metric(f"{name}.tokenless_rows", count, {"row": worst, "text": rows.labels[worst], "rows": len(places)})
-    return Judged(metric, Bound(0.0, "exact", "a row without a token pools to zeros"))
+    return GateResult(metric, Bound(0.0, "exact", "a row without a token pools to zeros"))
 
 
 def _filler_findings(name: str, actual: Array, rows: Rows) -> list[str]:
@@ -313,14 +313,14 @@ def _filler_findings(name: str, actual: Array, rows: Rows) -> list[str]:
     ]
 
 
-def _reached(rows: Rows) -> list[Judged]:
+def _reached(rows: Rows) -> list[GateResult]:
     """Return the gate that rows break which change with a token-less row of their batch."""
     if not rows.reached:
         return []
     row = rows.reached[0]
     metric = Metric("rows.changed_by_filler", float(len(rows.reached)), {"row": row, "text": rows.labels[row]})
     why = "a row is the same bit for bit, whatever fills the batch beside it"
-    return [Judged(metric, Bound(0.0, "exact", why))]
+    return [GateResult(metric, Bound(0.0, "exact", why))]
 
 
 def rows_beyond(reference: Tensors, actual: Tensors, bounds: Mapping[str, Bound], rows: Rows) -> set[int]:
@@ -338,7 +338,7 @@ def rows_beyond(reference: Tensors, actual: Tensors, bounds: Mapping[str, Bound]
     return beyond
 
 
-def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
+def _conclude(judged: list[GateResult], planned: int, compared: int) -> Verdict:
     failed = [item for item in judged if not item.passed]
     gates = {item.metric.name.rpartition(".")[2] for item in judged if item.bound is not None}
     if failed:
@@ -354,14 +354,14 @@ def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
     return Verdict(status, reason, tuple(judged), planned, compared)
 
 
-def all_hold(judged: Sequence[Judged], planned: int) -> Verdict:
+def all_hold(judged: Sequence[GateResult], planned: int) -> Verdict:
     """Return a verdict on all of what was planned: ``pass`` if every gate holds."""
     failed = [item for item in judged if not item.passed]
     status: Status = "fail" if failed else "pass"
     return Verdict(status, "; ".join(map(sentence, failed)), tuple(judged), planned, planned)
 
 
-def sentence(item: Judged) -> str:
+def sentence(item: GateResult) -> str:
     """Say of a gate that failed: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail
     if item.metric.name.endswith(f".{NON_FINITE}"):

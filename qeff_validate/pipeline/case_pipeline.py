@@ -40,7 +40,7 @@ from qeff_validate.pipeline.recorded_file import is_input, naming, outputs_of, p
 from qeff_validate.prechecks.checks import ABOUT, ladder, settled, sides_of, with_rungs
 from qeff_validate.prechecks.feed_monitor import Watched
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
-from qeff_validate.protocols import Model, Runtime, Session, Terms, capabilities, model_kind
+from qeff_validate.protocols import ComparisonContext, Model, Runtime, Session, capabilities, model_kind
 from qeff_validate.report.result import Result, Rung
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
@@ -194,8 +194,10 @@ class Pipeline:
         with self._stage("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), capabilities(adapter).compute != "fp32"
             ours, padded = not self._foreign(adapter.kind), watched.padded()
-            terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
-            verdict = self.model().judge(reference, actual, inputs, terms)
+            context = ComparisonContext(
+                base["precision"], override, self.case.seed, floor, device, ours, reached, padded
+            )
+            verdict = self.model().judge(reference, actual, inputs, context)
             if floor is not None and ceiling is not None and verdict.metrics:
                 verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
@@ -246,10 +248,10 @@ class Pipeline:
 
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
         inputs, artifact = self.inputs(), self.artifact(adapter.kind, capabilities(adapter).sdk)
-        terms = Terms(base["precision"], self.case.bounds(adapter.name), self.case.seed)
+        context = ComparisonContext(base["precision"], self.case.bounds(adapter.name), self.case.seed)
         try:
             with self._stage(name, adapter.name), self._opened(adapter, artifact) as session:
-                verdict = self.model().relate(name, session, inputs, terms)
+                verdict = self.model().relate(name, session, inputs, context)
         except IncomparableError as exc:
             return Result(**base, status="not_run", reason=str(exc), stage=name)
         return Result(

@@ -20,7 +20,7 @@ from qeff_validate.comparison.bounds import STRAYS, Bound, bounds_for, greatest,
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import Judged, Rows, rows_beyond, strays, worst_errors
+from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, strays, worst_errors
 from qeff_validate.mutation.power import Ceiling
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import _row as report_row
@@ -73,8 +73,8 @@ def test_one_run_of_a_floor_that_is_no_number_leaves_no_bound(place: int, bad: f
         assert set(stray_bounds(made_floor(strays=strayed))) == set(STRAYS) - {name}
 
 
-def judged(value: float, bound: float, name: str = "output.rel_l2") -> Judged:
-    return Judged(Metric(name, value, {"row": 0, "text": "x"}), Bound(bound, "exact", "y"))
+def judged(value: float, bound: float, name: str = "output.rel_l2") -> GateResult:
+    return GateResult(Metric(name, value, {"row": 0, "text": "x"}), Bound(bound, "exact", "y"))
 
 
 @pytest.mark.parametrize("order", list(permutations((0, 1, 2))))

@@ -35,7 +35,7 @@ from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import Given, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
-from qeff_validate.protocols import Change, Graph, Session, Terms
+from qeff_validate.protocols import Change, ComparisonContext, Graph, Session
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
@@ -347,13 +347,13 @@ class PeftCausalLM:
         ids, labels = tuple(inputs.ids[text] for text in texts), tuple(inputs.texts[text] for text in texts)
         return replace(inputs, ids=ids, texts=labels), chosen, rows.astype(np.int64)
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Compare logits, choices, adapters' effects and second visits."""
         from qeff_validate.models.causal_lm.verdict import judge_continuations
 
-        return judge_continuations(reference, actual, terms, adapters=list(inputs.adapters), inputs=inputs)
+        return judge_continuations(reference, actual, context, adapters=list(inputs.adapters), inputs=inputs)
 
-    def relate(self, name: str, session: Session, inputs: Prompts, terms: Terms) -> Verdict:
+    def relate(self, name: str, session: Session, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Judge one of `lm_relations.RELATIONS`."""
         from qeff_validate.models.causal_lm.relations import Original, relate
 
@@ -361,7 +361,7 @@ class PeftCausalLM:
             merged=lambda adapter, forced: self._original("merged", inputs, adapter, forced),
             kept=lambda adapter: self._original("kept", inputs, adapter),
         )
-        return relate(name, session, inputs, self._plan(inputs), terms, original)
+        return relate(name, session, inputs, self._plan(inputs), context, original)
 
     def _original(self, what: str, inputs: Prompts, adapter: str, *given: Any) -> Any:
         """Load the model anew, and ask for what a function of `lm_reference` gives."""

@@ -11,17 +11,19 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import FALLBACK, Bound
 from qeff_validate.comparison.vector_metrics import worst_row
-from qeff_validate.comparison.verdict import Judged, Verdict, all_hold
+from qeff_validate.comparison.verdict import GateResult, Verdict, all_hold
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, batches, generate, padding
-from qeff_validate.protocols import Session, Terms
+from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors, retained
 
 Kept = Sequence[Mapping[str, Array]]
 """For each prompt ``past_key.i`` and ``past_value.i`` ``[heads, tokens, head_dim]``; a window keeps the last tokens."""
 
 
-def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted: Kept, terms: Terms) -> Verdict:
+def judge_kept(
+    session: Session, inputs: Any, plan: Plan, state: Tensors, wanted: Kept, context: ComparisonContext
+) -> Verdict:
     """Take all prompts through the prefill, and compare what the session retains with what transformers retains.
 
     The error of a token is the L2 norm of the difference over the root mean square of the norms of the prompt's tokens,
@@ -33,12 +35,12 @@ def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted
         plan: the usual way.
         state: the adapter's tensors.
         wanted: of the original model.
-        terms: precision.
+        context: precision.
 
     Raises:
         IncomparableError: the graph keeps keys and values elsewhere.
     """
-    bound = FALLBACK.get(terms.precision, {}).get("rel_l2")
+    bound = FALLBACK.get(context.precision, {}).get("rel_l2")
     found = _kept(session, inputs, plan, state, list(wanted[0]))
     planned = len(wanted) * len(wanted[0])
     judged = []
@@ -46,10 +48,10 @@ def judge_kept(session: Session, inputs: Any, plan: Plan, state: Tensors, wanted
         errors = np.array([_error(one[name], whole[name]) for one, whole in zip(wanted, found, strict=True)])
         metric = worst_row(f"kv.{name.removeprefix('past_')}", errors)
         metric = replace(metric, worst={**metric.worst, "text": inputs.labels[metric.worst["row"]]})
-        given = None if bound is None else Bound(bound, "fallback", f"{terms.precision} profile")
-        judged.append(Judged(metric, given))
+        given = None if bound is None else Bound(bound, "fallback", f"{context.precision} profile")
+        judged.append(GateResult(metric, given))
     if bound is None:
-        reason = f"no sound bound for keys and values in {terms.precision}"
+        reason = f"no sound bound for keys and values in {context.precision}"
         return Verdict("inconclusive", reason, tuple(judged), planned, planned)
     return all_hold(judged, planned)
 

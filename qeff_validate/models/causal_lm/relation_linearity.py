@@ -17,11 +17,11 @@ import numpy as np
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.logit_metrics import log_softmax, noise_level
 from qeff_validate.comparison.vector_metrics import Floats, Metric
-from qeff_validate.comparison.verdict import Judged, Verdict, all_hold
+from qeff_validate.comparison.verdict import GateResult, Verdict, all_hold
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.protocols import Session, Terms
+from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors
 
 SHARE = 1 / 128
@@ -35,7 +35,7 @@ VISIBLE, CLEAR = 20.0, 80.0
 
 
 def judge_scaled(
-    session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], terms: Terms
+    session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], context: ComparisonContext
 ) -> Verdict:
     """Compare the effects of a share of the adapter and of twice that share.
 
@@ -47,7 +47,7 @@ def judge_scaled(
         plan: the usual way.
         adapter: its tensors, or the stack of all, as the graph takes them.
         forced: the texts along which all is run.
-        terms: precision.
+        context: precision.
 
     Raises:
         IncomparableError: nothing can be scaled, or the effect of a small share is lost in rounding.
@@ -68,14 +68,14 @@ def judge_scaled(
     for logits in (off, without, full):
         if not np.isfinite(logits).all():
             return Verdict("fail", "logits with a share of the adapter are NaN or infinite", planned=len(forced))
-    level = noise_level(terms.precision)
+    level = noise_level(context.precision)
     if _size(off - log_softmax(without)) > VISIBLE * level:
         raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
     share = float(np.minimum(SHARE, CLEAR * level / _size(full))) if full.any() else SHARE
     if not _size(full) * share >= VISIBLE * level:
         raise IncomparableError(
             f"a share of {share:.3g} of the adapter changes log-probabilities by some {_size(full) * share:.1e}, too"
-            f" little beside the noise of {terms.precision}, {level:.1e}"
+            f" little beside the noise of {context.precision}, {level:.1e}"
         )
     one, two = run(share) - off, run(2 * share) - off
     apart = np.linalg.norm(two - 2 * one, axis=-1)
@@ -84,7 +84,7 @@ def judge_scaled(
     errors = np.array([part.max() for part in np.split(apart, np.cumsum(steps)[:-1])]) / most
     worst = int(np.argmax(errors))
     metric = Metric("adapter.linearity", float(errors[worst]), {"row": worst, "text": inputs.labels[worst]})
-    judged = [Judged(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
+    judged = [GateResult(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
     return all_hold(judged, len(errors))
 
 

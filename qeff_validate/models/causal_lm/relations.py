@@ -21,7 +21,7 @@ from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
 from qeff_validate.models.causal_lm.relation_kv_cache import Kept, judge_kept
 from qeff_validate.models.causal_lm.relation_linearity import judge_scaled
-from qeff_validate.protocols import Session, Terms
+from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors, retained
 
 POISON = 1e4
@@ -120,7 +120,9 @@ class Original:
     kept: Callable[[str], Kept]
 
 
-def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, original: Original) -> Verdict:
+def relate(
+    name: str, session: Session, inputs: Any, plan: Plan, context: ComparisonContext, original: Original
+) -> Verdict:
     """Judge a relation with the first adapter, or with the base if there is none.
 
     Args:
@@ -128,7 +130,7 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
         session: open.
         inputs: prompts, end tokens and adapters.
         plan: the usual way.
-        terms: precision and the case's bounds.
+        context: precision and the case's bounds.
         original: for the relations ``merged`` and ``kv_cache``.
 
     Raises:
@@ -140,15 +142,15 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
     state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")
-    _, _, kept = terms.precision.partition("+")
+    _, _, kept = context.precision.partition("+")
     if name in AGAINST_FLOAT32 and kept:
         raise IncomparableError(f"the other side computes in float32, and this session keeps {kept}")
     if name == "kv_cache":
-        return judge_kept(session, inputs, plan, state, original.kept(adapter), terms)
+        return judge_kept(session, inputs, plan, state, original.kept(adapter), context)
     usual = generate(session, inputs.ids, plan, state=state)
     forced = [logits.argmax(axis=-1) for logits in usual]
     if name == "scaled":
-        return judge_scaled(session, inputs, plan, state, forced, terms)
+        return judge_scaled(session, inputs, plan, state, forced, context)
     found = original.merged(adapter, forced) if name == "merged" else WAYS[name](session, inputs, plan, state, forced)
     expected, actual = np.concatenate(usual), np.concatenate(found)
     texts = _texts(inputs.labels, usual)
@@ -160,11 +162,11 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
         for array, good in zip((expected, actual), finite, strict=True)
         for item in non_finite("logits", array, np.flatnonzero(~good).tolist(), Rows(labels))
     ]
-    bounds = logit_bounds(relation_precision(terms.precision), override=terms.override)
+    bounds = logit_bounds(relation_precision(context.precision), override=context.override)
     judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept)
     verdict = all_hold(judged, len(labels))
     if not bounds and verdict.status != "fail":
-        reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
+        reason = f"no sound bound for precision {context.precision}: give bounds with their reason in the tolerance"
         return replace(verdict, status="inconclusive", reason=reason)
     return verdict
 

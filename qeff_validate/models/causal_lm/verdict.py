@@ -23,7 +23,7 @@ from qeff_validate.comparison.logit_metrics import (
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import (
-    Judged,
+    GateResult,
     Rows,
     Status,
     Verdict,
@@ -35,7 +35,7 @@ from qeff_validate.comparison.verdict import (
 )
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.failure_hints import FirstTokens, pattern
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Array, Tensors
 
 EFFECT = 20.0
@@ -58,14 +58,14 @@ SAID = 3
 
 
 def judge_continuations(
-    reference: Tensors, actual: Tensors, terms: Terms, *, adapters: Sequence[str], inputs: Any
+    reference: Tensors, actual: Tensors, context: ComparisonContext, *, adapters: Sequence[str], inputs: Any
 ) -> Verdict:
     """Compare the continuations of all prompts with all adapters.
 
     Args:
         reference: ``logits [n, vocab]``, ``tokens [n]``, ``steps``, in the order adapter, prompt, step.
         actual: ``logits`` of the same rows, and ``again``: those of the first two visits once more.
-        terms: precision, floor, the case's bounds.
+        context: precision, floor, the case's bounds.
         adapters: ``base`` and the adapters' names.
         inputs: labels and token ids of the prompts, and end tokens.
     """
@@ -77,7 +77,7 @@ def judge_continuations(
     if problem:
         return Verdict("fail", problem, planned=planned)
     lengths = [tokens.size for tokens in inputs.ids]
-    floor, bounds = terms.floor, logit_bounds(terms.precision, override=terms.override, floor=terms.floor)
+    floor, bounds = context.floor, logit_bounds(context.precision, override=context.override, floor=context.floor)
     usable, finite = finite_rows(reference["logits"]), finite_rows(actual["logits"])
     kept = np.flatnonzero(usable & finite)
     judged = non_finite("logits", actual["logits"], np.flatnonzero(usable & ~finite).tolist(), Rows(labels))
@@ -86,16 +86,16 @@ def judge_continuations(
     )
     measured = np.arange(len(labels)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(measured, kept))
-    if terms.device and floor is not None and places.size:
+    if context.device and floor is not None and places.size:
         limits = stray_bounds(floor)
         strays = logit_strays(floor.center["logits"][places], actual["logits"][measured[places]])
-        judged += [Judged(replace(item, name=f"logits.{item.name}"), limits.get(item.name)) for item in strays]
+        judged += [GateResult(replace(item, name=f"logits.{item.name}"), limits.get(item.name)) for item in strays]
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
-    effects, weak = _effects(first, terms.precision, floor) if first.at.size else ([], [])
+    effects, weak = _effects(first, context.precision, floor) if first.at.size else ([], [])
     judged += [*effects, _revisits(actual, labels, again)]
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
-        weak = [without_bound(missing, floor, terms.precision)]
+        weak = [without_bound(missing, floor, context.precision)]
     verdict = _conclude(judged, weak, planned)
     unusable = np.flatnonzero(~usable)
     if verdict.status == "fail" and not missing:
@@ -177,17 +177,17 @@ def measure_continuations(
     return found
 
 
-def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[list[Judged], list[str]]:
+def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[list[GateResult], list[str]]:
     """Judge what each adapter changes, and whether that, and the difference between two, can be told from noise."""
     needed = EFFECT if floor is None else EFFECT_MEASURED
-    judged: list[Judged] = []
+    judged: list[GateResult] = []
     weak: list[str] = []
     for at, name in enumerate(first.adapters[1:], start=1):
         place = {"row": first.rows[at], "text": first.labels[at]}
         level = noise_level(precision) if floor is None else floor.level(f"{name}.strayed")
         size = first.apart(0, at)
         ratio = np.inf if level == 0 else size / level
-        judged.append(Judged(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
+        judged.append(GateResult(Metric(f"adapter.{name}.effect_over_noise", ratio, place), None))
         if not ratio >= needed:
             weak.append(
                 f"adapter {name!r} changes log-probabilities by {size:.1e}, {ratio:.1f} times the noise of {precision},"
@@ -204,7 +204,7 @@ def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[l
             if bound is None:
                 weak.append(f"adapter {name!r}: noise in {precision} hides {metric.replace('_', ' of ')} of its change")
             else:
-                judged.append(Judged(Metric(f"adapter.{name}.{metric}", value, place), bound))
+                judged.append(GateResult(Metric(f"adapter.{name}.{metric}", value, place), bound))
     return judged, weak
 
 
@@ -215,16 +215,16 @@ def _change_bound(adapter: str, metric: str, floor: Floor | None) -> Bound | Non
     return measured_bound(f"{adapter}.{metric}", floor, LEAST_DELTAS[metric], MOST_DELTAS[metric])
 
 
-def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> Judged:
+def _revisits(actual: Tensors, labels: Sequence[str], again: int) -> GateResult:
     """Judge second visits: equal to the first bit for bit, on the same session."""
     first, second = actual["logits"][:again], actual["again"]
     differing = ~((first == second) | (np.isnan(first) & np.isnan(second))).all(axis=1)
     row = int(np.argmax(differing))
     metric = Metric("revisit", float(differing.sum()), {"row": row, "text": labels[row]})
-    return Judged(metric, Bound(0.0, "exact", "a second visit gives the same bits: no state is left over"))
+    return GateResult(metric, Bound(0.0, "exact", "a second visit gives the same bits: no state is left over"))
 
 
-def _divergence(judged: Sequence[Judged]) -> str:
+def _divergence(judged: Sequence[GateResult]) -> str:
     """Say where a choice changed beyond a tie first."""
     flips = next((item for item in judged if item.metric.name == "logits.flips"), None)
     if flips is None or flips.passed:
@@ -235,7 +235,7 @@ def _divergence(judged: Sequence[Judged]) -> str:
     return f"first divergent token: {place['prompt']} at step {place['step']}, {got} instead of {wanted}, {kind}"
 
 
-def _conclude(judged: list[Judged], weak: Sequence[str], planned: int) -> Verdict:
+def _conclude(judged: list[GateResult], weak: Sequence[str], planned: int) -> Verdict:
     failed = [item for item in judged if not item.passed]
     status: Status = "fail" if failed else "inconclusive" if weak else "pass"
     said = [sentence(item) for item in failed[:SAID]]

@@ -32,7 +32,7 @@ from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Given, Source, resolve
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
-from qeff_validate.protocols import Change, Graph, Session, Share, Terms
+from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 MOST_BYTES = 64 << 20
@@ -337,21 +337,21 @@ class PooledEmbedding:
             rows = np.concatenate([np.arange(ends[text] - inputs.ids[text].size, ends[text]) for text in texts])
         return inputs.subset(texts), {name: array[rows] for name, array in reference.items()}, rows
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Compare vectors row by row."""
         from qeff_validate.models.padding_hint import padding_hint
 
-        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
-        if terms.device and terms.floor is not None:
-            bounds = stray_bounds(terms.floor) | bounds
-        rows = Rows(inputs.labels, inputs.tokenless, zeros=terms.ours, reached=terms.reached)
+        bounds = bounds_for(context.precision, floor=context.floor, override=context.override)
+        if context.device and context.floor is not None:
+            bounds = stray_bounds(context.floor) | bounds
+        rows = Rows(inputs.labels, inputs.tokenless, zeros=context.ours, reached=context.reached)
         verdict = compare(
-            reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed, precision=terms.precision
+            reference, actual, bounds, rows=rows, floor=context.floor, seed=context.seed, precision=context.precision
         )
         if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
             return verdict
         said = padding_hint(
-            rows_beyond(reference, actual, bounds, rows), terms.padded, rows.kept(), actual, terms.precision
+            rows_beyond(reference, actual, bounds, rows), context.padded, rows.kept(), actual, context.precision
         )
         return replace(verdict, reason=f"{said}; {verdict.reason}") if said else verdict
 
@@ -363,15 +363,15 @@ class PooledEmbedding:
             return (), ()
         return rows_reached(partial(self.infer, session), inputs, self._batch_size(session), actual)
 
-    def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
+    def relate(self, name: str, session: Session, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Judge one of `metamorphic.RELATIONS` on the rows that hold a token."""
         from qeff_validate.models.embedding.relations import RELATIONS, with_tokens
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
         # both ways read the same compressed weights
-        bounds = bounds_for(relation_precision(terms.precision), override=terms.override)
+        bounds = bounds_for(relation_precision(context.precision), override=context.override)
         return compare(
-            expected, actual, bounds, rows=Rows(labels), seed=terms.seed, precision=terms.precision, relation=True
+            expected, actual, bounds, rows=Rows(labels), seed=context.seed, precision=context.precision, relation=True
         )
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002

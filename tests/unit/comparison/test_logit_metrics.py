@@ -34,7 +34,7 @@ from qeff_validate.comparison.logit_metrics import (
     logit_strays,
     rows_beyond,
 )
-from qeff_validate.comparison.verdict import Judged
+from qeff_validate.comparison.verdict import GateResult
 
 N, VOCAB = 12, 1500
 EOS = frozenset({3})
@@ -44,7 +44,9 @@ def logits(seed: int = 0, n: int = N, vocab: int = VOCAB) -> np.ndarray:
     return (3 * np.random.default_rng(seed).standard_normal((n, vocab))).astype(np.float32)
 
 
-def judge(reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound] | None = None) -> dict[str, Judged]:
+def judge(
+    reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound] | None = None
+) -> dict[str, GateResult]:
     """Judge rows that are texts of three tokens."""
     n = len(reference)
     texts = [Text(f"text {at}", range(start, min(start + 3, n))) for at, start in enumerate(range(0, n, 3))]
@@ -54,7 +56,7 @@ def judge(reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound]
     return {item.metric.name.removeprefix("logits."): item for item in found}
 
 
-def value(found: Mapping[str, Judged], name: str) -> float:
+def value(found: Mapping[str, GateResult], name: str) -> float:
     return found[name].metric.value
 
 

@@ -11,7 +11,7 @@ from floors import EVEN, made_floor
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import Judged, Power, Verdict
+from qeff_validate.comparison.verdict import GateResult, Power, Verdict
 from qeff_validate.mutation.mutant import TABLES, mutants
 from qeff_validate.mutation.power import Ceiling, tried
 from qeff_validate.report.result import Result
@@ -26,9 +26,13 @@ CEILING = Ceiling(NAMES, ("large", "not a number"), ERRORS)
 FLOOR = made_floor({**EVEN, "rel_l2": 1e-3})
 
 
-def judged(**bounds: float) -> list[Judged]:
-    gates = [Judged(Metric(f"output.{name}", 0.0), Bound(value, "case", "x")) for name, value in bounds.items()]
-    return [*gates, Judged(Metric("output.mean_abs", 0.0), None), Judged(Metric("x.exact", 0), Bound(0, "exact", ""))]
+def judged(**bounds: float) -> list[GateResult]:
+    gates = [GateResult(Metric(f"output.{name}", 0.0), Bound(value, "case", "x")) for name, value in bounds.items()]
+    return [
+        *gates,
+        GateResult(Metric("output.mean_abs", 0.0), None),
+        GateResult(Metric("x.exact", 0), Bound(0, "exact", "")),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qeff_validate.comparison.verdict import Rows, Verdict, compare, strays, wor
 from qeff_validate.config.case import Precision
 from qeff_validate.models.causal_lm.verdict import judge_continuations, measure_continuations
 from qeff_validate.pipeline.case_pipeline import Sample, by_metric, measured
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Tensors
 
 RUNS = 8
@@ -140,10 +140,10 @@ def judged(effect: float, own: float, *, got: str = "right") -> Verdict:
         for seed in range(2, 2 + RUNS)
     ]
     floor = Floor("fp16+mxfp6", "", by_metric(errors), {}, {})
-    terms = Terms("fp16+mxfp6", {}, 0, floor)
+    context = ComparisonContext("fp16+mxfp6", {}, 0, floor)
     inputs = SimpleNamespace(labels=labels, ids=[np.arange(3)] * PROMPTS, eos=frozenset())
     given = reference | {"logits": reference["logits"].astype(np.float32)}
-    return judge_continuations(given, flat, terms, adapters=NAMES, inputs=inputs)
+    return judge_continuations(given, flat, context, adapters=NAMES, inputs=inputs)
 
 
 def test_adapters_are_told_by_the_noise_that_is_not_shared() -> None:

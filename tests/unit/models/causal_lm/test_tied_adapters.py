@@ -14,7 +14,7 @@ import qeff_validate as qv
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.attach_adapters import adapt, live_names
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 1}
 TIED = {**SMALL, "tie_word_embeddings": True}
@@ -57,7 +57,7 @@ def test_an_adapter_merged_by_peft_gives_what_it_gives_as_inputs(name: str, ensu
     model = qv.model(case(name, ensure=ensure))
     inputs = model.inputs(model.tokenize())
     with qv.runtime("torch").open(qv.build(model, "module")) as session:
-        verdict = model.relate("merged", session, inputs, Terms("fp32", {}, 0))  # type: ignore[attr-defined]
+        verdict = model.relate("merged", session, inputs, ComparisonContext("fp32", {}, 0))  # type: ignore[attr-defined]
     assert verdict.status == "pass", verdict.reason
 
 

@@ -16,7 +16,7 @@ from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.models.causal_lm.failure_hints import pattern
 from qeff_validate.models.causal_lm.verdict import judge_continuations
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 
 NAMES, LENGTHS, STEPS, VOCAB = ("base", "a", "b"), (3, 9, 5), (2, 3, 1), 40
 ROWS = sum(STEPS)
@@ -48,8 +48,8 @@ def actual(wanted: Rows, change: Callable[[Rows], Any] = lambda _: None, names: 
 
 
 def judge(wanted: Rows, found: Rows, precision: str = "fp16", names: Sequence[str] = NAMES, **more: Any) -> Verdict:
-    terms = Terms(precision, more.get("override", {}), 0, more.get("floor"), more.get("device", False))
-    return judge_continuations(wanted, found, terms, adapters=list(names), inputs=INPUTS)
+    context = ComparisonContext(precision, more.get("override", {}), 0, more.get("floor"), more.get("device", False))
+    return judge_continuations(wanted, found, context, adapters=list(names), inputs=INPUTS)
 
 
 def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> Floor:
@@ -210,8 +210,8 @@ INCONCLUSIVE: Mapping[str, tuple[Rows, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", INCONCLUSIVE)
 def test_what_cannot_be_told_is_inconclusive(name: str) -> None:
-    wanted, terms, words = INCONCLUSIVE[name]
-    verdict = judge(wanted, actual(wanted), **terms)
+    wanted, options, words = INCONCLUSIVE[name]
+    verdict = judge(wanted, actual(wanted), **options)
     assert (verdict.status, words in verdict.reason) == ("inconclusive", True), verdict.reason
 
 
