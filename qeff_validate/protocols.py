@@ -218,7 +218,7 @@ class Measured(Protocol):
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the systematic parts of outputs' errors against what the precision gives on average."""
 
     def sensitivity(self, inputs: Any, reference: Tensors) -> Sequence[float]:

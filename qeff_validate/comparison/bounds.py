@@ -32,14 +32,14 @@ LEAST: Mapping[str, float] = MappingProxyType(
 """No measured bound is below these: eight units in the last place of float32, and what follows from it."""
 
 
-STRAYS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
+SYSTEMATIC_ERRORS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
 """Systematic parts of a device's error, with the least bound of each."""
 
 
-STRAY_FACTOR = 1.5
-"""How many times the limit of legitimate runs a device may stray, beside the factor of its precision.
+SYSTEMATIC_FACTOR = 1.5
+"""Multiplies the limit of a systematic error, in addition to the factor of the precision.
 
-The worst of 51 held-out graphs on the simulated device strayed by 1.76 times the limit.
+The worst of 51 held-out graphs on the simulated device had 1.76 times the limit.
 """
 
 
@@ -139,17 +139,18 @@ def gate_bounds(
     return {name: bound for name, bound in made.items() if bound is not None}
 
 
-def stray_bounds(floor: Floor) -> dict[str, Bound]:
+def systematic_bounds(floor: Floor) -> dict[str, Bound]:
     """Return the bounds of a device's systematic errors; none where the noise is not finite."""
     bounds = {}
-    for name, least in STRAYS.items():
-        if name not in floor.strays:
+    for name, least in SYSTEMATIC_ERRORS.items():
+        if name not in floor.systematic_errors:
             raise IncomparableError(f"the noise floor has no {name!r} of a device: measure or record it anew")
-        farthest, times = limit(name, floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
+        farthest, times = limit(name, floor.systematic_errors[name]), SYSTEMATIC_FACTOR * factor(floor.profile, name)
         if not np.isfinite(farthest):
             continue
         why = f"{times:g} x {farthest:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
-        bounds[name] = Bound(greatest((times * farthest, least)), "floor", why, float(np.median(floor.strays[name])))
+        typical = float(np.median(floor.systematic_errors[name]))
+        bounds[name] = Bound(greatest((times * farthest, least)), "floor", why, typical)
     return bounds
 
 

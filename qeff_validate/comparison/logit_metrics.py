@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import NOISE_SHARE, Bound, gate_bounds, overridden
 from qeff_validate.comparison.noise_floor import Floor
-from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic, worst_row
+from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic_metrics, worst_row
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.tensors import Array
 
@@ -95,10 +95,10 @@ def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
     return {metric.name: metric.value for metric in found if metric.name in LEAST}
 
 
-def logit_strays(center: Array, actual: Array) -> list[Metric]:
+def systematic_logit_metrics(center: Array, actual: Array) -> list[Metric]:
     """Return the systematic parts of logits' errors; a constant shift of a row is none."""
     wanted, got = (array.astype(np.float64) for array in (center, actual))
-    return systematic(wanted - wanted.mean(axis=1, keepdims=True), got - got.mean(axis=1, keepdims=True))
+    return systematic_metrics(wanted - wanted.mean(axis=1, keepdims=True), got - got.mean(axis=1, keepdims=True))
 
 
 def judge_logits(

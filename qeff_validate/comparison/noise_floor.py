@@ -70,7 +70,7 @@ class Floor:
         profile: the precision.
         of: digest of the reference outputs that it was measured for.
         errors: for each metric the worst row of each run, against float64.
-        strays: for each systematic part of an error that of each run, against the mean of the others.
+        systematic_errors: for each systematic part of an error that of each run, against the mean of the others.
         center: the mean of all runs, by output; of the measured rows.
         rows: numbers of the rows of an output that were measured; None: all.
         left_out: how many texts were not, and what they would add was estimated (`decisive_rows`).
@@ -79,7 +79,7 @@ class Floor:
     profile: str
     of: str
     errors: Mapping[str, Floats]
-    strays: Mapping[str, Floats]
+    systematic_errors: Mapping[str, Floats]
     center: Tensors
     rows: NDArray[np.int64] | None = None
     left_out: int = 0
@@ -90,7 +90,7 @@ class Floor:
 
     def stored(self) -> dict[str, Any]:
         """Return it as tensors."""
-        parts = {"errors": self.errors, "strays": self.strays, "center": self.center}
+        parts = {"errors": self.errors, "strays": self.systematic_errors, "center": self.center}
         about = np.frombuffer(f"{self.profile} {self.of} {self.left_out}".encode(), dtype=np.uint8)
         rows = {} if self.rows is None else {"rows": self.rows}
         tensors = {f"{part}.{name}": array for part, of in parts.items() for name, array in of.items()}
@@ -108,14 +108,14 @@ class Floor:
             raise IncomparableError("tensor 'about' of the noise floor is no precision, digest and number of texts")
         profile, of, left_out = words
         rows = _row_numbers(tensors["rows"]) if "rows" in tensors else None
-        errors, strays, center = (  # float64 as they were written
+        errors, systematic_errors, center = (  # float64 as they were written
             {name.removeprefix(part): array for name, array in tensors.items() if name.startswith(part)}
             for part in ("errors.", "strays.", "center.")
         )
-        for name, array in {**errors, **strays}.items():
+        for name, array in {**errors, **systematic_errors}.items():
             if array.dtype != np.float64 or array.ndim != 1 or np.any(np.asarray(array, np.float64) < 0):
                 raise IncomparableError(f"the noise floor of {name!r} is no list of errors, float64 [runs]")
-        named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", strays)
+        named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", systematic_errors)
         return cls(profile, of, *named, center, rows, int(left_out))
 
 
@@ -148,7 +148,7 @@ def limit(metric: str, errors: Floats) -> float:
     found = tolerance_limit(errors)
     if metric.endswith(ROUND_ZERO) and len(errors) >= 8 and np.isfinite(found):
         half_normal = HALF_NORMAL * float(np.sqrt(np.mean(np.square(errors))))
-        # no size of mean_norm is below its standard error (`metrics.stray_size`), so logarithms spread too little
+        # no size of mean_norm is below its standard error (`systematic_size`), so logarithms spread too little
         return half_normal if metric.endswith("mean_norm") else min(found, half_normal)
     return found
 

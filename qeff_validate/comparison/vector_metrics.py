@@ -116,7 +116,7 @@ def worst_row(name: str, values: Floats) -> Metric:
     return Metric(name, float(values[row]), {"row": row})
 
 
-def systematic(center: Array, actual: Array) -> list[Metric]:
+def systematic_metrics(center: Array, actual: Array) -> list[Metric]:
     """Return the parts of an error that rows have in common, and that average out if it is rounding (§12.1).
 
     Args:
@@ -140,7 +140,7 @@ def systematic(center: Array, actual: Array) -> list[Metric]:
     ]
 
 
-def stray_size(metric: Metric) -> float:
+def systematic_size(metric: Metric) -> float:
     """Return a systematic error of a legitimate run, for the limit of all: at least its standard error.
 
     Rows that differ leave a mean that far from zero by chance, so one that is nearer was lucky: the runs of MiniLM with

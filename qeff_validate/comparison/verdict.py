@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, STRAYS, Bound, greatest, without_bound
+from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, greatest, without_bound
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
     GATES,
     Metric,
     neighbour_metrics,
     row_errors,
-    stray_size,
-    systematic,
+    systematic_metrics,
+    systematic_size,
     worst_row,
 )
 from qeff_validate.tensors import Array, Tensors
@@ -121,11 +121,14 @@ def worst_errors(reference: Tensors, outputs: Tensors, rows: Rows) -> dict[str, 
     return {name: greatest(worst_row(name, getattr(each, name)).value for each in errors) for name in ROW_GATES}
 
 
-def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
+def systematic_errors(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
     """Return the systematic parts of outputs' errors, over all rows that hold a token."""
     kept = rows.kept()
-    found = [metric for name, array in center.items() for metric in systematic(array[kept], outputs[name][kept])]
-    return {name: greatest(stray_size(metric) for metric in found if metric.name == name) for name in STRAYS}
+    sizes: dict[str, list[float]] = {name: [] for name in SYSTEMATIC_ERRORS}
+    for name, array in center.items():
+        for metric in systematic_metrics(array[kept], outputs[name][kept]):
+            sizes[metric.name].append(systematic_size(metric))
+    return {name: greatest(values) for name, values in sizes.items()}
 
 
 def compare(
@@ -283,8 +286,8 @@ def _judge(
         judged.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
     measured = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(measured, kept))
-    if floor is not None and set(STRAYS) <= set(bounds) and places.size:
-        common = systematic(floor.center[name][places], actual[measured[places]])
+    if floor is not None and set(SYSTEMATIC_ERRORS) <= set(bounds) and places.size:
+        common = systematic_metrics(floor.center[name][places], actual[measured[places]])
         judged += [GateResult(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
     return judged
 

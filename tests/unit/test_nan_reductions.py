@@ -16,11 +16,11 @@ from floors import EVEN, made_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.comparison.bounds import STRAYS, Bound, bounds_for, greatest, stray_bounds
+from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, greatest, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, strays, worst_errors
+from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.mutation.power import Ceiling
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import _row as report_row
@@ -46,7 +46,7 @@ def test_one_output_of_several_that_is_nan_makes_errors_and_strays_nan(order: An
     reference = dict.fromkeys(NAMES, GOOD)
     outputs = dict(zip(NAMES, order, strict=True))
     assert all(math.isnan(value) for value in worst_errors(reference, outputs, ROWS).values())
-    assert all(math.isnan(value) for value in strays(reference, outputs, ROWS).values())
+    assert all(math.isnan(value) for value in systematic_errors(reference, outputs, ROWS).values())
     assert rows_beyond(reference, outputs, bounds_for("fp32", override={}), ROWS) == set(range(N))
 
 
@@ -68,9 +68,9 @@ def test_one_run_of_a_floor_that_is_no_number_leaves_no_bound(place: int, bad: f
     assert "rel_l2" not in bounds_for("fp16", override={}, floor=made_floor({**EVEN, "rel_l2": runs}))
     logit_floor = made_floor({**dict.fromkeys(LEAST, 1e-6), "kl_max": runs})
     assert "kl_max" not in logit_bounds("fp16", override={}, floor=logit_floor)
-    for name in STRAYS:
-        strayed = {**dict.fromkeys(STRAYS, 1e-4), name: runs}
-        assert set(stray_bounds(made_floor(strays=strayed))) == set(STRAYS) - {name}
+    for name in SYSTEMATIC_ERRORS:
+        errors = {**dict.fromkeys(SYSTEMATIC_ERRORS, 1e-4), name: runs}
+        assert set(systematic_bounds(made_floor(systematic_errors=errors))) == set(SYSTEMATIC_ERRORS) - {name}
 
 
 def judged(value: float, bound: float, name: str = "output.rel_l2") -> GateResult:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, PositiveInt
 
-from qeff_validate.comparison.logit_metrics import logit_strays
-from qeff_validate.comparison.vector_metrics import stray_size
+from qeff_validate.comparison.logit_metrics import systematic_logit_metrics
+from qeff_validate.comparison.vector_metrics import systematic_size
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError
@@ -326,9 +326,15 @@ class PeftCausalLM:
 
         return measure_continuations(exact, outputs["logits"], exact["steps"], list(inputs.adapters), inputs.labels)
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
+    def systematic_errors(
+        self,
+        center: Tensors,
+        outputs: Tensors,
+        inputs: Prompts,  # noqa: ARG002
+    ) -> Mapping[str, float]:
         """Return the systematic parts of logits' errors."""
-        return {metric.name: stray_size(metric) for metric in logit_strays(center["logits"], outputs["logits"])}
+        metrics = systematic_logit_metrics(center["logits"], outputs["logits"])
+        return {metric.name: systematic_size(metric) for metric in metrics}
 
     def sensitivity(self, inputs: Prompts, reference: Tensors) -> Sequence[float]:
         """Return the greatest spread of a prompt's logits: what is rounded in them is relative to their size."""

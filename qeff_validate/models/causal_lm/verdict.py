@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.comparison.bounds import Bound, measured_bound, stray_bounds, without_bound
+from qeff_validate.comparison.bounds import Bound, measured_bound, systematic_bounds, without_bound
 from qeff_validate.comparison.logit_metrics import (
     LOGIT_GATES,
     Text,
     judge_logits,
     logit_bounds,
     logit_errors,
-    logit_strays,
     noise_level,
     rows_beyond,
+    systematic_logit_metrics,
 )
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import Metric
@@ -87,9 +87,9 @@ def judge_continuations(
     measured = np.arange(len(labels)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(measured, kept))
     if context.device and floor is not None and places.size:
-        limits = stray_bounds(floor)
-        strays = logit_strays(floor.center["logits"][places], actual["logits"][measured[places]])
-        judged += [GateResult(replace(item, name=f"logits.{item.name}"), limits.get(item.name)) for item in strays]
+        limits = systematic_bounds(floor)
+        errors = systematic_logit_metrics(floor.center["logits"][places], actual["logits"][measured[places]])
+        judged += [GateResult(replace(item, name=f"logits.{item.name}"), limits.get(item.name)) for item in errors]
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
     effects, weak = _effects(first, context.precision, floor) if first.at.size else ([], [])
     judged += [*effects, _revisits(actual, labels, again)]

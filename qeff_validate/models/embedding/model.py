@@ -17,9 +17,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import bounds_for, relation_precision, stray_bounds
+from qeff_validate.comparison.bounds import bounds_for, relation_precision, systematic_bounds
 from qeff_validate.comparison.vector_metrics import Floats
-from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, strays, worst_errors
+from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.files import read_lines
@@ -311,9 +311,9 @@ class PooledEmbedding:
         """Return the worst row of each row metric."""
         return worst_errors(exact, outputs, Rows(inputs.labels, inputs.tokenless))
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
         """Return the systematic parts of vectors' errors."""
-        return strays(center, outputs, Rows(inputs.labels, inputs.tokenless))
+        return systematic_errors(center, outputs, Rows(inputs.labels, inputs.tokenless))
 
     def sensitivity(self, inputs: TokenRows, reference: Tensors) -> Sequence[float]:
         """Return how far the hidden states of a row cancel in their mean, else how short its vector is.
@@ -343,7 +343,7 @@ class PooledEmbedding:
 
         bounds = bounds_for(context.precision, floor=context.floor, override=context.override)
         if context.device and context.floor is not None:
-            bounds = stray_bounds(context.floor) | bounds
+            bounds = systematic_bounds(context.floor) | bounds
         rows = Rows(inputs.labels, inputs.tokenless, zeros=context.ours, reached=context.reached)
         verdict = compare(
             reference, actual, bounds, rows=rows, floor=context.floor, seed=context.seed, precision=context.precision

@@ -58,7 +58,7 @@ def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> F
     for name in NAMES[1:]:
         errors |= {f"{name}.delta_cosine": delta_cosine, f"{name}.delta_norm": 0.01, f"{name}.strayed": strayed}
     center = {"logits": reference()["logits"]}
-    return made_floor(errors, strays={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
+    return made_floor(errors, systematic_errors={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
 
 
 def failed(verdict: Verdict) -> set[str]:
