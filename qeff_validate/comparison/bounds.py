@@ -101,7 +101,7 @@ def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound 
     if name not in floor.errors:
         raise IncomparableError(f"the noise floor has no errors of the metric {name!r}: measure or record it anew")
     farthest, times = limit(name, floor.errors[name]), factor(floor.profile, name)
-    value = greatest((times * farthest, least))
+    value = nan_max((times * farthest, least))
     if not value < most:
         return None
     why = f"{times:g} x {farthest:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
@@ -150,7 +150,7 @@ def systematic_bounds(floor: Floor) -> dict[str, Bound]:
             continue
         why = f"{times:g} x {farthest:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
         typical = float(np.median(floor.systematic_errors[name]))
-        bounds[name] = Bound(greatest((times * farthest, least)), "floor", why, typical)
+        bounds[name] = Bound(nan_max((times * farthest, least)), "floor", why, typical)
     return bounds
 
 
@@ -183,12 +183,12 @@ def overridden(override: Mapping[str, Any]) -> dict[str, Bound]:
     return {name: Bound(value, "case", str(override["why"])) for name, value in values.items()}
 
 
-def greatest(values: Iterable[float]) -> float:
+def nan_max(values: Iterable[float]) -> float:
     """Return the greatest of some numbers; NaN if one of them is NaN, which Python's ``max`` loses."""
     return float(np.max(np.fromiter(values, np.float64)))
 
 
-def without_bound(missing: Sequence[str], floor: Floor | None, precision: str = "") -> str:
+def missing_bounds_reason(missing: Sequence[str], floor: Floor | None, precision: str = "") -> str:
     """Say why there is no verdict without bounds, and what to do."""
     remedy = "give one with its reason in the case's tolerance"
     text = f"no sound bound for {', '.join(missing)}: {remedy}"

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, greatest, without_bound
+from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
     GATES,
@@ -32,9 +32,6 @@ NON_FINITE = "non_finite"
 
 NAMED, MOST_LISTED = 5, 100
 """So many rows are named in a message, and listed in a report."""
-
-
-ROW_GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +115,7 @@ def worst_errors(reference: Tensors, outputs: Tensors, rows: Rows) -> dict[str, 
     """Return the worst value of each row metric of outputs, over all rows that hold a token; NaN if one is NaN."""
     kept = rows.kept()
     errors = [row_errors(array[kept], outputs[name][kept]) for name, array in reference.items()]
-    return {name: greatest(worst_row(name, getattr(each, name)).value for each in errors) for name in ROW_GATES}
+    return {name: nan_max(worst_row(name, getattr(each, name)).value for each in errors) for name in LEAST}
 
 
 def systematic_errors(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
@@ -128,7 +125,7 @@ def systematic_errors(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str
     for name, array in center.items():
         for metric in systematic_metrics(array[kept], outputs[name][kept]):
             sizes[metric.name].append(systematic_size(metric))
-    return {name: greatest(values) for name, values in sizes.items()}
+    return {name: nan_max(values) for name, values in sizes.items()}
 
 
 def compare(
@@ -183,8 +180,8 @@ def compare(
     verdict = _conclude(judged, planned, compared=planned - sum(map(len, unusable.values())))
     missing = [name for name in GATES if name not in bounds]
     if missing and verdict.status != "fail":
-        verdict = replace(verdict, status="inconclusive", reason=without_bound(missing, floor, precision))
-    return replace(with_unusable(verdict, unusable, rows.labels), findings=tuple(findings))
+        verdict = replace(verdict, status="inconclusive", reason=missing_bounds_reason(missing, floor, precision))
+    return replace(with_unusable_rows(verdict, unusable, rows.labels), findings=tuple(findings))
 
 
 def finite_rows(array: Array) -> NDArray[np.bool_]:
@@ -195,7 +192,7 @@ def finite_rows(array: Array) -> NDArray[np.bool_]:
     return finite
 
 
-def with_unusable(verdict: Verdict, unusable: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Verdict:
+def with_unusable_rows(verdict: Verdict, unusable: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Verdict:
     """Return a verdict that names the rows in which the reference itself is not finite; such a verdict never passes."""
     texts = [
         f"the reference itself holds NaN or infinity in {len(places)} of {len(labels)} rows of {name}:"
@@ -270,12 +267,12 @@ def _judge(
     whole = len(kept) == len(reference)
     wanted, got = (reference, actual) if whole else (reference[kept], actual[kept])
     errors = row_errors(wanted, got)
-    found = [worst_row(metric, getattr(errors, metric)) for metric in ROW_GATES]
+    found = [worst_row(metric, getattr(errors, metric)) for metric in LEAST]
     worst = worst_row("mean_abs", errors.mean_abs)
     found.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
     if len(kept) >= 3 and "rel_l2" in bounds:
         usual = bounds["rel_l2"].floor
-        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else greatest((usual, LEAST["rel_l2"] / 10))
+        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else nan_max((usual, LEAST["rel_l2"] / 10))
         found += neighbour_metrics(wanted, got, noise=noise, seed=seed)
     judged = []
     for metric in found:
@@ -334,7 +331,7 @@ def rows_beyond(reference: Tensors, actual: Tensors, bounds: Mapping[str, Bound]
         return beyond
     for name, array in reference.items():
         errors = row_errors(array[kept], actual[name][kept])
-        for gate in ROW_GATES:
+        for gate in LEAST:
             if gate in bounds:
                 beyond |= set(kept[~(getattr(errors, gate) <= bounds[gate].value)].tolist())
         beyond |= set(kept[~finite_rows(actual[name])[kept]].tolist())

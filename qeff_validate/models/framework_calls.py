@@ -40,7 +40,7 @@ def without_cache(body: Any) -> Any:
 
 
 @contextmanager
-def foreign(doing: str) -> Iterator[None]:
+def translated_errors(doing: str) -> Iterator[None]:
     """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
     try:
         yield
@@ -53,7 +53,7 @@ def foreign(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars, load reports and deprecations off the terminal: ours stand there."""
     from transformers.utils import logging
 

@@ -16,7 +16,7 @@ from floors import EVEN, made_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, greatest, systematic_bounds
+from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, nan_max, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
 from qeff_validate.comparison.vector_metrics import Metric
@@ -38,7 +38,7 @@ NAMES = ("a", "b", "c")
 @given(st.lists(st.floats(allow_nan=True), min_size=1, max_size=8))
 def test_the_greatest_of_numbers_is_nan_if_one_is(values: list[float]) -> None:
     wanted = math.nan if any(map(math.isnan, values)) else max(values)
-    np.testing.assert_equal(greatest(values), wanted)
+    np.testing.assert_equal(nan_max(values), wanted)
 
 
 @pytest.mark.parametrize("order", list(permutations((GOOD, GOOD * 1.1, BAD))), ids=lambda _: "")

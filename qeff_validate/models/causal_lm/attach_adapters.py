@@ -21,7 +21,7 @@ from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
 from qeff_validate.models.causal_lm.kv_cache import state_shapes
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
 
 OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
@@ -86,7 +86,7 @@ def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
         configs, tensors, model = _taken_off(model)
     else:
         configs, tensors = _made(model, named)
-    with foreign(f"run {type(model).__name__} with keys and values kept"):
+    with translated_errors(f"run {type(model).__name__} with keys and values kept"):
         dims = state_shapes(model)
     eos = _eos(model)
     if not configs:

@@ -14,13 +14,13 @@ from peft import PeftModel
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, loaded_adapter
-from qeff_validate.models.emulation.ensemble import Way
+from qeff_validate.models.emulation.ensemble import ComputationVariant
 from qeff_validate.models.emulation.float64 import computing_in, few_threads
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
-PLAIN = Way("as published, batches of 8", batch=8)
+PLAIN = ComputationVariant("as published, batches of 8", batch=8)
 
 
 class GivenLogits:
@@ -121,7 +121,7 @@ class Altered:
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
-        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(model):
+        with translated_errors("run the Hugging Face model"), torch.no_grad(), few_threads(model):
             starts = [prompt.size for prompt in prompts]
             return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
 

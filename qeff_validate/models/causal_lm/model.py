@@ -32,7 +32,7 @@ from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.models.sources.embedding_tables import module_tables
-from qeff_validate.models.sources.resolve import Given, Source, resolve
+from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
 from qeff_validate.protocols import Change, ComparisonContext, Graph, Session
@@ -87,14 +87,14 @@ class PeftCausalLM:
 
     def __init__(self, case: Case, options: PeftCausalLMOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case, self.options = case, options
-        self._given = None if given is None else Given(given, tokenizer)
+        self._in_memory = None if given is None else InMemory(given, tokenizer)
         self._graph: Graph | None = None
         self._loaded: Any = None
 
     @cached_property
     def source(self) -> Source:
         """Where weights and tokenizer come from."""
-        return self._given or resolve(self.case)
+        return self._in_memory or resolve(self.case)
 
     @property
     def graph(self) -> Graph:

@@ -28,10 +28,10 @@ from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
 from qeff_validate.models.causal_lm.attach_adapters import live_names
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.emulation.ensemble import WAYS, Rounded, Way, run_ensemble
+from qeff_validate.models.emulation.ensemble import ENSEMBLE, ComputationVariant, Rounded, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, computing_in, few_threads
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
-from qeff_validate.models.framework_calls import first_line, foreign, quiet
+from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array, Tensors
@@ -50,7 +50,7 @@ def continuations(
     for count, adapted in enumerate(adapted_models(model, named, inputs.adapters)):
         texts: list[Array] = []
         # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
-        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(adapted):
+        with translated_errors("run the Hugging Face model"), torch.no_grad(), few_threads(adapted):
             for prompt in inputs.ids:
                 texts.append(_greedy(adapted, prompt, steps, inputs.eos))
                 logits.append(_logits(adapted, texts[-1], prompt.size, dtype))
@@ -72,17 +72,18 @@ def ensemble(
     texts: Sequence[Array],
     precision: Precision,
 ) -> list[Tensors]:
-    """Return ``logits`` along given continuations, in the order adapter, prompt, in each of `arithmetic.WAYS`."""
+    """Return ``logits`` along given continuations, in the order adapter, prompt, in each of `ensemble.ENSEMBLE`."""
     adapters = frozenset(_adapter_parameters(model))
-    compressed = {way.block: CompressedWeights(model, adapters, way.block) for way in WAYS if precision.weights}
-    prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in WAYS]
+    blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
+    compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
+    prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
     weights = Rounded(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
     for adapted in adapted_models(model, named, inputs.adapters):
         own, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]
         starts = [prompt.size for prompt in prompts]
         run = partial(batched_logits, texts=whole, starts=starts, pad=inputs.pad, keep=precision.kv is not None)
-        with foreign("run the Hugging Face model"):
+        with translated_errors("run the Hugging Face model"):
             runs = run_ensemble(adapted, precision.compute, run, weights=weights, compressed=compressed)
         for part, logits in zip(parts, runs, strict=True):
             part.extend(logits)
@@ -90,7 +91,13 @@ def ensemble(
 
 
 def batched_logits(
-    model: Any, way: Way, *, texts: Sequence[Array], starts: Sequence[int], pad: int, keep: bool = False
+    model: Any,
+    variant: ComputationVariant,
+    *,
+    texts: Sequence[Array],
+    starts: Sequence[int],
+    pad: int,
+    keep: bool = False,
 ) -> list[Array]:
     """Return for each text the logits that choose its tokens from a start on.
 
@@ -98,14 +105,14 @@ def batched_logits(
     values as MXINT8 holds them.
     """
     found: list[Array] = [np.zeros(0)] * len(texts)
-    for rows in together(texts, way.batch):
+    for rows in together(texts, variant.batch):
         length = max(texts[row].size for row in rows) - 1
         padded = [np.pad(texts[row][:-1], (0, length + 1 - texts[row].size), constant_values=pad) for row in rows]
         mask = [np.arange(length) < texts[row].size - 1 for row in rows]
         cache = None
         if keep:
             cache = CompressedCache(config=model.config.get_text_config())
-            cache.block = way.block
+            cache.block = variant.block
         logits = model(
             input_ids=torch.from_numpy(np.stack(padded)),
             attention_mask=torch.from_numpy(np.stack(mask).astype(np.int64)),
@@ -143,14 +150,14 @@ def merged(
     Raises:
         IncomparableError: PEFT cannot merge this method.
     """
-    with foreign("load the adapter with PEFT"):
+    with translated_errors("load the adapter with PEFT"):
         adapted = loaded_adapter(model, made, tensors)
     _untie(adapted)
     try:
         whole = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError, TypeError) as exc:
         raise IncomparableError(f"PEFT cannot merge this adapter: {first_line(exc)}") from exc
-    with foreign("run the merged model"), torch.inference_mode():
+    with translated_errors("run the merged model"), torch.inference_mode():
         return [
             _logits(whole, np.concatenate([prompt, text]), prompt.size, "float32")
             for prompt, text in zip(prompts, forced, strict=True)
@@ -187,11 +194,11 @@ def kept(
         last tokens alone.
     """
     if made is not None:
-        with foreign("load the adapter with PEFT"):
+        with translated_errors("load the adapter with PEFT"):
             model = loaded_adapter(model, made, tensors)
     found = []
     for prompt in prompts:
-        with foreign("run the Hugging Face model"), torch.inference_mode():
+        with translated_errors("run the Hugging Face model"), torch.inference_mode():
             layers = model(input_ids=torch.from_numpy(prompt)[None], use_cache=True).past_key_values.layers
         found.append(
             {
@@ -220,7 +227,7 @@ def adapted_models(
         return
     yield model
     for name, made in named.items():
-        with foreign(f"load adapter {name} with PEFT"):
+        with translated_errors(f"load adapter {name} with PEFT"):
             adapted = loaded_adapter(model, made, None if isinstance(made, str) else adapters[name])
         yield adapted
         model = adapted.unload()
@@ -243,7 +250,7 @@ def loaded_adapter(model: Any, made: str | Mapping[str, Any], tensors: Tensors |
 @contextmanager
 def _silent() -> Iterator[None]:
     """Ignore warnings: `apply_peft` has logged what PEFT has to say of the same config."""
-    with quiet(), warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

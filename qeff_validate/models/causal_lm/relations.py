@@ -27,7 +27,7 @@ from qeff_validate.tensors import Array, Tensors, retained
 POISON = 1e4
 """What is put into keys and values before a run: finite in fp16, and far from anything that a model computes."""
 
-Way = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
+Relation = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
 """Runs all prompts along given tokens in some way, and returns their logits in the order of the prompts."""
 
 
@@ -89,7 +89,7 @@ def mixed_rows(session: Session, inputs: Any, plan: Plan, state: Tensors, forced
     return generate(session, prompts, plan, state=state, forced=texts, adapter_ids=ids)[::2]
 
 
-WAYS: Mapping[str, Way] = {
+RERUN_RELATIONS: Mapping[str, Relation] = {
     "mixed_rows": mixed_rows,
     "other_chunks": other_chunks,
     "other_padding": other_padding,
@@ -98,7 +98,7 @@ WAYS: Mapping[str, Way] = {
     "row_alone": row_alone,
 }
 
-RELATIONS = ("kv_cache", "merged", "scaled", *WAYS)
+RELATIONS = ("kv_cache", "merged", "scaled", *RERUN_RELATIONS)
 """The ways, and three more. ``merged``: the adapter as inputs against the same one merged into the weights by PEFT.
 ``kv_cache``: what is retained of prompts against transformers' cache. ``scaled``: a share of the adapter has that share
 of its effect."""
@@ -151,7 +151,10 @@ def relate(
     forced = [logits.argmax(axis=-1) for logits in usual]
     if name == "scaled":
         return judge_scaled(session, inputs, plan, state, forced, context)
-    found = original.merged(adapter, forced) if name == "merged" else WAYS[name](session, inputs, plan, state, forced)
+    if name == "merged":
+        found = original.merged(adapter, forced)
+    else:
+        found = RERUN_RELATIONS[name](session, inputs, plan, state, forced)
     expected, actual = np.concatenate(usual), np.concatenate(found)
     texts = _texts(inputs.labels, usual)
     labels = [f"{text.label!r} +{step}" for text in texts for step in range(len(text.rows))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.comparison.bounds import Bound, measured_bound, systematic_bounds, without_bound
+from qeff_validate.comparison.bounds import Bound, measured_bound, missing_bounds_reason, systematic_bounds
 from qeff_validate.comparison.logit_metrics import (
     LOGIT_GATES,
     Text,
@@ -31,7 +31,7 @@ from qeff_validate.comparison.verdict import (
     non_finite,
     sentence,
     structure_problem,
-    with_unusable,
+    with_unusable_rows,
 )
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.failure_hints import FirstTokens, pattern
@@ -95,7 +95,7 @@ def judge_continuations(
     judged += [*effects, _revisits(actual, labels, again)]
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
-        weak = [without_bound(missing, floor, context.precision)]
+        weak = [missing_bounds_reason(missing, floor, context.precision)]
     verdict = _conclude(judged, weak, planned)
     unusable = np.flatnonzero(~usable)
     if verdict.status == "fail" and not missing:
@@ -105,7 +105,7 @@ def judge_continuations(
     elif verdict.status == "fail" and not finite[usable].all():
         verdict = replace(verdict, reason=f"{verdict.reason}; {pattern(usable & ~finite, texts, adapters, lengths)}")
     verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()))
-    return with_unusable(verdict, {"logits": unusable.tolist()}, labels)
+    return with_unusable_rows(verdict, {"logits": unusable.tolist()}, labels)
 
 
 def _texts(steps: Array, adapters: Sequence[str], prompts: Sequence[str]) -> list[Text]:

@@ -26,11 +26,11 @@ from qeff_validate.files import read_lines
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
 from qeff_validate.models.embedding.options import EmbeddingOptions
-from qeff_validate.models.embedding.pooling_config import Head, published, resolve_head
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
-from qeff_validate.models.sources.resolve import Given, Source, resolve
+from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
 from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share
 from qeff_validate.tensors import Array, Tensors, TensorSpec
@@ -64,7 +64,7 @@ class PooledEmbedding:
     def __init__(self, case: Case, options: EmbeddingOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case = case
         self.options = options
-        self._given = None if given is None else Given(given, tokenizer)
+        self._in_memory = None if given is None else InMemory(given, tokenizer)
         self.share: Share = lambda name, inputs, run: run()  # noqa: ARG005
         dims = ("batch_size", "seq_len")
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if options.token_type_ids else [])]
@@ -78,12 +78,12 @@ class PooledEmbedding:
     @cached_property
     def source(self) -> Source:
         """Where weights and tokenizer come from; looked for when first needed, for stored artifacts need none."""
-        return self._given or resolve(self.case)
+        return self._in_memory or resolve(self.case)
 
     @cached_property
-    def head(self) -> Head:
-        """Pooling and what follows it, settled."""
-        return resolve_head(
+    def pooling_config(self) -> PoolingConfig:
+        """The pooling and what follows it, with ``auto`` resolved."""
+        return resolve_pooling_config(
             self.options, getattr(self.source, "path", None) if self.options.pooling == "auto" else None
         )
 
@@ -93,7 +93,11 @@ class PooledEmbedding:
 
     def settings(self) -> Mapping[str, Any]:
         """Return what the graph depends on beside the body."""
-        return {"kind": "embedding", "head": self.head.key(), "inputs": [spec.name for spec in self.graph.inputs]}
+        return {
+            "kind": "embedding",
+            "head": self.pooling_config.key(),
+            "inputs": [spec.name for spec in self.graph.inputs],
+        }
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
@@ -177,15 +181,15 @@ class PooledEmbedding:
         from qeff_validate.models.embedding.pooling import PooledModel
 
         body = self.source.body()
-        with foreign("choose eager attention"):
+        with translated_errors("choose eager attention"):
             if hasattr(body, "set_attn_implementation"):
                 body.set_attn_implementation("eager")
             choose_exportable_experts(body)
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0
-        head = self.head
-        module = PooledModel(body, head.pooling, normalize=head.normalize, truncate_dim=head.truncate_dim).eval()
+        config = self.pooling_config
+        module = PooledModel(body, config.pooling, normalize=config.normalize, truncate_dim=config.truncate_dim).eval()
         known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         return module, {spec.name: known[spec.name] for spec in self.graph.inputs}
 
@@ -216,13 +220,13 @@ class PooledEmbedding:
         return unpacked(stored["states"], inputs.ids)
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
-        """Yield what `reference` returns if the body computes in the precision, in each of `arithmetic.WAYS`."""
+        """Yield what `reference` returns if the body computes in the precision, in each of `ensemble.ENSEMBLE`."""
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
         name = f"ensemble in {precision.profile}"
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
-        for way in sorted(runs):
-            found = self._pooled(unpacked(runs[way], inputs.ids), inputs, "float32")
+        for variant in sorted(runs):
+            found = self._pooled(unpacked(runs[variant], inputs.ids), inputs, "float32")
             half = precision.compute == "fp16"
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
@@ -230,14 +234,21 @@ class PooledEmbedding:
 
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
-        from qeff_validate.models.emulation.ensemble import WAYS, Rounded, RoundedInPlace, Way, run_ensemble
+        from qeff_validate.models.emulation.ensemble import (
+            ENSEMBLE,
+            ComputationVariant,
+            Rounded,
+            RoundedInPlace,
+            run_ensemble,
+        )
         from qeff_validate.models.emulation.microscaling import CompressedWeights
 
-        def run(replica: Any, way: Way) -> Array:
-            return packed(batched_states(replica, inputs.ids, inputs.pad, way.batch).items(), "float32")
+        def run(replica: Any, variant: ComputationVariant) -> Array:
+            return packed(batched_states(replica, inputs.ids, inputs.pad, variant.batch).items(), "float32")
 
         body, compute = self.source.body(), precision.compute
-        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
+        blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
+        compressed = {block: CompressedWeights(body, block=block) for block in blocks}
         # a body of its own may be rounded in place, unless its weights are to be compressed as they are
         weights = RoundedInPlace(compute, body) if not compressed and compute != "fp32" else Rounded(compute)
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
@@ -266,10 +277,10 @@ class PooledEmbedding:
         from qeff_validate.models.embedding.reference_session import OriginalSession
         from qeff_validate.models.emulation.float64 import computing_in, few_threads
 
-        head = self.head
-        custom = partial(pooled_alone, head.pooling, dtype=dtype)
-        finish = partial(pooling_oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
-        pool = custom if head.custom else pooling_oracle.POOLINGS[head.pooling]
+        config = self.pooling_config
+        custom = partial(pooled_alone, config.pooling, dtype=dtype)
+        finish = partial(pooling_oracle.finish, normalize=config.normalize, truncate_dim=config.truncate_dim)
+        pool = custom if config.custom else pooling_oracle.POOLINGS[config.pooling]
         original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
@@ -291,15 +302,15 @@ class PooledEmbedding:
     def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.embedding.reference import pooled_alone
 
-        head = self.head
+        config = self.pooling_config
 
         def vector(tokens: Floats) -> Floats:
             raw = (
-                pooled_alone(head.pooling, tokens, dtype)
-                if head.custom
-                else pooling_oracle.POOLINGS[head.pooling](tokens)
+                pooled_alone(config.pooling, tokens, dtype)
+                if config.custom
+                else pooling_oracle.POOLINGS[config.pooling](tokens)
             )
-            return pooling_oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
+            return pooling_oracle.finish(raw, normalize=config.normalize, truncate_dim=config.truncate_dim)
 
         found = {row: vector(tokens).astype(dtype) for row, tokens in states}
         if inputs.per_token:

@@ -37,7 +37,7 @@ OLD_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class PoolingConfig:
     """The settled head of an embedding model."""
 
     pooling: Any
@@ -76,7 +76,7 @@ def _source_digest(pooling: Any) -> str:
     return f"{text}{closed!r}"
 
 
-def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
+def resolve_pooling_config(options: EmbeddingOptions, folder: Path | None) -> PoolingConfig:
     """Return the head that the options name; ``pooling: auto`` reads ``modules.json`` beside the weights.
 
     Args:
@@ -87,7 +87,7 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
         ConfigError: auto, and the files are missing or hold a module that the wrapper does not have.
     """
     if options.pooling != "auto":
-        return Head(options.pooling, bool(options.normalize), options.truncate_dim)
+        return PoolingConfig(options.pooling, bool(options.normalize), options.truncate_dim)
     if folder is None or not (folder / "modules.json").is_file():
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
     pooling, normalize = "", False
@@ -101,7 +101,7 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
             raise ConfigError(f"pooling: auto: {folder}/modules.json has a {kind} module, which the wrapper lacks")
     if not pooling:
         raise ConfigError(f"pooling: auto: {folder}/modules.json names no Pooling module")
-    return Head(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
+    return PoolingConfig(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
 
 
 def published(folder: Path | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def published(folder: Path | None) -> dict[str, Any]:
     found = tokenizer_length(folder)
     with suppress(ConfigError):
         if folder is not None and (folder / "modules.json").is_file():
-            head = resolve_head(EmbeddingOptions(pooling="auto"), folder)
+            head = resolve_pooling_config(EmbeddingOptions(pooling="auto"), folder)
             found |= {"pooling": head.pooling, "normalize": head.normalize}
             length = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
             found |= {"max_seq_length": length} if isinstance(length, int) else {}

@@ -15,7 +15,7 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
 from qeff_validate.models.emulation.float64 import computing_in, few_threads
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array
@@ -96,7 +96,7 @@ def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
     """Run rows of one length: ids and mask are ``[n]`` or ``[rows, n]``."""
     tokens = torch.from_numpy(np.atleast_2d(np.ascontiguousarray(row)))
     attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
-    with foreign("run the Hugging Face model"):
+    with translated_errors("run the Hugging Face model"):
         out: Any = body(input_ids=tokens, attention_mask=attended)
     hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
     if hidden is None:

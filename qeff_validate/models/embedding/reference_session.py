@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qeff_validate.comparison.vector_metrics import Floats
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
@@ -82,7 +82,7 @@ class OriginalSession:
         if key in self._states:
             return torch.from_numpy(self._states[key])
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        with foreign("run the Hugging Face model"), torch.no_grad():
+        with translated_errors("run the Hugging Face model"), torch.no_grad():
             out: Any = self.body(**tensors)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
         if self._bytes + hidden.nbytes <= KEPT:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qeff_validate.models.framework_calls import quiet
+from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.models.sources.exportable_experts import exportable_experts
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ POOL = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ComputationVariant:
     """One of the ways in which the same model can legitimately be computed.
 
     Attributes:
@@ -66,15 +66,17 @@ class Way:
     fused: bool = True
 
 
-WAYS = (
-    Way("eager, rows of equal length"),
-    Way("sdpa, padded batches of 8", "sdpa", batch=8),
-    Way("eager, sums in 2 parts, padded batches of 16", parts=2, batch=16, fused=False),
-    Way("eager, sums in 4 parts, padded batches of 3", parts=4, batch=3, block=16, fused=False),
-    Way("sdpa, sums in 8 parts, padded batches of 12", "sdpa", parts=8, batch=12, block=64),
-    Way("eager, random rounding, padded batches of 5", seed=1, batch=5, fused=False),
-    Way("eager, random rounding, rows of equal length", seed=2),
-    Way("sdpa, random rounding, sums in 2 parts, padded batches of 6", "sdpa", parts=2, seed=3, batch=6, fused=False),
+ENSEMBLE = (
+    ComputationVariant("eager, rows of equal length"),
+    ComputationVariant("sdpa, padded batches of 8", "sdpa", batch=8),
+    ComputationVariant("eager, sums in 2 parts, padded batches of 16", parts=2, batch=16, fused=False),
+    ComputationVariant("eager, sums in 4 parts, padded batches of 3", parts=4, batch=3, block=16, fused=False),
+    ComputationVariant("sdpa, sums in 8 parts, padded batches of 12", "sdpa", parts=8, batch=12, block=64),
+    ComputationVariant("eager, random rounding, padded batches of 5", seed=1, batch=5, fused=False),
+    ComputationVariant("eager, random rounding, rows of equal length", seed=2),
+    ComputationVariant(
+        "sdpa, random rounding, sums in 2 parts, padded batches of 6", "sdpa", parts=2, seed=3, batch=6, fused=False
+    ),
 )
 """The ensemble: kernels, orders of sums, batches, padding, roundings, and layouts of compressed blocks.
 
@@ -130,15 +132,15 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         compute: the precision; in fp32 only the way differs.
-        way: how.
+        variant: how.
         weights: rounded weights that runs share; None: this one's own.
     """
 
-    def __init__(self, compute: Compute, way: Way, weights: Rounded | None = None) -> None:
+    def __init__(self, compute: Compute, variant: ComputationVariant, weights: Rounded | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._dtype, self._way = DTYPES[compute], way
+        self._dtype, self._variant = DTYPES[compute], variant
         self._most = torch.finfo(self._dtype).max
-        self._drawn = None if way.seed is None else torch.Generator().manual_seed(way.seed)
+        self._drawn = None if variant.seed is None else torch.Generator().manual_seed(variant.seed)
         if self._drawn is not None:  # never from torch's own generator, which is the caller's
             pool = torch.randint(0, 1 << 30, (POOL,), generator=self._drawn, dtype=torch.int32)
             # in float32 an error for each sum; else what is below the last kept bit, drawn evenly
@@ -158,13 +160,13 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if learned and not shows and not self.kept and self._dtype != torch.float32:
             own, args = args, self._read(args)
             given = {key: self._read(value) for key, value in given.items()}
-        if name in PRODUCTS and self._way.parts > 1:
-            found = in_parts(name, self._way.parts, *args, **given)
+        if name in PRODUCTS and self._variant.parts > 1:
+            found = in_parts(name, self._variant.parts, *args, **given)
         else:
             found = func(*args, **given)
         if name in PRODUCTS and self._drawn is not None and self._dtype == torch.float32:
             found = self._blurred(found)
-        if self.kept and name == "rsqrt" and not self._way.fused and self._dtype != torch.float32:
+        if self.kept and name == "rsqrt" and not self._variant.fused and self._dtype != torch.float32:
             found = self._read(found)
         if own is not None and func._schema.is_mutable:  # it has written into what it read
             found = own[0].copy_(found)
@@ -257,12 +259,14 @@ def in_parts(name: str, parts: int, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def computing_as(model: Any, compute: Compute, way: Way, weights: Rounded | None = None) -> Iterator[None]:
+def computing_as(
+    model: Any, compute: Compute, variant: ComputationVariant, weights: Rounded | None = None
+) -> Iterator[None]:
     """Let a float32 model of transformers compute in a precision and a way; afterwards it is as it was.
 
     Attention and experts are chosen by `run_ensemble`, because two threads may not choose them at once.
     """
-    mode = Arithmetic(compute, way, weights)
+    mode = Arithmetic(compute, variant, weights)
 
     def enter(*_: Any) -> None:
         mode.kept += 1
@@ -282,11 +286,11 @@ def computing_as(model: Any, compute: Compute, way: Way, weights: Rounded | None
 def run_ensemble(
     model: Any,
     compute: Compute,
-    run: Callable[[Any, Way], T],
+    run: Callable[[Any, ComputationVariant], T],
     *,
     weights: Rounded,
     compressed: Mapping[int, AbstractContextManager[Any]] | None = None,
-    ways: Sequence[Way] = WAYS,
+    variants: Sequence[ComputationVariant] = ENSEMBLE,
 ) -> list[T]:
     """Run a float32 model of transformers in every way, as many side by side as torch has threads.
 
@@ -299,29 +303,29 @@ def run_ensemble(
         run: called with such a model and its way, while it computes in the precision.
         weights: rounded ones, for all ways.
         compressed: by block size, what makes products read compressed weights.
-        ways: the ensemble.
+        variants: the ensemble.
 
     Returns:
         What ``run`` returned for each way, in their order.
     """
     threads = torch.get_num_threads()
 
-    def one(replica: Any, way: Way) -> T:
+    def run_variant(replica: Any, variant: ComputationVariant) -> T:
         torch.set_num_threads(1)
-        with (compressed or {}).get(way.block, nullcontext()), computing_as(replica, compute, way, weights):
-            return run(replica, way)
+        with (compressed or {}).get(variant.block, nullcontext()), computing_as(replica, compute, variant, weights):
+            return run(replica, variant)
 
     with ExitStack() as held:
         held.callback(torch.set_num_threads, threads)
-        replicas = [sharing_copy(model) for _ in ways]
-        for replica, way in zip(replicas, ways, strict=True):
-            held.enter_context(attending(replica, way))
+        replicas = [sharing_copy(model) for _ in variants]
+        for replica, variant in zip(replicas, variants, strict=True):
+            held.enter_context(attending(replica, variant))
             held.enter_context(exportable_experts(replica))
         if threads == 1:
-            return [one(replica, way) for replica, way in zip(replicas, ways, strict=True)]
+            return [run_variant(replica, variant) for replica, variant in zip(replicas, variants, strict=True)]
         torch.set_num_threads(1)
-        with ThreadPoolExecutor(min(threads, len(ways))) as pool:
-            return list(pool.map(one, replicas, ways))
+        with ThreadPoolExecutor(min(threads, len(variants))) as pool:
+            return list(pool.map(run_variant, replicas, variants))
 
 
 def sharing_copy(model: T) -> T:
@@ -331,13 +335,13 @@ def sharing_copy(model: T) -> T:
 
 
 @contextmanager
-def attending(model: Any, way: Way) -> Iterator[None]:
+def attending(model: Any, variant: ComputationVariant) -> Iterator[None]:
     """Let a model use the attention of a way, where its architecture has it in this form."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
-        with quiet():
-            model.set_attn_implementation(way.attention)
+        with quiet_transformers():
+            model.set_attn_implementation(variant.attention)
     except (AttributeError, ValueError, ImportError):  # no model of transformers, or it does not support this one
         yield
         return

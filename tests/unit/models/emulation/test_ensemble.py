@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModel
 
 from qeff_validate.models.embedding.reference import batched_states, hidden_states
 from qeff_validate.models.emulation.ensemble import (
+    ENSEMBLE,
     PRODUCTS,
-    WAYS,
     Arithmetic,
+    ComputationVariant,
     Rounded,
     RoundedInPlace,
-    Way,
     attending,
     computing_as,
     in_parts,
@@ -30,7 +30,8 @@ from qeff_validate.models.emulation.ensemble import (
     sharing_copy,
 )
 
-PLAIN = Way("to nearest")
+PLAIN = ComputationVariant("to nearest")
+RANDOM = ComputationVariant("random rounding", seed=3)
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 90}
 IDS = [np.random.default_rng(5).integers(3, 90, size) for size in (9, 3, 17, 1, 12, 6, 30)]
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -41,8 +42,8 @@ def rounded(values: Any, compute: str = "fp16") -> np.ndarray:
     return np.asarray(values, np.float32).astype(DTYPES[compute]).astype(np.float32)
 
 
-def run(compute: Any, way: Way, call: Callable[[], Tensor]) -> np.ndarray:
-    with torch.no_grad(), Arithmetic(compute, way):
+def run(compute: Any, variant: ComputationVariant, call: Callable[[], Tensor]) -> np.ndarray:
+    with torch.no_grad(), Arithmetic(compute, variant):
         found = call()
     return found.numpy()
 
@@ -151,7 +152,7 @@ def test_a_root_mean_square_stays_in_float32_unless_its_factor_is_stored() -> No
     nn.init.constant_(norm.weight, 1.1)
     factors = {}
     for fused in (True, False):
-        with computing_as(model, "fp16", Way("", fused=fused)):
+        with computing_as(model, "fp16", ComputationVariant("", fused=fused)):
             found = norm(given * learned([1.0]))
         factors[fused] = found[0, 0].item() / 300
     assert factors[True] == pytest.approx(1.1 / 300, rel=1e-6)
@@ -166,7 +167,7 @@ def test_a_root_mean_square_stays_in_float32_unless_its_factor_is_stored() -> No
 @pytest.mark.parametrize("value", [1.0003, -0.7771, 1234.567, 3.1e-4])
 def test_random_rounding_gives_a_neighbour_and_the_value_itself_on_average(compute: str, value: float) -> None:
     exact = np.float32(value)
-    found = run(compute, Way("", seed=3), lambda: torch.full((40_000,), float(exact)) * learned(1.0)).astype(np.float64)
+    found = run(compute, RANDOM, lambda: torch.full((40_000,), float(exact)) * learned(1.0)).astype(np.float64)
     near = rounded(exact, compute).astype(DTYPES[compute])
     others = [np.nextafter(near, near.dtype.type(sign * np.inf)).astype(np.float64) for sign in (-1, 1)]
     pair = sorted([float(near), next(x for x in others if (x - exact) * (float(near) - exact) <= 0)])
@@ -177,22 +178,22 @@ def test_random_rounding_gives_a_neighbour_and_the_value_itself_on_average(compu
 
 def test_random_rounding_leaves_alone_what_is_stored_as_it_is() -> None:
     kept = [0.0, -0.0, 1.5, -65504.0, 2.0**-24]
-    got = run("fp16", Way("", seed=3), lambda: torch.tensor(kept) * learned(1.0) * 1.0)
+    got = run("fp16", RANDOM, lambda: torch.tensor(kept) * learned(1.0) * 1.0)
     assert got.tolist() == kept
-    assert run("fp16", Way("", seed=3), lambda: learned([6e4, -6e4]) * 2.0 * 1.0).tolist() == [np.inf, -np.inf]
-    assert np.isnan(run("fp16", Way("", seed=3), lambda: torch.tensor([float("nan")]) * learned(1.0) * 1.0)).all()
+    assert run("fp16", RANDOM, lambda: learned([6e4, -6e4]) * 2.0 * 1.0).tolist() == [np.inf, -np.inf]
+    assert np.isnan(run("fp16", RANDOM, lambda: torch.tensor([float("nan")]) * learned(1.0) * 1.0)).all()
 
 
 def test_weights_are_rounded_to_nearest_whatever_the_way() -> None:
     values = np.random.default_rng(0).standard_normal(500)
-    assert np.array_equal(run("fp16", Way("", seed=3), lambda: learned(values) * 1.0), rounded(values))
+    assert np.array_equal(run("fp16", RANDOM, lambda: learned(values) * 1.0), rounded(values))
 
 
 def test_a_seed_gives_the_same_numbers_again_and_another_seed_others() -> None:
     weight = learned(np.random.default_rng(0).standard_normal((30, 30)))
 
     def once(seed: int) -> np.ndarray:
-        return run("fp16", Way("", seed=seed), lambda: (weight @ weight) @ weight)
+        return run("fp16", ComputationVariant("", seed=seed), lambda: (weight @ weight) @ weight)
 
     assert np.array_equal(once(1), once(1))
     assert not np.array_equal(once(1), once(2))
@@ -247,11 +248,11 @@ def test_weights_attention_and_hooks_are_as_they_were(kind: str, stop: bool) -> 
     attention = model.config._attn_implementation
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     plain = by_row(model, IDS[:2], "float32")
-    way = Way("", attention="eager" if attention == "sdpa" else "sdpa", parts=2, seed=1, batch=4)
+    variant = ComputationVariant("", attention="eager" if attention == "sdpa" else "sdpa", parts=2, seed=1, batch=4)
     try:
-        with attending(model, way), computing_as(model, "fp16", way):
-            assert model.config._attn_implementation == way.attention
-            batched_states(model, IDS[:2], 0, way.batch)
+        with attending(model, variant), computing_as(model, "fp16", variant):
+            assert model.config._attn_implementation == variant.attention
+            batched_states(model, IDS[:2], 0, variant.batch)
             if stop:
                 raise Stop
     except Stop:
@@ -270,8 +271,8 @@ def by_row(model: Any, ids: Any, dtype: str) -> list[np.ndarray]:
     return [states for _, states in sorted(hidden_states(model, ids, dtype))]
 
 
-def states_of_ids(model: Any, way: Way) -> list[np.ndarray]:
-    return [states for _, states in sorted(batched_states(model, IDS, 0, way.batch).items())]
+def states_of_ids(model: Any, variant: ComputationVariant) -> list[np.ndarray]:
+    return [states for _, states in sorted(batched_states(model, IDS, 0, variant.batch).items())]
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -293,8 +294,8 @@ def test_the_ways_differ_from_each_other_and_none_is_far_off(kind: str) -> None:
     exact = by_row(model, IDS, "float64")
     for compute, most in (("fp32", 1e-5), ("fp16", 2e-2), ("bf16", 0.16)):
         found = run_ensemble(model, compute, states_of_ids, weights=Rounded(compute))
-        runs = dict(zip(WAYS, found, strict=True))
-        errors = {way.name: worst(run, exact) for way, run in runs.items()}
+        runs = dict(zip(ENSEMBLE, found, strict=True))
+        errors = {variant.name: worst(run, exact) for variant, run in runs.items()}
         within(max(errors.values()), most, str(errors))
         assert min(errors.values()) > most / 2e3, "a run without rounding is none in this precision"
         for one, other in combinations(runs, 2):
@@ -323,7 +324,7 @@ def test_side_by_side_ways_give_what_each_gives_alone_and_leave_the_model(kind: 
 
 
 def test_what_fails_in_a_way_is_raised_and_threads_are_as_they_were() -> None:
-    def stop(model: Any, way: Way) -> None:
+    def stop(model: Any, variant: ComputationVariant) -> None:
         raise Stop
 
     threads = torch.get_num_threads()
