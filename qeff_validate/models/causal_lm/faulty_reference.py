@@ -14,8 +14,8 @@ from peft import PeftModel
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, loaded_adapter
-from qeff_validate.models.emulation.ensemble import ComputationVariant
 from qeff_validate.models.emulation.float64 import computing_in, few_threads
+from qeff_validate.models.emulation.precision import ComputationVariant
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec

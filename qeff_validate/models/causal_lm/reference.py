@@ -28,9 +28,10 @@ from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
 from qeff_validate.models.causal_lm.attach_adapters import live_names
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.emulation.ensemble import ENSEMBLE, ComputationVariant, Rounded, run_ensemble
+from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, computing_in, few_threads
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
+from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
 from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
@@ -77,7 +78,7 @@ def ensemble(
     blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
     compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
-    weights = Rounded(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
+    weights = RoundedWeights(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
     for adapted in adapted_models(model, named, inputs.adapters):
         own, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, own, strict=True)]

@@ -234,14 +234,13 @@ class PooledEmbedding:
 
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
-        from qeff_validate.models.emulation.ensemble import (
-            ENSEMBLE,
-            ComputationVariant,
-            Rounded,
-            RoundedInPlace,
-            run_ensemble,
-        )
+        from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
         from qeff_validate.models.emulation.microscaling import CompressedWeights
+        from qeff_validate.models.emulation.precision import (
+            ComputationVariant,
+            InPlaceRoundedWeights,
+            RoundedWeights,
+        )
 
         def run(replica: Any, variant: ComputationVariant) -> Array:
             return packed(batched_states(replica, inputs.ids, inputs.pad, variant.batch).items(), "float32")
@@ -250,7 +249,9 @@ class PooledEmbedding:
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(body, block=block) for block in blocks}
         # a body of its own may be rounded in place, unless its weights are to be compressed as they are
-        weights = RoundedInPlace(compute, body) if not compressed and compute != "fp32" else Rounded(compute)
+        weights = (
+            InPlaceRoundedWeights(compute, body) if not compressed and compute != "fp32" else RoundedWeights(compute)
+        )
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
         return {str(at): states for at, states in enumerate(runs)}
 
