@@ -26,7 +26,7 @@ from qeff_validate.builders.graph_size import check_graph
 from qeff_validate.builders.provenance import BESIDE, about
 from qeff_validate.builders.store import Entry, Store, code_key, measures_key
 from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows, worst_of_all
-from qeff_validate.comparison.noise_floor import Floor, belonging, digest_of
+from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
@@ -199,7 +199,7 @@ class Pipeline:
             )
             verdict = self.model().judge(reference, actual, inputs, context)
             if floor is not None and ceiling is not None and verdict.metrics:
-                verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
+                verdict = verdict.with_power(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         built = {name: self.seconds[name] for name in stages if name in self.seconds}
         file = tuple(self._file_findings(adapter))
@@ -437,7 +437,7 @@ class Pipeline:
         if self.case.artifacts.reference is not None:
             stored, reference = part(self._recorded(), profile), self.reference()
             with naming(self.case.artifacts.reference):
-                return belonging(Floor.from_stored(stored), reference, profile) if stored else None
+                return check_floor(Floor.from_stored(stored), reference, profile) if stored else None
         if not hasattr(made, "ensemble"):
             return None
 
@@ -447,7 +447,7 @@ class Pipeline:
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 
         def get() -> Floor:
-            return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
+            return check_floor(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
 
         return self._once(f"noise floor in {profile}", get, show=True)
 

@@ -42,7 +42,7 @@ def test_the_greatest_of_numbers_is_nan_if_one_is(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations((GOOD, GOOD * 1.1, BAD))), ids=lambda _: "")
-def test_one_output_of_several_that_is_nan_makes_errors_and_strays_nan(order: Any) -> None:
+def test_one_output_of_several_that_is_nan_makes_errors_and_systematic_errors_nan(order: Any) -> None:
     reference = dict.fromkeys(NAMES, GOOD)
     outputs = dict(zip(NAMES, order, strict=True))
     assert all(math.isnan(value) for value in worst_errors(reference, outputs, ROWS).values())
@@ -152,8 +152,8 @@ OVER_NO_MEASUREMENT = {
     "max((length for _, length in _shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
     "max((size for size, at in _shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
-    "min(most[name], near.get(name, math.inf))", "max(gates, key=nearness, default=None)",
-    "min(found, half_normal)",
+    "min(most[name], fp32_limits.get(name, math.inf))", "max(gates, key=nearness, default=None)",
+    "min(log_normal, half_normal)",
 }  # fmt: skip
 
 

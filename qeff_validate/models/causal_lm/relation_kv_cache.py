@@ -11,7 +11,7 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import FALLBACK, Bound
 from qeff_validate.comparison.vector_metrics import worst_row
-from qeff_validate.comparison.verdict import GateResult, Verdict, all_hold
+from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, batches, generate, padding
 from qeff_validate.protocols import ComparisonContext, Session
@@ -53,7 +53,7 @@ def judge_kept(
     if bound is None:
         reason = f"no sound bound for keys and values in {context.precision}"
         return Verdict("inconclusive", reason, tuple(judged), planned, planned)
-    return all_hold(judged, planned)
+    return verdict_of_gates(judged, planned)
 
 
 def _kept(session: Session, inputs: Any, plan: Plan, state: Tensors, names: Sequence[str]) -> Kept:

@@ -17,7 +17,7 @@ import numpy as np
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.logit_metrics import log_softmax, noise_level
 from qeff_validate.comparison.vector_metrics import Floats, Metric
-from qeff_validate.comparison.verdict import GateResult, Verdict, all_hold
+from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
 from qeff_validate.models.causal_lm.options import BASE
@@ -85,7 +85,7 @@ def judge_scaled(
     worst = int(np.argmax(errors))
     metric = Metric("adapter.linearity", float(errors[worst]), {"row": worst, "text": inputs.labels[worst]})
     judged = [GateResult(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
-    return all_hold(judged, len(errors))
+    return verdict_of_gates(judged, len(errors))
 
 
 def _size(change: Floats) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import relation_precision
 from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bounds
-from qeff_validate.comparison.verdict import Rows, Verdict, all_hold, finite_rows, non_finite
+from qeff_validate.comparison.verdict import Rows, Verdict, finite_rows, non_finite, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import stacked
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
@@ -167,7 +167,7 @@ def relate(
     ]
     bounds = logit_bounds(relation_precision(context.precision), override=context.override)
     judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept)
-    verdict = all_hold(judged, len(labels))
+    verdict = verdict_of_gates(judged, len(labels))
     if not bounds and verdict.status != "fail":
         reason = f"no sound bound for precision {context.precision}: give bounds with their reason in the tolerance"
         return replace(verdict, status="inconclusive", reason=reason)

@@ -363,7 +363,7 @@ class PooledEmbedding:
         if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
             return verdict
         said = padding_hint(
-            rows_beyond(reference, actual, bounds, rows), context.padded, rows.kept(), actual, context.precision
+            rows_beyond(reference, actual, bounds, rows), context.padded, rows.with_tokens(), actual, context.precision
         )
         return replace(verdict, reason=f"{said}; {verdict.reason}") if said else verdict
 

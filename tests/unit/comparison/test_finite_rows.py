@@ -155,7 +155,7 @@ def test_a_filler_row_fails_for_our_own_wrapper_and_is_a_finding_for_graphs_of_o
     assert (others.status, others.reason, others.planned, others.compared) == ("pass", "", N - 1, N - 1)
     (finding,) = others.findings
     what = "are not zeros" if name == "a vector" else "are not finite"
-    assert finding.startswith(f"output: 1 of 1 rows without a token {what} (row 11 ('text 11')); they are nobody's")
+    assert finding.startswith(f"output: 1 of 1 rows without a token {what} (row 11 ('text 11')); such rows only")
 
 
 def test_a_filler_row_of_zeros_is_no_finding() -> None:

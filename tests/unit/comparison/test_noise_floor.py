@@ -19,7 +19,7 @@ from qeff_validate.comparison.noise_floor import (
     K95,
     SQUARES,
     Floor,
-    belonging,
+    check_floor,
     digest_of,
     factor,
     limit,
@@ -122,9 +122,9 @@ def test_a_floor_is_stored_and_read_as_it_was(tmp_path: Path) -> None:
 
 def test_a_floor_belongs_to_the_reference_and_the_precision_that_it_was_measured_for() -> None:
     floor = made_floor(of=digest_of(REFERENCE))
-    assert belonging(floor, {"output": REFERENCE["output"].copy()}, "fp16") is floor
+    assert check_floor(floor, {"output": REFERENCE["output"].copy()}, "fp16") is floor
     with pytest.raises(IncomparableError, match=r"measured in fp16, and this run computes in fp16\+mxfp6"):
-        belonging(floor, REFERENCE, "fp16+mxfp6")
+        check_floor(floor, REFERENCE, "fp16+mxfp6")
     array = REFERENCE["output"]
     nudged = array.copy()
     nudged[3, 7] = np.nextafter(nudged[3, 7], np.float32(9))
@@ -138,9 +138,9 @@ def test_a_floor_belongs_to_the_reference_and_the_precision_that_it_was_measured
         {},
     ):
         with pytest.raises(IncomparableError, match="measured for other reference outputs"):
-            belonging(floor, other, "fp16")
+            check_floor(floor, other, "fp16")
     with pytest.raises(IncomparableError):
-        belonging(replace(floor, of=""), REFERENCE, "fp16")
+        check_floor(replace(floor, of=""), REFERENCE, "fp16")
 
 
 def test_what_is_usual_is_the_geometric_mean() -> None:

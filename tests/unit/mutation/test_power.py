@@ -74,8 +74,8 @@ def test_it_is_stored_and_read_as_it_was() -> None:
 def test_only_a_pass_that_would_let_something_gross_through_becomes_inconclusive(status: str) -> None:
     verdict = Verdict(status, "as it was")  # type: ignore[arg-type]
     fine, blind = Power(9, ("small",)), Power(9, ("small", "large"), ("large",))
-    assert verdict.discriminating(fine).status == status
-    found = verdict.discriminating(blind)
+    assert verdict.with_power(fine).status == status
+    found = verdict.with_power(blind)
     assert found.status == ("inconclusive" if status == "pass" else status)
     assert ("'large' pass, which nobody may ship" in found.reason) == (status == "pass")
     assert found.power == blind
