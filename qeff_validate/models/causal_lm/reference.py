@@ -29,7 +29,7 @@ from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
 from qeff_validate.models.causal_lm.attach_adapters import live_names
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
-from qeff_validate.models.emulation.float64 import LARGE, computing_in, few_threads
+from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
 from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
 from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
@@ -51,7 +51,7 @@ def continuations(
     for count, adapted in enumerate(adapted_models(model, named, inputs.adapters)):
         texts: list[Array] = []
         # not inference_mode: it would mark weights that are widened in it, and some methods refuse those later
-        with translated_errors("run the Hugging Face model"), torch.no_grad(), few_threads(adapted):
+        with translated_errors("run the Hugging Face model"), torch.no_grad(), one_thread_if_small(adapted):
             for prompt in inputs.ids:
                 texts.append(_greedy(adapted, prompt, steps, inputs.eos))
                 logits.append(_logits(adapted, texts[-1], prompt.size, dtype))
@@ -294,6 +294,6 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
     def run() -> Any:
         return model(input_ids=tokens, use_cache=False).logits[0, start - 1 :]
 
-    with computing_in(model, dtype, probe=run):
+    with compute_in_dtype(model, dtype, probe=run):
         found: Array = run().numpy().copy()
     return found

@@ -166,7 +166,7 @@ def relate(
         for item in non_finite("logits", array, np.flatnonzero(~good).tolist(), Rows(labels))
     ]
     bounds = logit_bounds(relation_precision(context.precision), override=context.override)
-    judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept)
+    judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, finite=kept)
     verdict = verdict_of_gates(judged, len(labels))
     if not bounds and verdict.status != "fail":
         reason = f"no sound bound for precision {context.precision}: give bounds with their reason in the tolerance"

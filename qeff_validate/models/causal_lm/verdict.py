@@ -82,7 +82,7 @@ def judge_continuations(
     kept = np.flatnonzero(usable & finite)
     judged = non_finite("logits", actual["logits"], np.flatnonzero(usable & ~finite).tolist(), Rows(labels))
     judged += judge_logits(
-        reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept.tolist()
+        reference["logits"], actual["logits"], bounds, labels=labels, texts=texts, eos=inputs.eos, finite=kept.tolist()
     )
     measured = np.arange(len(labels)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(measured, kept))

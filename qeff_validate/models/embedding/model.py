@@ -276,7 +276,7 @@ class PooledEmbedding:
     ) -> Iterator[tuple[str, Tensors]]:
         from qeff_validate.models.embedding.reference import pooled_alone, unpadded_states
         from qeff_validate.models.embedding.reference_session import OriginalSession
-        from qeff_validate.models.emulation.float64 import computing_in, few_threads
+        from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 
         config = self.pooling_config
         custom = partial(pooled_alone, config.pooling, dtype=dtype)
@@ -285,7 +285,7 @@ class PooledEmbedding:
         original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
-        with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
+        with one_thread_if_small(original.body), compute_in_dtype(original.body, dtype, probe=probe):
             for change in changes:
                 original.instead, session = None, cast("Session", original)
                 with suppress(ValidateError), change.held(original.body):

@@ -14,7 +14,7 @@ from torch import nn
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
-from qeff_validate.models.emulation.float64 import computing_in, few_threads
+from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
@@ -41,7 +41,7 @@ def hidden_states(
         return states
 
     probe = partial(_states, body, longest[:2])
-    with torch.inference_mode(), few_threads(body), computing_in(body, dtype, probe=probe):
+    with torch.inference_mode(), one_thread_if_small(body), compute_in_dtype(body, dtype, probe=probe):
         for row, states in _batched(body, ids, together(ids)):
             if row in repeated:
                 first[row] = states

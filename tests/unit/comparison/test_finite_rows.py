@@ -193,7 +193,7 @@ def test_logits_of_some_rows_are_judged_as_if_they_were_all_and_keep_their_place
     actual[sorted(left_out)] = np.nan
     texts = [Text(f"text {start}", range(start, start + 3)) for start in range(0, N, 3)]
     bounds, eos = logit_bounds("fp16", override={}), frozenset({0})
-    found = judge_logits(reference, actual, bounds, labels=LABELS, texts=texts, eos=eos, kept=kept)
+    found = judge_logits(reference, actual, bounds, labels=LABELS, texts=texts, eos=eos, finite=kept)
     alone = judge_logits(
         reference[kept], actual[kept], bounds, labels=[LABELS[row] for row in kept],
         texts=[Text("all", range(len(kept)))], eos=eos,
