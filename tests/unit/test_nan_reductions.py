@@ -145,7 +145,7 @@ OVER_NO_MEASUREMENT = {
     "max(ids, key=len)", "max(1, TOGETHER // length)",
     "sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: ids[row].size)",
     "max((ids[row].size for row in rows))", "sorted((row for row in ids if row.size), key=len)",
-    "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(ALONE, len(by_length))",
+    "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(SINGLE_ROWS, len(by_length))",
     "min(start + size, len(inputs.ids))", "min(lengths)", "max(lengths)", "sorted(filled, key=lengths.__getitem__)",
     "sorted({length for _, length in _shapes(model, session)})", "min(sizes)", "max(sizes)",
     "min(spared)", "max(spared)",

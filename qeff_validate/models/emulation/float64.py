@@ -32,8 +32,8 @@ def one_thread_if_small(body: nn.Module) -> Iterator[None]:
 def compute_in_dtype(body: nn.Module, dtype: str, *, probe: Callable[[], object]) -> Iterator[None]:
     """Run a float32 body in ``dtype`` until the context ends; afterwards it is float32 again, with identical bits.
 
-    A large body is converted to float64 one layer at a time, while that layer runs, so that memory holds no second copy of all
-    weights.
+    A large body is converted to float64 one layer at a time, while that layer runs, so that memory holds no second copy
+    of all weights.
 
     Args:
         body: float32.
