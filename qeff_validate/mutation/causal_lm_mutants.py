@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import stacked
+from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
 from qeff_validate.mutation.adapter_mutants import ADAPTERS
@@ -136,7 +136,7 @@ def serving(mutant: Mutant, adapters: Mapping[str, Tensors]) -> Callable[[Sessio
         if not types:
             return feeds
         if session.mixed:
-            stacks = stacked(instead)
+            stacks = stack_adapters(instead)
             return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
         for adapter, tensors in adapters.items():  # a device may take them in another type
             if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):

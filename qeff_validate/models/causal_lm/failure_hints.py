@@ -14,7 +14,7 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import finite_rows
 from qeff_validate.tensors import Array, Tensors
 
-ALIKE = 0.2
+NEARER = 0.2
 """Outputs are somebody else's if they are nearer to them than this share of the way to what they should be."""
 
 
@@ -67,7 +67,7 @@ class FirstTokens:
 
     def apart(self, one: int, other: int) -> float:
         """Return how far two adapters are apart in the reference: root mean square."""
-        return _far(self.wanted[one], self.wanted[other])
+        return _rms_difference(self.wanted[one], self.wanted[other])
 
     def change(self, adapter: int) -> tuple[float, float]:
         """Return 1 − cosine and |ratio of norms − 1| of an adapter's change of the base, here and in the reference."""
@@ -78,21 +78,21 @@ class FirstTokens:
             ratio = np.float64(norms[1]) / norms[0]
         return float(1 - cosine), float(abs(ratio - 1))
 
-    def strayed(self, adapter: int) -> float:
+    def change_error(self, adapter: int) -> float:
         """Return how far an adapter's change of the base is off from the reference's: root mean square."""
-        return _far(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
+        return _rms_difference(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
 
-    def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
+    def explanations(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
         """Say what a fault in these tokens looks like."""
         if not self.at.size:
             return
         for i, name in enumerate(self.adapters):
             if not beyond[self.at[i]].any():
                 continue
-            twin = self._alike(self.got[i], i)
-            strangers = self._strangers(i)
+            twin = self._nearer_adapter(self.got[i], i)
+            strangers = self._swapped_with(i)
             if twin is not None:
-                yield _impostor(name, twin)
+                yield _swap_message(name, twin)
             elif strangers:
                 yield f"some prompts with {name!r} give the outputs of {' or '.join(map(repr, strangers))}"
             elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
@@ -101,17 +101,17 @@ class FirstTokens:
             if moved != 0:
                 yield self._left_over(visit)
 
-    def _strangers(self, own: int) -> list[str]:
+    def _swapped_with(self, own: int) -> list[str]:
         """Return the adapters whose outputs some prompts have in the stead of their own."""
         prompts = range(self.at.shape[1])
-        twins = {self._alike(self.got[own, prompt], own, prompt) for prompt in prompts}
+        twins = {self._nearer_adapter(self.got[own, prompt], own, prompt) for prompt in prompts}
         return [name for name in self.adapters if name in twins]
 
-    def _alike(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
+    def _nearer_adapter(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
         """Return the name of the adapter whose outputs these are; None if they are nobody else's."""
-        far = [_far(found, wanted) for wanted in self.wanted[:, prompt]]
+        far = [_rms_difference(found, wanted) for wanted in self.wanted[:, prompt]]
         nearest = int(np.argmin(far))
-        return self.adapters[nearest] if far[nearest] < ALIKE * far[own] else None
+        return self.adapters[nearest] if far[nearest] < NEARER * far[own] else None
 
     def _weakened(self, adapter: int) -> Iterator[str]:
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
@@ -132,18 +132,18 @@ class FirstTokens:
 
     def _left_over(self, visit: int) -> str:
         name, before = self.adapters[visit], self.adapters[0 if visit else -1]
-        twin = self._alike(self.again[visit], visit)
+        twin = self._nearer_adapter(self.again[visit], visit)
         if twin is not None:
             return f"the second visit to {name} gives the outputs of {twin!r}: an adapter stays on"
         said = f"the second visit to {name} differs from the first by up to {self.moved[visit]:.1e}"
         return f"{said}: what came between, {before} last, is still seen, or runs are not repeatable"
 
 
-def _far(one: Floats, other: Floats) -> float:
+def _rms_difference(one: Floats, other: Floats) -> float:
     return float(np.sqrt(np.mean((one - other) ** 2))) if one.size else float("nan")
 
 
-def _impostor(name: str, twin: str) -> str:
+def _swap_message(name: str, twin: str) -> str:
     if twin == "base":
         return f"adapter {name!r} behaves as base: its tensors have no effect"
     if name == "base":
@@ -151,7 +151,9 @@ def _impostor(name: str, twin: str) -> str:
     return f"adapter {name!r} gives the outputs of {twin!r}"
 
 
-def pattern(bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]) -> str:
+def describe_rows(
+    bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]
+) -> str:
     """Say how many rows are hit, and what sets them apart: adapter, phase, place in the text, or prompts."""
     if not bad.any():
         return ""

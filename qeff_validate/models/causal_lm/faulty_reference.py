@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, loaded_adapter
+from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, load_adapter
 from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 from qeff_validate.models.emulation.precision import ComputationVariant
 from qeff_validate.models.framework_calls import translated_errors
@@ -23,7 +23,7 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 PLAIN = ComputationVariant("as published, batches of 8", batch=8)
 
 
-class GivenLogits:
+class FixedLogitsSession:
     """A session that answers its only run with logits ``[n, 1, vocab]``."""
 
     inputs: tuple[TensorSpec, ...] = ()
@@ -41,7 +41,7 @@ class GivenLogits:
         """Forget nothing: there is no state."""
 
 
-class Altered:
+class FaultyReference:
     """Runs given continuations with faults.
 
     Args:
@@ -95,7 +95,7 @@ class Altered:
         """Yield the logits with each fault of what a session gives."""
         for change in changes:
             try:
-                found = change.change(GivenLogits(reference)).run({})
+                found = change.change(FixedLogitsSession(reference)).run({})
             except ValidateError:
                 continue
             yield change.name, {"logits": found["logits"][:, 0]}
@@ -111,7 +111,7 @@ class Altered:
             with compute_in_dtype(self._model, self._dtype, probe=partial(self._run, self._model, name)):
                 return self._run(self._model, name)
         kind = self._named[whose if whose != BASE else next(iter(self._named))]
-        adapted = loaded_adapter(self._model, kind, tensors)
+        adapted = load_adapter(self._model, kind, tensors)
         try:
             with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, name)):
                 return self._run(adapted, name)

@@ -25,7 +25,7 @@ from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, check_size, content, read_config
-from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side, stacked
+from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
 from qeff_validate.models.causal_lm.decode_loop import Plan
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
@@ -98,9 +98,9 @@ class PeftCausalLM:
 
     @property
     def graph(self) -> Graph:
-        """The interface of the exported graph; the model is loaded for it if inputs have not been read before."""
+        """The interface of the exported graph; the model is adapted for it if inputs have not been read before."""
         if self._graph is None:
-            self._loaded = self._adapted().off()
+            self._loaded = self._attach_adapters().base_model()
         assert self._graph is not None
         return self._graph
 
@@ -162,14 +162,16 @@ class PeftCausalLM:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
         rows = self.rows()
-        loaded = self._adapted()
-        tables = module_tables(loaded.model)
-        self._loaded = loaded.off()
-        notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
-        about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(loaded.eos), "tables": tables}
-        about |= {"interface": loaded.interface(), "adapters": list(loaded.adapters)}
+        adapted = self._attach_adapters()
+        tables = module_tables(adapted.model)
+        self._loaded = adapted.base_model()
+        notes = [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
+        about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
+        about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters)}
         weights = {
-            f"inputs.{name}/{key}": array for name, tensors in loaded.adapters.items() for key, array in tensors.items()
+            f"inputs.{name}/{key}": array
+            for name, tensors in adapted.adapters.items()
+            for key, array in tensors.items()
         }
         return {
             "ids": np.concatenate(rows.ids),
@@ -221,7 +223,7 @@ class PeftCausalLM:
         about = parse_json_tensor(stored, "texts", PromptsText)
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
-        self._graph = _graph(about.interface.model_dump(), self._served(adapters), self.options)
+        self._graph = _graph(about.interface.model_dump(), self._served_tensors(adapters), self.options)
         texts, notes = tuple(about.texts), tuple(about.notes)
         return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, notes, about.tables)
 
@@ -236,30 +238,32 @@ class PeftCausalLM:
         vocabulary = self.graph.outputs[0].shape[-1]
         check_continuations(reference, len(inputs.ids) * len(inputs.adapters), self.options.max_new_tokens, vocabulary)
 
-    def _taken(self) -> Any:
+    def _take_model(self) -> Any:
         """Return the model without adapters. Loading takes long, so who has used it puts it back into `_loaded`."""
         model, self._loaded = self._loaded or self.source.causal_lm(), None
         return model
 
-    def _adapted(self) -> Any:
+    def _attach_adapters(self) -> Any:
         """Put a fresh adapter on the model, and settle the graph."""
-        from qeff_validate.models.causal_lm.attach_adapters import adapt
+        from qeff_validate.models.causal_lm.attach_adapters import attach
 
-        loaded = adapt(self._taken(), self.options.named())
-        self._graph = _graph(loaded.interface(), self._served(loaded.adapters), self.options)
-        return loaded
+        adapted = attach(self._take_model(), self.options.named())
+        self._graph = _graph(adapted.interface(), self._served_tensors(adapted.adapters), self.options)
+        return adapted
 
-    def _served(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
+    def _served_tensors(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
         """Return what the graph is fed for an adapter: its own tensors, or those of all."""
-        return stacked(adapters) if self.options.mixed_batch else adapters[name]
+        return stack_adapters(adapters) if self.options.mixed_batch else adapters[name]
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the model, put a fresh adapter on it and wrap it."""
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
 
-        loaded = self._adapted()
-        module = Decoder(loaded.model, len(loaded.dims), loaded.live, mixed=self.options.mixed_batch).eval()
-        return module, decoder_examples(self.graph, self._served(loaded.adapters))
+        adapted = self._attach_adapters()
+        module = Decoder(
+            adapted.model, len(adapted.dims), adapted.parameter_names, mixed=self.options.mixed_batch
+        ).eval()
+        return module, decoder_examples(self.graph, self._served_tensors(adapted.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
         """Continue each prompt greedily with the original model, by itself, with each adapter as PEFT applies it.
@@ -275,7 +279,7 @@ class PeftCausalLM:
 
         sizes = [tokens.size for tokens in inputs.ids]
         refuse_frequencies_by_length(inputs.tables, [*sizes, self.reach(inputs)])
-        model = self._taken()
+        model = self._take_model()
         found = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
         self._loaded = model
         return found
@@ -285,7 +289,7 @@ class PeftCausalLM:
         from qeff_validate.models.causal_lm.reference import ensemble
 
         texts = _split(reference["tokens"], reference["steps"])
-        model = self._taken()
+        model = self._take_model()
         yield from ensemble(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
 
@@ -293,13 +297,13 @@ class PeftCausalLM:
         self, inputs: Prompts, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
         """Yield the logits of the reference's texts by the original model with each of some faults."""
-        from qeff_validate.models.causal_lm.faulty_reference import Altered
+        from qeff_validate.models.causal_lm.faulty_reference import FaultyReference
 
         of: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
         for change in changes:
             of[change.level].append(change)
-        model, texts = self._taken(), _split(reference["tokens"], reference["steps"])
-        altered = Altered(model, self.options.named(), inputs, texts, dtype)
+        model, texts = self._take_model(), _split(reference["tokens"], reference["steps"])
+        altered = FaultyReference(model, self.options.named(), inputs, texts, dtype)
         yield from altered.bodies(of["body"])
         yield from altered.adapters(of["adapters"], reference["logits"])
         yield from altered.logits(of["session"], reference["logits"])
@@ -312,7 +316,7 @@ class PeftCausalLM:
             ``logits``, and ``again``: what the second visits to the first two adapters gave, where state that was left
             from others must not be seen.
         """
-        run = side_by_side if self.options.mixed_batch else one_by_one
+        run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
 
     def _plan(self, inputs: Prompts) -> Plan:

@@ -26,7 +26,7 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.files import temporary_folder
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
-from qeff_validate.models.causal_lm.attach_adapters import live_names
+from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
@@ -129,7 +129,7 @@ def _adapter_parameters(model: Any) -> Iterator[str]:
     """Yield the names of the parameters that a PeftModel's adapters are."""
     if isinstance(model, PeftModel):
         for adapter in model.peft_config:
-            yield from live_names(model, adapter).values()
+            yield from find_parameter_names(model, adapter).values()
 
 
 def merged(
@@ -152,7 +152,7 @@ def merged(
         IncomparableError: PEFT cannot merge this method.
     """
     with translated_errors("load the adapter with PEFT"):
-        adapted = loaded_adapter(model, made, tensors)
+        adapted = load_adapter(model, made, tensors)
     _untie(adapted)
     try:
         whole = adapted.merge_and_unload(safe_merge=True)
@@ -196,7 +196,7 @@ def kept(
     """
     if made is not None:
         with translated_errors("load the adapter with PEFT"):
-            model = loaded_adapter(model, made, tensors)
+            model = load_adapter(model, made, tensors)
     found = []
     for prompt in prompts:
         with translated_errors("run the Hugging Face model"), torch.inference_mode():
@@ -229,12 +229,12 @@ def adapted_models(
     yield model
     for name, made in named.items():
         with translated_errors(f"load adapter {name} with PEFT"):
-            adapted = loaded_adapter(model, made, None if isinstance(made, str) else adapters[name])
+            adapted = load_adapter(model, made, None if isinstance(made, str) else adapters[name])
         yield adapted
         model = adapted.unload()
 
 
-def loaded_adapter(model: Any, made: str | Mapping[str, Any], tensors: Tensors | None) -> Any:
+def load_adapter(model: Any, made: str | Mapping[str, Any], tensors: Tensors | None) -> Any:
     """Put an adapter on a model with PEFT's own loader.
 
     Args:

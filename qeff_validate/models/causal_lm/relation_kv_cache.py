@@ -21,7 +21,7 @@ Kept = Sequence[Mapping[str, Array]]
 """For each prompt ``past_key.i`` and ``past_value.i`` ``[heads, tokens, head_dim]``; a window keeps the last tokens."""
 
 
-def judge_kept(
+def compare_kv_cache(
     session: Session, inputs: Any, plan: Plan, state: Tensors, wanted: Kept, context: ComparisonContext
 ) -> Verdict:
     """Take all prompts through the prefill, and compare what the session retains with what transformers retains.

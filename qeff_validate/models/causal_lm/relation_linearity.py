@@ -34,7 +34,7 @@ VISIBLE, CLEAR = 20.0, 80.0
 """The effect of the share must be so many times the noise of log-probabilities; it is made four times as much."""
 
 
-def judge_scaled(
+def compare_scaled_adapter(
     session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], context: ComparisonContext
 ) -> Verdict:
     """Compare the effects of a share of the adapter and of twice that share.

@@ -17,10 +17,10 @@ from qeff_validate.comparison.bounds import relation_precision
 from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bounds
 from qeff_validate.comparison.verdict import Rows, Verdict, finite_rows, non_finite, verdict_of_gates
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import stacked
+from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
-from qeff_validate.models.causal_lm.relation_kv_cache import Kept, judge_kept
-from qeff_validate.models.causal_lm.relation_linearity import judge_scaled
+from qeff_validate.models.causal_lm.relation_kv_cache import Kept, compare_kv_cache
+from qeff_validate.models.causal_lm.relation_linearity import compare_scaled_adapter
 from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors, retained
 
@@ -139,18 +139,18 @@ def relate(
     at = min(1, len(inputs.adapters) - 1)
     adapter = list(inputs.adapters)[at]
     plan = replace(plan, adapter=at)
-    state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
+    state = stack_adapters(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")
     _, _, kept = context.precision.partition("+")
     if name in AGAINST_FLOAT32 and kept:
         raise IncomparableError(f"the other side computes in float32, and this session keeps {kept}")
     if name == "kv_cache":
-        return judge_kept(session, inputs, plan, state, original.kept(adapter), context)
+        return compare_kv_cache(session, inputs, plan, state, original.kept(adapter), context)
     usual = generate(session, inputs.ids, plan, state=state)
     forced = [logits.argmax(axis=-1) for logits in usual]
     if name == "scaled":
-        return judge_scaled(session, inputs, plan, state, forced, context)
+        return compare_scaled_adapter(session, inputs, plan, state, forced, context)
     if name == "merged":
         found = original.merged(adapter, forced)
     else:

@@ -34,14 +34,14 @@ from qeff_validate.comparison.verdict import (
     with_unusable_rows,
 )
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.failure_hints import FirstTokens, pattern
+from qeff_validate.models.causal_lm.failure_hints import FirstTokens, describe_rows
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Array, Tensors
 
-EFFECT = 20.0
+MIN_EFFECT = 20.0
 """An adapter must change log-probabilities by so many times the noise, or nothing can be said of it."""
 
-EFFECT_MEASURED = 5.0
+MIN_EFFECT_MEASURED = 5.0
 """The same where the noise was measured on the very adapter, and so was what the direction of its change suffers."""
 
 DELTAS = {"delta_cosine": 0.01, "delta_norm": 0.05}
@@ -53,7 +53,7 @@ LEAST_DELTAS = {"delta_cosine": 1e-8, "delta_norm": 1e-5}
 MOST_DELTAS = {"delta_cosine": 0.5, "delta_norm": 0.5}
 """A bound that reaches this accepts another adapter."""
 
-SAID = 3
+MOST_DESCRIBED = 3
 """So many gates that failed are put into words; of the others the names are enough, the report has the numbers."""
 
 
@@ -100,10 +100,17 @@ def judge_continuations(
     unusable = np.flatnonzero(~usable)
     if verdict.status == "fail" and not missing:
         beyond = rows_beyond(reference["logits"], actual["logits"], bounds) & usable
-        told = [*first.told(beyond), pattern(beyond, texts, adapters, lengths), _divergence(judged), verdict.reason]
-        verdict = replace(verdict, reason="; ".join(filter(None, told)))
+        explanations = [
+            *first.explanations(beyond),
+            describe_rows(beyond, texts, adapters, lengths),
+            _divergence(judged),
+            verdict.reason,
+        ]
+        verdict = replace(verdict, reason="; ".join(filter(None, explanations)))
     elif verdict.status == "fail" and not finite[usable].all():
-        verdict = replace(verdict, reason=f"{verdict.reason}; {pattern(usable & ~finite, texts, adapters, lengths)}")
+        verdict = replace(
+            verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths)}"
+        )
     verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()))
     return with_unusable_rows(verdict, {"logits": unusable.tolist()}, labels)
 
@@ -173,13 +180,13 @@ def measure_continuations(
     found = logit_errors(exact["logits"], logits)
     for at, name in enumerate(adapters[1:], start=1):
         changes = zip(DELTAS, first.change(at), strict=True)
-        found |= {f"{name}.{metric}": value for metric, value in changes} | {f"{name}.strayed": first.strayed(at)}
+        found |= {f"{name}.{metric}": value for metric, value in changes} | {f"{name}.strayed": first.change_error(at)}
     return found
 
 
 def _effects(first: FirstTokens, precision: str, floor: Floor | None) -> tuple[list[GateResult], list[str]]:
     """Judge what each adapter changes, and whether that, and the difference between two, can be told from noise."""
-    needed = EFFECT if floor is None else EFFECT_MEASURED
+    needed = MIN_EFFECT if floor is None else MIN_EFFECT_MEASURED
     judged: list[GateResult] = []
     weak: list[str] = []
     for at, name in enumerate(first.adapters[1:], start=1):
@@ -238,8 +245,8 @@ def _divergence(judged: Sequence[GateResult]) -> str:
 def _conclude(judged: list[GateResult], weak: Sequence[str], planned: int) -> Verdict:
     failed = [item for item in judged if not item.passed]
     status: Status = "fail" if failed else "inconclusive" if weak else "pass"
-    said = [sentence(item) for item in failed[:SAID]]
-    if failed[SAID:]:
-        said.append(f"and {', '.join(item.metric.name for item in failed[SAID:])}")
+    said = [sentence(item) for item in failed[:MOST_DESCRIBED]]
+    if failed[MOST_DESCRIBED:]:
+        said.append(f"and {', '.join(item.metric.name for item in failed[MOST_DESCRIBED:])}")
     reason = "; ".join([*said, *weak])
     return Verdict(status, reason, tuple(judged), planned, planned)

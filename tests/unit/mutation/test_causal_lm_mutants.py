@@ -17,7 +17,7 @@ import pytest
 from bounds import close
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side
+from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.mutation.causal_lm_mutants import CONTINUING, SESSIONS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
@@ -89,7 +89,7 @@ def run(
     inputs = SimpleNamespace(ids=tuple(np.array(prompt) for prompt in PROMPTS), adapters=adapters)
     plan = Plan(rows, 8, side, PAD, frozenset(), STEPS)
     forced = [np.array(text) for text in FORCED] * len(ADAPTERS)
-    found = (side_by_side if mixed else one_by_one)(damage(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced)
+    found = (run_batched if mixed else run_sequentially)(damage(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced)
     whole = np.concatenate([found["logits"], found["again"]])
     return whole.reshape(-1, len(LENGTHS), STEPS, CTX + 1)
 

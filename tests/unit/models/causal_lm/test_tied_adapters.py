@@ -12,7 +12,7 @@ import pytest
 
 import qeff_validate as qv
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.causal_lm.attach_adapters import adapt, live_names
+from qeff_validate.models.causal_lm.attach_adapters import attach, find_parameter_names
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.protocols import ComparisonContext
 
@@ -63,8 +63,8 @@ def test_an_adapter_merged_by_peft_gives_what_it_gives_as_inputs(name: str, ensu
 
 def test_both_views_of_a_tied_adapter_keep_their_own_names() -> None:
     made = {"peft_method": "lora", **LORA, **WHERE["embedding"], "ensure_weight_tying": True}
-    loaded = adapt(Random("llama", TIED, 0).causal_lm(), {"a": made})
-    live = live_names(loaded.model)
+    loaded = attach(Random("llama", TIED, 0).causal_lm(), {"a": made})
+    live = find_parameter_names(loaded.model)
     assert len(live) == len(set(live.values())) == 6
     assert all(saved.split(".lora_")[0] == name.split(".lora_")[0] for saved, name in live.items())
 
@@ -73,7 +73,7 @@ def test_options_are_not_changed_by_peft() -> None:
     """PEFT moves modules_to_save that are tied from one name to another, in place."""
     made = {"peft_method": "lora", **LORA, **WHERE["copied head"], "ensure_weight_tying": True}
     before = copy.deepcopy(made)
-    adapt(Random("llama", TIED, 0).causal_lm(), {"a": made})
+    attach(Random("llama", TIED, 0).causal_lm(), {"a": made})
     assert made == before
 
 

@@ -14,7 +14,7 @@ from floors import made_floor
 from qeff_validate.comparison.logit_metrics import ERRORS, Text
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.verdict import Verdict
-from qeff_validate.models.causal_lm.failure_hints import pattern
+from qeff_validate.models.causal_lm.failure_hints import describe_rows
 from qeff_validate.models.causal_lm.verdict import judge_continuations
 from qeff_validate.protocols import ComparisonContext
 
@@ -151,8 +151,8 @@ def test_fault_fails_and_is_named_and_the_others_are_not(name: str) -> None:
     verdict = judge(wanted, actual(wanted, change))
     assert verdict.status == "fail"
     assert [text for text in words if text not in verdict.reason] == [], verdict.reason
-    told = {other for other, (_, texts) in FAULTS.items() if texts[0] in verdict.reason}
-    assert told == {name}
+    explanations = {other for other, (_, texts) in FAULTS.items() if texts[0] in verdict.reason}
+    assert explanations == {name}
 
 
 def test_reason_begins_with_what_is_likely_and_names_every_gate_that_failed() -> None:
@@ -221,8 +221,8 @@ def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_wea
     found = actual(wanted)
     found["logits"][4, 4] = found["again"][4, 4] = 1.0
     verdict = judge(wanted, found)
-    told = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
-    assert (verdict.status, verdict.reason) == ("inconclusive", told)
+    explanations = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
+    assert (verdict.status, verdict.reason) == ("inconclusive", explanations)
     assert verdict.compared == verdict.planned - 2, "the row was visited twice"
     weak = reference(effect=0.01)
     verdict = judge(weak, actual(weak, again((0, 0), 5.0)))
@@ -355,4 +355,4 @@ TEXTS = [
 )  # fmt: skip
 def test_rows_that_fail_are_told_by_what_sets_them_apart(hit: Callable[..., bool], wanted: str) -> None:
     bad = np.array([hit(*place) for place in PLACES])
-    assert pattern(bad, TEXTS, NAMES, LENGTHS) == wanted
+    assert describe_rows(bad, TEXTS, NAMES, LENGTHS) == wanted
