@@ -148,7 +148,7 @@ OVER_NO_MEASUREMENT = {
     "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(SINGLE_ROWS, len(by_length))",
     "min(start + size, len(inputs.ids))", "min(lengths)", "max(lengths)", "sorted(filled, key=lengths.__getitem__)",
     "sorted({length for _, length in _shapes(model, session)})", "min(sizes)", "max(sizes)",
-    "min(spared)", "max(spared)",
+    "min(unaffected)", "max(unaffected)",
     "max((length for _, length in _shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
     "max((size for size, at in _shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
