@@ -133,8 +133,8 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms outputs are compared.
+class ComparisonContext:
+    """What a comparison needs to know beside the outputs.
 
     Attributes:
         precision: profile of what computed them: ``fp32``, ``fp16``, ``fp16+mxfp6``, ….
@@ -218,7 +218,7 @@ class Measured(Protocol):
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         """Return the systematic parts of outputs' errors against what the precision gives on average."""
 
     def sensitivity(self, inputs: Any, reference: Tensors) -> Sequence[float]:
@@ -299,10 +299,10 @@ class Model(Protocol):
                 context. Nothing else of it may be used.
         """
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare what a runtime gave with the reference."""
 
-    def relate(self, name: str, session: Session, inputs: Any, terms: Terms) -> Verdict:
+    def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare two ways of running the same inputs on one session; no reference is needed.
 
         Raises:

@@ -18,7 +18,7 @@ def made_floor(
     errors: Mapping[str, float | Sequence[float]] = EVEN,
     *,
     profile: str = "fp16",
-    strays: Mapping[str, float | Sequence[float]] | None = None,
+    systematic_errors: Mapping[str, float | Sequence[float]] | None = None,
     center: Tensors | None = None,
     of: str = "by hand",
 ) -> Floor:
@@ -27,4 +27,5 @@ def made_floor(
     def eight(values: Mapping[str, float | Sequence[float]]) -> dict[str, np.ndarray]:
         return {name: np.full(8, value) if np.ndim(value) == 0 else np.array(value) for name, value in values.items()}
 
-    return Floor(profile, of, eight(errors), eight(strays or {"mean_signed": 1e-4, "mean_norm": 1e-5}), center or {})
+    systematic = eight(systematic_errors or {"mean_signed": 1e-4, "mean_norm": 1e-5})
+    return Floor(profile, of, eight(errors), systematic, center or {})

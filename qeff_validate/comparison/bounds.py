@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of metrics: measured, a case's own, or of the table, each with its reason."""
+"""Bounds of metrics: measured, set by the case, or from the table, each with its reason."""
 
 from __future__ import annotations
 
@@ -21,61 +21,61 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "bf16": {"rel_l2": 5e-2, "cosine": 1e-3, "norm_ratio": 1e-2, "max_abs_rms": 1.5e-1},
     }
 )
-"""Bounds by precision: in fp32 at least 5 times the worst row of healthy artifacts under kernels of several processors,
-in fp16 twice (``make calibrate``; numbers in docs/power.md). Compressed weights and state have none: their noise is
-measured by emulation."""
+"""Bounds by precision: in fp32 at least 5 times the worst row of correct artifacts under the kernels of several
+processors, in fp16 twice (``make calibrate``; numbers in docs/power.md). Compressed weights and state have no entry:
+their noise is measured by emulation."""
 
 
 LEAST: Mapping[str, float] = MappingProxyType(
     {"rel_l2": 1e-6, "cosine": 1e-12, "norm_ratio": 1e-6, "max_abs_rms": 1e-5}
 )
-"""No measured bound is below these: eight units in the last place of float32, and what follows from it."""
+"""Lower limits of measured bounds: eight units in the last place of float32, and what follows from that."""
 
 
-STRAYS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
-"""Systematic parts of a device's error, with the least bound of each."""
+SYSTEMATIC_ERRORS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
+"""Metrics of systematic errors, with the lower limit of their bounds."""
 
 
-STRAY_FACTOR = 1.5
-"""How many times the limit of legitimate runs a device may stray, beside the factor of its precision.
+SYSTEMATIC_FACTOR = 1.5
+"""Multiplies the limit of a systematic error, in addition to the factor of the precision.
 
-The worst of 51 held-out graphs on the simulated device strayed by 1.76 times the limit.
+The worst of 51 held-out graphs on the simulated device had 1.76 times the limit.
 """
 
 
 FAR = 20.0
-"""A measured bound in float32 may exceed the table's by so much: what is further off is no rounding.
+"""Upper limit of a measured bound in float32, as a multiple of the table's: greater errors are not rounding.
 
 A model that draws random numbers would otherwise widen the bound that it is judged by.
 """
 
 
 NOISE_SHARE = 5.0
-"""A bound of the table over the noise that is usual (2e-3 in fp16, of 1e-2); used where no floor is."""
+"""Ratio of a bound of the table to typical noise (1e-2 to 2e-3 in fp16); used where no floor was measured."""
 
 
 MOST = {"rel_l2": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "max_abs_rms": 10.0, "neighbour_order": 1.0}
-"""A bound that reaches this accepts unrelated or absent vectors (zeros have rel_l2 1), so it is refused."""
+"""A bound of at least this accepts unrelated or missing vectors (zeros have rel_l2 1), so it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The greatest accepted value of a metric, where it comes from, and why."""
+    """The nan_max accepted value of a metric, where it comes from, and why."""
 
     value: float
     source: Literal["floor", "case", "fallback", "exact"]
     why: str
     floor: float | None = None
-    """What is usual among legitimate runs, where it was measured."""
+    """Typical value over legitimate runs, where it was measured."""
 
 
 def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] | None = MOST) -> None:
-    """Refuse a tolerance that names no metric, gives no reason, or has a bound that gates nothing.
+    """Refuse a tolerance with an unknown metric, without a reason, or with a bound too wide to detect anything.
 
     Args:
-        where: what to call it in an error.
+        where: name of the tolerance in error messages.
         values: metric to bound, and ``why``.
-        most: the metrics that there are, with what a bound must stay below; None: any metric, any finite bound.
+        most: the known metrics, each with the exclusive upper limit of its bound; None: any metric, any finite bound.
 
     Raises:
         ConfigError: an unknown metric, a bound that is NaN, infinite, negative or absurdly wide, or no ``why``.
@@ -92,18 +92,19 @@ def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, fl
 
 
 def measured_bound(name: str, floor: Floor, least: float, most: float) -> Bound | None:
-    """Return the bound of a metric from the errors of legitimate runs; None if it would reach ``most``.
+    """Return the bound of a metric from the errors of legitimate runs; None if it is not below ``most``.
 
     Raises:
-        IncomparableError: the floor has no errors in this metric.
+        IncomparableError: the floor has no errors of this metric.
     """
     if name not in floor.errors:
         raise IncomparableError(f"the noise floor has no errors of the metric {name!r}: measure or record it anew")
-    farthest, times = limit(name, floor.errors[name]), factor(floor.profile, name)
-    value = greatest((times * farthest, least))
+    run_limit, multiple = limit(name, floor.errors[name]), factor(floor.profile, name)
+    value = nan_max((multiple * run_limit, least))
     if not value < most:
         return None
-    why = f"{times:g} x {farthest:.2g}, the 95/95 limit of {len(floor.errors[name])} legitimate runs in {floor.profile}"
+    runs = len(floor.errors[name])
+    why = f"{multiple:g} x {run_limit:.2g}, the 95/95 limit of {runs} legitimate runs in {floor.profile}"
     if floor.left_out:
         why += f", with {floor.left_out} texts estimated from the others"
     return Bound(value, "floor", why, floor.level(name))
@@ -117,48 +118,54 @@ def gate_bounds(
     least: Mapping[str, float],
     most: Mapping[str, float],
 ) -> dict[str, Bound]:
-    """Return bounds from the errors of legitimate runs, or those of a precision's table where none were measured.
+    """Return bounds from the errors of legitimate runs, or from the table if no errors were measured.
 
     Args:
-        precision: profile of what computes.
-        floor: the errors of legitimate runs.
+        precision: profile of the artifact.
+        floor: the errors of legitimate runs; None: not measured.
         table: bounds by precision.
-        least: what no measured bound is below, for each metric that gets one.
-        most: what a bound must stay below.
+        least: lower limit of each measured bound; its keys are the metrics that get one.
+        most: exclusive upper limits.
     """
     if floor is None:
         return {
             name: Bound(value, "fallback", f"{precision} profile") for name, value in table.get(precision, {}).items()
         }
-    near = {name: FAR * value for name, value in table["fp32"].items()} if floor.profile == "fp32" else {}
-    made = {
-        name: measured_bound(name, floor, value, min(most[name], near.get(name, math.inf)))
+    fp32_limits = {name: FAR * value for name, value in table["fp32"].items()} if floor.profile == "fp32" else {}
+    bounds = {
+        name: measured_bound(name, floor, value, min(most[name], fp32_limits.get(name, math.inf)))
         for name, value in least.items()
     }
-    return {name: bound for name, bound in made.items() if bound is not None}
+    return {name: bound for name, bound in bounds.items() if bound is not None}
 
 
-def stray_bounds(floor: Floor) -> dict[str, Bound]:
-    """Return the bounds of a device's systematic errors; none where the noise is not finite."""
+def systematic_bounds(floor: Floor) -> dict[str, Bound]:
+    """Return the bounds of systematic errors; a metric whose noise is not finite has none."""
     bounds = {}
-    for name, least in STRAYS.items():
-        if name not in floor.strays:
+    for name, least in SYSTEMATIC_ERRORS.items():
+        if name not in floor.systematic_errors:
             raise IncomparableError(f"the noise floor has no {name!r} of a device: measure or record it anew")
-        farthest, times = limit(name, floor.strays[name]), STRAY_FACTOR * factor(floor.profile, name)
-        if not np.isfinite(farthest):
+        run_limit, multiple = (
+            limit(name, floor.systematic_errors[name]),
+            SYSTEMATIC_FACTOR * factor(floor.profile, name),
+        )
+        if not np.isfinite(run_limit):
             continue
-        why = f"{times:g} x {farthest:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
-        bounds[name] = Bound(greatest((times * farthest, least)), "floor", why, float(np.median(floor.strays[name])))
+        why = (
+            f"{multiple:g} x {run_limit:.2g}, the 95/95 limit of legitimate runs in {floor.profile} against their mean"
+        )
+        typical = float(np.median(floor.systematic_errors[name]))
+        bounds[name] = Bound(nan_max((multiple * run_limit, least)), "floor", why, typical)
     return bounds
 
 
 def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | None = None) -> dict[str, Bound]:
-    """Return the bound of every gate for a precision profile; a metric without a sound bound has none.
+    """Return the bound of every gate for a precision profile; metrics without a sound bound are left out.
 
     Args:
         precision: ``fp32``, ``fp16``, ``bf16`` or a profile without fallback such as ``fp16+mxfp6``.
         override: the case's own bounds, with ``why``.
-        floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
+        floor: the errors of legitimate runs; None: bounds come from the table.
     """
     bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
@@ -167,27 +174,27 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
 
 
 def relation_precision(profile: str) -> str:
-    """Return the profile that two runs of one session are compared by: both read the same compressed weights.
+    """Return the profile for comparing two runs of one session, which read the same compressed weights.
 
-    Integers that are computed with stay in it: what one row rounds to may depend on its neighbours.
+    Integer compute types stay in the profile: how one row is quantized may depend on the other rows of its batch.
     """
-    compute, _, kept = profile.partition("+")
-    return compute if all(part.startswith("mx") for part in kept.split("+") if part) else profile
+    compute, _, formats = profile.partition("+")
+    return compute if all(name.startswith("mx") for name in formats.split("+") if name) else profile
 
 
 def overridden(override: Mapping[str, Any]) -> dict[str, Bound]:
-    """Return the bounds that a case brings itself."""
+    """Return the bounds that the case sets."""
     values = {name: float(value) for name, value in override.items() if name != "why"}
     return {name: Bound(value, "case", str(override["why"])) for name, value in values.items()}
 
 
-def greatest(values: Iterable[float]) -> float:
-    """Return the greatest of some numbers; NaN if one of them is NaN, which Python's ``max`` loses."""
+def nan_max(values: Iterable[float]) -> float:
+    """Return the maximum; NaN if any value is NaN, which Python's ``max`` may lose."""
     return float(np.max(np.fromiter(values, np.float64)))
 
 
-def without_bound(missing: Sequence[str], floor: Floor | None, precision: str = "") -> str:
-    """Say why there is no verdict without bounds, and what to do."""
+def missing_bounds_reason(missing: Sequence[str], floor: Floor | None, precision: str = "") -> str:
+    """Return why metrics have no bound, and what to do about it."""
     remedy = "give one with its reason in the case's tolerance"
     text = f"no sound bound for {', '.join(missing)}: {remedy}"
     if floor is None and "+" in precision:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that bounds are measured on, where there are many, and what the rows that are left out would have added.
+"""Selects the rows that bounds are measured on, if there are many, and estimates the worst error of the others.
 
-An error's limit is that of the worst row. Rows of one model differ little in how much rounding moves them, so some
-dozens of rows show how errors are distributed, and the expected maximum of the others follows from it.
+The limit of an error is set by the worst row. Rounding affects the rows of one model similarly, so some dozens of rows
+show the distribution of errors, and the expected maximum over the other rows follows from it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from qeff_validate.comparison.vector_metrics import Floats
 
 MOST = 48
-"""Rows that are measured at most."""
+"""Maximum number of measured rows."""
 
 EXTREMES = 4
-"""So many of the shortest rows, of the longest and of the most sensitive are measured in any case."""
+"""Number of the shortest, the longest and the most sensitive rows that are always measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class DecisiveRows:
     """Which rows are measured.
 
     Attributes:
-        rows: their numbers, ascending; rows without a token are among them.
-        drawn: those that stand for the rows that are left out, because chance chose them.
-        left_out: how many rows with a token are not measured.
+        rows: their indices, ascending; includes rows without a token.
+        drawn: indices of the randomly drawn rows, which represent the rows that are left out.
+        left_out: number of rows with a token that are not measured.
     """
 
     rows: tuple[int, ...]
@@ -38,13 +38,13 @@ class DecisiveRows:
 
 
 def decisive_rows(lengths: Sequence[int], sensitivity: Sequence[float], seed: int, most: int = MOST) -> DecisiveRows:
-    """Choose the rows to measure: all if they are few, else the extremes and a sample that is spread over the lengths.
+    """Select the rows to measure: all if there are few, else the extremes and a sample stratified by length.
 
     Args:
-        lengths: tokens of each row; rows without a token are measured besides, for they cost nothing.
-        sensitivity: of each row to rounding, as far as the reference tells; only its order counts.
+        lengths: tokens of each row; rows without a token are always measured, because they cost nothing.
+        sensitivity: expected sensitivity of each row to rounding; only the order matters.
         seed: of the sample.
-        most: rows with a token that are measured at most.
+        most: maximum number of measured rows with a token.
     """
     filled = [row for row, length in enumerate(lengths) if length]
     empty = [row for row, length in enumerate(lengths) if not length]
@@ -54,36 +54,36 @@ def decisive_rows(lengths: Sequence[int], sensitivity: Sequence[float], seed: in
     by_sensitivity = sorted(filled, key=lambda row: sensitivity[row])
     extremes = {*by_length[:EXTREMES], *by_length[-EXTREMES:], *by_sensitivity[-EXTREMES:]}
     others = [row for row in by_length if row not in extremes]
-    strata = np.array_split(np.array(others), most - len(extremes))  # of nearly equal size, one row of each
-    drawn = np.random.default_rng(seed).random(len(strata))
-    sample = sorted(int(part[int(at * len(part))]) for part, at in zip(strata, drawn, strict=True))
+    strata = np.array_split(np.array(others), most - len(extremes))  # of nearly equal size; one row is drawn from each
+    fractions = np.random.default_rng(seed).random(len(strata))
+    sample = sorted(int(part[int(at * len(part))]) for part, at in zip(strata, fractions, strict=True))
     rows = tuple(sorted({*empty, *extremes, *sample}))
     return DecisiveRows(rows, tuple(sample), len(filled) - len(extremes) - len(sample))
 
 
 def expected_maximum(count: int) -> float:
-    """Return the expected greatest of so many standard normal numbers (Blom's approximation)."""
+    """Return the expected maximum of ``count`` standard normal numbers (Blom's approximation)."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def worst_of_all(measured: Floats, drawn: Floats, left_out: int) -> Floats:
-    """Return the worst error of all rows in each run, from those of the measured rows.
+    """Estimate the worst error over all rows in each run from the errors of the measured rows.
 
-    Errors above the median are taken as log-normal: ln(max / median) of n rows is s times the expected maximum of n
-    normal numbers, and s is averaged over the runs, which see the same rows. The greatest of the rows that are left out
-    is then expected at median · exp(s · expected maximum of their number). On 240 sentences and MiniLM, limits from 48
+    Errors above the median are modelled as log-normal: ln(max / median) of n rows is s times the expected maximum of n
+    normal numbers, and s is averaged over the runs, which see the same rows. The maximum over the m rows that are left
+    out is then expected at median · exp(s · expected maximum of m). On 240 sentences and MiniLM, limits from 48
     rows were 0.63 to 1.7 times those of all rows in fp16 and 0.72 to 2.5 times in fp32 (the norm is overestimated).
 
     Args:
-        measured: the worst of all measured rows, float64 ``[runs]``.
-        drawn: errors of the rows that chance has drawn, float64 ``[runs, rows]``; NaN stays NaN.
-        left_out: rows that were not measured.
+        measured: worst error over all measured rows, float64 ``[runs]``.
+        drawn: errors of the randomly drawn rows, float64 ``[runs, rows]``; NaN stays NaN.
+        left_out: number of rows that were not measured.
     """
     if not left_out:
         return measured
     with np.errstate(all="ignore"):
-        middle = np.median(drawn, axis=1)
-        slope = np.log(np.max(drawn, axis=1) / np.maximum(middle, 1e-300)).mean() / expected_maximum(drawn.shape[1])
-        others = middle * np.exp(slope * expected_maximum(left_out)) if left_out > 1 else middle
+        median = np.median(drawn, axis=1)
+        slope = np.log(np.max(drawn, axis=1) / np.maximum(median, 1e-300)).mean() / expected_maximum(drawn.shape[1])
+        others = median * np.exp(slope * expected_maximum(left_out)) if left_out > 1 else median
         worst: Floats = np.maximum(measured, others)
     return worst

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements and verdict for a language model's logits under teacher forcing (validation-methods §14.2, §14.3).
+"""Metrics and gates for a language model's logits under teacher forcing (validation-methods §14.2, §14.3).
 
-A row holds the logits from which one token of a continuation is chosen; both sides have read the same tokens before it.
-All work is on log-probabilities ℓ = z − logsumexp(z) in float64, which removes a constant shift exactly.
+A row holds the logits of one decoding step; reference and runtime have read the same tokens before it.
+Metrics are computed on log-probabilities ℓ = z − logsumexp(z) in float64, which removes a constant shift exactly.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import NOISE_SHARE, Bound, gate_bounds, overridden
 from qeff_validate.comparison.noise_floor import Floor
-from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic, worst_row
-from qeff_validate.comparison.verdict import Judged
+from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic_metrics, worst_row
+from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.tensors import Array
 
 TIERS = (1, 5, 50, 1000)
-"""Numbers of likeliest tokens of the reference in which a log-probability may not be off; ``all`` comes after them."""
+"""Sizes of the tiers of most likely reference tokens whose log-probabilities are bounded; ``all`` is the last tier."""
 
 ERRORS = (*(f"top{k}_error" for k in TIERS), "all_error")
 
 LOGIT_GATES = ("kl_p99", "kl_max", *ERRORS, "flips", "tie_flips")
-"""What a verdict on logits needs, beside adapters."""
+"""Metrics of logits that need a bound; those of adapters come on top."""
 
 FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -38,29 +38,30 @@ FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "bf16": {"kl_p99": 5e-3, "kl_max": 5e-2, **dict(zip(ERRORS, (0.07, 0.25, 0.5, 0.6, 1.2), strict=True))},
     }
 )
-"""Bounds by precision: in fp32 at least 5 times the worst row of healthy artifacts under kernels of several processors,
-in fp16 twice (``make calibrate``; numbers in docs/power.md). The tiers of bf16 are those of fp16, scaled by √KL."""
+"""Bounds by precision: in fp32 at least 5 times the worst row of correct artifacts under the kernels of several
+processors, in fp16 twice (``make calibrate``; numbers in docs/power.md). The tiers of bf16 are those of fp16,
+scaled by √KL."""
 
 MOST = {"kl_p99": 0.1, "kl_max": 1.0, **dict.fromkeys(ERRORS, 5.0), "flips": 1.0, "tie_flips": 1e6}
-"""A bound that reaches this accepts another distribution; no flip beyond a tie is ever accepted."""
+"""A bound of at least this accepts another distribution, so it is refused; a flip beyond a tie is never accepted."""
 
 LEAST: Mapping[str, float] = MappingProxyType(
     {"kl_p99": 1e-12, "kl_max": 1e-11, **dict(zip(ERRORS, (2e-6, 2e-6, 5e-6, 5e-6, 1e-5), strict=True))}
 )
-"""No measured bound is below these: some units in the last place of a float32 logit of size 10."""
+"""Lower limits of measured bounds: some units in the last place of a float32 logit of size 10."""
 
 SIGMAS = 4.0
-"""A reference margin within so many standard deviations of the logits' noise is a tie (validation-methods §12.4)."""
+"""A reference margin of at most this many standard deviations of logit noise is a tie (validation-methods §12.4)."""
 
 
 def noise_level(precision: str) -> float:
-    """Return the noise that a precision is taken to have in a log-probability; infinity if it has no profile."""
+    """Return the assumed noise of a log-probability in a precision; infinity if the table has no such precision."""
     return float(np.sqrt(2 * FALLBACK[precision]["kl_p99"])) / NOISE_SHARE if precision in FALLBACK else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One continuation: the label of its prompt, and its rows."""
+    """One continuation: the label of its prompt, and the indices of its rows."""
 
     label: str
     rows: range
@@ -71,17 +72,17 @@ def log_softmax(logits: Array) -> Floats:
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         wide = wide - wide.max(axis=-1, keepdims=True)
-        found: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return found
+        log_probabilities: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return log_probabilities
 
 
 def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | None = None) -> dict[str, Bound]:
-    """Return the bound of each gate; a metric without a sound bound has none.
+    """Return the bound of each gate; metrics without a sound bound are left out.
 
     Args:
-        precision: profile of what computes.
+        precision: profile of the artifact.
         override: the case's own bounds, with ``why``.
-        floor: the errors of legitimate runs; None: bounds are those of the precision's profile.
+        floor: the errors of legitimate runs; None: bounds come from the table.
     """
     bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
@@ -90,15 +91,15 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
 
 
 def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
-    """Return the value of each metric that has a bound by precision, for logits of the same rows."""
-    found = _errors(log_softmax(reference), log_softmax(actual))
-    return {metric.name: metric.value for metric in found if metric.name in LEAST}
+    """Return the value of each metric with a measured bound, for logits ``[n, vocab]`` of the same rows."""
+    metrics = _errors(log_softmax(reference), log_softmax(actual))
+    return {metric.name: metric.value for metric in metrics if metric.name in LEAST}
 
 
-def logit_strays(center: Array, actual: Array) -> list[Metric]:
-    """Return the systematic parts of logits' errors; a constant shift of a row is none."""
+def systematic_logit_metrics(center: Array, actual: Array) -> list[Metric]:
+    """Return the systematic errors of logits ``[n, vocab]``; a constant shift of a row is not an error."""
     wanted, got = (array.astype(np.float64) for array in (center, actual))
-    return systematic(wanted - wanted.mean(axis=1, keepdims=True), got - got.mean(axis=1, keepdims=True))
+    return systematic_metrics(wanted - wanted.mean(axis=1, keepdims=True), got - got.mean(axis=1, keepdims=True))
 
 
 def judge_logits(
@@ -109,49 +110,49 @@ def judge_logits(
     labels: Sequence[str],
     texts: Sequence[Text],
     eos: frozenset[int],
-    kept: Sequence[int] | None = None,
-) -> list[Judged]:
-    """Measure logits ``[n, vocab]`` of the same continuations against their bounds.
+    finite: Sequence[int] | None = None,
+) -> list[GateResult]:
+    """Compare logits ``[n, vocab]`` of the same continuations with their bounds.
 
     Args:
-        reference: of the reference.
-        actual: of the same shape.
+        reference: logits of the reference.
+        actual: logits of the runtime.
         bounds: from `logit_bounds`.
-        labels: one for each row.
-        texts: the rows of each continuation.
-        eos: ids that end a text.
-        kept: the rows that are measured, in order, those that are finite on both sides; None: all.
+        labels: one per row.
+        texts: the continuations.
+        eos: token ids that end a text.
+        finite: indices of the rows that are finite on both sides, ascending; None: all.
 
     Returns:
-        Gates, and what is shown: ``kl_p50``, ``same_top1`` and the first divergent token; nothing without rows.
+        The gates, and without a bound ``kl_p50`` and ``same_top1``; empty if there are no rows.
     """
-    places = np.arange(len(reference)) if kept is None else np.array(kept, dtype=int)
+    places = np.arange(len(reference)) if finite is None else np.array(finite, dtype=int)
     if not places.size:
         return []
     if len(places) < len(reference):
         reference, actual = reference[places], actual[places]
     wanted, got = log_softmax(reference), log_softmax(actual)
-    judged = [_placed(metric, bounds.get(metric.name), labels, places) for metric in _errors(wanted, got)]
-    return judged + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos, places)
+    results = [_gate(metric, bounds.get(metric.name), labels, places) for metric in _errors(wanted, got)]
+    return results + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos, places)
 
 
 def _divergences(wanted: Floats, got: Floats) -> Floats:
-    """Return the KL divergence of each row."""
+    """Return the KL divergence of each row, float64 ``[n]``."""
     kl: Floats = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
     return kl
 
 
 def _errors(wanted: Floats, got: Floats) -> list[Metric]:
     error, kl, order = np.abs(got - wanted), _divergences(wanted, got), np.argsort(-wanted, axis=-1)
-    found = [
+    metrics = [
         Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
         worst_row("kl_max", kl),
         Metric("kl_p50", float(np.median(kl)), {"row": int(np.argmax(kl))}),
     ]
     for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
         tier = np.take_along_axis(error, order[:, : min(k, wanted.shape[1])], axis=-1)
-        found.append(worst_row(name, tier.max(axis=-1)))
-    return found
+        metrics.append(worst_row(name, tier.max(axis=-1)))
+    return metrics
 
 
 def _flips(
@@ -163,41 +164,41 @@ def _flips(
     texts: Sequence[Text],
     eos: frozenset[int],
     places: NDArray[np.int_],
-) -> list[Judged]:
-    """Judge changed choices: none beyond a tie, and ties within the budget that the noise gives."""
+) -> list[GateResult]:
+    """Return the gates on changed top-1 tokens: none beyond a tie, and ties within the budget expected from noise."""
     ours, theirs = wanted.argmax(axis=-1), got.argmax(axis=-1)
     rows = np.arange(len(ours))
     margin = wanted[rows, ours] - wanted[rows, theirs]
     allowed = bounds["kl_p99"].value if "kl_p99" in bounds else 0.0
-    sigma = np.sqrt(2 * np.minimum(kl, allowed))  # a worse row does not excuse itself
+    sigma = np.sqrt(2 * np.minimum(kl, allowed))  # a greater error must not widen its own tie
     changed = ours != theirs
     tie = changed & (margin <= SIGMAS * sigma)
     runner_up = np.sort(wanted, axis=-1)[:, -2]
     gap = wanted[rows, ours] - runner_up
     spread = float(np.maximum(np.sqrt(2 * np.minimum(np.median(kl), allowed)), 1e-300))
-    expected = float(sum(0.5 * math.erfc(value / spread / 2) for value in gap))  # two logits of noise `spread` each
+    expected = float(sum(0.5 * math.erfc(value / spread / 2) for value in gap))  # two logits with noise `spread` each
     budget = Bound(math.ceil(1 + 3 * expected), "floor", f"{expected:.2g} ties are expected to flip by the noise")
     beyond, kinds = changed & ~tie, _kinds(ours, theirs, tie, eos)
     place = {"row": int(np.argmax(beyond if beyond.any() else changed))}
     return [
-        _placed(
+        _gate(
             Metric("flips", float(beyond.sum()), {**place, **_divergence(ours, theirs, beyond, kinds, texts, places)}),
             bounds.get("flips"),
             labels,
             places,
         ),
-        _placed(
+        _gate(
             Metric("tie_flips", float(tie.sum()), {"row": int(np.argmax(tie))}),
             budget if bounds else None,
             labels,
             places,
         ),
-        _placed(Metric("same_top1", float(np.mean(~changed)), place), None, labels, places),
+        _gate(Metric("same_top1", float(np.mean(~changed)), place), None, labels, places),
     ]
 
 
 def _kinds(ours: Array, theirs: Array, tie: Array, eos: frozenset[int]) -> list[str]:
-    """Name the kind of each row's change: a token that ends the text on one side alone, a tie, or neither."""
+    """Return the kind of each row's change: ``stop`` if one token ends the text, ``tie``, or ``non-tie``."""
     ends = np.isin(ours, list(eos)) != np.isin(theirs, list(eos))
     return ["stop" if end else "tie" if level else "non-tie" for end, level in zip(ends, tie, strict=True)]
 
@@ -210,7 +211,7 @@ def _divergence(
     texts: Sequence[Text],
     places: NDArray[np.int_],
 ) -> dict[str, Any]:
-    """Describe the first divergent token, of those beyond a tie if there are any; count texts by the kind of theirs."""
+    """Describe the first divergent token, beyond a tie if there is one, and count texts by the kind of their first."""
     changed = np.flatnonzero(ours != theirs)
     if not changed.size:
         return {}
@@ -229,18 +230,18 @@ def _divergence(
 
 
 def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) -> NDArray[np.bool_]:
-    """Say of each row whether an error or the KL is beyond its bound; a row that is not finite is."""
+    """Return which rows exceed the bound of an error or of the KL divergence, or are not finite, bool ``[n]``."""
     with np.errstate(invalid="ignore"):
         wanted, got = log_softmax(reference), log_softmax(actual)
         kl = (np.exp(wanted) * (wanted - got)).sum(axis=-1)
         error = np.take_along_axis(np.abs(got - wanted), np.argsort(-wanted, axis=-1), axis=-1)
-    fine: NDArray[np.bool_] = kl <= bounds["kl_max"].value
+    within: NDArray[np.bool_] = kl <= bounds["kl_max"].value
     for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
-        fine &= error[:, :k].max(axis=-1) <= bounds[name].value
-    return ~fine
+        within &= error[:, :k].max(axis=-1) <= bounds[name].value
+    return ~within
 
 
-def _placed(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> Judged:
+def _gate(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> GateResult:
     row = int(places[metric.worst["row"]])
     place = {**metric.worst, "row": row, "text": labels[row]}
-    return Judged(Metric(f"logits.{metric.name}", metric.value, place), bound)
+    return GateResult(Metric(f"logits.{metric.name}", metric.value, place), bound)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: how far legitimate runs of the original model are off, and the bound that follows.
+"""The noise floor: errors of legitimate runs of the original model, and the limit that follows from them.
 
 Runs that differ in rounding alone have errors that are close to log-normal. The limit exp(mean + k·s) of the logarithms
-of n errors, with the one-sided factor k for 95 % of the population at 95 % confidence, is what all but few further runs
-of the same kind stay below (validation-methods §12.1). An artifact is of another kind than the runs that were measured:
-other kernels, fused nodes, roundings in other places. So a factor comes on top, from runs that were held out.
+of n errors, with the one-sided factor k for 95 % of the population at 95 % confidence, is what nearly all further runs
+of the same kind stay below (validation-methods §12.1). An artifact differs from the measured runs: other kernels, fused
+nodes, rounding in other places. So the limit is multiplied by a factor that was determined on held-out runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ K95: Mapping[int, float] = MappingProxyType({
 """One-sided 95/95 factors of the normal distribution by sample size (ISO 16269-6, table D.4)."""
 
 FACTORS: Mapping[str, float] = MappingProxyType({"fp32": 3.0, "fp16": 2.0, "bf16": 2.0})
-"""How many times the limit an artifact may be off, by what computes.
+"""Factor on the limit, by compute precision.
 
 Held out were the graphs of configs/embedding.yaml and configs/peft.yaml, by both exporters, on PyTorch, ONNX Runtime
 and the simulated device: of 81 runs in float32 the worst was at 1.1 times its limit, of 51 in fp16 at 1.2 times
@@ -38,7 +38,7 @@ and the simulated device: of 81 runs in float32 the worst was at 1.1 times its l
 """
 
 COMPRESSED_FACTOR = 2.0
-"""The factor where weights or state are compressed, whatever computes: that noise is small beside theirs.
+"""Factor on the limit where weights or state are compressed; the compute precision adds little noise to theirs.
 
 How a card lays out blocks is not documented. Runs with blocks along the other axis, with scales that do not saturate,
 with ties away from zero, and from fp16 weights were off by 0.64 to 1.55 times as much as the emulated one, over three
@@ -46,59 +46,60 @@ embeddings and three language models with 33 to 60 rows; truncation, which is no
 """
 
 SQUARES = ("cosine", "kl_p99", "kl_max", "delta_cosine")
-"""Ends of names of metrics that grow as the square of an error: the factor counts twice."""
+"""Suffixes of metrics that grow as the square of an error: the factor is squared."""
 
 ROUND_ZERO = ("mean_norm", "delta_norm")
-"""Ends of names of metrics that are a magnitude of what lies round zero: one run in many is off by next to nothing."""
+"""Suffixes of metrics that are the magnitude of a value centred at zero: some runs have almost no error by chance."""
 
 HALF_NORMAL = 3.36
-"""The 95/95 limit of eight such errors, in root mean squares of them: 1.96 · sqrt(8 / 2.733), of normal and χ².
+"""The 95/95 limit of eight such errors, in multiples of their root mean square: 1.96 · sqrt(8 / 2.733), from normal and
+χ² quantiles.
 
-The logarithm of next to nothing is what widens the other limit: to 264 root mean squares among 14 models on the
-simulated device, which were off by 3 at most.
+The logarithm of an error near zero widens the log-normal limit: to 264 root mean squares among 14 models on the
+simulated device, whose errors were 3 at most.
 """
 
 LEAST = 1e-300
-"""An error of zero has no logarithm."""
+"""Smallest error that a logarithm is taken of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What legitimate runs of the original model in one precision give.
+    """Errors of legitimate runs of the original model in one precision.
 
     Attributes:
         profile: the precision.
-        of: digest of the reference outputs that it was measured for.
-        errors: for each metric the worst row of each run, against float64.
-        strays: for each systematic part of an error that of each run, against the mean of the others.
-        center: the mean of all runs, by output; of the measured rows.
-        rows: numbers of the rows of an output that were measured; None: all.
-        left_out: how many texts were not, and what they would add was estimated (`decisive_rows`).
+        of: digest of the reference outputs that it was measured against.
+        errors: by metric, the worst row of each run against the float64 reference, float64 ``[runs]``.
+        systematic_errors: by metric, the systematic error of each run against the mean of the others, like ``errors``.
+        center: by output, the mean of all runs over the measured rows.
+        rows: indices of the measured rows of an output, int64; None: all.
+        left_out: number of texts that were not measured; their contribution is estimated (`decisive_rows`).
     """
 
     profile: str
     of: str
     errors: Mapping[str, Floats]
-    strays: Mapping[str, Floats]
+    systematic_errors: Mapping[str, Floats]
     center: Tensors
     rows: NDArray[np.int64] | None = None
     left_out: int = 0
 
     def level(self, name: str) -> float:
-        """Return the geometric mean of a metric's errors: what is usual."""
+        """Return the typical error of a metric: the geometric mean over the runs."""
         return float(np.exp(np.log(np.maximum(self.errors[name], LEAST)).mean()))
 
     def stored(self) -> dict[str, Any]:
-        """Return it as tensors."""
-        parts = {"errors": self.errors, "strays": self.strays, "center": self.center}
-        about = np.frombuffer(f"{self.profile} {self.of} {self.left_out}".encode(), dtype=np.uint8)
+        """Return the floor as tensors, for a file."""
+        parts = {"errors": self.errors, "strays": self.systematic_errors, "center": self.center}
+        header = np.frombuffer(f"{self.profile} {self.of} {self.left_out}".encode(), dtype=np.uint8)
         rows = {} if self.rows is None else {"rows": self.rows}
         tensors = {f"{part}.{name}": array for part, of in parts.items() for name, array in of.items()}
-        return {"about": about, **rows, **tensors}
+        return {"about": header, **rows, **tensors}
 
     @classmethod
     def from_stored(cls, tensors: Tensors) -> Floor:
-        """Read what `stored` gave.
+        """Create a floor from the tensors of `stored`.
 
         Raises:
             IncomparableError: a tensor is missing, or of another dtype or shape.
@@ -108,14 +109,14 @@ class Floor:
             raise IncomparableError("tensor 'about' of the noise floor is no precision, digest and number of texts")
         profile, of, left_out = words
         rows = _row_numbers(tensors["rows"]) if "rows" in tensors else None
-        errors, strays, center = (  # float64 as they were written
+        errors, systematic_errors, center = (  # float64 as they were written
             {name.removeprefix(part): array for name, array in tensors.items() if name.startswith(part)}
             for part in ("errors.", "strays.", "center.")
         )
-        for name, array in {**errors, **strays}.items():
+        for name, array in {**errors, **systematic_errors}.items():
             if array.dtype != np.float64 or array.ndim != 1 or np.any(np.asarray(array, np.float64) < 0):
                 raise IncomparableError(f"the noise floor of {name!r} is no list of errors, float64 [runs]")
-        named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", strays)
+        named = cast("Mapping[str, Floats]", errors), cast("Mapping[str, Floats]", systematic_errors)
         return cls(profile, of, *named, center, rows, int(left_out))
 
 
@@ -126,15 +127,15 @@ def _row_numbers(rows: Array) -> NDArray[np.int64]:
 
 
 def factor(profile: str, metric: str) -> float:
-    """Return by how much the limit of a metric is multiplied in a precision."""
-    compute, _, kept = profile.partition("+")
-    if kept:
+    """Return the factor on the limit of a metric in a precision."""
+    compute, _, compressed = profile.partition("+")
+    if compressed:
         return COMPRESSED_FACTOR  # 0.64 to 1.55 times were seen in every metric, squares too
     return FACTORS[compute] ** (2 if metric.endswith(SQUARES) else 1)
 
 
 def tolerance_limit(errors: Sequence[float] | Floats) -> float:
-    """Return the 95/95 limit of a sample of errors; infinity if one of them is not finite or there are fewer than 3."""
+    """Return the 95/95 limit of a sample of errors; infinity if one is not finite or there are fewer than 3."""
     values = np.asarray(errors, dtype=np.float64)
     if values.size < min(K95) or not np.isfinite(values).all():
         return float("inf")
@@ -144,30 +145,30 @@ def tolerance_limit(errors: Sequence[float] | Floats) -> float:
 
 
 def limit(metric: str, errors: Floats) -> float:
-    """Return the 95/95 limit of a metric's errors, by the distribution that they have."""
-    found = tolerance_limit(errors)
-    if metric.endswith(ROUND_ZERO) and len(errors) >= 8 and np.isfinite(found):
+    """Return the 95/95 limit of a metric's errors under the distribution of that metric."""
+    log_normal = tolerance_limit(errors)
+    if metric.endswith(ROUND_ZERO) and len(errors) >= 8 and np.isfinite(log_normal):
         half_normal = HALF_NORMAL * float(np.sqrt(np.mean(np.square(errors))))
-        # no size of mean_norm is below its standard error (`metrics.stray_size`), so logarithms spread too little
-        return half_normal if metric.endswith("mean_norm") else min(found, half_normal)
-    return found
+        # mean_norm is at least its standard error (`systematic_size`), so its logarithms spread too little
+        return half_normal if metric.endswith("mean_norm") else min(log_normal, half_normal)
+    return log_normal
 
 
 def digest_of(reference: Tensors) -> str:
-    """Return the digest of reference outputs, which a floor is measured for."""
-    hashed = hashlib.sha256()
+    """Return the hex SHA-256 of reference outputs, which identifies what a floor was measured against."""
+    digest = hashlib.sha256()
     for name in sorted(reference):
         array = np.ascontiguousarray(reference[name])
-        hashed.update(f"{name} {array.dtype} {array.shape} ".encode())
-        hashed.update(array.tobytes())
-    return hashed.hexdigest()
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
-def belonging(floor: Floor, reference: Tensors, profile: str) -> Floor:
+def check_floor(floor: Floor, reference: Tensors, profile: str) -> Floor:
     """Return the floor if it was measured for this reference and precision.
 
     Raises:
-        IncomparableError: it was not; bounds from it would mean nothing.
+        IncomparableError: it was measured for another reference, precision or shape.
     """
     if floor.profile != profile:
         raise IncomparableError(f"the noise floor was measured in {floor.profile}, and this run computes in {profile}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements between a reference and a target: float64, worst row, NaN kept.
+"""Errors of output vectors against a reference: computed in float64, worst row, NaN propagated.
 
-Nothing here knows a bound. A NaN or infinity that goes in comes out as NaN or infinity, never as a good
-value, because numpy's reductions keep NaN where Python's ``max`` loses it.
+This module knows no bounds. NaN or infinity in the input gives NaN or infinity in the metric, never a good value,
+because numpy's reductions propagate NaN where Python's ``max`` may lose it.
 Formulas: validation-methods §14.1.
 """
 
@@ -21,18 +21,17 @@ from qeff_validate.tensors import Array
 Floats = NDArray[np.float64]
 
 BLOCK = 1 << 17
-"""Elements that are widened to float64 at a time: 1 MiB a buffer, so the pass stays in the processor's cache."""
+"""Elements converted to float64 at a time: 1 MiB per buffer, so that a pass stays in the processor's cache."""
 
 PAIR_ROWS = 2000
-"""Pairwise metrics take at most this many rows, drawn with a fixed seed."""
+"""Maximum number of rows in pairwise metrics, drawn with a fixed seed."""
 
 GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms", "neighbour_order")
-SHOWN = ("mean_abs", "overlap_10", "score_drift")
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One measurement: its name, its worst value, and where the worst is."""
+    """One measurement: its name, its worst value, and the position of the worst value."""
 
     name: str
     value: float
@@ -59,17 +58,17 @@ class RowErrors:
 
 
 def row_errors(reference: Array, actual: Array) -> RowErrors:
-    """Measure every row of two [n, d] arrays in one streaming pass.
+    """Return the errors of every row of two [n, d] arrays, computed in one pass.
 
     The cosine deficit is computed as (‖b−a‖² − (‖b‖−‖a‖)²) / (2‖a‖‖b‖), which equals ½‖â−b̂‖² and needs no
-    unit copies; in float64 its rounding is about 1e-16 · |r−1|, far below every bound.
+    normalized copies; in float64 its rounding is about 1e-16 · |r−1|, far below every bound.
 
     Args:
         reference: float array [n, d].
         actual: array of the same shape.
 
     Raises:
-        IncomparableError: the shapes differ, are not two-dimensional, or there is nothing in them.
+        IncomparableError: the shapes differ or are not two-dimensional, or the arrays are empty.
     """
     if reference.shape != actual.shape or reference.ndim != 2 or reference.size == 0:
         raise IncomparableError(
@@ -77,7 +76,7 @@ def row_errors(reference: Array, actual: Array) -> RowErrors:
         )
     n, d = reference.shape
     sums = np.zeros((5, n))
-    squares_a, squares_b, squares_d, greatest, total = sums
+    squares_a, squares_b, squares_d, maximum, total = sums
     with np.errstate(all="ignore"):
         for rows, columns in _blocks(n, d):
             a = reference[rows, columns].astype(np.float64)
@@ -87,7 +86,7 @@ def row_errors(reference: Array, actual: Array) -> RowErrors:
             np.subtract(b, a, out=b)
             squares_d[rows] += np.einsum("ij,ij->i", b, b)
             np.abs(b, out=b)
-            np.maximum(greatest[rows], b.max(axis=1), out=greatest[rows])
+            np.maximum(maximum[rows], b.max(axis=1), out=maximum[rows])
             total[rows] += b.sum(axis=1)
         norm_a, norm_b = np.sqrt(squares_a), np.sqrt(squares_b)
         deficit = (squares_d - (norm_b - norm_a) ** 2) / (2 * norm_a * norm_b)
@@ -95,7 +94,7 @@ def row_errors(reference: Array, actual: Array) -> RowErrors:
             rel_l2=np.sqrt(squares_d) / norm_a,
             cosine=np.maximum(deficit, 0.0),
             norm_ratio=np.abs(norm_b / norm_a - 1),
-            max_abs_rms=greatest / (norm_a / np.sqrt(d)),
+            max_abs_rms=maximum / (norm_a / np.sqrt(d)),
             mean_abs=total / d,
         )
 
@@ -109,59 +108,59 @@ def _blocks(n: int, d: int) -> Iterator[tuple[slice, slice]]:
 
 
 def worst_row(name: str, values: Floats) -> Metric:
-    """Return the greatest value of a per-row error and its row; NaN counts as greatest."""
+    """Return the maximum of a per-row error and its row; NaN counts as the maximum."""
     if values.size == 0:
         raise IncomparableError(f"{name}: no row to measure")
-    row = int(np.argmax(values))  # numpy's argmax returns the first NaN, if there is one
+    row = int(np.argmax(values))  # argmax returns the first NaN, if there is one
     return Metric(name, float(values[row]), {"row": row})
 
 
-def systematic(center: Array, actual: Array) -> list[Metric]:
-    """Return the parts of an error that rows have in common, and that average out if it is rounding (§12.1).
+def systematic_metrics(center: Array, actual: Array) -> list[Metric]:
+    """Return the systematic errors: what rows have in common, and what averages out if the error is rounding (§12.1).
 
     Args:
-        center: [n, d], what the precision gives on average.
+        center: [n, d], the mean of legitimate runs in the precision.
         actual: [n, d].
 
     Returns:
-        ``mean_signed``: the greatest mean error of a column, with its sign kept in the mean, each row relative to its
-        root mean square; ``mean_norm``: |mean of ‖b‖/‖a‖ − 1|.
+        ``mean_signed``: the maximum over columns of the absolute mean of signed errors, each row relative to its root
+        mean square; ``mean_norm``: |mean of ‖b‖/‖a‖ − 1|.
     """
-    wide, own = center.astype(np.float64), actual.astype(np.float64)
+    wanted, got = center.astype(np.float64), actual.astype(np.float64)
     with np.errstate(all="ignore"):
-        size = np.linalg.norm(wide, axis=1, keepdims=True)
-        signed = ((own - wide) / (size / np.sqrt(wide.shape[1]))).mean(axis=0)
-        ratios = np.linalg.norm(own, axis=1) / size[:, 0]
-        error = float(ratios.std() / np.sqrt(len(ratios)))
-    column = int(np.argmax(np.abs(signed)))  # numpy's argmax returns the first NaN, if there is one
+        norms = np.linalg.norm(wanted, axis=1, keepdims=True)
+        signed = ((got - wanted) / (norms / np.sqrt(wanted.shape[1]))).mean(axis=0)
+        ratios = np.linalg.norm(got, axis=1) / norms[:, 0]
+        standard_error = float(ratios.std() / np.sqrt(len(ratios)))
+    column = int(np.argmax(np.abs(signed)))  # argmax returns the first NaN, if there is one
     return [
-        Metric("mean_signed", float(np.abs(signed[column])), {"column": column, "rows": len(wide)}),
-        Metric("mean_norm", abs(float(ratios.mean()) - 1), {"rows": len(wide), "standard_error": error}),
+        Metric("mean_signed", float(np.abs(signed[column])), {"column": column, "rows": len(wanted)}),
+        Metric("mean_norm", abs(float(ratios.mean()) - 1), {"rows": len(wanted), "standard_error": standard_error}),
     ]
 
 
-def stray_size(metric: Metric) -> float:
-    """Return a systematic error of a legitimate run, for the limit of all: at least its standard error.
+def systematic_size(metric: Metric) -> float:
+    """Return the systematic error of a legitimate run, at least its standard error, for the limit over all runs.
 
-    Rows that differ leave a mean that far from zero by chance, so one that is nearer was lucky: the runs of MiniLM with
-    max pooling strayed by 0.9e-5, 1.9e-5 and 2.8e-5 (root mean square of eight) with other batches and random numbers.
+    The mean over rows deviates from zero by its standard error, so a smaller value is chance: the systematic errors of
+    MiniLM with max pooling were 0.9e-5, 1.9e-5 and 2.8e-5 (root mean square of eight) with other batches and seeds.
     """
     return float(np.max([metric.value, metric.worst.get("standard_error", 0.0)]))
 
 
 def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: int = 0) -> list[Metric]:
-    """Measure the order of neighbours, the overlap of the ten nearest, and the drift of scores.
+    """Return the order of neighbours, the overlap of the ten nearest, and the drift of cosine scores.
 
     With unit rows, errors of at most ``noise`` move a score by at most δ = 2·noise + noise² (Cauchy–Schwarz), so
-    two neighbours of a row can change places only if their reference scores differ by at most 2δ. Every
-    neighbour that was overtaken across a greater gap is a violation.
+    two neighbours of a row can swap ranks only if their reference scores differ by at most 2δ. Every
+    neighbour that is overtaken across a greater gap is a violation.
 
     Args:
         reference: [n, d], n ≥ 3.
         actual: [n, d].
         noise: relative L2 error of a row that is expected from rounding alone; below the row bound, so that this
-            metric sees errors that conspire while each row by itself still passes.
-        seed: draws the rows if there are more than `PAIR_ROWS`.
+            metric detects correlated errors of rows that pass one by one.
+        seed: for sampling the rows if there are more than `PAIR_ROWS`.
 
     Returns:
         ``neighbour_order`` (number of violations), ``overlap_10`` (1 = all), ``score_drift``.
@@ -169,27 +168,27 @@ def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: in
     n = len(reference)
     if n < 3:
         raise IncomparableError(f"the order of neighbours needs at least 3 rows, got {n}")
-    picked = np.arange(n)
+    sample = np.arange(n)
     if n > PAIR_ROWS:
-        picked = np.sort(np.random.default_rng(seed).choice(n, PAIR_ROWS, replace=False))
-    a, b = _unit(reference[picked]), _unit(actual[picked])
+        sample = np.sort(np.random.default_rng(seed).choice(n, PAIR_ROWS, replace=False))
+    a, b = _unit(reference[sample]), _unit(actual[sample])
     gap = 2 * (2 * noise + noise**2)
-    k = min(10, len(picked) - 1)
-    violations = np.zeros(len(picked))
-    overlap = np.zeros(len(picked))
-    drift = np.zeros(len(picked))
-    for i in range(len(picked)):
-        others = np.delete(np.arange(len(picked)), i)
+    k = min(10, len(sample) - 1)
+    violations = np.zeros(len(sample))
+    overlap = np.zeros(len(sample))
+    drift = np.zeros(len(sample))
+    for i in range(len(sample)):
+        others = np.delete(np.arange(len(sample)), i)
         wanted, got = a[others] @ a[i], b[others] @ b[i]
         violations[i] = _overtaken(wanted, got, gap)
         drift[i] = np.max(np.abs(got - wanted))
         overlap[i] = len(np.intersect1d(np.argsort(-wanted)[:k], np.argsort(-got)[:k])) / k
-    used = {"rows_used": len(picked), "rows": n}
-    row = int(picked[int(np.argmax(violations))])
+    used = {"rows_used": len(sample), "rows": n}
+    row = int(sample[int(np.argmax(violations))])
     return [
         Metric("neighbour_order", float(violations.sum()), {"row": row, "gap": gap, **used}),
-        Metric("overlap_10", float(overlap.mean()), {"row": int(picked[int(np.argmin(overlap))]), **used}),
-        Metric("score_drift", float(np.max(drift)), {"row": int(picked[int(np.argmax(drift))]), **used}),
+        Metric("overlap_10", float(overlap.mean()), {"row": int(sample[int(np.argmin(overlap))]), **used}),
+        Metric("score_drift", float(np.max(drift)), {"row": int(sample[int(np.argmax(drift))]), **used}),
     ]
 
 
@@ -201,10 +200,10 @@ def _unit(rows: Array) -> Floats:
 
 
 def _overtaken(wanted: Floats, got: Floats, gap: float) -> int:
-    """Count the neighbours k that rank, in ``got``, not behind a j with wanted[j] > wanted[k] + gap."""
+    """Count the neighbours k that ``got`` ranks at or above some j with wanted[j] > wanted[k] + gap."""
     order = np.argsort(-wanted)
     wanted, got = wanted[order], got[order]
-    lowest = np.minimum.accumulate(got)  # keeps NaN
-    ahead = np.searchsorted(-wanted, -(wanted + gap), side="left")  # how many have a score above wanted[k] + gap
-    some = ahead > 0
-    return int(np.count_nonzero(~(lowest[ahead[some] - 1] > got[some])))
+    lowest = np.minimum.accumulate(got)  # propagates NaN
+    ahead = np.searchsorted(-wanted, -(wanted + gap), side="left")  # number of scores above wanted[k] + gap
+    has_ahead = ahead > 0
+    return int(np.count_nonzero(~(lowest[ahead[has_ahead] - 1] > got[has_ahead])))

@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, STRAYS, Bound, greatest, without_bound
+from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
     GATES,
     Metric,
     neighbour_metrics,
     row_errors,
-    stray_size,
-    systematic,
+    systematic_metrics,
+    systematic_size,
     worst_row,
 )
 from qeff_validate.tensors import Array, Tensors
@@ -27,37 +27,34 @@ Status = Literal["pass", "fail", "inconclusive", "error", "not_run"]
 
 
 NON_FINITE = "non_finite"
-"""End of the name of the gate that counts values which are not finite."""
+"""Suffix of the gate that counts values that are not finite."""
 
 
 NAMED, MOST_LISTED = 5, 100
-"""So many rows are named in a message, and listed in a report."""
-
-
-ROW_GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms")
+"""Maximum number of rows in a message, and in a report."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A metric beside its bound; without a bound it is shown and never a gate."""
+class GateResult:
+    """A metric with its bound; without a bound it is informative only."""
 
     metric: Metric
     bound: Bound | None
 
     @property
     def passed(self) -> bool:
-        """True for a gate that holds and for what is only shown; NaN fails by construction."""
+        """True if there is no bound or the value is within it; NaN fails."""
         return self.bound is None or 0 <= self.metric.value <= self.bound.value
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """Which faults of fixed size the bounds of a verdict would find.
+    """Which faults the bounds of a verdict would detect.
 
     Attributes:
-        tried: faults that were tried on the original model and are no noise.
-        missed: those that no bound would find.
-        gross: those of them that nobody may ship.
+        tried: number of faults that were applied to the original model and exceed its noise.
+        missed: names of those that no bound detects.
+        gross: the missed faults that are too severe for any release.
     """
 
     tried: int
@@ -67,19 +64,19 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All measurements for one (case, runtime) and what follows from them."""
+    """All measurements for one (case, runtime), and the resulting status."""
 
     status: Status
     reason: str
-    metrics: tuple[Judged, ...] = ()
+    metrics: tuple[GateResult, ...] = ()
     planned: int = 0
     compared: int = 0
     power: Power | None = None
     findings: tuple[str, ...] = ()
-    """What a reader should know and no gate depends on."""
+    """Observations for the reader that no gate depends on."""
 
-    def discriminating(self, power: Power) -> Verdict:
-        """Return the verdict with its power; without a power to find what nobody may ship, nothing passes."""
+    def with_power(self, power: Power) -> Verdict:
+        """Return the verdict with its power; a pass becomes inconclusive if the bounds miss a gross fault."""
         if self.status != "pass" or not power.gross:
             return replace(self, power=power)
         reason = (
@@ -91,13 +88,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of an output are.
+    """The rows of an output.
 
     Attributes:
-        labels: one for each row, for messages.
-        tokenless: rows that hold no token.
-        zeros: token-less rows must be zeros, as our own wrapper pools them; else what they hold is a finding.
-        reached: rows that change with the content of a token-less row in their batch.
+        labels: one per row, for messages.
+        tokenless: indices of rows without a token.
+        zeros: token-less rows must be zeros, as our own export pools them; else their content is only a finding.
+        reached: indices of rows that change with the content of a token-less row in their batch.
     """
 
     labels: Sequence[str]
@@ -105,27 +102,30 @@ class Rows:
     zeros: bool = True
     reached: Sequence[int] = ()
 
-    def kept(self) -> list[int]:
-        """Return the rows that hold a token."""
+    def with_tokens(self) -> list[int]:
+        """Return the indices of the rows with at least one token."""
         return [row for row in range(len(self.labels)) if row not in self.tokenless]
 
-    def judged(self) -> list[int]:
-        """Return the rows that a verdict depends on."""
-        return list(range(len(self.labels))) if self.zeros else self.kept()
+    def gated(self) -> list[int]:
+        """Return the indices of the rows that a verdict depends on."""
+        return list(range(len(self.labels))) if self.zeros else self.with_tokens()
 
 
 def worst_errors(reference: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
-    """Return the worst value of each row metric of outputs, over all rows that hold a token; NaN if one is NaN."""
-    kept = rows.kept()
-    errors = [row_errors(array[kept], outputs[name][kept]) for name, array in reference.items()]
-    return {name: greatest(worst_row(name, getattr(each, name)).value for each in errors) for name in ROW_GATES}
+    """Return the worst value of each row metric over all outputs and all rows with a token; NaN if any value is NaN."""
+    places = rows.with_tokens()
+    errors = [row_errors(array[places], outputs[name][places]) for name, array in reference.items()]
+    return {name: nan_max(worst_row(name, getattr(output, name)).value for output in errors) for name in LEAST}
 
 
-def strays(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
-    """Return the systematic parts of outputs' errors, over all rows that hold a token."""
-    kept = rows.kept()
-    found = [metric for name, array in center.items() for metric in systematic(array[kept], outputs[name][kept])]
-    return {name: greatest(stray_size(metric) for metric in found if metric.name == name) for name in STRAYS}
+def systematic_errors(center: Tensors, outputs: Tensors, rows: Rows) -> dict[str, float]:
+    """Return the systematic errors of outputs against their mean over runs, from all rows with a token."""
+    places = rows.with_tokens()
+    sizes: dict[str, list[float]] = {name: [] for name in SYSTEMATIC_ERRORS}
+    for name, array in center.items():
+        for metric in systematic_metrics(array[places], outputs[name][places]):
+            sizes[metric.name].append(systematic_size(metric))
+    return {name: nan_max(values) for name, values in sizes.items()}
 
 
 def compare(
@@ -139,61 +139,61 @@ def compare(
     precision: str = "",
     relation: bool = False,
 ) -> Verdict:
-    """Compare outputs of a target with the reference: names, dtypes, shapes, finiteness, then every metric.
+    """Compare the outputs of a runtime with the reference: names, dtypes, shapes, finiteness, then every metric.
 
-    A row that is not finite fails by itself; the metrics are those of all other rows.
+    A row that is not finite fails on its own gate; the other metrics are taken over the remaining rows.
 
     Args:
         reference: by output name, [n, d] float arrays; rows without a token hold zeros.
-        actual: the same names, dtypes and shapes, or the verdict is ``fail``.
-        bounds: a bound for each gate.
-        rows: labels and token-less rows; these take no part in the metrics.
-        floor: of legitimate runs, for the order of neighbours, and for systematic errors if ``bounds`` has theirs.
-        seed: draws rows for pairwise metrics.
+        actual: must have the same names, dtypes and shapes, or the verdict is ``fail``.
+        bounds: by metric.
+        rows: labels and token-less rows; the latter are excluded from the metrics.
+        floor: noise floor, for systematic errors if ``bounds`` has their bounds.
+        seed: for sampling the rows of pairwise metrics.
         precision: profile of what computed ``actual``, for messages.
-        relation: ``reference`` comes from the same session as ``actual``, so a row that is not finite in it fails too.
+        relation: ``reference`` is an output of the same session, so a row that is not finite in it fails as well.
     """
-    planned = len(reference) * len(rows.judged())
+    planned = len(reference) * len(rows.gated())
     problem = structure_problem(reference, actual, len(rows.labels))
     if problem:
         return Verdict("fail", problem, planned=planned)
-    if not reference or not rows.kept():
+    if not reference or not rows.with_tokens():
         return Verdict("inconclusive", "nothing to compare: no output, or no row with a token", planned=planned)
-    judged: list[Judged] = []
+    results: list[GateResult] = []
     findings: list[str] = []
     unusable: dict[str, list[int]] = {}
     for name in sorted(reference):
         wanted, got = finite_rows(reference[name]), finite_rows(actual[name])
         usable = np.ones_like(got) if relation else wanted
-        unusable[name] = [row for row in rows.judged() if not usable[row]]
-        broken = [row for row in rows.judged() if usable[row] and not (got[row] and wanted[row])]
+        unusable[name] = [row for row in rows.gated() if not usable[row]]
+        broken = [row for row in rows.gated() if usable[row] and not (got[row] and wanted[row])]
         both = actual[name] if not relation else np.where(got[:, None], reference[name], actual[name])
-        judged += non_finite(name, both, broken, rows)
-        kept = [row for row in rows.kept() if wanted[row] and got[row]]
-        if kept:
-            judged += _judge(name, reference[name], actual[name], bounds, rows, kept, floor, seed)
+        results += non_finite(name, both, broken, rows)
+        measured = [row for row in rows.with_tokens() if wanted[row] and got[row]]
+        if measured:
+            results += _gate_output(name, reference[name], actual[name], bounds, rows, measured, floor, seed)
         if rows.tokenless and rows.zeros:
-            judged.append(_tokenless(name, actual[name], rows))
+            results.append(_tokenless_gate(name, actual[name], rows))
         elif rows.tokenless:
             findings += _filler_findings(name, actual[name], rows)
-    judged += _reached(rows)
-    verdict = _conclude(judged, planned, compared=planned - sum(map(len, unusable.values())))
+    results += _reached_gate(rows)
+    verdict = _conclude(results, planned, compared=planned - sum(map(len, unusable.values())))
     missing = [name for name in GATES if name not in bounds]
     if missing and verdict.status != "fail":
-        verdict = replace(verdict, status="inconclusive", reason=without_bound(missing, floor, precision))
-    return replace(with_unusable(verdict, unusable, rows.labels), findings=tuple(findings))
+        verdict = replace(verdict, status="inconclusive", reason=missing_bounds_reason(missing, floor, precision))
+    return replace(with_unusable_rows(verdict, unusable, rows.labels), findings=tuple(findings))
 
 
 def finite_rows(array: Array) -> NDArray[np.bool_]:
-    """Return for each row of ``[n, d]`` whether all its values are finite, bool ``[n]``."""
+    """Return which rows of ``[n, d]`` hold finite values only, bool ``[n]``."""
     with np.errstate(all="ignore"):
-        # NaN or infinite if any element is; a float64 sum of float32 values cannot overflow by itself
+        # the sum is NaN or infinite if any element is; finite float32 values cannot overflow a float64 sum
         finite: NDArray[np.bool_] = np.isfinite(np.sum(array, axis=1, dtype=np.float64))
     return finite
 
 
-def with_unusable(verdict: Verdict, unusable: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Verdict:
-    """Return a verdict that names the rows in which the reference itself is not finite; such a verdict never passes."""
+def with_unusable_rows(verdict: Verdict, unusable: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Verdict:
+    """Return the verdict with the rows named in which the reference is not finite; it never passes if there are any."""
     texts = [
         f"the reference itself holds NaN or infinity in {len(places)} of {len(labels)} rows of {name}:"
         f" {named_rows(places, labels)}"
@@ -208,13 +208,13 @@ def with_unusable(verdict: Verdict, unusable: Mapping[str, Sequence[int]], label
 
 
 def named_rows(places: Sequence[int], labels: Sequence[str]) -> str:
-    """Return numbers and labels of rows for a message; of many rows the first ones."""
+    """Return indices and labels of rows for a message, limited to the first `NAMED`."""
     names = ", ".join(f"row {row} ({labels[row]!r})" for row in places[:NAMED])
     return f"{names} and {len(places) - NAMED} more" if len(places) > NAMED else names
 
 
 def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None:
-    """Say in what names, dtypes or shapes differ; None if they are alike and have n rows."""
+    """Return how names, dtypes or shapes differ; None if they match and there are n rows."""
     if set(reference) != set(actual):
         missing, extra = sorted(set(reference) - set(actual)), sorted(set(actual) - set(reference))
         return f"outputs differ: wanted {sorted(reference)}, got {sorted(actual)}; missing {missing}, extra {extra}"
@@ -229,14 +229,14 @@ def structure_problem(reference: Tensors, actual: Tensors, n: int) -> str | None
     return None
 
 
-def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> list[Judged]:
-    """Return the gate that rows break which are not finite; nothing if there are none.
+def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> list[GateResult]:
+    """Return the failed gate of rows that are not finite; empty if there are none.
 
     Args:
         name: of the output.
         array: ``[n, d]``.
-        places: rows that are not finite.
-        rows: labels, and how many rows are judged.
+        places: indices of the rows that are not finite.
+        rows: labels, and the rows that a verdict depends on.
     """
     if not places:
         return []
@@ -246,59 +246,61 @@ def non_finite(name: str, array: Array, places: Sequence[int], rows: Rows) -> li
         "column": int(np.argmin(np.isfinite(array[row]))),
         "text": rows.labels[row],
         "rows": len(places),
-        "of_rows": len(rows.judged()),
-        "of_values": len(rows.judged()) * array.shape[1],
+        "of_rows": len(rows.gated()),
+        "of_values": len(rows.gated()) * array.shape[1],
         "others": [{"row": other, "text": rows.labels[other]} for other in places[1:MOST_LISTED]],
     }
     count = float(sum(np.count_nonzero(~np.isfinite(array[place])) for place in places))
-    return [Judged(Metric(f"{name}.{NON_FINITE}", count, worst), Bound(0.0, "exact", "every value must be finite"))]
+    return [GateResult(Metric(f"{name}.{NON_FINITE}", count, worst), Bound(0.0, "exact", "every value must be finite"))]
 
 
-def _judge(
+def _gate_output(
     name: str,
     reference: Array,
     actual: Array,
     bounds: Mapping[str, Bound],
     rows: Rows,
-    kept: list[int],
+    measured: list[int],
     floor: Floor | None,
     seed: int,
-) -> list[Judged]:
-    whole = len(kept) == len(reference)
-    wanted, got = (reference, actual) if whole else (reference[kept], actual[kept])
+) -> list[GateResult]:
+    complete = len(measured) == len(reference)
+    wanted, got = (reference, actual) if complete else (reference[measured], actual[measured])
     errors = row_errors(wanted, got)
-    found = [worst_row(metric, getattr(errors, metric)) for metric in ROW_GATES]
+    metrics = [worst_row(metric, getattr(errors, metric)) for metric in LEAST]
     worst = worst_row("mean_abs", errors.mean_abs)
-    found.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
-    if len(kept) >= 3 and "rel_l2" in bounds:
-        usual = bounds["rel_l2"].floor
-        noise = bounds["rel_l2"].value / NOISE_SHARE if usual is None else greatest((usual, LEAST["rel_l2"] / 10))
-        found += neighbour_metrics(wanted, got, noise=noise, seed=seed)
-    judged = []
-    for metric in found:
-        row = kept[metric.worst["row"]]
+    metrics.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
+    if len(measured) >= 3 and "rel_l2" in bounds:
+        typical = bounds["rel_l2"].floor
+        noise = bounds["rel_l2"].value / NOISE_SHARE if typical is None else nan_max((typical, LEAST["rel_l2"] / 10))
+        metrics += neighbour_metrics(wanted, got, noise=noise, seed=seed)
+    results = []
+    for metric in metrics:
+        row = measured[metric.worst["row"]]
         place = {**metric.worst, "row": row, "text": rows.labels[row]}
         if metric.name == "max_abs_rms":
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
-        judged.append(Judged(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
-    measured = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
-    places = np.flatnonzero(np.isin(measured, kept))
-    if floor is not None and set(STRAYS) <= set(bounds) and places.size:
-        common = systematic(floor.center[name][places], actual[measured[places]])
-        judged += [Judged(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in common]
-    return judged
+        results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
+    floor_rows = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
+    places = np.flatnonzero(np.isin(floor_rows, measured))
+    if floor is not None and set(SYSTEMATIC_ERRORS) <= set(bounds) and places.size:
+        systematic = systematic_metrics(floor.center[name][places], actual[floor_rows[places]])
+        results += [
+            GateResult(replace(metric, name=f"{name}.{metric.name}"), bounds[metric.name]) for metric in systematic
+        ]
+    return results
 
 
-def _tokenless(name: str, actual: Array, rows: Rows) -> Judged:
+def _tokenless_gate(name: str, actual: Array, rows: Rows) -> GateResult:
     places = sorted(rows.tokenless)
     worst = places[int(np.argmax([np.max(np.abs(actual[row])) for row in places]))]
     count = float(sum(np.count_nonzero(actual[row]) for row in places))
     metric = Metric(f"{name}.tokenless_rows", count, {"row": worst, "text": rows.labels[worst], "rows": len(places)})
-    return Judged(metric, Bound(0.0, "exact", "a row without a token pools to zeros"))
+    return GateResult(metric, Bound(0.0, "exact", "a row without a token pools to zeros"))
 
 
 def _filler_findings(name: str, actual: Array, rows: Rows) -> list[str]:
-    """Say what stands in rows without a token, if it is not zeros; nobody feeds such a row, so nobody reads it."""
+    """Report rows without a token that are not zeros; such rows only fill a batch, so no gate applies."""
     places = sorted(rows.tokenless)
     groups = {
         "are not finite": [row for row in places if not np.isfinite(actual[row]).all()],
@@ -307,40 +309,42 @@ def _filler_findings(name: str, actual: Array, rows: Rows) -> list[str]:
     effect = "change with them" if rows.reached else "do not change with them"
     return [
         f"{name}: {len(group)} of {len(places)} rows without a token {what} ({named_rows(group, rows.labels)});"
-        f" they are nobody's input and are not judged; other rows of their batch {effect}"
+        f" such rows only fill a batch and are not judged; other rows of their batch {effect}"
         for what, group in groups.items()
         if group
     ]
 
 
-def _reached(rows: Rows) -> list[Judged]:
-    """Return the gate that rows break which change with a token-less row of their batch."""
+def _reached_gate(rows: Rows) -> list[GateResult]:
+    """Return the failed gate of rows that change with a token-less row of their batch; empty if there are none."""
     if not rows.reached:
         return []
     row = rows.reached[0]
     metric = Metric("rows.changed_by_filler", float(len(rows.reached)), {"row": row, "text": rows.labels[row]})
     why = "a row is the same bit for bit, whatever fills the batch beside it"
-    return [Judged(metric, Bound(0.0, "exact", why))]
+    return [GateResult(metric, Bound(0.0, "exact", why))]
 
 
 def rows_beyond(reference: Tensors, actual: Tensors, bounds: Mapping[str, Bound], rows: Rows) -> set[int]:
-    """Return the rows with a token that are beyond a bound of a row metric or not finite; the reference is finite."""
+    """Return the rows with a token that exceed a bound or are not finite, of those whose reference is finite."""
     beyond: set[int] = set()
-    kept = np.array([row for row in rows.kept() if all(finite_rows(array)[row] for array in reference.values())], int)
-    if not kept.size:
+    places = np.array(
+        [row for row in rows.with_tokens() if all(finite_rows(array)[row] for array in reference.values())], int
+    )
+    if not places.size:
         return beyond
     for name, array in reference.items():
-        errors = row_errors(array[kept], actual[name][kept])
-        for gate in ROW_GATES:
+        errors = row_errors(array[places], actual[name][places])
+        for gate in LEAST:
             if gate in bounds:
-                beyond |= set(kept[~(getattr(errors, gate) <= bounds[gate].value)].tolist())
-        beyond |= set(kept[~finite_rows(actual[name])[kept]].tolist())
+                beyond |= set(places[~(getattr(errors, gate) <= bounds[gate].value)].tolist())
+        beyond |= set(places[~finite_rows(actual[name])[places]].tolist())
     return beyond
 
 
-def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
-    failed = [item for item in judged if not item.passed]
-    gates = {item.metric.name.rpartition(".")[2] for item in judged if item.bound is not None}
+def _conclude(results: list[GateResult], planned: int, compared: int) -> Verdict:
+    failed = [item for item in results if not item.passed]
+    gates = {item.metric.name.rpartition(".")[2] for item in results if item.bound is not None}
     if failed:
         status: Status = "fail"
         reason = "; ".join(sentence(item) for item in failed)
@@ -351,18 +355,18 @@ def _conclude(judged: list[Judged], planned: int, compared: int) -> Verdict:
         status, reason = "inconclusive", f"only {compared} of {planned} rows were compared"
     else:
         status, reason = "pass", ""
-    return Verdict(status, reason, tuple(judged), planned, compared)
+    return Verdict(status, reason, tuple(results), planned, compared)
 
 
-def all_hold(judged: Sequence[Judged], planned: int) -> Verdict:
-    """Return a verdict on all of what was planned: ``pass`` if every gate holds."""
-    failed = [item for item in judged if not item.passed]
+def verdict_of_gates(results: Sequence[GateResult], planned: int) -> Verdict:
+    """Return the verdict of gates over all planned rows: ``pass`` if every gate holds."""
+    failed = [item for item in results if not item.passed]
     status: Status = "fail" if failed else "pass"
-    return Verdict(status, "; ".join(map(sentence, failed)), tuple(judged), planned, planned)
+    return Verdict(status, "; ".join(map(sentence, failed)), tuple(results), planned, planned)
 
 
-def sentence(item: Judged) -> str:
-    """Say of a gate that failed: name, value, bound and the worst row."""
+def sentence(item: GateResult) -> str:
+    """Describe a failed gate: name, value, bound and the worst row."""
     assert item.bound is not None  # only gates fail
     if item.metric.name.endswith(f".{NON_FINITE}"):
         return _non_finite_sentence(item.metric)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls into transformers: quiet, with exceptions translated; and the versions of what is installed.
+"""Wraps calls into transformers: no terminal output, translated exceptions; and reads installed versions.
 
 Frameworks are imported inside the functions that need them, so that a fingerprint costs no import of torch.
 """
@@ -22,17 +22,17 @@ OWN_CODE = (
 
 def versions(*names: str) -> dict[str, str | None]:
     """Return installed versions without importing the packages; None where one is missing."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def without_cache(body: Any) -> Any:
-    """Return the body in eval mode, told not to return the keys and values of a decoder."""
+    """Return the body in eval mode, with ``use_cache`` off so that a decoder returns no keys and values."""
     config = getattr(body, "config", None)
     if config is not None and getattr(config, "use_cache", False):
         config.use_cache = False
@@ -40,21 +40,29 @@ def without_cache(body: Any) -> Any:
 
 
 @contextmanager
-def foreign(doing: str) -> Iterator[None]:
-    """Translate what transformers, safetensors and torch raise; their exceptions share no base class."""
+def translated_errors(action: str) -> Iterator[None]:
+    """Translate exceptions of transformers, safetensors and torch, which share no base class.
+
+    Args:
+        action: for the message: ``cannot {action}: …``.
+
+    Raises:
+        ConfigError: the model needs ``trust_remote_code``.
+        Unavailable: any other exception that is not ours.
+    """
     try:
         yield
     except ValidateError:
         raise
     except Exception as exc:
         if "trust_remote_code" in str(exc):
-            raise ConfigError(f"cannot {doing}: {OWN_CODE}") from exc
-        raise Unavailable(f"cannot {doing}: {type(exc).__name__}: {first_line(exc)}") from exc
+            raise ConfigError(f"cannot {action}: {OWN_CODE}") from exc
+        raise Unavailable(f"cannot {action}: {type(exc).__name__}: {first_line(exc)}") from exc
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, load reports and deprecations off the terminal: ours stand there."""
+def quiet_transformers() -> Iterator[None]:
+    """Suppress progress bars, load reports and deprecation warnings of transformers, beside our own progress output."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -62,7 +70,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT, none of our business
+            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT; not ours to fix
             yield
     finally:
         logging.set_verbosity(level)
@@ -71,6 +79,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(exc: BaseException) -> str:
-    """Return the first line of an exception's text, with the next if it ends with a colon; its class if it has none."""
+    """Return the first line of an exception's message, joined with the next if it ends with a colon; else its class."""
     lines = [line.strip() for line in (str(exc).strip() or type(exc).__name__).splitlines()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -17,10 +17,10 @@ import numpy as np
 from qeff_validate.artifact import digest_file
 from qeff_validate.comparison.bounds import Bound, bounds_for, overridden
 from qeff_validate.comparison.vector_metrics import Floats, worst_row
-from qeff_validate.comparison.verdict import Judged, Rows, Verdict, compare, sentence
+from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, sentence
 from qeff_validate.config.case import Case
 from qeff_validate.errors import IncomparableError
-from qeff_validate.protocols import Graph, Session, Terms
+from qeff_validate.protocols import ComparisonContext, Graph, Session
 from qeff_validate.tensors import Tensors
 
 
@@ -99,14 +99,14 @@ class RowModel:
                 outputs.setdefault(name, []).append(array[: len(inputs.labels) - start])
         return {name: np.concatenate(parts) for name, parts in outputs.items()}
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare outputs as vectors, and each of the kind's own metrics with its bound; the worst row decides."""
-        own = {name: Bound(value, "fallback", "the kind's table") for name, value in self._table(terms).items()}
-        own |= {name: bound for name, bound in overridden(terms.override).items() if name in own}
-        override = {name: value for name, value in terms.override.items() if name not in own}
-        bounds = bounds_for(terms.precision, override=override)
+        own = {name: Bound(value, "fallback", "the kind's table") for name, value in self._table(context).items()}
+        own |= {name: bound for name, bound in overridden(context.override).items() if name in own}
+        override = {name: value for name, value in context.override.items() if name not in own}
+        bounds = bounds_for(context.precision, override=override)
         rows = Rows(inputs.labels)
-        verdict = compare(reference, actual, bounds, rows=rows, seed=terms.seed, precision=terms.precision)
+        verdict = compare(reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision)
         if not verdict.metrics:
             return verdict  # outputs of another structure
         judged = []
@@ -114,7 +114,7 @@ class RowModel:
             metric = worst_row(name, errors)
             row = int(metric.worst["row"])
             named = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
-            judged.append(Judged(named, own.get(name)))
+            judged.append(GateResult(named, own.get(name)))
         failed = [item for item in judged if not item.passed]
         metrics = (*verdict.metrics, *judged)
         if not failed:
@@ -122,7 +122,7 @@ class RowModel:
         reason = "; ".join(filter(None, (verdict.reason, *map(sentence, failed))))
         return replace(verdict, status="fail", reason=reason, metrics=metrics)
 
-    def relate(self, name: str, session: Session, inputs: Any, terms: Terms) -> Verdict:  # noqa: ARG002
+    def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:  # noqa: ARG002
         """Refuse: the kind declares no relations.
 
         Raises:
@@ -130,5 +130,5 @@ class RowModel:
         """
         raise IncomparableError(f"the model kind {self.case.model!r} has no relation {name!r}")
 
-    def _table(self, terms: Terms) -> Mapping[str, float]:
-        return self.tolerances.get(terms.precision.partition("+")[0], {})
+    def _table(self, context: ComparisonContext) -> Mapping[str, float]:
+        return self.tolerances.get(context.precision.partition("+")[0], {})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import stacked
+from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
 from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS
@@ -146,7 +146,7 @@ def serving(
         if not types:
             return feeds
         if session.mixed:
-            stacks = stacked(replacements)
+            stacks = stack_adapters(replacements)
             return {**feeds, **{name: stacks[name].astype(dtype) for name, dtype in types.items()}}
         for adapter, tensors in adapters.items():  # a device may take another dtype
             if all(np.array_equal(feeds[name], tensors[name].astype(dtype)) for name, dtype in types.items()):

@@ -19,7 +19,7 @@ import numpy as np
 from qeff_validate.artifact import digest_tree, fingerprint
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import Floats
-from qeff_validate.comparison.verdict import Judged, Power
+from qeff_validate.comparison.verdict import GateResult, Power
 from qeff_validate.errors import IncomparableError
 from qeff_validate.json_tensor import text_of
 from qeff_validate.mutation.mutant import Mutant, mutants
@@ -73,7 +73,7 @@ class FaultEffects:
             threshold = EQUIVALENT * floor.level(size)
             yield from (index for index, error in enumerate(self.errors[size]) if not error < threshold)
 
-    def power(self, floor: Floor, judged: Sequence[Judged]) -> Power:
+    def power(self, floor: Floor, judged: Sequence[GateResult]) -> Power:
         """Return how many of the visible faults the bounds of a verdict find; loads no framework."""
         bounds = {
             item.metric.name.partition(".")[2]: item.bound.value for item in judged if item.bound and item.bound.value

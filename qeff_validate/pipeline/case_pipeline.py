@@ -16,7 +16,7 @@ from qeff_validate.artifact import Artifact, Kind, fingerprint
 from qeff_validate.builders.provenance import about
 from qeff_validate.builders.store import Entry, Store, code_key, measures_key
 from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows
-from qeff_validate.comparison.noise_floor import Floor, belonging, digest_of
+from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
@@ -33,7 +33,7 @@ from qeff_validate.pipeline.user_artifacts import user_artifact
 from qeff_validate.prechecks.checks import ABOUT, collect_evidence, run_prechecks, with_feed_prechecks, with_prechecks
 from qeff_validate.prechecks.feed_monitor import FeedMonitor
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
-from qeff_validate.protocols import Model, Runtime, Session, Terms, capabilities, model_kind
+from qeff_validate.protocols import ComparisonContext, Model, Runtime, Session, capabilities, model_kind
 from qeff_validate.report.result import Precheck, Result
 from qeff_validate.runtimes.renamed_session import Foreign
 from qeff_validate.sdk.locate import Sdk
@@ -161,10 +161,12 @@ class Pipeline:
         with self.stages.step("compare", adapter.name):
             override, device = self.case.bounds(adapter.name), capabilities(adapter).compute != "fp32"
             ours, padded = not self._foreign(adapter.kind), monitor.padded()
-            terms = Terms(base["precision"], override, self.case.seed, floor, device, ours, reached, padded)
-            verdict = self.model().judge(reference, actual, inputs, terms)
+            context = ComparisonContext(
+                base["precision"], override, self.case.seed, floor, device, ours, reached, padded
+            )
+            verdict = self.model().judge(reference, actual, inputs, context)
             if floor is not None and ceiling is not None and verdict.metrics:
-                verdict = verdict.discriminating(ceiling.power(floor, verdict.metrics))
+                verdict = verdict.with_power(ceiling.power(floor, verdict.metrics))
         stages = ("export", "compile") if adapter.kind == "qpc" else ("export",) if adapter.kind == "onnx" else ()
         built = {name: self.seconds[name] for name in stages if name in self.seconds}
         file = tuple(self._file_findings(adapter))
@@ -213,10 +215,10 @@ class Pipeline:
 
     def _related(self, adapter: Runtime, name: str, base: dict[str, Any]) -> Result:
         inputs, artifact = self.inputs(), self.artifact(adapter.kind, capabilities(adapter).sdk)
-        terms = Terms(base["precision"], self.case.bounds(adapter.name), self.case.seed)
+        context = ComparisonContext(base["precision"], self.case.bounds(adapter.name), self.case.seed)
         try:
             with self.stages.step(name, adapter.name), self._opened(adapter, artifact) as session:
-                verdict = self.model().relate(name, session, inputs, terms)
+                verdict = self.model().relate(name, session, inputs, context)
         except IncomparableError as exc:
             return Result(**base, status="not_run", reason=str(exc), stage=name)
         return Result(
@@ -405,7 +407,7 @@ class Pipeline:
         if self.case.artifacts.reference is not None:
             stored, reference = part(self._recorded(), profile), self.reference()
             with naming(self.case.artifacts.reference):
-                return belonging(Floor.from_stored(stored), reference, profile) if stored else None
+                return check_floor(Floor.from_stored(stored), reference, profile) if stored else None
         if not hasattr(made, "ensemble"):
             return None
 
@@ -415,7 +417,7 @@ class Pipeline:
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 
         def get() -> Floor:
-            return belonging(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
+            return check_floor(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
 
         return self.stages.once(f"floor.{profile}", get, f"noise floor in {profile}", shown=True)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qeff_validate.comparison.verdict import Judged, Power, Status
+from qeff_validate.comparison.verdict import GateResult, Power, Status
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ class Result:
     reference: str = "hf"
     precision: str | None = None
     simulated: bool = False
-    metrics: tuple[Judged, ...] = ()
+    metrics: tuple[GateResult, ...] = ()
     planned: int = 0
     compared: int = 0
     timings_s: Mapping[str, float] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def _power(power: Power) -> dict[str, Any]:
     return {"tried": power.tried, "caught": caught, "share": share, "missed": list(power.missed)}
 
 
-def _metric(item: Judged) -> dict[str, Any]:
+def _metric(item: GateResult) -> dict[str, Any]:
     bound = item.bound
     return {
         "name": item.metric.name,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from floors import EVEN, made_floor
 
-from qeff_validate.comparison.bounds import FALLBACK, NOISE_SHARE, Bound, bounds_for, check_tolerance, stray_bounds
+from qeff_validate.comparison.bounds import FALLBACK, NOISE_SHARE, Bound, bounds_for, check_tolerance, systematic_bounds
 from qeff_validate.comparison.vector_metrics import GATES
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.errors import ConfigError
@@ -310,10 +310,10 @@ def against_the_mean(actual: np.ndarray) -> Verdict:
     """Judge a device whose precision has noise of 4e-3 in each row, and much less in their mean."""
     floor = made_floor(
         {"rel_l2": 4e-3, "cosine": 1e-3, "norm_ratio": 2e-3, "max_abs_rms": 2e-2},
-        strays={"mean_signed": 1e-3, "mean_norm": 1e-4},
+        systematic_errors={"mean_signed": 1e-3, "mean_norm": 1e-4},
         center={"output": clean()},
     )
-    bounds = bounds_for("fp16", floor=floor, override={}) | stray_bounds(floor)
+    bounds = bounds_for("fp16", floor=floor, override={}) | systematic_bounds(floor)
     return judge({"output": actual}, bounds=bounds, floor=floor)
 
 

@@ -16,11 +16,11 @@ from floors import EVEN, made_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qeff_validate.comparison.bounds import STRAYS, Bound, bounds_for, greatest, stray_bounds
+from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, nan_max, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import Judged, Rows, rows_beyond, strays, worst_errors
+from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, worst_errors
 from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import _row as report_row
@@ -38,15 +38,15 @@ NAMES = ("a", "b", "c")
 @given(st.lists(st.floats(allow_nan=True), min_size=1, max_size=8))
 def test_the_greatest_of_numbers_is_nan_if_one_is(values: list[float]) -> None:
     wanted = math.nan if any(map(math.isnan, values)) else max(values)
-    np.testing.assert_equal(greatest(values), wanted)
+    np.testing.assert_equal(nan_max(values), wanted)
 
 
 @pytest.mark.parametrize("order", list(permutations((GOOD, GOOD * 1.1, BAD))), ids=lambda _: "")
-def test_one_output_of_several_that_is_nan_makes_errors_and_strays_nan(order: Any) -> None:
+def test_one_output_of_several_that_is_nan_makes_errors_and_systematic_errors_nan(order: Any) -> None:
     reference = dict.fromkeys(NAMES, GOOD)
     outputs = dict(zip(NAMES, order, strict=True))
     assert all(math.isnan(value) for value in worst_errors(reference, outputs, ROWS).values())
-    assert all(math.isnan(value) for value in strays(reference, outputs, ROWS).values())
+    assert all(math.isnan(value) for value in systematic_errors(reference, outputs, ROWS).values())
     assert rows_beyond(reference, outputs, bounds_for("fp32", override={}), ROWS) == set(range(N))
 
 
@@ -68,13 +68,13 @@ def test_one_run_of_a_floor_that_is_no_number_leaves_no_bound(place: int, bad: f
     assert "rel_l2" not in bounds_for("fp16", override={}, floor=made_floor({**EVEN, "rel_l2": runs}))
     logit_floor = made_floor({**dict.fromkeys(LEAST, 1e-6), "kl_max": runs})
     assert "kl_max" not in logit_bounds("fp16", override={}, floor=logit_floor)
-    for name in STRAYS:
-        strayed = {**dict.fromkeys(STRAYS, 1e-4), name: runs}
-        assert set(stray_bounds(made_floor(strays=strayed))) == set(STRAYS) - {name}
+    for name in SYSTEMATIC_ERRORS:
+        errors = {**dict.fromkeys(SYSTEMATIC_ERRORS, 1e-4), name: runs}
+        assert set(systematic_bounds(made_floor(systematic_errors=errors))) == set(SYSTEMATIC_ERRORS) - {name}
 
 
-def judged(value: float, bound: float, name: str = "output.rel_l2") -> Judged:
-    return Judged(Metric(name, value, {"row": 0, "text": "x"}), Bound(bound, "exact", "y"))
+def judged(value: float, bound: float, name: str = "output.rel_l2") -> GateResult:
+    return GateResult(Metric(name, value, {"row": 0, "text": "x"}), Bound(bound, "exact", "y"))
 
 
 @pytest.mark.parametrize("order", list(permutations((0, 1, 2))))
@@ -140,20 +140,20 @@ OVER_NO_MEASUREMENT = {
     "sorted(reference)", "sorted(actual)", "sorted(set(reference) - set(actual))",
     "sorted(set(actual) - set(reference))",
     "sorted(set(GATES) - gates)", "sorted(rows.tokenless)", "min(d, BLOCK)", "max(1, BLOCK // width)",
-    "min(top + height, n)", "min(left + width, d)", "min(10, len(picked) - 1)", "min(k, wanted.shape[1])",
+    "min(top + height, n)", "min(left + width, d)", "min(10, len(sample) - 1)", "min(k, wanted.shape[1])",
     "sorted({result['precision'] for result in good})", "max(n for n in K95 if n <= values.size)", "min(K95)",
     "max(ids, key=len)", "max(1, TOGETHER // length)",
     "sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: ids[row].size)",
     "max((ids[row].size for row in rows))", "sorted((row for row in ids if row.size), key=len)",
-    "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(ALONE, len(by_length))",
+    "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(SINGLE_ROWS, len(by_length))",
     "min(start + size, len(inputs.ids))", "min(lengths)", "max(lengths)", "sorted(filled, key=lengths.__getitem__)",
     "sorted({length for _, length in _shapes(model, session)})", "min(sizes)", "max(sizes)",
-    "min(spared)", "max(spared)",
+    "min(unaffected)", "max(unaffected)",
     "max((length for _, length in _shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
     "max((size for size, at in _shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
-    "min(most[name], near.get(name, math.inf))", "max(gates, key=nearness, default=None)",
-    "min(found, half_normal)",
+    "min(most[name], fp32_limits.get(name, math.inf))", "max(gates, key=nearness, default=None)",
+    "min(log_normal, half_normal)",
 }  # fmt: skip
 
 

@@ -14,12 +14,12 @@ from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors
 
 
-def stacked(adapters: Mapping[str, Tensors]) -> Tensors:
+def stack_adapters(adapters: Mapping[str, Tensors]) -> Tensors:
     """Return each tensor of all adapters, ``[adapters, …]``, in their order, which begins with the base."""
     return {name: np.stack([tensors[name] for tensors in adapters.values()]) for name in adapters[BASE]}
 
 
-def one_by_one(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
+def run_sequentially(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
     """Run every prompt with every adapter, swapped in on the live session, and then the first two adapters again.
 
     Args:
@@ -46,10 +46,10 @@ def one_by_one(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array
     return {"logits": np.concatenate(logits), "again": np.concatenate(again)}
 
 
-def side_by_side(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
+def run_batched(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
     """Run every prompt with every adapter, the adapters of a prompt next to each other in a batch, and then all again.
 
-    Takes and returns what `one_by_one` does.
+    Takes and returns what `run_sequentially` does.
     """
     prompts = len(inputs.ids)
     visits = [(adapter, prompt) for prompt in range(prompts) for adapter in range(len(inputs.adapters))]
@@ -66,5 +66,5 @@ def side_by_side(session: Session, inputs: Any, plan: Plan, forced: Sequence[Arr
         ordered = dict(zip(visits, found, strict=True))
         return [ordered[visit] for visit in sorted(visits)]
 
-    logits, again = run(stacked(inputs.adapters)), run({})
+    logits, again = run(stack_adapters(inputs.adapters)), run({})
     return {"logits": np.concatenate(logits), "again": np.concatenate(again[: 2 * prompts])}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A causal LM with a fresh adapter on it, and the tensors of every adapter of a case in its place."""
+"""Attaches an adapter without effect to a causal LM, and reads or creates the tensors of every adapter of a case."""
 
 from __future__ import annotations
 
@@ -21,86 +21,86 @@ from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
 from qeff_validate.models.causal_lm.kv_cache import state_shapes
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
 
-OFF = ("init_lora_weights", "init_weights", "init_ia3_weights")
-"""Options that say how an adapter starts; PEFT's default mostly is a start without effect."""
+INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+"""PEFT options for the initialization of an adapter; by default most adapters start without effect."""
 
 UNEXPORTABLE: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA (aLoRA) looks for its invocation tokens in each prompt",
     "arrow_config": "Arrow chooses among adapters for each token",
     "target_parameters": "LoRA on parameters, such as the experts of a mixture, computes whole weights in each run",
 }
-"""Options of PEFT that work in PyTorch and have no graph here, and why."""
+"""PEFT options that cannot be exported here, and why."""
 
-SAME = 1e-5
-"""Greatest relative L2 of logits with an adapter that has no effect: DoRA and OFT round, others change no bit."""
+NEUTRAL_TOLERANCE = 1e-5
+"""Accepted relative L2 of logits with an adapter without effect: DoRA and OFT round, other methods change no bit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model that is ready to be wrapped.
+class AdaptedModel:
+    """A causal LM with an adapter attached.
 
     Attributes:
-        model: float32, eval mode, with a fresh adapter if there are adapters.
+        model: float32, eval mode, with an adapter without effect if the case has adapters.
         dims: for each layer ``(heads, head_dim)`` of keys and of values.
-        live: saved name of each adapter tensor and its name in ``model``.
-        adapters: tensors of ``base`` and of each adapter, by saved names.
-        eos: ids that end a text.
-        brought: the model came with its adapters, and they are off for good.
+        parameter_names: the name in ``model`` of each adapter tensor, by its saved name.
+        adapters: tensors of ``base`` and of each adapter, by saved name.
+        eos: token ids that end a text.
+        own_adapters: the model was a PeftModel with adapters, which have been removed.
     """
 
     model: Any
     dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-    live: Mapping[str, str]
+    parameter_names: Mapping[str, str]
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
-    brought: bool = False
+    own_adapters: bool = False
 
-    def off(self) -> Any:
-        """Return the model as `adapt` takes it, None if it came with adapters; ``model`` is of no use afterwards."""
-        if self.brought:
+    def base_model(self) -> Any:
+        """Return the model without adapters, None if it had its own; ``model`` must not be used afterwards."""
+        if self.own_adapters:
             return None
-        return self.model.unload() if self.live else self.model
+        return self.model.unload() if self.parameter_names else self.model
 
     def interface(self) -> dict[str, Any]:
-        """Return what the graph's interface is made from, as plain data."""
+        """Return the sizes that determine the graph's interface, as plain data."""
         return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
 
 
-def adapt(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> Loaded:
-    """Make every adapter's tensors, and put a fresh adapter on a model.
+def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedModel:
+    """Read or create the tensors of every adapter, and attach an adapter without effect to the model.
 
     Args:
-        model: a causal LM, changed in place; a PeftModel brings its own adapters.
-        named: the case's adapters.
+        model: a causal LM, changed in place; a PeftModel has its own adapters.
+        named: the case's adapters: directories, or PEFT options of random ones.
 
     Raises:
         ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
     """
-    brought = isinstance(model, PeftModel)
-    if brought:
+    own_adapters = isinstance(model, PeftModel)
+    if own_adapters:
         if named:
             raise ConfigError("a PeftModel brings its own adapters: leave out options.adapters and peft_method")
-        configs, tensors, model = _taken_off(model)
+        configs, tensors, model = _detach_adapters(model)
     else:
-        configs, tensors = _made(model, named)
-    with foreign(f"run {type(model).__name__} with keys and values kept"):
+        configs, tensors = _create_adapters(model, named)
+    with translated_errors(f"run {type(model).__name__} with keys and values kept"):
         dims = state_shapes(model)
-    eos = _eos(model)
+    eos = _eos_ids(model)
     if not configs:
-        return Loaded(model, dims, {}, {BASE: {}}, eos)
-    _alike(configs)
+        return AdaptedModel(model, dims, {}, {BASE: {}}, eos)
+    _check_same_options(configs)
     _refuse_unexportable(next(iter(configs.values())))
-    plain = _probe(model)
-    adapted = apply_peft(model, fresh(next(iter(configs.values()))))
-    _take_out_effect(adapted, plain)
-    off = adapter_tensors(adapted)
-    _same_shapes(off, tensors)
-    live = live_names(adapted)
-    _refuse_unequal_views(live, adapted, tensors)
-    return Loaded(adapted, dims, live, {BASE: off, **tensors}, eos, brought)
+    base_logits = _probe_logits(model)
+    peft_model = apply_peft(model, with_default_init(next(iter(configs.values()))))
+    _make_neutral(peft_model, base_logits)
+    neutral = adapter_tensors(peft_model)
+    _check_shapes(neutral, tensors)
+    parameter_names = find_parameter_names(peft_model)
+    _refuse_unequal_views(parameter_names, peft_model, tensors)
+    return AdaptedModel(peft_model, dims, parameter_names, {BASE: neutral, **tensors}, eos, own_adapters)
 
 
 def _refuse_unexportable(config: PeftConfig) -> None:
@@ -109,84 +109,85 @@ def _refuse_unexportable(config: PeftConfig) -> None:
             raise ConfigError(f"adapter option {option} is not supported: {why}, and that does not export to ONNX")
 
 
-def fresh(config: PeftConfig) -> PeftConfig:
-    """Return a config whose adapter starts as PEFT starts one by default, mostly without effect."""
-    made = copy.deepcopy(config)
-    for field in dataclasses.fields(made):
-        if field.name in OFF:
-            setattr(made, field.name, field.default)
-    return made
+def with_default_init(config: PeftConfig) -> PeftConfig:
+    """Return a copy of a config with PEFT's default initialization, for most methods without effect."""
+    fresh_config = copy.deepcopy(config)
+    for field in dataclasses.fields(fresh_config):
+        if field.name in INIT_OPTIONS:
+            setattr(fresh_config, field.name, field.default)
+    return fresh_config
 
 
-def _probe(model: Any) -> torch.Tensor:
+def _probe_logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        found: torch.Tensor = model(input_ids=torch.tensor([[0, 1]])).logits
-    return found
+        logits: torch.Tensor = model(input_ids=torch.tensor([[0, 1]])).logits
+    return logits
 
 
-def _take_out_effect(adapted: Any, plain: torch.Tensor) -> None:
-    """Make a fresh adapter one without effect: it is the model that is called base.
+def _make_neutral(peft_model: Any, base_logits: torch.Tensor) -> None:
+    """Make sure that a new adapter has no effect, by setting it to zeros if needed: it stands for the base model.
 
     Raises:
-        ConfigError: neither PEFT's start nor zeros are without effect.
+        ConfigError: neither PEFT's initialization nor zeros are without effect.
     """
     for zero in (False, True):
         if zero:
             with torch.no_grad():
-                for parameter in adapted.parameters():
+                for parameter in peft_model.parameters():
                     if parameter.requires_grad:
                         parameter.zero_()
-        if (_probe(adapted) - plain).norm() <= SAME * plain.norm():
+        if (_probe_logits(peft_model) - base_logits).norm() <= NEUTRAL_TOLERANCE * base_logits.norm():
             return
+    config = type(peft_model.active_peft_config).__name__
     raise ConfigError(
-        f"neither a fresh adapter of {type(adapted.active_peft_config).__name__} nor one of zeros is without effect, so"
+        f"neither a fresh adapter of {config} nor one of zeros is without effect, so"
         " the graph cannot be the model without an adapter"
     )
 
 
-def live_names(model: Any, adapter: str = "default") -> dict[str, str]:
-    """Return the name in the model of each tensor that PEFT would save, found by its storage and layout.
+def find_parameter_names(model: Any, adapter: str = "default") -> dict[str, str]:
+    """Return the name in the model of each tensor that PEFT would save, identified by storage and layout.
 
-    With ``ensure_weight_tying`` an adapter of the head is a transposed view of the embedding's, so storage alone is
-    not enough.
+    With ``ensure_weight_tying`` an adapter of the head is a transposed view of the embedding's, so the storage alone is
+    ambiguous.
 
     Raises:
-        ConfigError: PEFT saves a tensor that is none of the model's own.
+        ConfigError: PEFT saves a tensor that is no parameter or buffer of the model.
     """
     saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     names = {_memory(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    live = {}
+    parameter_names = {}
     for name, tensor in saved.items():
         if _memory(tensor) not in names:
             raise ConfigError(f"adapter tensor {name!r} is no parameter of the model, so it cannot become an input")
-        live[name] = names[_memory(tensor)]
-    return live
+        parameter_names[name] = names[_memory(tensor)]
+    return parameter_names
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _made(
+def _create_adapters(
     model: Any, named: Mapping[str, str | Mapping[str, Any]]
 ) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]]]:
-    """Read saved adapters; make the others with seeded noise on a structure of the model alone."""
+    """Read saved adapters, and create the others with seeded noise."""
     configs: dict[str, PeftConfig] = {}
     tensors: dict[str, dict[str, Array]] = {}
-    for name, made in named.items():
-        if isinstance(made, str):
-            configs[name], tensors[name] = load_adapter_tensors(made)
+    for name, spec in named.items():
+        if isinstance(spec, str):
+            configs[name], tensors[name] = load_adapter_tensors(spec)
             continue
-        options = {"init": "random", **made}
-        configs[name] = generate_peft_config(made)
-        adapted = apply_peft(model, options)
-        tensors[name] = adapter_tensors(adapted)
-        model = adapted.unload()
+        options = {"init": "random", **spec}
+        configs[name] = generate_peft_config(spec)
+        peft_model = apply_peft(model, options)
+        tensors[name] = adapter_tensors(peft_model)
+        model = peft_model.unload()
     return configs, tensors
 
 
-def _taken_off(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]], Any]:
-    """Return the adapters of a PeftModel and its base."""
+def _detach_adapters(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]], Any]:
+    """Return configs and tensors of the adapters of a PeftModel, and its base model."""
     configs = dict(model.peft_config)
     tensors = {name: adapter_tensors(model, name) for name in configs}
     if BASE in configs:
@@ -196,24 +197,24 @@ def _taken_off(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, A
     return configs, tensors, model.unload()
 
 
-def _alike(configs: Mapping[str, PeftConfig]) -> None:
+def _check_same_options(configs: Mapping[str, PeftConfig]) -> None:
     first, *others = configs
-    wanted = _content(configs[first])
+    wanted = _options_of(configs[first])
     for name in others:
-        got = _content(configs[name])
+        got = _options_of(configs[name])
         differing = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
         if differing:
             said = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
             raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}; give each a case")
 
 
-def _content(config: PeftConfig) -> dict[str, Any]:
-    plain = config.to_dict()
-    kept = {key: value for key, value in plain.items() if key not in NOT_CONTENT and key not in OFF}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+def _options_of(config: PeftConfig) -> dict[str, Any]:
+    options = config.to_dict()
+    compared = {key: value for key, value in options.items() if key not in NOT_CONTENT and key not in INIT_OPTIONS}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in compared.items()}
 
 
-def _same_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
+def _check_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
     for adapter, tensors in others.items():
         reason = key_differences(_shapes_of(tensors), _shapes_of(wanted))
         if reason:
@@ -224,20 +225,20 @@ def _shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in tensors.items()}
 
 
-def _refuse_unequal_views(live: Mapping[str, str], model: Any, adapters: Mapping[str, Tensors]) -> None:
-    """Refuse adapters whose copies of a tied tensor differ: PEFT keeps one, whichever it loads last.
+def _refuse_unequal_views(parameter_names: Mapping[str, str], model: Any, adapters: Mapping[str, Tensors]) -> None:
+    """Refuse adapters whose copies of a tied tensor differ: PEFT uses the one that it loads last.
 
     Raises:
         ConfigError: they differ.
     """
     state = dict((*model.named_parameters(), *model.named_buffers()))
     views: dict[int, list[str]] = {}
-    for saved, name in live.items():
+    for saved, name in parameter_names.items():
         views.setdefault(state[name].data_ptr(), []).append(saved)
     for first, *others in views.values():
         for other in others:
             for adapter, tensors in adapters.items():
-                same = state[live[first]].shape == state[live[other]].shape
+                same = state[parameter_names[first]].shape == state[parameter_names[other]].shape
                 if not np.array_equal(tensors[first], tensors[other] if same else tensors[other].T):
                     raise ConfigError(
                         f"adapter {adapter!r}: {first} and {other} are one tied tensor (ensure_weight_tying), and the"
@@ -245,19 +246,20 @@ def _refuse_unequal_views(live: Mapping[str, str], model: Any, adapters: Mapping
                     )
 
 
-def _eos(model: Any) -> frozenset[int]:
-    found: set[int] = set()
+def _eos_ids(model: Any) -> frozenset[int]:
+    ids: set[int] = set()
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         value = getattr(config, "eos_token_id", None)
-        found |= {int(one) for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None}
-        if found:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        ids |= {int(token) for token in values if token is not None}
+        if ids:
             break
-    return frozenset(found)
+    return frozenset(ids)
 
 
-def set_tensors(model: Any, tensors: Tensors, live: Mapping[str, str]) -> None:
+def set_adapter_tensors(model: Any, tensors: Tensors, parameter_names: Mapping[str, str]) -> None:
     """Copy adapter tensors into a model."""
     state = dict((*model.named_parameters(), *model.named_buffers()))
     with torch.no_grad():
         for name, array in tensors.items():
-            state[live[name]].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            state[parameter_names[name]].copy_(torch.from_numpy(np.ascontiguousarray(array)))

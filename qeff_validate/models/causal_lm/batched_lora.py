@@ -41,7 +41,7 @@ class RowLinear(nn.Linear):
         return input @ self.weight.mT
 
 
-def by_row(model: Any) -> None:
+def use_row_weights(model: Any) -> None:
     """Let each LoRA layer of a PeftModel take a weight for each row.
 
     Raises:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode loop, once for every runtime: prefill in chunks, then a token a step, over any session with state. Numpy.
+"""The decode loop for every runtime: chunked prefill, then one token per step, over any session with state. Numpy only.
 
-The session keeps keys, values and adapter weights (retained state); the loop feeds tokens and positions, −1 where there
-is none. A row that has ended, and a place of the batch without a row, feed padding only.
+The session retains keys, values and adapter weights; the loop feeds tokens and positions, −1 for padding. Rows that
+have ended, and unused rows of the batch, are fed padding only.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from qeff_validate.tensors import Array, Tensors
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How rows are run.
+    """Sizes and stop rule of a decode loop.
 
     Attributes:
-        batch_size: rows in a run, where the session does not fix it.
-        prefill_seq_len: tokens of a row in one run of the prefill, where the session does not fix it.
-        padding_side: where the padding of a shorter prompt stands: ``right`` or ``left``.
-        pad: the id fed where there is no token.
-        eos: ids that end a text.
-        max_new_tokens: steps at most.
-        adapter: the adapter of every row, where the graph takes ``adapter_ids``.
+        batch_size: rows per run, if the session has no fixed shapes.
+        prefill_seq_len: tokens of a row per prefill run, if the session has no fixed shapes.
+        padding_side: side of the padding of shorter prompts: ``right`` or ``left``.
+        pad: id of the padding token.
+        eos: token ids that end a text.
+        max_new_tokens: maximum number of steps.
+        adapter: the adapter of every row, if the graph takes ``adapter_ids``.
     """
 
     batch_size: int
@@ -56,46 +56,46 @@ def generate(
         session: open, with inputs ``input_ids``, ``position_ids`` and retained state.
         prompts: token ids of each row, at least one.
         plan: sizes and stop rule.
-        state: other retained inputs to set before the first token (the adapter's tensors); kept by the session.
-        forced: the tokens of each row's continuation, fed instead of the session's own choice (teacher forcing).
-        chunk: tokens of a prompt in one run; None: as many as the session allows.
-        adapter_ids: the adapter of each prompt, where the graph takes ``adapter_ids``; None: the plan's for all.
+        state: other retained inputs to set with the first run (the adapter's tensors); the session retains them.
+        forced: the tokens of each row's continuation, for teacher forcing; None: greedy.
+        chunk: tokens of a prompt per run; None: as many as the session allows.
+        adapter_ids: the adapter of each prompt, if the graph takes ``adapter_ids``; None: that of the plan for all.
 
     Returns:
-        For each row float32 ``[steps, vocab]``: the logits from which each token of its continuation is chosen. A row
-        ends with the step that chooses an end token, or after ``max_new_tokens``.
+        For each row the logits of each token of its continuation, float32 ``[steps, vocab]``. A row ends with the step
+        that chooses an end token, or after ``max_new_tokens``.
 
     Raises:
         RunError: the session refuses a run, or its logits have another shape.
     """
-    made: list[Array] = []
-    given = in_dtypes(session, state or {})
-    batch, greatest = _sizes(session, plan)
-    chunk = chunk or greatest
+    logits: list[Array] = []
+    initial_state = in_dtypes(session, state or {})
+    batch, largest_chunk = _sizes(session, plan)
+    chunk = chunk or largest_chunk
     ids = [plan.adapter] * len(prompts) if adapter_ids is None else list(adapter_ids)
     for start, rows in batches(session, prompts, plan):
         texts = None if forced is None else forced[start : start + batch]
         places = np.array([*ids[start : start + batch], *[0] * (batch - len(rows))])
         fixed = in_dtypes(session, {"adapter_ids": places}) if takes_ids(session) else {}
-        made += _Batch(session, rows, plan, batch, chunk, fixed).run(given, texts)
-        given = {}
-    return made
+        logits += _Batch(session, rows, plan, batch, chunk, fixed).run(initial_state, texts)
+        initial_state = {}
+    return logits
 
 
 def batches(session: Session, prompts: Sequence[Array], plan: Plan) -> Iterator[tuple[int, Sequence[Array]]]:
-    """Yield the prompts of each batch with the number of the first."""
+    """Yield the prompts of each batch with the index of the first."""
     batch, _ = _sizes(session, plan)
     for start in range(0, len(prompts), batch):
         yield start, prompts[start : start + batch]
 
 
 def takes_ids(session: Session) -> bool:
-    """Say whether each row chooses its adapter."""
+    """Return True if each row selects its adapter by ``adapter_ids``."""
     return any(spec.name == "adapter_ids" for spec in session.inputs)
 
 
 def in_dtypes(session: Session, feeds: Tensors) -> Tensors:
-    """Return feeds in the types of the session's inputs.
+    """Return feeds in the dtypes of the session's inputs.
 
     Raises:
         RunError: there is no such input.
@@ -108,7 +108,7 @@ def in_dtypes(session: Session, feeds: Tensors) -> Tensors:
 
 
 def padding(session: Session, plan: Plan) -> Tensors:
-    """Return feeds of one step of padding alone: nothing is read, and nothing that is retained changes."""
+    """Return the feeds of one step of padding only, which leaves the retained state unchanged."""
     batch, _ = _sizes(session, plan)
     feeds: Tensors = {"input_ids": np.full((batch, 1), plan.pad), "position_ids": np.full((batch, 1), -1)}
     ids: Tensors = {"adapter_ids": np.zeros(batch)} if takes_ids(session) else {}
@@ -123,7 +123,7 @@ def _sizes(session: Session, plan: Plan) -> tuple[int, int]:
 
 
 class _Batch:
-    """One batch on its way: what each row has and where it stands."""
+    """One batch of rows."""
 
     def __init__(
         self, session: Session, rows: Sequence[Array], plan: Plan, batch: int, chunk: int, fixed: Tensors
@@ -137,44 +137,44 @@ class _Batch:
         for step in range(plan.max_new_tokens):
             ids = np.full((self._batch, 1), plan.pad, dtype=np.int64)
             places = np.full((self._batch, 1), -1, dtype=np.int64)
-            for row, at in enumerate(logits):
-                if at is None:
+            for row, row_logits in enumerate(logits):
+                if row_logits is None:
                     continue
-                steps[row].append(at)
-                token = self._chosen(at, step, None if forced is None else forced[row])
+                steps[row].append(row_logits)
+                token = self._next_token(row_logits, step, None if forced is None else forced[row])
                 if token is not None:
                     ids[row, 0], places[row, 0] = token, self._rows[row].size + step
-            going = places[: len(self._rows), 0] >= 0
-            if step + 1 == plan.max_new_tokens or not going.any():
+            active = places[: len(self._rows), 0] >= 0
+            if step + 1 == plan.max_new_tokens or not active.any():
                 break
-            out = self._step(ids, places, {})
-            logits = [out[row] if going[row] else None for row in range(len(self._rows))]
-        return [np.stack(found) for found in steps]
+            step_logits = self._step(ids, places, {})
+            logits = [step_logits[row] if active[row] else None for row in range(len(self._rows))]
+        return [np.stack(row_steps) for row_steps in steps]
 
-    def _chosen(self, logits: Array, step: int, forced: Array | None) -> int | None:
-        """Return the token to go on with; None ends the row."""
+    def _next_token(self, logits: Array, step: int, forced: Array | None) -> int | None:
+        """Return the next token; None if the row ends."""
         if forced is not None:
             return int(forced[step]) if step + 1 < forced.size else None
         token = int(np.argmax(logits))
         return None if token in self._plan.eos else token
 
     def _prefill(self, state: Tensors) -> list[Array | None]:
-        found: list[Array | None] = [None] * len(self._rows)
+        last_logits: list[Array | None] = [None] * len(self._rows)
         for ids, places in self._chunks():
-            out = self._step(ids, places, state)
+            logits = self._step(ids, places, state)
             state = {}
             for row, tokens in enumerate(self._rows):
                 if tokens.size - 1 in places[row]:
-                    found[row] = out[row]
-        return found
+                    last_logits[row] = logits[row]
+        return last_logits
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
         width = -(-max(row.size for row in self._rows) // self._chunk) * self._chunk
         ids = np.full((self._batch, width), self._plan.pad, dtype=np.int64)
         places = np.full((self._batch, width), -1, dtype=np.int64)
         for row, tokens in enumerate(self._rows):
-            where = slice(0, tokens.size) if self._plan.padding_side == "right" else slice(width - tokens.size, width)
-            ids[row, where], places[row, where] = tokens, np.arange(tokens.size)
+            columns = slice(0, tokens.size) if self._plan.padding_side == "right" else slice(width - tokens.size, width)
+            ids[row, columns], places[row, columns] = tokens, np.arange(tokens.size)
         for start in range(0, width, self._chunk):
             yield ids[:, start : start + self._chunk], places[:, start : start + self._chunk]
 
@@ -184,7 +184,7 @@ class _Batch:
         if logits.ndim == 3 and logits.shape[0] == self._batch:
             if logits.shape[1] == 1:
                 return logits[:, 0]
-            if logits.shape[1] == ids.shape[1]:  # somebody else's graph hands out every position
-                found: Array = logits[np.arange(self._batch), places.argmax(axis=1)]
-                return found
+            if logits.shape[1] == ids.shape[1]:  # a user's graph may return logits for every position
+                last: Array = logits[np.arange(self._batch), places.argmax(axis=1)]
+                return last
         raise RunError(f"logits have shape {list(logits.shape)}, wanted [{self._batch}, 1 or {ids.shape[1]}, vocab]")

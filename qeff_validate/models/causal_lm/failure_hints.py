@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a failed verdict on continuations says of the likely cause: whose outputs these are, and which rows are hit."""
+"""Likely causes of a failed verdict on continuations: another adapter's outputs, or what failing rows share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import finite_rows
 from qeff_validate.tensors import Array, Tensors
 
-ALIKE = 0.2
-"""Outputs are somebody else's if they are nearer to them than this share of the way to what they should be."""
+NEARER = 0.2
+"""Outputs count as another adapter's if their distance to it is less than this share of that to their own reference."""
 
 
 STRONGER = 0.1
-"""An adapter that is more than this share stronger or weaker than in the reference has another scale."""
+"""Relative difference in strength beyond which an adapter has another scale than in the reference."""
 
 ALIGNED = 0.99
-"""An adapter's change with at least this cosine to the reference's has its direction (`continuations.DELTAS`)."""
+"""Minimum cosine of an adapter's change with the reference's for the same direction (`verdict.DELTAS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class FirstTokens:
 
     Attributes:
         adapters: ``base`` and the adapters' names.
-        rows: the row of the first prompt with each adapter.
-        labels: of these rows' texts.
-        wanted: float64 ``[adapters, prompts, vocab]`` of the reference.
-        got: the same of the target.
-        again: ``[visits, prompts, vocab]`` of the target's second visits to the first adapters.
-        moved: for each second visit the greatest difference of a logit, of any token, from the first visit.
-        at: int64 ``[adapters, prompts]``, the rows.
+        rows: index of the row of the first prompt with each adapter.
+        labels: labels of these rows.
+        wanted: those of the reference, float64 ``[adapters, prompts, vocab]``.
+        got: those of the runtime, of the same shape.
+        again: those of the runtime's second visits to the first adapters, ``[visits, prompts, vocab]``.
+        moved: for each second visit the maximum difference of any logit from the first visit.
+        at: indices of the rows, int64 ``[adapters, prompts]``.
     """
 
     adapters: Sequence[str]
@@ -46,12 +46,12 @@ class FirstTokens:
     wanted: Floats
     got: Floats
     again: Floats
-    moved: Sequence[float]
+    revisit_errors: Sequence[float]
     at: Array
 
     @classmethod
     def of(cls, reference: Array, actual: Tensors, texts: Sequence[Text], adapters: Sequence[str]) -> FirstTokens:
-        """Pick first tokens out of all rows; prompts with one that is not finite, with any adapter, are left out."""
+        """Select the first tokens; prompts whose row is not finite with any adapter are left out."""
         at = np.array([text.rows.start for text in texts]).reshape(len(adapters), -1)
         starts, labels = at[:, 0], [texts[int(i * at.shape[1])].label for i in range(len(adapters))]
         finite = finite_rows(reference) & finite_rows(actual["logits"])
@@ -61,16 +61,16 @@ class FirstTokens:
             second, usual = actual["again"], actual["logits"][: len(actual["again"])]
             apart = np.abs(second.astype(np.float64) - usual.astype(np.float64))
             apart[(second == usual) | (np.isnan(second) & np.isnan(usual))] = 0  # equal infinities too
-        moved = [float(part.max()) for part in np.split(apart.max(axis=1), starts[1:2])]
+        revisit_errors = [float(part.max()) for part in np.split(apart.max(axis=1), starts[1:2])]
         wanted, got = log_softmax(reference[at]), log_softmax(actual["logits"][at])
-        return cls(adapters, [int(row) for row in starts], labels, wanted, got, again, moved, at)
+        return cls(adapters, [int(row) for row in starts], labels, wanted, got, again, revisit_errors, at)
 
     def apart(self, one: int, other: int) -> float:
-        """Return how far two adapters are apart in the reference: root mean square."""
-        return _far(self.wanted[one], self.wanted[other])
+        """Return the root mean square difference of two adapters in the reference."""
+        return _rms_difference(self.wanted[one], self.wanted[other])
 
     def change(self, adapter: int) -> tuple[float, float]:
-        """Return 1 − cosine and |ratio of norms − 1| of an adapter's change of the base, here and in the reference."""
+        """Return 1 − cosine and |ratio of norms − 1| of an adapter's change of the base against the reference's."""
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
         norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
         with np.errstate(all="ignore"):  # an adapter without effect gives NaN
@@ -78,40 +78,44 @@ class FirstTokens:
             ratio = np.float64(norms[1]) / norms[0]
         return float(1 - cosine), float(abs(ratio - 1))
 
-    def strayed(self, adapter: int) -> float:
-        """Return how far an adapter's change of the base is off from the reference's: root mean square."""
-        return _far(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
+    def change_error(self, adapter: int) -> float:
+        """Return the root mean square error of an adapter's change of the base."""
+        return _rms_difference(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
 
-    def told(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
-        """Say what a fault in these tokens looks like."""
+    def explanations(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
+        """Yield likely causes of failures in first tokens.
+
+        Args:
+            beyond: rows beyond a bound, bool ``[n]``.
+        """
         if not self.at.size:
             return
         for i, name in enumerate(self.adapters):
             if not beyond[self.at[i]].any():
                 continue
-            twin = self._alike(self.got[i], i)
-            strangers = self._strangers(i)
+            twin = self._nearer_adapter(self.got[i], i)
+            strangers = self._swapped_with(i)
             if twin is not None:
-                yield _impostor(name, twin)
+                yield _swap_message(name, twin)
             elif strangers:
                 yield f"some prompts with {name!r} give the outputs of {' or '.join(map(repr, strangers))}"
             elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
                 yield from self._weakened(i)
-        for visit, moved in enumerate(self.moved):
-            if moved != 0:
+        for visit, revisit_errors in enumerate(self.revisit_errors):
+            if revisit_errors != 0:
                 yield self._left_over(visit)
 
-    def _strangers(self, own: int) -> list[str]:
-        """Return the adapters whose outputs some prompts have in the stead of their own."""
+    def _swapped_with(self, own: int) -> list[str]:
+        """Return the adapters whose outputs some prompts give instead of their own."""
         prompts = range(self.at.shape[1])
-        twins = {self._alike(self.got[own, prompt], own, prompt) for prompt in prompts}
+        twins = {self._nearer_adapter(self.got[own, prompt], own, prompt) for prompt in prompts}
         return [name for name in self.adapters if name in twins]
 
-    def _alike(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
-        """Return the name of the adapter whose outputs these are; None if they are nobody else's."""
-        far = [_far(found, wanted) for wanted in self.wanted[:, prompt]]
+    def _nearer_adapter(self, found: Floats, own: int, prompt: int | slice = slice(None)) -> str | None:
+        """Return the name of another adapter that these outputs are nearer to; None if there is none."""
+        far = [_rms_difference(found, wanted) for wanted in self.wanted[:, prompt]]
         nearest = int(np.argmin(far))
-        return self.adapters[nearest] if far[nearest] < ALIKE * far[own] else None
+        return self.adapters[nearest] if far[nearest] < NEARER * far[own] else None
 
     def _weakened(self, adapter: int) -> Iterator[str]:
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
@@ -132,18 +136,18 @@ class FirstTokens:
 
     def _left_over(self, visit: int) -> str:
         name, before = self.adapters[visit], self.adapters[0 if visit else -1]
-        twin = self._alike(self.again[visit], visit)
+        twin = self._nearer_adapter(self.again[visit], visit)
         if twin is not None:
             return f"the second visit to {name} gives the outputs of {twin!r}: an adapter stays on"
-        said = f"the second visit to {name} differs from the first by up to {self.moved[visit]:.1e}"
+        said = f"the second visit to {name} differs from the first by up to {self.revisit_errors[visit]:.1e}"
         return f"{said}: what came between, {before} last, is still seen, or runs are not repeatable"
 
 
-def _far(one: Floats, other: Floats) -> float:
+def _rms_difference(one: Floats, other: Floats) -> float:
     return float(np.sqrt(np.mean((one - other) ** 2))) if one.size else float("nan")
 
 
-def _impostor(name: str, twin: str) -> str:
+def _swap_message(name: str, twin: str) -> str:
     if twin == "base":
         return f"adapter {name!r} behaves as base: its tensors have no effect"
     if name == "base":
@@ -151,8 +155,10 @@ def _impostor(name: str, twin: str) -> str:
     return f"adapter {name!r} gives the outputs of {twin!r}"
 
 
-def pattern(bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]) -> str:
-    """Say how many rows are hit, and what sets them apart: adapter, phase, place in the text, or prompts."""
+def describe_rows(
+    bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]
+) -> str:
+    """Describe how many rows fail, and what they have in common: adapter, phase, position in the text, or prompts."""
     if not bad.any():
         return ""
     count = len(lengths)
@@ -163,9 +169,9 @@ def pattern(bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[st
     parts = [f"{int(bad.sum())} of {len(bad)} rows fail"]
     if bad.all():
         return parts[0]
-    hit = {adapters[i] for i in owner[bad] // count}
-    if len(hit) < len(adapters):
-        parts.append(f"with {', '.join(name for name in adapters if name in hit)} only")
+    affected = {adapters[i] for i in owner[bad] // count}
+    if len(affected) < len(adapters):
+        parts.append(f"with {', '.join(name for name in adapters if name in affected)} only")
     if not step[bad].any():
         parts.append("first tokens only, which the prefill gives")
     elif step[bad].all() and (step == 0).any():
@@ -177,14 +183,14 @@ def pattern(bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[st
     return ", ".join(parts)
 
 
-def _prompts(hit: Sequence[int], lengths: Sequence[int]) -> Iterator[str]:
-    spared = [length for at, length in enumerate(lengths) if at not in hit]
-    if not spared:
+def _prompts(affected: Sequence[int], lengths: Sequence[int]) -> Iterator[str]:
+    unaffected = [length for at, length in enumerate(lengths) if at not in affected]
+    if not unaffected:
         return
-    sizes = [lengths[at] for at in hit]
-    if min(sizes) > max(spared):
+    sizes = [lengths[at] for at in affected]
+    if min(sizes) > max(unaffected):
         yield f"only prompts of {min(sizes)} tokens and more"
-    elif max(sizes) < min(spared):
+    elif max(sizes) < min(unaffected):
         yield f"only prompts of up to {max(sizes)} tokens"
     else:
-        yield f"only prompts {', '.join(str(at + 1) for at in hit)} of {len(lengths)}"
+        yield f"only prompts {', '.join(str(at + 1) for at in affected)} of {len(lengths)}"

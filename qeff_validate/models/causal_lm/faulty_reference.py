@@ -13,17 +13,17 @@ from peft import PeftModel
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, loaded_adapter
-from qeff_validate.models.emulation.ensemble import Way
-from qeff_validate.models.emulation.float64 import computing_in, few_threads
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, load_adapter
+from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
+from qeff_validate.models.emulation.precision import ComputationVariant
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.protocols import Change
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
-PLAIN = Way("as published, batches of 8", batch=8)
+PLAIN = ComputationVariant("as published, batches of 8", batch=8)
 
 
-class GivenLogits:
+class FixedLogitsSession:
     """A session that answers its only run with logits ``[n, 1, vocab]``."""
 
     inputs: tuple[TensorSpec, ...] = ()
@@ -41,7 +41,7 @@ class GivenLogits:
         """Forget nothing: there is no state."""
 
 
-class Altered:
+class FaultyReference:
     """Runs given continuations with faults.
 
     Args:
@@ -66,7 +66,7 @@ class Altered:
         models = adapted_models(self._model, self._named, self._inputs.adapters)
         for adapter, adapted in zip(self._texts, models, strict=True):
             # widened before it is changed: widening gives a model new buffers, and a change is taken back in its own
-            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
+            with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
                 for change in changes:
                     try:
                         with change.applied_to(adapted):
@@ -95,7 +95,7 @@ class Altered:
         """Yield the logits with each fault of what a session gives."""
         for change in changes:
             try:
-                found = change.change(GivenLogits(reference)).run({})
+                found = change.change(FixedLogitsSession(reference)).run({})
             except ValidateError:
                 continue
             yield change.name, {"logits": found["logits"][:, 0]}
@@ -108,12 +108,12 @@ class Altered:
         own = self._inputs.adapters
         whose = next((other for other in own if _alike(tensors, own[other])), name)
         if whose == BASE and _alike(tensors, own[BASE]):
-            with computing_in(self._model, self._dtype, probe=partial(self._run, self._model, name)):
+            with compute_in_dtype(self._model, self._dtype, probe=partial(self._run, self._model, name)):
                 return self._run(self._model, name)
         kind = self._named[whose if whose != BASE else next(iter(self._named))]
-        adapted = loaded_adapter(self._model, kind, tensors)
+        adapted = load_adapter(self._model, kind, tensors)
         try:
-            with computing_in(adapted, self._dtype, probe=partial(self._run, adapted, name)):
+            with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, name)):
                 return self._run(adapted, name)
         finally:
             self._model = adapted.unload()
@@ -121,7 +121,7 @@ class Altered:
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
-        with foreign("run the Hugging Face model"), torch.no_grad(), few_threads(model):
+        with translated_errors("run the Hugging Face model"), torch.no_grad(), one_thread_if_small(model):
             starts = [prompt.size for prompt in prompts]
             return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 NAME = "qeff_validate_grouped"
 
 
-class _OneHeadAGroup:
+class _UngroupedAttention:
     """An attention module that says of itself that each head has keys of its own."""
 
     num_key_value_groups = 1
@@ -31,7 +31,7 @@ class _OneHeadAGroup:
         return getattr(self._module, name)
 
 
-def grouped(
+def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what the module's own eager attention does.
@@ -56,7 +56,7 @@ def grouped(
         return found
     each = heads // groups
     out, _ = eager(
-        _OneHeadAGroup(module),
+        _UngroupedAttention(module),
         query.reshape(batch, groups, each * length, size),
         key,
         value,
@@ -67,5 +67,5 @@ def grouped(
     return parts.reshape(batch, length, heads, -1), None
 
 
-AttentionInterface.register(NAME, grouped)
+AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, eager_mask)

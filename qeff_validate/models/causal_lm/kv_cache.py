@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class WriteIndices:
     """Where the tokens of a run are written, and which slots may be read; made once for all layers.
 
     Padding writes once more what the row's token at its greatest position writes, or, in a row of padding alone, what
@@ -39,14 +39,14 @@ class Places:
     seen: Tensor
 
 
-def places_for(position_ids: Tensor, slots: int) -> Places:
+def write_indices(position_ids: Tensor, slots: int) -> WriteIndices:
     """Return the places of tokens at positions ``[batch, seq_len]``, −1 for padding, in a cache with so many slots."""
     batch, length = position_ids.shape
     device = position_ids.device
     last = position_ids.argmax(dim=1, keepdim=True)
     source = torch.where(position_ids >= 0, torch.arange(length, device=device), last)
     places = position_ids.gather(1, source).reshape(batch, 1, length)
-    return Places(
+    return WriteIndices(
         source=source.reshape(batch, 1, length, 1),
         slot=places.clamp(min=0),
         row=torch.arange(batch, device=device).reshape(batch, 1, 1),
@@ -66,7 +66,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, places: Places) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, places: WriteIndices) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
@@ -77,8 +77,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
-        self.keys = written(self.keys, key_states, self._places)
-        self.values = written(self.values, value_states, self._places)
+        self.keys = write_tokens(self.keys, key_states, self._places)
+        self.values = write_tokens(self.values, value_states, self._places)
         seen = self._places.seen
         return torch.where(seen, self.keys, 0.0), torch.where(seen, self.values, 0.0)
 
@@ -95,7 +95,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         return int(self.keys.shape[2])
 
 
-def written(state: Tensor, new: Tensor, places: Places) -> Tensor:
+def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
     """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` at their places."""
     updates = new.gather(2, places.source.expand(new.shape))
     updates = torch.where(places.empty, state.narrow(2, 0, 1), updates)
@@ -129,7 +129,7 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
 
 def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
     """Return a cache over the inputs ``past_key.i`` and ``past_value.i``."""
-    places = places_for(position_ids, state["past_key.0"].shape[2])
+    places = write_indices(position_ids, state["past_key.0"].shape[2])
     return Cache(layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], places) for i in range(layers)])
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal language models with adapters: prompts to token ids, the reference, and the decode loop over any session.
 
-The model without an adapter is called ``base``: the graph is the same, and its adapter tensors are those of a fresh
-adapter, which PEFT makes without effect. Frameworks are imported inside the functions that need them.
+The model without an adapter is called ``base``: it uses the same graph, with the tensors of an adapter without
+effect. Frameworks are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, PositiveInt
 
-from qeff_validate.comparison.logit_metrics import logit_strays
-from qeff_validate.comparison.vector_metrics import stray_size
+from qeff_validate.comparison.logit_metrics import systematic_logit_metrics
+from qeff_validate.comparison.vector_metrics import systematic_size
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, check_size, content, read_config
-from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side, stacked
+from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
 from qeff_validate.models.causal_lm.decode_loop import Plan
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.checkpoint import checked, digests
 from qeff_validate.models.sources.embedding_tables import module_tables
-from qeff_validate.models.sources.resolve import Given, Source, resolve
+from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
-from qeff_validate.protocols import Change, Graph, Session, Terms
+from qeff_validate.protocols import Change, ComparisonContext, Graph, Session
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
-"""Greatest finite half, and half of the smallest: what rounds to infinity, and to zero."""
+"""The greatest finite fp16 number, and half of the smallest: beyond them values round to infinity and to zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What is continued, and with which adapters.
+    """Prompts and adapters.
 
     Attributes:
-        ids: token ids of each prompt.
-        texts: for messages.
-        pad: the id of the padding token.
-        eos: ids that end a text.
-        adapters: tensors of ``base`` and of each adapter, by PEFT's saved names; empty tensors if there is none.
-        notes: what a reader of the report should know.
-        tables: how many ``tokens`` and ``positions`` the model knows, where that is known.
+        ids: token ids of each prompt, int64 ``[n]``.
+        texts: the prompts, for messages.
+        pad: id of the padding token.
+        eos: token ids that end a text.
+        adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
+        notes: notes for the report.
+        tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
     """
 
     ids: tuple[Array, ...]
@@ -71,7 +71,7 @@ class Prompts:
 
     @property
     def tokenless(self) -> frozenset[int]:
-        """None: a prompt has a token."""
+        """Empty: every prompt has a token."""
         return frozenset()
 
 
@@ -81,35 +81,35 @@ class PeftCausalLM:
     Args:
         case: the case.
         options: validated options.
-        given: an in-memory causal LM, or a `peft.PeftModel`, instead of the source; it is left unchanged.
+        given: an in-memory causal LM, or a `peft.PeftModel`, instead of the source; left unchanged.
         tokenizer: the tokenizer of ``given``.
     """
 
     def __init__(self, case: Case, options: PeftCausalLMOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case, self.options = case, options
-        self._given = None if given is None else Given(given, tokenizer)
+        self._in_memory = None if given is None else InMemory(given, tokenizer)
         self._graph: Graph | None = None
         self._loaded: Any = None
 
     @cached_property
     def source(self) -> Source:
-        """Where weights and tokenizer come from."""
-        return self._given or resolve(self.case)
+        """The source of weights and tokenizer."""
+        return self._in_memory or resolve(self.case)
 
     @property
     def graph(self) -> Graph:
         """The interface of the exported graph; the model is loaded for it if inputs have not been read before."""
         if self._graph is None:
-            self._loaded = self._adapted().off()
+            self._loaded = self._attach_adapters().base_model()
         assert self._graph is not None
         return self._graph
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Return what the graph depends on: not the adapters' weights, which are inputs, but what they are made by."""
+        """Return what the graph depends on; adapter weights are inputs, so only the adapters' options are included."""
         return {**self.settings(), "body": self.source.body_key()}
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what the graph depends on beside the body."""
+        """Return what the graph depends on besides the body."""
         adapters = self._adapter_keys(weights=False)
         return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, "adapters": adapters}
 
@@ -120,56 +120,58 @@ class PeftCausalLM:
         return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "options": options, **keys}
 
     def asked(self) -> Mapping[str, Any]:
-        """Return what is to be tokenized, and how long it may be."""
+        """Return the texts and the length limits that are tokenized."""
         sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
         return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return what the tokenizer is."""
+        """Return what identifies the tokenizer."""
         return self.source.tokenizer_key()
 
     def reach(self, inputs: Prompts) -> int:
-        """Return how many positions the graph must have; the context may have more slots."""
+        """Return the number of positions that the graph needs; the context may have more slots."""
         return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1
 
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
-        saved = {name: made for name, made in self.options.named().items() if isinstance(made, str)}
-        bases = {name: read_config(expand_user(made)).get("base_model_name_or_path") for name, made in saved.items()}
+        saved = {name: spec for name, spec in self.options.named().items() if isinstance(spec, str)}
+        bases = {name: read_config(expand_user(spec)).get("base_model_name_or_path") for name, spec in saved.items()}
         return {**tokenizer_length(getattr(self.source, "path", None)), "bases": bases}
 
     def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
-        """Return what each adapter is made from; without weights, only what shapes the graph."""
+        """Return what identifies each adapter; without weights, only what determines the graph."""
         keys: dict[str, Any] = {}
-        for name, made in self.options.named().items():
-            if isinstance(made, str):
-                folder = expand_user(made)
+        for name, spec in self.options.named().items():
+            if isinstance(spec, str):
+                folder = expand_user(spec)
                 files = [folder / file for file in (WEIGHTS, CONFIG) if os.path.lexists(folder / file)]
                 if weights and folder / WEIGHTS in files:
                     check_size(folder / WEIGHTS)
                 keys[name] = digests(checked(files), folder) if weights else {"saved": content(read_config(folder))}
             else:
-                keys[name] = {k: v for k, v in made.items() if weights or k not in ("seed", "init")}
+                keys[name] = {k: v for k, v in spec.items() if weights or k not in ("seed", "init")}
         return keys
 
     def _texts(self) -> list[str] | None:
         return self.options.prompts if self.options.prompts is not None else self.case.inputs.texts
 
     def tokenize(self) -> Tensors:
-        """Turn prompts into token ids, and adapters into tensors.
+        """Tokenize the prompts, and read or create the adapter tensors.
 
         Raises:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
         rows = self.rows()
-        loaded = self._adapted()
-        tables = module_tables(loaded.model)
-        self._loaded = loaded.off()
-        notes = [note for name, tensors in loaded.adapters.items() for note in _fp16_notes(name, tensors)]
-        about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(loaded.eos), "tables": tables}
-        about |= {"interface": loaded.interface(), "adapters": list(loaded.adapters)}
+        adapted = self._attach_adapters()
+        tables = module_tables(adapted.model)
+        self._loaded = adapted.base_model()
+        notes = [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
+        about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
+        about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters)}
         weights = {
-            f"inputs.{name}/{key}": array for name, tensors in loaded.adapters.items() for key, array in tensors.items()
+            f"inputs.{name}/{key}": array
+            for name, tensors in adapted.adapters.items()
+            for key, array in tensors.items()
         }
         return {
             "ids": np.concatenate(rows.ids),
@@ -179,16 +181,16 @@ class PeftCausalLM:
         }
 
     def rows(self) -> TokenRows:
-        """Return the prompts as the tokenizer makes them now.
+        """Tokenize the prompts without using stored inputs.
 
         Raises:
             ConfigError: a prompt and its continuation are longer than the context.
         """
         tokenize, pad = self.source.tokenizer()
-        given = self._texts()
-        texts = [*(TEXTS if given is None else given)]
+        user_texts = self._texts()
+        texts = [*(TEXTS if user_texts is None else user_texts)]
         ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
-        if given is None:
+        if user_texts is None:
             boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
             texts += [text for text, _ in boundary]
             ids += [tokens for _, tokens in boundary]
@@ -203,9 +205,9 @@ class PeftCausalLM:
         return TokenRows(tuple(ids), pad, tuple(texts))
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
-        """Yield prompts that end just before, on and behind the border of a chunk, as far as they fit.
+        """Yield prompts that end just before, at and after a chunk boundary, if they fit.
 
-        Each begins elsewhere in the text: what leaks from one that begins alike would not be seen.
+        Each starts at another offset of the text, because a leak from a prompt with the same prefix would not be seen.
         """
         chunk, room = self.options.prefill_seq_len, self.options.ctx_len - self.options.max_new_tokens
         for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
@@ -221,7 +223,7 @@ class PeftCausalLM:
         about = parse_json_tensor(stored, "texts", PromptsText)
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
-        self._graph = _graph(about.interface.model_dump(), self._served(adapters), self.options)
+        self._graph = _graph(about.interface.model_dump(), self._served_tensors(adapters), self.options)
         texts, notes = tuple(about.texts), tuple(about.notes)
         return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, notes, about.tables)
 
@@ -236,83 +238,85 @@ class PeftCausalLM:
         vocabulary = self.graph.outputs[0].shape[-1]
         check_continuations(reference, len(inputs.ids) * len(inputs.adapters), self.options.max_new_tokens, vocabulary)
 
-    def _taken(self) -> Any:
-        """Return the model without adapters. Loading takes long, so who has used it puts it back into `_loaded`."""
+    def _take_model(self) -> Any:
+        """Return the model without adapters; the caller puts it back into `_loaded`, because loading is slow."""
         model, self._loaded = self._loaded or self.source.causal_lm(), None
         return model
 
-    def _adapted(self) -> Any:
-        """Put a fresh adapter on the model, and settle the graph."""
-        from qeff_validate.models.causal_lm.attach_adapters import adapt
+    def _attach_adapters(self) -> Any:
+        """Attach an adapter without effect to the model, and set the graph."""
+        from qeff_validate.models.causal_lm.attach_adapters import attach
 
-        loaded = adapt(self._taken(), self.options.named())
-        self._graph = _graph(loaded.interface(), self._served(loaded.adapters), self.options)
-        return loaded
+        adapted = attach(self._take_model(), self.options.named())
+        self._graph = _graph(adapted.interface(), self._served_tensors(adapted.adapters), self.options)
+        return adapted
 
-    def _served(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
-        """Return what the graph is fed for an adapter: its own tensors, or those of all."""
-        return stacked(adapters) if self.options.mixed_batch else adapters[name]
+    def _served_tensors(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
+        """Return the adapter inputs of the graph: the tensors of one adapter, or the stack of all."""
+        return stack_adapters(adapters) if self.options.mixed_batch else adapters[name]
 
     def module(self) -> tuple[Any, Tensors]:
-        """Load the model, put a fresh adapter on it and wrap it."""
+        """Load the model, attach an adapter without effect, and wrap it."""
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
 
-        loaded = self._adapted()
-        module = Decoder(loaded.model, len(loaded.dims), loaded.live, mixed=self.options.mixed_batch).eval()
-        return module, decoder_examples(self.graph, self._served(loaded.adapters))
+        adapted = self._attach_adapters()
+        module = Decoder(
+            adapted.model, len(adapted.dims), adapted.parameter_names, mixed=self.options.mixed_batch
+        ).eval()
+        return module, decoder_examples(self.graph, self._served_tensors(adapted.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
-        """Continue each prompt greedily with the original model, by itself, with each adapter as PEFT applies it.
+        """Continue each prompt greedily, alone, with the original model and each adapter, applied by PEFT.
 
         Returns:
-            ``logits`` ``[n, vocab]`` from one forward pass over each whole text without our cache, in ``dtype``;
-            ``tokens`` int64 ``[n]``, those that float32 chose; ``steps`` int64, how many each text has.
+            ``logits`` ``[n, vocab]`` in ``dtype``, from one forward pass over each text without our cache; ``tokens``
+            int64 ``[n]``, chosen in float32; ``steps`` int64, the number of tokens of each continuation.
 
         Raises:
-            UnstableReferenceError: what the model gives for a text depends on the texts before it.
+            UnstableReferenceError: the result of a text depends on texts that were run before it.
         """
         from qeff_validate.models.causal_lm.reference import continuations
 
         sizes = [tokens.size for tokens in inputs.ids]
         refuse_frequencies_by_length(inputs.tables, [*sizes, self.reach(inputs)])
-        model = self._taken()
-        found = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+        model = self._take_model()
+        outputs = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
         self._loaded = model
-        return found
+        return outputs
 
     def ensemble(self, inputs: Prompts, reference: Tensors, precision: Precision) -> Iterator[Tensors]:
-        """Yield the logits of the reference's texts by the original model in the precision, in each of the ways."""
+        """Yield the original model's logits of the reference's texts, for each variant of `ENSEMBLE`."""
         from qeff_validate.models.causal_lm.reference import ensemble
 
         texts = _split(reference["tokens"], reference["steps"])
-        model = self._taken()
+        model = self._take_model()
         yield from ensemble(model, self.options.named(), inputs, texts, precision)
         self._loaded = model
 
     def faulty_runs(
         self, inputs: Prompts, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits of the reference's texts by the original model with each of some faults."""
-        from qeff_validate.models.causal_lm.faulty_reference import Altered
+        """Yield the original model's logits of the reference's texts with each fault."""
+        from qeff_validate.models.causal_lm.faulty_reference import FaultyReference
 
-        of: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
+        by_level: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
         for change in changes:
-            of[change.level].append(change)
-        model, texts = self._taken(), _split(reference["tokens"], reference["steps"])
-        altered = Altered(model, self.options.named(), inputs, texts, dtype)
-        yield from altered.bodies(of["body"])
-        yield from altered.adapters(of["adapters"], reference["logits"])
-        yield from altered.logits(of["session"], reference["logits"])
+            by_level[change.level].append(change)
+        model, texts = self._take_model(), _split(reference["tokens"], reference["steps"])
+        faulty = FaultyReference(model, self.options.named(), inputs, texts, dtype)
+        yield from faulty.bodies(by_level["body"])
+        yield from faulty.adapters(by_level["adapters"], reference["logits"])
+        yield from faulty.logits(by_level["session"], reference["logits"])
         self._loaded = model
 
     def infer(self, session: Session, inputs: Prompts, reference: Tensors) -> Tensors:
-        """Run every prompt with every adapter along the reference's tokens, so that each row has its context.
+        """Run every prompt with every adapter along the reference's tokens (teacher forcing).
 
         Returns:
-            ``logits``, and ``again``: what the second visits to the first two adapters gave, where state that was left
-            from others must not be seen.
+            ``logits``, and ``again``: the logits of second visits to the first two adapters, which must show no state
+            left over from others.
         """
-        run = side_by_side if self.options.mixed_batch else one_by_one
+        run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
 
     def _plan(self, inputs: Prompts) -> Plan:
@@ -321,17 +325,23 @@ class PeftCausalLM:
         return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens)
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
-        """Return the errors of logits, and of what each adapter changes."""
+        """Return the errors of logits, and of the change that each adapter makes."""
         from qeff_validate.models.causal_lm.verdict import measure_continuations
 
         return measure_continuations(exact, outputs["logits"], exact["steps"], list(inputs.adapters), inputs.labels)
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:  # noqa: ARG002
-        """Return the systematic parts of logits' errors."""
-        return {metric.name: stray_size(metric) for metric in logit_strays(center["logits"], outputs["logits"])}
+    def systematic_errors(
+        self,
+        center: Tensors,
+        outputs: Tensors,
+        inputs: Prompts,  # noqa: ARG002
+    ) -> Mapping[str, float]:
+        """Return the systematic errors of logits."""
+        metrics = systematic_logit_metrics(center["logits"], outputs["logits"])
+        return {metric.name: systematic_size(metric) for metric in metrics}
 
     def sensitivity(self, inputs: Prompts, reference: Tensors) -> Sequence[float]:
-        """Return the greatest spread of a prompt's logits: what is rounded in them is relative to their size."""
+        """Return the maximum standard deviation of each prompt's logits, which their rounding errors scale with."""
         parts = _split(reference["logits"], reference["steps"])
         spreads = np.array([float(np.max(logits.astype(np.float64).std(axis=1))) for logits in parts])
         return list(spreads.reshape(-1, len(inputs.ids)).max(axis=0))
@@ -339,7 +349,7 @@ class PeftCausalLM:
     def subset(
         self, inputs: Prompts, reference: Tensors, texts: Sequence[int]
     ) -> tuple[Prompts, Tensors, NDArray[np.int64]]:
-        """Return prompts, their continuations with each adapter, and the numbers of the rows of logits."""
+        """Return some prompts, the reference of their continuations, and the indices of its rows."""
         size, ends = len(inputs.ids), np.cumsum(reference["steps"])
         places = [size * adapter + text for adapter in range(len(inputs.adapters)) for text in texts]
         rows = np.concatenate([np.arange(ends[at] - reference["steps"][at], ends[at]) for at in places])
@@ -347,24 +357,24 @@ class PeftCausalLM:
         ids, labels = tuple(inputs.ids[text] for text in texts), tuple(inputs.texts[text] for text in texts)
         return replace(inputs, ids=ids, texts=labels), chosen, rows.astype(np.int64)
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, terms: Terms) -> Verdict:
-        """Compare logits, choices, adapters' effects and second visits."""
+    def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, context: ComparisonContext) -> Verdict:
+        """Compare logits, chosen tokens, effects of adapters, and second visits."""
         from qeff_validate.models.causal_lm.verdict import judge_continuations
 
-        return judge_continuations(reference, actual, terms, adapters=list(inputs.adapters), inputs=inputs)
+        return judge_continuations(reference, actual, context, adapters=list(inputs.adapters), inputs=inputs)
 
-    def relate(self, name: str, session: Session, inputs: Prompts, terms: Terms) -> Verdict:
-        """Judge one of `lm_relations.RELATIONS`."""
+    def relate(self, name: str, session: Session, inputs: Prompts, context: ComparisonContext) -> Verdict:
+        """Check one of `relations.RELATIONS`."""
         from qeff_validate.models.causal_lm.relations import Original, relate
 
         original = Original(
-            merged=lambda adapter, forced: self._original("merged", inputs, adapter, forced),
-            kept=lambda adapter: self._original("kept", inputs, adapter),
+            merged_logits=lambda adapter, forced: self._run_original("merged_logits", inputs, adapter, forced),
+            keys_and_values=lambda adapter: self._run_original("keys_and_values", inputs, adapter),
         )
-        return relate(name, session, inputs, self._plan(inputs), terms, original)
+        return relate(name, session, inputs, self._plan(inputs), context, original)
 
-    def _original(self, what: str, inputs: Prompts, adapter: str, *given: Any) -> Any:
-        """Load the model anew, and ask for what a function of `lm_reference` gives."""
+    def _run_original(self, function: str, inputs: Prompts, adapter: str, *args: Any) -> Any:
+        """Load the model again, and call a function of `causal_lm.reference` with it and an adapter."""
         if self.case.artifacts.reference is not None:
             raise IncomparableError("the reference is recorded, so there need be no original model here")
         named = self.options.named()
@@ -372,21 +382,21 @@ class PeftCausalLM:
             raise IncomparableError(
                 "the adapters of a model in memory are not put on another one: it is left unchanged"
             )
-        from qeff_validate.models.causal_lm import reference as lm_reference
+        from qeff_validate.models.causal_lm import reference
 
-        made = named.get(adapter)
-        return getattr(lm_reference, what)(self.source.causal_lm(), made, inputs.adapters[adapter], inputs.ids, *given)
+        run = getattr(reference, function)
+        return run(self.source.causal_lm(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
 
 
 class Interface(BaseModel):
-    """Heads and size of each layer's keys and values, and the size of the vocabulary."""
+    """Number of heads and head size of each layer's keys and values, and the vocabulary size."""
 
     dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
     vocab: PositiveInt
 
 
 class PromptsText(RowsText):
-    """What the tensor ``texts`` holds beside the token ids."""
+    """Content of the tensor ``texts``."""
 
     eos: list[int]
     interface: Interface
@@ -394,7 +404,7 @@ class PromptsText(RowsText):
 
 
 def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
-    """Return the tensors of each adapter; all have the same names, dtypes and shapes, for they share a graph."""
+    """Return the tensors of each adapter; names, dtypes and shapes must be equal, because adapters share a graph."""
     adapters: dict[str, dict[str, Array]] = {name: {} for name in names}
     if BASE not in adapters:
         raise IncomparableError(f"tensor 'texts': adapters are {list(names)}, and {BASE!r} is not among them")
@@ -439,7 +449,7 @@ def _graph(interface: Mapping[str, Any], adapter: Tensors, options: PeftCausalLM
 
 
 def _fp16_notes(name: str, tensors: Tensors) -> Iterator[str]:
-    """Say what of an adapter does not survive half precision."""
+    """Yield notes on weights that overflow or underflow in fp16."""
     over = [key for key, array in tensors.items() if (np.abs(array) > FP16_MOST).any()]
     under = sum(int(((np.abs(array) < FP16_LEAST) & (array != 0)).sum()) for array in tensors.values())
     if over:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The relation ``scaled``: a small share of an adapter has that share of its effect.
+"""The relation ``scaled``: a small fraction of an adapter has that fraction of its effect.
 
-Log-probabilities are smooth in the adapter's weights, so for a small share s their change is proportional to s,
-whatever the model (validation-methods §12.7). An adapter with a factor that is not an
-input, is quantized away or is clipped does not keep this.
+Log-probabilities are smooth in the adapter's weights, so for a small fraction s their change is proportional to s in
+every model (validation-methods §12.7). This fails if a factor of the adapter is not an input, is quantized away or is
+clipped.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ import numpy as np
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.logit_metrics import log_softmax, noise_level
 from qeff_validate.comparison.vector_metrics import Floats, Metric
-from qeff_validate.comparison.verdict import Judged, Verdict, all_hold
+from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
 from qeff_validate.models.causal_lm.options import BASE
-from qeff_validate.protocols import Session, Terms
+from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors
 
 SHARE = 1 / 128
-"""The greatest share that is taken; of a strong adapter less, because the curve bends with the square of the share."""
+"""Maximum fraction; less for a strong adapter, because the deviation from linearity grows with its square."""
 
 LINEAR = 0.1
-"""Twice the share may differ by so much, relative L2, from twice the effect; a lost factor gives 0.5 and more."""
+"""Accepted relative L2 of the effect of twice the fraction from twice the effect; a lost factor gives 0.5 or more."""
 
 VISIBLE, CLEAR = 20.0, 80.0
-"""The effect of the share must be so many times the noise of log-probabilities; it is made four times as much."""
+"""Required ratio of the effect to the noise of log-probabilities, and the ratio that the fraction is chosen for."""
 
 
-def judge_scaled(
-    session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], terms: Terms
+def compare_scaled_adapter(
+    session: Session, inputs: Any, plan: Plan, adapter: Tensors, forced: Sequence[Array], context: ComparisonContext
 ) -> Verdict:
-    """Compare the effects of a share of the adapter and of twice that share.
+    """Compare the effects of a fraction of the adapter and of twice that fraction.
 
-    What is scaled are the tensors that are all zero in the base (``lora_B`` of LoRA).
+    Scaled are the tensors that are all zero in the base (``lora_B`` of LoRA).
 
     Args:
         session: open.
         inputs: prompts.
-        plan: the usual way.
+        plan: batch size, chunk length and padding.
         adapter: its tensors, or the stack of all, as the graph takes them.
-        forced: the texts along which all is run.
-        terms: precision.
+        forced: the continuations of all runs (teacher forcing).
+        context: precision.
 
     Raises:
-        IncomparableError: nothing can be scaled, or the effect of a small share is lost in rounding.
+        IncomparableError: nothing can be scaled, or the effect of a small fraction is lost in rounding.
     """
     base = inputs.adapters[BASE]
     zeros = [name for name, array in base.items() if not array.any() and adapter[name].any()]
@@ -68,24 +68,24 @@ def judge_scaled(
     for logits in (off, without, full):
         if not np.isfinite(logits).all():
             return Verdict("fail", "logits with a share of the adapter are NaN or infinite", planned=len(forced))
-    level = noise_level(terms.precision)
+    level = noise_level(context.precision)
     if _size(off - log_softmax(without)) > VISIBLE * level:
         raise IncomparableError("this adapter has an effect beyond the tensors that are zero in the base")
     share = float(np.minimum(SHARE, CLEAR * level / _size(full))) if full.any() else SHARE
     if not _size(full) * share >= VISIBLE * level:
         raise IncomparableError(
             f"a share of {share:.3g} of the adapter changes log-probabilities by some {_size(full) * share:.1e}, too"
-            f" little beside the noise of {terms.precision}, {level:.1e}"
+            f" little beside the noise of {context.precision}, {level:.1e}"
         )
-    one, two = run(share) - off, run(2 * share) - off
-    apart = np.linalg.norm(two - 2 * one, axis=-1)
+    single, double = run(share) - off, run(2 * share) - off
+    differences = np.linalg.norm(double - 2 * single, axis=-1)
     most = float(np.sqrt(np.mean(np.linalg.norm(full, axis=-1) ** 2))) * 2 * share
     steps = [len(text) for text in forced]
-    errors = np.array([part.max() for part in np.split(apart, np.cumsum(steps)[:-1])]) / most
+    errors = np.array([part.max() for part in np.split(differences, np.cumsum(steps)[:-1])]) / most
     worst = int(np.argmax(errors))
     metric = Metric("adapter.linearity", float(errors[worst]), {"row": worst, "text": inputs.labels[worst]})
-    judged = [Judged(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
-    return all_hold(judged, len(errors))
+    results = [GateResult(metric, Bound(LINEAR, "exact", f"the effect of {share:.3g} of the adapter, doubled"))]
+    return verdict_of_gates(results, len(errors))
 
 
 def _size(change: Floats) -> float:

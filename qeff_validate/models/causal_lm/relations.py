@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relations between runs of one session with a language model, whatever the right answer is. No reference is needed.
+"""Metamorphic relations between runs of one session with a language model. No reference is needed.
 
-The session first continues every prompt in the usual way, greedily. Each relation then runs the same continuations in
-another way, along the same tokens, and the logits must agree. Numpy only.
+The session first continues every prompt greedily. Each relation then runs the same continuations differently, along the
+same tokens, and the logits must agree. Numpy only.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import relation_precision
 from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bounds
-from qeff_validate.comparison.verdict import Rows, Verdict, all_hold, finite_rows, non_finite
+from qeff_validate.comparison.verdict import Rows, Verdict, finite_rows, non_finite, verdict_of_gates
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import stacked
+from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
-from qeff_validate.models.causal_lm.relation_kv_cache import Kept, judge_kept
-from qeff_validate.models.causal_lm.relation_linearity import judge_scaled
-from qeff_validate.protocols import Session, Terms
+from qeff_validate.models.causal_lm.relation_kv_cache import KeysAndValues, compare_kv_cache
+from qeff_validate.models.causal_lm.relation_linearity import compare_scaled_adapter
+from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors, retained
 
 POISON = 1e4
-"""What is put into keys and values before a run: finite in fp16, and far from anything that a model computes."""
+"""Value written into keys and values before a run: finite in fp16, and far from all values of a model."""
 
-Way = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
-"""Runs all prompts along given tokens in some way, and returns their logits in the order of the prompts."""
+Relation = Callable[[Session, Any, Plan, Tensors, list[Array]], list[Array]]
+"""Runs all prompts along given tokens, and returns their logits in the order of the prompts."""
 
 
 def other_chunks(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
-    """Take prompts one token a run, so that prefill is done by what decodes."""
+    """Prefill prompts one token at a time, with the decode specialization."""
     return generate(session, inputs.ids, plan, state=state, forced=forced, chunk=1)
 
 
 def row_alone(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
-    """Run each prompt without neighbours: the other places of the batch hold padding."""
+    """Run each prompt alone in its batch: the other rows hold padding."""
     return [
         generate(session, [ids], plan, state=state, forced=[text])[0]
         for ids, text in zip(inputs.ids, forced, strict=True)
@@ -45,9 +45,9 @@ def row_alone(session: Session, inputs: Any, plan: Plan, state: Tensors, forced:
 
 
 def other_slots(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
-    """Run prompts in the opposite order: other slots, other neighbours, other padding."""
-    found = generate(session, inputs.ids[::-1], plan, state=state, forced=forced[::-1])
-    return found[::-1]
+    """Run prompts in reverse order: other rows of the batch, other neighbours, other padding."""
+    logits = generate(session, inputs.ids[::-1], plan, state=state, forced=forced[::-1])
+    return logits[::-1]
 
 
 def other_padding(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
@@ -60,20 +60,22 @@ def poisoned_state(session: Session, inputs: Any, plan: Plan, state: Tensors, fo
     """Fill keys and values with large numbers first: slots that are not written must not be read.
 
     Raises:
-        IncomparableError: the graph keeps none.
+        IncomparableError: the graph retains no keys and values.
     """
     twins = retained(session.inputs, session.outputs)
     cache = [name for name in twins if name.startswith("past_")]
     if not cache:
         raise IncomparableError("the graph retains no keys and values")
-    held = session.run({**padding(session, plan), **in_dtypes(session, state)}, fetch=[twins[name] for name in cache])
-    given = {name: np.full_like(held[twins[name]], POISON) for name in cache}
-    session.run({**padding(session, plan), **given}, fetch=[])
+    state_outputs = session.run(
+        {**padding(session, plan), **in_dtypes(session, state)}, fetch=[twins[name] for name in cache]
+    )
+    poisoned = {name: np.full_like(state_outputs[twins[name]], POISON) for name in cache}
+    session.run({**padding(session, plan), **poisoned}, fetch=[])
     return generate(session, inputs.ids, plan, state=state, forced=forced)
 
 
 def mixed_rows(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
-    """Put a row with another adapter, the base among them, beside each row.
+    """Batch each row with a row of another adapter or of the base.
 
     Raises:
         IncomparableError: the graph takes one adapter at a time.
@@ -89,7 +91,7 @@ def mixed_rows(session: Session, inputs: Any, plan: Plan, state: Tensors, forced
     return generate(session, prompts, plan, state=state, forced=texts, adapter_ids=ids)[::2]
 
 
-WAYS: Mapping[str, Way] = {
+RERUN_RELATIONS: Mapping[str, Relation] = {
     "mixed_rows": mixed_rows,
     "other_chunks": other_chunks,
     "other_padding": other_padding,
@@ -98,10 +100,10 @@ WAYS: Mapping[str, Way] = {
     "row_alone": row_alone,
 }
 
-RELATIONS = ("kv_cache", "merged", "scaled", *WAYS)
-"""The ways, and three more. ``merged``: the adapter as inputs against the same one merged into the weights by PEFT.
-``kv_cache``: what is retained of prompts against transformers' cache. ``scaled``: a share of the adapter has that share
-of its effect."""
+RELATIONS = ("kv_cache", "merged", "scaled", *RERUN_RELATIONS)
+"""All relations. ``merged``: the adapter as inputs against the adapter merged into the weights by PEFT. ``kv_cache``:
+the retained keys and values of prompts against the cache of transformers. ``scaled``: a fraction of the adapter has
+that fraction of its effect."""
 
 AGAINST_FLOAT32 = ("kv_cache", "merged", "scaled")
 """Relations that have no bound where weights or state are compressed."""
@@ -109,26 +111,28 @@ AGAINST_FLOAT32 = ("kv_cache", "merged", "scaled")
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The model of Hugging Face with an adapter that PEFT has put on it.
+    """Runs of the original Hugging Face model with a PEFT adapter.
 
     Attributes:
-        merged: from the adapter's name and given continuations to their logits, the adapter merged into the weights.
-        kept: from the adapter's name to keys and values of each prompt (`kv_check.Kept`).
+        merged_logits: maps an adapter's name and continuations to logits, with the adapter merged into the weights.
+        keys_and_values: maps an adapter's name to the keys and values of each prompt.
     """
 
-    merged: Callable[[str, list[Array]], list[Array]]
-    kept: Callable[[str], Kept]
+    merged_logits: Callable[[str, list[Array]], list[Array]]
+    keys_and_values: Callable[[str], KeysAndValues]
 
 
-def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, original: Original) -> Verdict:
-    """Judge a relation with the first adapter, or with the base if there is none.
+def relate(
+    name: str, session: Session, inputs: Any, plan: Plan, context: ComparisonContext, original: Original
+) -> Verdict:
+    """Check a relation with the first adapter, or with the base if there is none.
 
     Args:
         name: one of `RELATIONS`.
         session: open.
         inputs: prompts, end tokens and adapters.
-        plan: the usual way.
-        terms: precision and the case's bounds.
+        plan: batch size, chunk length and padding of the greedy run.
+        context: precision and the case's bounds.
         original: for the relations ``merged`` and ``kv_cache``.
 
     Raises:
@@ -137,34 +141,37 @@ def relate(name: str, session: Session, inputs: Any, plan: Plan, terms: Terms, o
     at = min(1, len(inputs.adapters) - 1)
     adapter = list(inputs.adapters)[at]
     plan = replace(plan, adapter=at)
-    state = stacked(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
+    state = stack_adapters(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")
-    _, _, kept = terms.precision.partition("+")
-    if name in AGAINST_FLOAT32 and kept:
-        raise IncomparableError(f"the other side computes in float32, and this session keeps {kept}")
+    _, _, formats = context.precision.partition("+")
+    if name in AGAINST_FLOAT32 and formats:
+        raise IncomparableError(f"the other side computes in float32, and this session keeps {formats}")
     if name == "kv_cache":
-        return judge_kept(session, inputs, plan, state, original.kept(adapter), terms)
-    usual = generate(session, inputs.ids, plan, state=state)
-    forced = [logits.argmax(axis=-1) for logits in usual]
+        return compare_kv_cache(session, inputs, plan, state, original.keys_and_values(adapter), context)
+    greedy = generate(session, inputs.ids, plan, state=state)
+    forced = [logits.argmax(axis=-1) for logits in greedy]
     if name == "scaled":
-        return judge_scaled(session, inputs, plan, state, forced, terms)
-    found = original.merged(adapter, forced) if name == "merged" else WAYS[name](session, inputs, plan, state, forced)
-    expected, actual = np.concatenate(usual), np.concatenate(found)
-    texts = _texts(inputs.labels, usual)
+        return compare_scaled_adapter(session, inputs, plan, state, forced, context)
+    if name == "merged":
+        rerun = original.merged_logits(adapter, forced)
+    else:
+        rerun = RERUN_RELATIONS[name](session, inputs, plan, state, forced)
+    expected, actual = np.concatenate(greedy), np.concatenate(rerun)
+    texts = _texts(inputs.labels, greedy)
     labels = [f"{text.label!r} +{step}" for text in texts for step in range(len(text.rows))]
     finite = [finite_rows(array) for array in (expected, actual)]
-    kept = np.flatnonzero(finite[0] & finite[1]).tolist()
-    judged = [
+    both_finite = np.flatnonzero(finite[0] & finite[1]).tolist()
+    results = [
         item
         for array, good in zip((expected, actual), finite, strict=True)
         for item in non_finite("logits", array, np.flatnonzero(~good).tolist(), Rows(labels))
     ]
-    bounds = logit_bounds(relation_precision(terms.precision), override=terms.override)
-    judged += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, kept=kept)
-    verdict = all_hold(judged, len(labels))
+    bounds = logit_bounds(relation_precision(context.precision), override=context.override)
+    results += judge_logits(expected, actual, bounds, labels=labels, texts=texts, eos=inputs.eos, finite=both_finite)
+    verdict = verdict_of_gates(results, len(labels))
     if not bounds and verdict.status != "fail":
-        reason = f"no sound bound for precision {terms.precision}: give bounds with their reason in the tolerance"
+        reason = f"no sound bound for precision {context.precision}: give bounds with their reason in the tolerance"
         return replace(verdict, status="inconclusive", reason=reason)
     return verdict
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.causal_lm.batched_lora import by_row
+from qeff_validate.models.causal_lm.batched_lora import use_row_weights
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
 from qeff_validate.models.causal_lm.kv_cache import cache_for, masks
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         head.register_forward_pre_hook(self._only_last)
         self._mixed = mixed
         if mixed:
-            by_row(model)
+            use_row_weights(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
         """Run one step.

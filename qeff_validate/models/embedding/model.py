@@ -17,26 +17,26 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import bounds_for, relation_precision, stray_bounds
+from qeff_validate.comparison.bounds import bounds_for, relation_precision, systematic_bounds
 from qeff_validate.comparison.vector_metrics import Floats
-from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, strays, worst_errors
+from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.files import read_lines
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
 from qeff_validate.models.embedding.options import EmbeddingOptions
-from qeff_validate.models.embedding.pooling_config import Head, published, resolve_head
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
-from qeff_validate.models.sources.resolve import Given, Source, resolve
+from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
-from qeff_validate.protocols import Change, Graph, Session, Share, Terms
+from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 MOST_BYTES = 64 << 20
-"""Of a texts_file: every text is run, one by one, by the reference."""
+"""Maximum size of a texts_file: the reference runs every text."""
 
 
 def __getattr__(name: str) -> Any:
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
 
 
 SHARED_TOKENS = 1 << 14
-"""Hidden states of so many tokens are kept, so that the next pooling of the same body needs no run: 64 MB at 1024."""
+"""Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
 class PooledEmbedding:
@@ -57,14 +57,14 @@ class PooledEmbedding:
     Args:
         case: the case.
         options: validated options.
-        given: an in-memory torch model instead of the source; it is left unchanged.
+        given: an in-memory torch model instead of the source; left unchanged.
         tokenizer: the tokenizer of ``given``.
     """
 
     def __init__(self, case: Case, options: EmbeddingOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case = case
         self.options = options
-        self._given = None if given is None else Given(given, tokenizer)
+        self._in_memory = None if given is None else InMemory(given, tokenizer)
         self.share: Share = lambda name, inputs, run: run()  # noqa: ARG005
         dims = ("batch_size", "seq_len")
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if options.token_type_ids else [])]
@@ -77,44 +77,47 @@ class PooledEmbedding:
 
     @cached_property
     def source(self) -> Source:
-        """Where weights and tokenizer come from; looked for when first needed, for stored artifacts need none."""
-        return self._given or resolve(self.case)
+        """The source of weights and tokenizer; resolved on first use, because stored artifacts need none."""
+        return self._in_memory or resolve(self.case)
 
     @cached_property
-    def head(self) -> Head:
-        """Pooling and what follows it, settled."""
-        return resolve_head(
-            self.options, getattr(self.source, "path", None) if self.options.pooling == "auto" else None
-        )
+    def pooling_config(self) -> PoolingConfig:
+        """The pooling and what follows it, with ``auto`` resolved."""
+        folder = getattr(self.source, "path", None) if self.options.pooling == "auto" else None
+        return resolve_pooling_config(self.options, folder)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the exported graph depends on."""
         return {**self.settings(), "body": self.source.body_key()}
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what the graph depends on beside the body."""
-        return {"kind": "embedding", "head": self.head.key(), "inputs": [spec.name for spec in self.graph.inputs]}
+        """Return what the graph depends on besides the body."""
+        return {
+            "kind": "embedding",
+            "head": self.pooling_config.key(),
+            "inputs": [spec.name for spec in self.graph.inputs],
+        }
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
         return {**self.asked(), "tokenizer": self.source.tokenizer_key()}
 
     def asked(self) -> Mapping[str, Any]:
-        """Return what is to be tokenized, and how far."""
+        """Return the texts, the prompt and the length limits that are tokenized."""
         options = self.options
         limits = {"seq_len": options.seq_len, "truncate": options.truncate, "boundary": self._builtin()}
         return {"texts": self._texts(), "prompt": options.prompt, **limits}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return what the tokenizer is."""
+        """Return what identifies the tokenizer."""
         return self.source.tokenizer_key()
 
     def reach(self, inputs: TokenRows) -> int:  # noqa: ARG002
-        """Return how many positions the graph must have."""
+        """Return the number of positions that the graph needs."""
         return self.options.seq_len[-1]
 
     def published(self) -> Mapping[str, Any]:
-        """Return what sentence-transformers' files beside the weights say: pooling, normalize, max_seq_length."""
+        """Return the settings of sentence-transformers beside the weights: pooling, normalize, max_seq_length."""
         return published(getattr(self.source, "path", None))
 
     def _builtin(self) -> bool:
@@ -134,7 +137,7 @@ class PooledEmbedding:
         return texts
 
     def tokenize(self) -> Tensors:
-        """Turn the texts into rows of token ids; the built-in corpus gets rows at each bucket's boundary.
+        """Tokenize the texts; the built-in corpus gets additional rows at the boundary of each bucket.
 
         Raises:
             ConfigError: a text is longer than every bucket and ``truncate`` is off.
@@ -142,7 +145,7 @@ class PooledEmbedding:
         return replace(self.rows(), tables=self.source.tables()).stored()
 
     def rows(self) -> TokenRows:
-        """Return the rows as the tokenizer makes them now; raises as `tokenize` does."""
+        """Tokenize the texts without using stored inputs; raises like `tokenize`."""
         tokenize, pad = self.source.tokenizer()
         texts, notes = self._texts(), []
         if self._builtin():
@@ -159,7 +162,7 @@ class PooledEmbedding:
         if long and not self.options.truncate:
             row = long[0]
             raise ConfigError(
-                f"case {self.case.name!r}: {len(long)} of {len(texts)} texts are longer than the greatest seq_len"
+                f"case {self.case.name!r}: {len(long)} of {len(texts)} texts are longer than the nan_max seq_len"
                 f" {most}; text {row} has {ids[row].size} tokens ({texts[row][:60]!r}…):"
                 f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
             )
@@ -173,33 +176,33 @@ class PooledEmbedding:
         return TokenRows.from_stored(stored, per_token=self.options.pooling == "none")
 
     def module(self) -> tuple[Any, Tensors]:
-        """Load the body and put the pooling on it; the examples differ from every bucket on purpose."""
+        """Load the body and wrap it with the pooling; the example shapes differ from every bucket on purpose."""
         from qeff_validate.models.embedding.pooling import PooledModel
 
         body = self.source.body()
-        with foreign("choose eager attention"):
+        with translated_errors("choose eager attention"):
             if hasattr(body, "set_attn_implementation"):
                 body.set_attn_implementation("eager")
             choose_exportable_experts(body)
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0
-        head = self.head
-        module = PooledModel(body, head.pooling, normalize=head.normalize, truncate_dim=head.truncate_dim).eval()
+        config = self.pooling_config
+        module = PooledModel(body, config.pooling, normalize=config.normalize, truncate_dim=config.truncate_dim).eval()
         known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         return module, {spec.name: known[spec.name] for spec in self.graph.inputs}
 
     def reference(self, inputs: TokenRows, *, dtype: str) -> Tensors:
-        """Run the body alone on each row at its natural length, and pool with the numpy oracle.
+        """Run the original body on unpadded rows, and pool with the numpy oracle.
 
-        A custom pooling is its own definition: it is run on the unpadded row alone, so what padding and neighbours
-        do to it is seen, and what it computes is taken as right.
+        A custom pooling defines its own result: it is run on each unpadded row alone, so that effects of padding and of
+        other rows are detected, but not errors of its formula.
 
         Returns:
             ``output`` [rows, hidden] in ``dtype``; rows without a token hold zeros, or are left out per token.
 
         Raises:
-            UnstableReferenceError: what the body gives for a row depends on the rows before or beside it.
+            UnstableReferenceError: the result of a row depends on rows that were run before or beside it.
         """
         refuse_frequencies_by_length(inputs.tables, [row.size for row in inputs.ids if row.size])
         return self._pooled(self._states(inputs, dtype), inputs, dtype)
@@ -216,37 +219,45 @@ class PooledEmbedding:
         return unpacked(stored["states"], inputs.ids)
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
-        """Yield what `reference` returns if the body computes in the precision, in each of `arithmetic.WAYS`."""
+        """Yield the output of `reference` with the body in the precision, for each variant of `ENSEMBLE`."""
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
         name = f"ensemble in {precision.profile}"
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
-        for way in sorted(runs):
-            found = self._pooled(unpacked(runs[way], inputs.ids), inputs, "float32")
+        for variant in sorted(runs):
+            outputs = self._pooled(unpacked(runs[variant], inputs.ids), inputs, "float32")
             half = precision.compute == "fp16"
             yield {
-                name: array.astype(np.float16).astype(np.float32) if half else array for name, array in found.items()
+                name: array.astype(np.float16).astype(np.float32) if half else array for name, array in outputs.items()
             }
 
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
-        from qeff_validate.models.emulation.ensemble import WAYS, Rounded, RoundedInPlace, Way, run_ensemble
+        from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
         from qeff_validate.models.emulation.microscaling import CompressedWeights
+        from qeff_validate.models.emulation.precision import (
+            ComputationVariant,
+            InPlaceRoundedWeights,
+            RoundedWeights,
+        )
 
-        def run(replica: Any, way: Way) -> Array:
-            return packed(batched_states(replica, inputs.ids, inputs.pad, way.batch).items(), "float32")
+        def run(replica: Any, variant: ComputationVariant) -> Array:
+            return packed(batched_states(replica, inputs.ids, inputs.pad, variant.batch).items(), "float32")
 
         body, compute = self.source.body(), precision.compute
-        compressed = {way.block: CompressedWeights(body, block=way.block) for way in WAYS if precision.weights}
-        # a body of its own may be rounded in place, unless its weights are to be compressed as they are
-        weights = RoundedInPlace(compute, body) if not compressed and compute != "fp32" else Rounded(compute)
+        blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
+        compressed = {block: CompressedWeights(body, block=block) for block in blocks}
+        # this body is not shared, so it may be rounded in place, unless compression needs the unrounded weights
+        weights = (
+            InPlaceRoundedWeights(compute, body) if not compressed and compute != "fp32" else RoundedWeights(compute)
+        )
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
-        return {str(at): states for at, states in enumerate(runs)}
+        return {str(index): states for index, states in enumerate(runs)}
 
     def faulty_runs(
         self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
     ) -> Iterator[tuple[str, Tensors]]:
-        """Yield the vectors of the original model with each of some faults."""
+        """Yield the vectors of the original model with each fault."""
         changes = list(changes)
         outputs: list[tuple[str, Tensors]] = []
 
@@ -264,18 +275,18 @@ class PooledEmbedding:
     ) -> Iterator[tuple[str, Tensors]]:
         from qeff_validate.models.embedding.reference import pooled_alone, unpadded_states
         from qeff_validate.models.embedding.reference_session import OriginalSession
-        from qeff_validate.models.emulation.float64 import computing_in, few_threads
+        from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 
-        head = self.head
-        custom = partial(pooled_alone, head.pooling, dtype=dtype)
-        finish = partial(pooling_oracle.finish, normalize=head.normalize, truncate_dim=head.truncate_dim)
-        pool = custom if head.custom else pooling_oracle.POOLINGS[head.pooling]
+        config = self.pooling_config
+        custom = partial(pooled_alone, config.pooling, dtype=dtype)
+        finish = partial(pooling_oracle.finish, normalize=config.normalize, truncate_dim=config.truncate_dim)
+        pool = custom if config.custom else pooling_oracle.POOLINGS[config.pooling]
         original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
-        with few_threads(original.body), computing_in(original.body, dtype, probe=probe):
+        with one_thread_if_small(original.body), compute_in_dtype(original.body, dtype, probe=probe):
             for change in changes:
-                original.instead, session = None, cast("Session", original)
+                original.pooling_override, session = None, cast("Session", original)
                 with suppress(ValidateError), change.applied_to(original.body):
                     if change.level == "body":
                         if change.name not in states:
@@ -283,7 +294,7 @@ class PooledEmbedding:
                         yield change.name, self._pooled(unpacked(states[change.name], inputs.ids), inputs, dtype)
                         continue
                     if change.level == "pooling":
-                        original.instead = change.change
+                        original.pooling_override = change.change
                     elif change.level == "session":
                         session = change.change(original)
                     yield change.name, self.infer(session, inputs, reference)
@@ -291,34 +302,34 @@ class PooledEmbedding:
     def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
         from qeff_validate.models.embedding.reference import pooled_alone
 
-        head = self.head
+        config = self.pooling_config
 
         def vector(tokens: Floats) -> Floats:
-            raw = (
-                pooled_alone(head.pooling, tokens, dtype)
-                if head.custom
-                else pooling_oracle.POOLINGS[head.pooling](tokens)
+            pooled = (
+                pooled_alone(config.pooling, tokens, dtype)
+                if config.custom
+                else pooling_oracle.POOLINGS[config.pooling](tokens)
             )
-            return pooling_oracle.finish(raw, normalize=head.normalize, truncate_dim=head.truncate_dim)
+            return pooling_oracle.finish(pooled, normalize=config.normalize, truncate_dim=config.truncate_dim)
 
-        found = {row: vector(tokens).astype(dtype) for row, tokens in states}
+        vectors = {row: vector(tokens).astype(dtype) for row, tokens in states}
         if inputs.per_token:
-            return {"output": np.concatenate([found[row] for row in sorted(found)])}
-        empty = np.zeros_like(next(iter(found.values())))
-        return {"output": np.stack([found.get(row, empty) for row in range(len(inputs.ids))])}
+            return {"output": np.concatenate([vectors[row] for row in sorted(vectors)])}
+        empty = np.zeros_like(next(iter(vectors.values())))
+        return {"output": np.stack([vectors.get(row, empty) for row in range(len(inputs.ids))])}
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
         """Return the worst row of each row metric."""
         return worst_errors(exact, outputs, Rows(inputs.labels, inputs.tokenless))
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
-        """Return the systematic parts of vectors' errors."""
-        return strays(center, outputs, Rows(inputs.labels, inputs.tokenless))
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: TokenRows) -> Mapping[str, float]:
+        """Return the systematic errors of vectors."""
+        return systematic_errors(center, outputs, Rows(inputs.labels, inputs.tokenless))
 
     def sensitivity(self, inputs: TokenRows, reference: Tensors) -> Sequence[float]:
-        """Return how far the hidden states of a row cancel in their mean, else how short its vector is.
+        """Return how much the hidden states of a row cancel in their mean; with many tokens, how short its vector is.
 
-        It does not depend on the pooling as long as hidden states are kept, so that poolings share their ensembles.
+        The former does not depend on the pooling, so that poolings of one body share their ensemble.
         """
         if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
             return list(-np.linalg.norm(reference["output"].astype(np.float64), axis=1))
@@ -330,30 +341,30 @@ class PooledEmbedding:
     def subset(
         self, inputs: TokenRows, reference: Tensors, texts: Sequence[int]
     ) -> tuple[TokenRows, Tensors, NDArray[np.int64]]:
-        """Return rows, vectors and the numbers of the vectors of some texts."""
+        """Return the inputs, the reference vectors, and the indices of these vectors, for some texts."""
         rows = np.array(texts, dtype=np.int64)
         if inputs.per_token:
             ends = np.cumsum([ids.size for ids in inputs.ids])
             rows = np.concatenate([np.arange(ends[text] - inputs.ids[text].size, ends[text]) for text in texts])
         return inputs.subset(texts), {name: array[rows] for name, array in reference.items()}, rows
 
-    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, terms: Terms) -> Verdict:
+    def judge(self, reference: Tensors, actual: Tensors, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Compare vectors row by row."""
         from qeff_validate.models.padding_hint import padding_hint
 
-        bounds = bounds_for(terms.precision, floor=terms.floor, override=terms.override)
-        if terms.device and terms.floor is not None:
-            bounds = stray_bounds(terms.floor) | bounds
-        rows = Rows(inputs.labels, inputs.tokenless, zeros=terms.ours, reached=terms.reached)
+        bounds = bounds_for(context.precision, floor=context.floor, override=context.override)
+        if context.device and context.floor is not None:
+            bounds = systematic_bounds(context.floor) | bounds
+        rows = Rows(inputs.labels, inputs.tokenless, zeros=context.ours, reached=context.reached)
         verdict = compare(
-            reference, actual, bounds, rows=rows, floor=terms.floor, seed=terms.seed, precision=terms.precision
+            reference, actual, bounds, rows=rows, floor=context.floor, seed=context.seed, precision=context.precision
         )
         if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
             return verdict
-        said = padding_hint(
-            rows_beyond(reference, actual, bounds, rows), terms.padded, rows.kept(), actual, terms.precision
+        hint = padding_hint(
+            rows_beyond(reference, actual, bounds, rows), context.padded, rows.with_tokens(), actual, context.precision
         )
-        return replace(verdict, reason=f"{said}; {verdict.reason}") if said else verdict
+        return replace(verdict, reason=f"{hint}; {verdict.reason}") if hint else verdict
 
     def reached(self, session: Session, inputs: TokenRows, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
         """See `protocols.Filled`."""
@@ -363,15 +374,15 @@ class PooledEmbedding:
             return (), ()
         return rows_reached(partial(self.infer, session), inputs, self._batch_size(session), actual)
 
-    def relate(self, name: str, session: Session, inputs: TokenRows, terms: Terms) -> Verdict:
-        """Judge one of `metamorphic.RELATIONS` on the rows that hold a token."""
+    def relate(self, name: str, session: Session, inputs: TokenRows, context: ComparisonContext) -> Verdict:
+        """Compare both sides of one of `RELATIONS` on the rows with at least one token."""
         from qeff_validate.models.embedding.relations import RELATIONS, with_tokens
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
-        # both ways read the same compressed weights
-        bounds = bounds_for(relation_precision(terms.precision), override=terms.override)
+        # both runs read the same compressed weights
+        bounds = bounds_for(relation_precision(context.precision), override=context.override)
         return compare(
-            expected, actual, bounds, rows=Rows(labels), seed=terms.seed, precision=terms.precision, relation=True
+            expected, actual, bounds, rows=Rows(labels), seed=context.seed, precision=context.precision, relation=True
         )
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling in torch, made to survive fp16, left padding, masked garbage and rows without a token.
+"""Pooling in torch, robust to fp16, left padding, arbitrary values in masked positions, and rows without a token.
 
 Each function takes hidden states ``[batch, seq, hidden]`` (float) and a mask ``[batch, seq]`` (1 = real token) and
-returns ``[batch, hidden]`` in the same dtype (`none`: ``[batch, seq, hidden]``). None changes its input. A row without
+returns ``[batch, hidden]`` in the same dtype (`none`: ``[batch, seq, hidden]``). Inputs are not modified. A row without
 a token pools to zeros.
 Masked positions are replaced, not multiplied by zero, because 0 · NaN is NaN.
 """
@@ -28,8 +28,8 @@ SHARE = 1 / 64
 def mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """Average the real tokens.
 
-    Tokens and their number are both scaled down before the sum and the division: the sum of 8192 tokens of size 500
-    stays within fp16, and the division rounds once, where a rounded 1/n would shift every element alike.
+    Hidden states and token count are scaled down before the sum and the division: the sum of 8192 values of 500 stays
+    within fp16, and the division rounds once, whereas a rounded 1/n would shift all elements alike.
     """
     real = mask.unsqueeze(-1) > 0
     total = (torch.where(real, hidden, 0.0) * SHARE).sum(dim=1)
@@ -37,22 +37,22 @@ def mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def maximum(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Take the greatest value of each feature over the real tokens."""
+    """Take the maximum of each feature over the real tokens."""
     real = mask.unsqueeze(-1) > 0
     lowest = torch.finfo(hidden.dtype).min
-    greatest = torch.where(real, hidden, lowest).amax(dim=1)
-    return torch.where(real.any(dim=1), greatest, 0.0)
+    highest = torch.where(real, hidden, lowest).amax(dim=1)
+    return torch.where(real.any(dim=1), highest, 0.0)
 
 
 def cls(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Take the first real token of each row, wherever padding stands."""
+    """Take the first real token of each row, with padding on either side."""
     first = mask.to(torch.int32).argmax(dim=1)
     rows = torch.gather(hidden, 1, first.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
     return torch.where((mask > 0).any(dim=1, keepdim=True), rows, 0.0)
 
 
 def last(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Take the last real token of each row, wherever padding stands."""
+    """Take the last real token of each row, with padding on either side."""
     places = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
     final = (mask.to(torch.int32) * places).argmax(dim=1)
     rows = torch.gather(hidden, 1, final.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
@@ -60,9 +60,9 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Average the real tokens with weights 1, 2, 3, … (SGPT, Muennighoff 2022), counted from the first real one.
+    """Average the real tokens with weights 1, 2, 3, … (SGPT, Muennighoff 2022), counted from the first real token.
 
-    Weights are divided by the number of tokens, so that neither they nor their sum leave fp16.
+    Weights are divided by the number of tokens, so that they and their sum stay within fp16.
     """
     real = mask.unsqueeze(-1) > 0
     count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden.dtype)
@@ -79,10 +79,10 @@ def none(hidden: Tensor, mask: Tensor) -> Tensor:
 def normalized(vectors: Tensor) -> Tensor:
     """Scale each vector of the last axis to length 1; zeros stay zeros.
 
-    Divides by the greatest element first, so that the sum of squares lies between 1 and the width in any dtype.
+    Divides by the maximum magnitude first, so that the sum of squares lies between 1 and the width in any dtype.
     """
-    greatest = vectors.abs().amax(dim=-1, keepdim=True)
-    scaled = vectors / torch.where(greatest > 0, greatest, 1.0)
+    magnitude = vectors.abs().amax(dim=-1, keepdim=True)
+    scaled = vectors / torch.where(magnitude > 0, magnitude, 1.0)
     return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp(min=1.0).sqrt()
 
 
@@ -95,7 +95,7 @@ POOLINGS: Mapping[str, Pooling] = {
     "none": none,
     "weighted_mean": weighted_mean,
 }
-"""By name; ``avg`` is upstream's name for ``mean``."""
+"""Poolings by name; ``avg`` is upstream's name for ``mean``."""
 
 
 def resolve_pooling(pooling: str | Pooling) -> Pooling:
@@ -184,7 +184,7 @@ class PooledModel(nn.Module):
 
 
 def pooled(pool: Pooling, name: str | Pooling, hidden: Tensor, mask: Tensor) -> Tensor:
-    """Pool, and check what came out of a custom pooling."""
+    """Apply a pooling; check the dtype and shape of what a custom pooling returns."""
     vectors = pool(hidden, mask)
     if name not in POOLINGS:
         got = f"a {type(vectors).__name__}"

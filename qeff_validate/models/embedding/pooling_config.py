@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands on top of a body: pooling, truncation, normalizing; read from sentence-transformers' files if asked."""
+"""Pooling, truncation and normalization on top of a body; ``pooling: auto`` reads sentence-transformers files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES: Mapping[str, str] = {
     "mean": "mean",
     "weightedmean": "weighted_mean",
 }
-"""Pooling modes of sentence-transformers that have a counterpart here."""
+"""Pooling modes of sentence-transformers, and their names here."""
 
 OLD_KEYS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
@@ -37,8 +37,14 @@ OLD_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The settled head of an embedding model."""
+class PoolingConfig:
+    """The pooling of an embedding model and what follows it.
+
+    Attributes:
+        pooling: a name in `POOLINGS`, ``package.module:function``, or a callable.
+        normalize: scale each vector to length 1.
+        truncate_dim: length of the vectors after truncation, before normalization; None: not truncated.
+    """
 
     pooling: Any
     normalize: bool
@@ -46,11 +52,11 @@ class Head:
 
     @property
     def custom(self) -> bool:
-        """True if the pooling is the user's own."""
+        """True if the pooling is a user's function."""
         return not isinstance(self.pooling, str) or self.pooling not in POOLINGS
 
     def key(self) -> Mapping[str, Any]:
-        """Return plain data that changes with what the head computes."""
+        """Return plain data that identifies the computation, for fingerprints."""
         name = self.pooling if isinstance(self.pooling, str) else f"{self.pooling.__module__}:{_name(self.pooling)}"
         code = _source_digest(self.pooling) if self.custom else None
         return {"pooling": name, "code": code, "normalize": self.normalize, "truncate_dim": self.truncate_dim}
@@ -61,7 +67,7 @@ def _name(function: Any) -> str:
 
 
 def _source_digest(pooling: Any) -> str:
-    """Return a digest of the file that a custom pooling comes from, and what it closes over."""
+    """Return what identifies a custom pooling: a digest of its file, or its source and closure variables."""
     if isinstance(pooling, str):
         spec = find_module(pooling.partition(":")[0])
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
@@ -72,22 +78,22 @@ def _source_digest(pooling: Any) -> str:
         text = inspect.getsource(function)
     except (OSError, TypeError) as exc:
         raise ConfigError(f"pooling {pooling!r} has no source to identify it by: define it in a file") from exc
-    closed = inspect.getclosurevars(pooling).nonlocals if inspect.isfunction(pooling) else vars(pooling)
-    return f"{text}{closed!r}"
+    closure = inspect.getclosurevars(pooling).nonlocals if inspect.isfunction(pooling) else vars(pooling)
+    return f"{text}{closure!r}"
 
 
-def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
-    """Return the head that the options name; ``pooling: auto`` reads ``modules.json`` beside the weights.
+def resolve_pooling_config(options: EmbeddingOptions, folder: Path | None) -> PoolingConfig:
+    """Return the pooling config of the options; ``pooling: auto`` reads ``modules.json`` beside the weights.
 
     Args:
         options: the case's options.
         folder: the model's directory; None if it has none.
 
     Raises:
-        ConfigError: auto, and the files are missing or hold a module that the wrapper does not have.
+        ConfigError: ``auto``, and the files are missing or name a module that the wrapper does not support.
     """
     if options.pooling != "auto":
-        return Head(options.pooling, bool(options.normalize), options.truncate_dim)
+        return PoolingConfig(options.pooling, bool(options.normalize), options.truncate_dim)
     if folder is None or not (folder / "modules.json").is_file():
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
     pooling, normalize = "", False
@@ -101,24 +107,24 @@ def resolve_head(options: EmbeddingOptions, folder: Path | None) -> Head:
             raise ConfigError(f"pooling: auto: {folder}/modules.json has a {kind} module, which the wrapper lacks")
     if not pooling:
         raise ConfigError(f"pooling: auto: {folder}/modules.json names no Pooling module")
-    return Head(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
+    return PoolingConfig(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
 
 
 def published(folder: Path | None) -> dict[str, Any]:
-    """Return what the files in a directory say that a case may decide otherwise; nothing if unclear.
+    """Return the settings in a model's directory that a case may override, without missing and invalid ones.
 
     Returns:
-        ``pooling``, ``normalize`` and ``max_seq_length`` by sentence-transformers, ``model_max_length`` by the
-        tokenizer, those that are said.
+        ``pooling``, ``normalize`` and ``max_seq_length`` of sentence-transformers, ``model_max_length`` of the
+        tokenizer.
     """
-    found = tokenizer_length(folder)
+    settings = tokenizer_length(folder)
     with suppress(ConfigError):
         if folder is not None and (folder / "modules.json").is_file():
-            head = resolve_head(EmbeddingOptions(pooling="auto"), folder)
-            found |= {"pooling": head.pooling, "normalize": head.normalize}
+            config = resolve_pooling_config(EmbeddingOptions(pooling="auto"), folder)
+            settings |= {"pooling": config.pooling, "normalize": config.normalize}
             length = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
-            found |= {"max_seq_length": length} if isinstance(length, int) else {}
-    return found
+            settings |= {"max_seq_length": length} if isinstance(length, int) else {}
+    return settings
 
 
 def _mode(config: Mapping[str, Any], folder: Path) -> str:

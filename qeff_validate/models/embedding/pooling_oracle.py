@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling in numpy, for the reference. It shares no line with `pooling`, which is what is judged.
+"""Pooling in numpy, for the reference. It shares no code with `pooling`, which is validated against it.
 
 Each function takes the hidden states of the real tokens of one row, ``[n, hidden]`` with n ≥ 1, and returns
 ``[hidden]`` in float64 (``none``: ``[n, hidden]``).
@@ -31,12 +31,12 @@ POOLINGS: Mapping[str, Callable[[Floats], Floats]] = {
 
 
 def finish(vectors: Floats, *, normalize: bool, truncate_dim: int | None = None) -> Floats:
-    """Truncate, then normalize, the vectors of the last axis."""
+    """Truncate, then normalize, vectors along the last axis."""
     vectors = vectors[..., :truncate_dim]
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
 
 
 def pool(tokens: Floats, pooling: str, *, normalize: bool, truncate_dim: int | None = None) -> Floats:
-    """Pool the real tokens of one row as the model's authors define it."""
+    """Pool the real tokens of one row ``[n, hidden]``, then truncate and normalize."""
     vectors = POOLINGS[pooling](np.asarray(tokens, dtype=np.float64))
     return finish(vectors, normalize=normalize, truncate_dim=truncate_dim)

@@ -14,8 +14,8 @@ from torch import nn
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
-from qeff_validate.models.emulation.float64 import computing_in, few_threads
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array
@@ -24,45 +24,45 @@ from qeff_validate.tensors import Array
 def hidden_states(
     body: nn.Module, ids: Sequence[Array], dtype: str, labels: Sequence[str] = ()
 ) -> Iterator[tuple[int, Floats]]:
-    """Yield each row that has a token, and its hidden states ``[n, hidden]`` in float64; the shortest rows first.
+    """Yield the index and hidden states, float64 ``[n, hidden]``, of each row with a token; the shortest rows first.
 
-    Each row runs at its natural length, beside rows of that length alone, so that no padding can touch it. With
-    ``labels`` some rows run once more at the end.
+    Rows are batched with rows of equal length only, so there is no padding. With ``labels`` some rows are run again at
+    the end.
 
     Raises:
-        UnstableReferenceError: at the end, if these give other values than before.
+        UnstableReferenceError: at the end, if those rows give other values than before.
     """
     longest = max(ids, key=len)
     repeated = probes([row.size for row in ids]) if labels else []
-    first: dict[int, Floats] = {}
+    first_states: dict[int, Floats] = {}
 
-    def again(row: int) -> Floats:
+    def run_again(row: int) -> Floats:
         states: Floats = _states(body, ids[row])[0].to(torch.float64).numpy()
         return states
 
     probe = partial(_states, body, longest[:2])
-    with torch.inference_mode(), few_threads(body), computing_in(body, dtype, probe=probe):
+    with torch.inference_mode(), one_thread_if_small(body), compute_in_dtype(body, dtype, probe=probe):
         for row, states in _batched(body, ids, together(ids)):
             if row in repeated:
-                first[row] = states
+                first_states[row] = states
             yield row, states
-        refuse_change(first, again, labels)
+        refuse_change(first_states, run_again, labels)
 
 
 def unpadded_states(body: nn.Module, ids: Sequence[Array]) -> Iterator[tuple[int, Floats]]:
-    """Yield what `hidden_states` yields of a body that computes in a precision and with threads of its own already."""
+    """Yield like `hidden_states`, from a body whose precision and thread count are already set."""
     with torch.no_grad():
         yield from _batched(body, ids, together(ids))
 
 
 def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int | None) -> dict[int, Floats]:
-    """Return what `hidden_states` yields, from rows that run together as a way asks for.
+    """Return the hidden states of `hidden_states` by row, computed in batches with padding.
 
     Args:
-        body: computes in float32, or as it is told from outside.
-        ids: token ids.
+        body: computes in float32, or in an emulated precision.
+        ids: token ids of each row, int64 ``[n]``.
         pad: id of the padding token.
-        batch: rows of similar length, padded on the right to the longest of so many; None: rows of equal length.
+        batch: rows of similar length per batch, padded on the right; None: batches of rows of equal length.
     """
     return dict(_batched(body, ids, together(ids, batch), pad))
 
@@ -80,28 +80,34 @@ def _batched(
 
 
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
-    """Return the worst relative L2, over a short and a long row, of hidden states under left padding against none."""
+    """Return the relative L2 difference of hidden states with left padding and without, the worst of two rows.
+
+    Args:
+        body: the body, in eval mode.
+        ids: token ids of each row; the shortest and the longest are run.
+        pad: id of the padding token.
+    """
     by_length = sorted((row for row in ids if row.size), key=len)
     shifts = []
     with torch.inference_mode():
         for row in (by_length[0], by_length[-1]):
             padded = np.concatenate([np.full(5, pad), row])
-            moved = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
+            shifted = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
             alone = _states(body, row)[0]
-            shifts.append(float((moved - alone).norm() / alone.norm()))
-    return float(np.max(shifts))  # NaN, if one of them is
+            shifts.append(float((shifted - alone).norm() / alone.norm()))
+    return float(np.max(shifts))  # NaN if one is NaN
 
 
 def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
-    """Run rows of one length: ids and mask are ``[n]`` or ``[rows, n]``."""
+    """Run rows of one length; ids and mask are ``[n]`` or ``[rows, n]``, the result is ``[rows, n, hidden]``."""
     tokens = torch.from_numpy(np.atleast_2d(np.ascontiguousarray(row)))
-    attended = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
-    with foreign("run the Hugging Face model"):
-        out: Any = body(input_ids=tokens, attention_mask=attended)
-    hidden = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", None)
+    attention_mask = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
+    with translated_errors("run the Hugging Face model"):
+        output: Any = body(input_ids=tokens, attention_mask=attention_mask)
+    hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise ConfigError(
-            f"{type(body).__name__} returns no last_hidden_state but {', '.join(out.keys())}:"
+            f"{type(body).__name__} returns no last_hidden_state but {', '.join(output.keys())}:"
             " give the body (AutoModel), not a model with a task head"
         )
     return hidden

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relations that must hold between runs of one session, whatever the right answer is. No reference is needed.
+"""Metamorphic relations between runs of one session. No reference is needed.
 
-Each relation takes the wrapper, an open session and the rows, and returns what two ways of running the same rows
-gave, with a label for each row: ``(expected, actual, labels)``.
+Each relation takes the model wrapper, an open session and the rows, runs the same rows in two ways, and returns both
+outputs with a label for each row: ``(expected, actual, labels)``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from qeff_validate.tensors import Array, Tensors
 Pair = tuple[Tensors, Tensors, Sequence[str]]
 Relation = Callable[[Any, Session, TokenRows], Pair]
 
-ALONE = 8
-"""Rows that are run one by one."""
+SINGLE_ROWS = 8
+"""Maximum number of rows that are run one by one."""
 
-SIDE_FREE = 1e-4
-"""Relative L2 of a body in float32 under left padding: rounding gives 1e-6, moved positions 1e-2 and more."""
+MAX_LEFT_PADDING_SHIFT = 1e-4
+"""Accepted relative L2 of a float32 body with left padding: rounding gives 1e-6, shifted positions 1e-2 or more."""
 
 
-def subset(rows: TokenRows, picked: Sequence[int]) -> TokenRows:
+def subset(rows: TokenRows, indices: Sequence[int]) -> TokenRows:
     """Return some of the rows, in the given order."""
-    return replace(rows, ids=tuple(rows.ids[p] for p in picked), texts=tuple(rows.texts[p] for p in picked))
+    return replace(rows, ids=tuple(rows.ids[row] for row in indices), texts=tuple(rows.texts[row] for row in indices))
 
 
 def permutation(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """Rows in another order, so with other neighbours and other padding, give the same vectors."""
+    """Rows in another order, hence in other batches with other padding, give the same vectors."""
     order = np.random.default_rng(0).permutation(len(rows.ids))
     back = np.argsort(order)
     texts = replace(rows, per_token=False)
@@ -43,61 +43,61 @@ def permutation(model: Any, session: Session, rows: TokenRows) -> Pair:
 
 
 def single_row(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """A row by itself gives what it gives in a batch; shortest, longest and some between."""
+    """A single row gives the same vector as in a batch; the shortest, the longest and some between."""
     by_length = np.argsort([ids.size for ids in rows.ids], kind="stable")
-    picked = by_length[np.linspace(0, len(by_length) - 1, min(ALONE, len(by_length))).astype(int)].tolist()
+    indices = by_length[np.linspace(0, len(by_length) - 1, min(SINGLE_ROWS, len(by_length))).astype(int)].tolist()
     together = model.infer(session, rows)
-    alone = [model.infer(session, subset(rows, [row])) for row in picked]
+    alone = [model.infer(session, subset(rows, [row])) for row in indices]
     return (
-        {name: array[picked] for name, array in together.items()},
-        {name: np.concatenate([one[name] for one in alone]) for name in together},
-        [rows.texts[row] for row in picked],
+        {name: array[indices] for name, array in together.items()},
+        {name: np.concatenate([outputs[name] for outputs in alone]) for name in together},
+        [rows.texts[row] for row in indices],
     )
 
 
 def greater_bucket(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """A row padded to any greater length, boundary rows among them, gives the same vector."""
+    """A row padded to any greater bucket gives the same vector, boundary rows included."""
     lengths = sorted({length for _, length in _shapes(model, session)})
     expected: dict[str, list[Array]] = {}
     actual: dict[str, list[Array]] = {}
     labels: list[str] = []
     base = model.infer(session, rows)
     for length in lengths:
-        picked = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
-        found = _run_at(model, session, subset(rows, picked), length)
-        for name, array in found.items():
-            expected.setdefault(name, []).append(base[name][picked])
+        indices = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
+        outputs = _run_at(model, session, subset(rows, indices), length)
+        for name, array in outputs.items():
+            expected.setdefault(name, []).append(base[name][indices])
             actual.setdefault(name, []).append(array)
-        labels += [f"{rows.texts[row]} [in {length}]" for row in picked]
+        labels += [f"{rows.texts[row]} [in {length}]" for row in indices]
     return _joined(expected), _joined(actual), labels
 
 
 def garbage_in_padding(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """Whatever ids stand in masked positions, the vectors are the same."""
+    """Random ids in masked positions give the same vectors."""
     length = max(length for _, length in _shapes(model, session))
     clean = _run_at(model, session, rows, length)
     return clean, _run_at(model, session, rows, length, garbage=True), rows.texts
 
 
 def duplicates(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """Equal rows give equal vectors, wherever they stand."""
-    picked = list(range(len(rows.ids)))
-    twice = model.infer(session, subset(rows, [*picked, *picked[::-1]]))
-    n = len(picked)
+    """Equal rows give equal vectors at every position of a batch."""
+    indices = list(range(len(rows.ids)))
+    twice = model.infer(session, subset(rows, [*indices, *indices[::-1]]))
+    n = len(indices)
     first = {name: array[:n] for name, array in twice.items()}
     return first, {name: array[n:][::-1] for name, array in twice.items()}, rows.texts
 
 
 def padding_sides(model: Any, session: Session, rows: TokenRows) -> Pair:
-    """Padding before a row gives what padding behind it gives, in each bucket.
+    """Left padding gives the same vectors as right padding, in each bucket.
 
     Raises:
-        IncomparableError: the Hugging Face body itself gives something else, as with learned absolute positions.
+        IncomparableError: left padding changes the result of the Hugging Face body too (learned absolute positions).
     """
     from qeff_validate.models.embedding.reference import left_padding_shift
 
     shift = left_padding_shift(model.source.body(), rows.ids, rows.pad)
-    if not shift <= SIDE_FREE:
+    if not shift <= MAX_LEFT_PADDING_SHIFT:
         raise IncomparableError(
             f"padding before a row changes what the Hugging Face body itself returns (relative L2 {shift:.1e}):"
             " its positions count from the first column"
@@ -105,11 +105,11 @@ def padding_sides(model: Any, session: Session, rows: TokenRows) -> Pair:
     sides: dict[str, dict[str, list[Array]]] = {"right": {}, "left": {}}
     labels: list[str] = []
     for length in sorted({length for _, length in _shapes(model, session)}):
-        picked = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
+        indices = [row for row, ids in enumerate(rows.ids) if ids.size <= length]
         for side, parts in sides.items():
-            for name, array in _run_at(model, session, subset(rows, picked), length, side=side).items():
+            for name, array in _run_at(model, session, subset(rows, indices), length, side=side).items():
                 parts.setdefault(name, []).append(array)
-        labels += [f"{rows.texts[row]} [in {length}]" for row in picked]
+        labels += [f"{rows.texts[row]} [in {length}]" for row in indices]
     return _joined(sides["right"]), _joined(sides["left"]), labels
 
 
@@ -124,7 +124,7 @@ RELATIONS: Mapping[str, Relation] = {
 
 
 def with_tokens(rows: TokenRows) -> TokenRows:
-    """Return the rows that hold a token; relations are about these.
+    """Return the rows with at least one token, which relations are defined for.
 
     Raises:
         IncomparableError: outputs are per token, and relations compare whole texts.
@@ -143,7 +143,7 @@ def _shapes(model: Any, session: Session) -> list[tuple[int, int]]:
 def _run_at(
     model: Any, session: Session, rows: TokenRows, length: int, *, garbage: bool = False, side: str | None = None
 ) -> dict[str, Array]:
-    """Run rows padded to one length, with other tokens in the masked positions if asked, on the case's side if none."""
+    """Run rows padded to one length; random ids in masked positions if ``garbage``; ``side`` None: that of the case."""
     batch = max(size for size, at in _shapes(model, session) if at == length)
     side, dtypes = side or model.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
     words = np.unique(np.concatenate(rows.ids))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Let a float32 model compute in float64, one layer at a time where it is large."""
+"""Runs a float32 model in float64; a large one is converted layer by layer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qeff_validate.errors import Unavailable
 from qeff_validate.models.sources.exportable_experts import exportable_experts
 
 LARGE = 1 << 28
-"""Bytes of float32 weights beyond which a model is widened layer by layer: slower, in half the memory."""
+"""Bytes of float32 weights above which a model is converted layer by layer: slower, but with half the memory."""
 
 
 @contextmanager
-def few_threads(body: nn.Module) -> Iterator[None]:
-    """Let a small body compute on one thread: its operations are too short to wait for a second one."""
+def one_thread_if_small(body: nn.Module) -> Iterator[None]:
+    """Run a small body on one thread until the context ends: its operations are too short to split."""
     threads = torch.get_num_threads()
     try:
         if sum(p.nbytes for p in body.parameters()) <= LARGE:
@@ -29,38 +29,42 @@ def few_threads(body: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def computing_in(body: nn.Module, dtype: str, *, probe: Callable[[], object]) -> Iterator[None]:
-    """Let a float32 body compute in ``dtype``; afterwards it is float32 again, bit for bit.
+def compute_in_dtype(body: nn.Module, dtype: str, *, probe: Callable[[], object]) -> Iterator[None]:
+    """Run a float32 body in ``dtype`` until the context ends; afterwards it is float32 again, with identical bits.
 
-    A large body is widened to float64 one layer at a time, while that layer runs, so that its weights never stand in
-    memory twice. ``probe`` runs the body once: if its layers are used in another way than by calling them, all of it
-    is widened at once.
+    A large body is converted to float64 one layer at a time, while that layer runs, so that memory holds no second copy
+    of all weights.
+
+    Args:
+        body: float32.
+        dtype: ``float32`` or ``float64``.
+        probe: runs the body once. If its layers are not called as modules, it is converted as a whole.
     """
     if dtype == "float32":
         yield
         return
     try:
-        with exportable_experts(body), ExitStack() as held:
-            if sum(p.nbytes for p in body.parameters()) > LARGE and _widened_by_layer(body, held, probe):
+        with exportable_experts(body), ExitStack() as stack:
+            if sum(p.nbytes for p in body.parameters()) > LARGE and _convert_by_layer(body, stack, probe):
                 yield
                 return
-            held.close()
-            nn.Module.double(body)  # transformers' own refuses models that came from a quantized file
+            stack.close()
+            nn.Module.double(body)  # transformers' override refuses models loaded from a quantized file
             yield
     finally:
         nn.Module.float(body)
 
 
-def _widened_by_layer(body: nn.Module, held: ExitStack, probe: Callable[[], object]) -> bool:
+def _convert_by_layer(body: nn.Module, stack: ExitStack, probe: Callable[[], object]) -> bool:
     layers = _layers(body)
-    inside = {module for layer in layers for module in layer.modules()}
+    layer_modules = {module for layer in layers for module in layer.modules()}
     for module in body.modules():
-        if module not in inside:
+        if module not in layer_modules:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data
     for layer in layers:
-        held.callback(layer.register_forward_pre_hook(_widen).remove)
-        held.callback(layer.register_forward_hook(_narrow).remove)
+        stack.callback(layer.register_forward_pre_hook(_to_float64).remove)
+        stack.callback(layer.register_forward_hook(_to_float32).remove)
     try:
         probe()
     except Unavailable:
@@ -68,16 +72,16 @@ def _widened_by_layer(body: nn.Module, held: ExitStack, probe: Callable[[], obje
     return True
 
 
-def _widen(layer: nn.Module, _: object) -> None:
+def _to_float64(layer: nn.Module, _: object) -> None:
     layer.double()
 
 
-def _narrow(layer: nn.Module, *_: object) -> None:
+def _to_float32(layer: nn.Module, *_: object) -> None:
     layer.float()
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return the members of the outermost module lists: what transformers stacks."""
+    """Return the members of the outermost module lists: the stacked layers of a transformers model."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _layers(child)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original model as it is with weights in MXFP6, or keys and values in MXINT8, so that their noise is measured.
+"""Emulates weights in MXFP6, and keys and values in MXINT8, in the original model, so that their noise can be measured.
 
-This is no part of the simulator and shares no code with it: elements are looked up in a table, and the operations are
-torch's, in the original model of Hugging Face. So its outputs say what the format costs, whoever is judged by it.
+Shares no code with the simulator: elements are looked up in a table, and the operations are torch's, in the original
+Hugging Face model. So its outputs show the error of the format, independently of what is validated.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 
 BLOCK = 32
-"""Numbers that share a scale, in all formats of OCP MX v1.0."""
+"""Elements that share a scale, in all formats of OCP MX v1.0."""
 
 E2M3 = torch.tensor(
     [*(n / 8 for n in range(16)), *(n / 4 for n in range(8, 16)), *(n / 2 for n in range(8, 16))], dtype=torch.float32
 )
-"""The magnitudes of FP6 E2M3 by their codes: subnormals and three octaves of eight numbers each."""
+"""Magnitudes of FP6 E2M3 by code: subnormals and three octaves of eight values each."""
 
 INT8 = torch.arange(128, dtype=torch.float32) / 64
-"""The magnitudes of MXINT8's elements."""
+"""Magnitudes of the elements of MXINT8 by code."""
 
-# which operand of a product may be a weight, and the dim that is summed over
+# for each matrix product: the operands that may be weights, each with its reduced dim
 _PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
     nn.functional.linear: ((1, -1),),
     torch.matmul: ((0, -1), (1, -2)),
@@ -42,70 +42,70 @@ _PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
 
 
 def in_blocks(values: Tensor, table: Tensor, dim: int, block: int = BLOCK) -> Tensor:
-    """Return the nearest numbers that blocks along a dim can hold, ties to even codes; all finite.
+    """Quantize and dequantize values in blocks along a dim: to nearest, ties to even codes; the result is finite.
 
     Args:
-        values: float32.
-        table: magnitudes of the element type, ascending by code; the last one's octave sets the scale.
-        dim: where blocks lie; the last of them may be shorter.
-        block: how many numbers share a scale.
+        values: float32, finite.
+        table: magnitudes of the element type, ascending by code; the octave of the last one sets the scale.
+        dim: the dim of the blocks; the last block may be shorter.
+        block: elements that share a scale.
     """
     lines = values.movedim(dim, -1)
     size = lines.shape[-1]
     blocks = nn.functional.pad(lines, (0, -size % block)).reshape(*lines.shape[:-1], -1, block).contiguous()
     octave = torch.frexp(blocks.abs().amax(-1, keepdim=True)).exponent - torch.frexp(table[-1]).exponent
     scaled = torch.ldexp(blocks, -octave)
-    middles = (table[1:] + table[:-1]) / 2
-    code = torch.bucketize(scaled.abs(), middles)
-    tie = scaled.abs() == middles[code.clamp(max=len(middles) - 1)]
+    midpoints = (table[1:] + table[:-1]) / 2
+    code = torch.bucketize(scaled.abs(), midpoints)
+    tie = scaled.abs() == midpoints[code.clamp(max=len(midpoints) - 1)]
     code = torch.where(tie & (code % 2 == 1), code + 1, code).clamp(max=len(table) - 1)
-    found = torch.ldexp(table[code].copysign(scaled), octave)
-    return found.flatten(-2)[..., :size].movedim(-1, dim)
+    quantized = torch.ldexp(table[code].copysign(scaled), octave)
+    return quantized.flatten(-2)[..., :size].movedim(-1, dim)
 
 
 class CompressedWeights(TorchFunctionMode):
-    """While it is entered, products read the weights of a model as MXFP6 holds them; the weights stay as they are.
+    """Function mode in which matrix products read the weights of a model in MXFP6; the weights are left unchanged.
 
     Args:
-        model: whose parameters are the weights; adapters that are put on it later are none of them.
-        but: names of parameters that are not.
-        block: how many numbers share a scale.
+        model: its parameters are compressed; adapters that are added later are not.
+        but: names of parameters that are not compressed.
+        block: elements that share a scale.
     """
 
     def __init__(self, model: nn.Module, but: frozenset[str] = frozenset(), block: int = BLOCK) -> None:
         super().__init__()
         self._block = block
-        kept = ((name, parameter) for name, parameter in model.named_parameters() if name not in but)
-        self._weights = {parameter.untyped_storage().data_ptr() for _, parameter in kept if parameter.ndim > 1}
-        self._made: dict[tuple[Any, ...], Tensor] = {}
+        weights = (parameter for name, parameter in model.named_parameters() if name not in but and parameter.ndim > 1)
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._cache: dict[tuple[Any, ...], Tensor] = {}
         self.used: set[int] = set()
-        """Storages of the weights that products have read."""
+        """Data pointers of the weights that products have read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the weights among the operands of a product."""
+        """Replace the weights among the operands of a matrix product."""
         operands = list(args)
-        for at, dim in _PRODUCTS.get(func, ()):
-            if at < len(operands) and operands[at].untyped_storage().data_ptr() in self._weights:
-                operands[at] = self._compressed(operands[at], dim)
+        for index, dim in _PRODUCTS.get(func, ()):
+            if index < len(operands) and operands[index].untyped_storage().data_ptr() in self._weights:
+                operands[index] = self._compressed(operands[index], dim)
         return func(*operands, **(kwargs or {}))
 
     def _compressed(self, weight: Tensor, dim: int) -> Tensor:
-        place = weight.untyped_storage().data_ptr()
-        key = (place, weight.storage_offset(), weight.shape, weight.stride(), dim)
-        self.used.add(place)
-        if key not in self._made:
+        storage = weight.untyped_storage().data_ptr()
+        key = (storage, weight.storage_offset(), weight.shape, weight.stride(), dim)
+        self.used.add(storage)
+        if key not in self._cache:
             with torch.no_grad():
-                self._made[key] = in_blocks(weight.detach(), E2M3, dim, self._block)
-        return self._made[key]
+                self._cache[key] = in_blocks(weight.detach(), E2M3, dim, self._block)
+        return self._cache[key]
 
 
 class CompressedCache(DynamicCache):  # type: ignore[misc]  # transformers is Any to mypy here
-    """transformers' own cache, into which keys and values are written as MXINT8 holds them."""
+    """The dynamic cache of transformers, with keys and values in MXINT8."""
 
     block = BLOCK
-    """How many numbers share a scale."""
+    """Elements that share a scale."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compress along the last dim, and keep."""
-        held = [in_blocks(states, INT8, -1, self.block) for states in (key_states, value_states)]
-        return super().update(*held, *args, **kwargs)
+        """Compress keys and values along the last dim, and store them."""
+        compressed = [in_blocks(states, INT8, -1, self.block) for states in (key_states, value_states)]
+        return super().update(*compressed, *args, **kwargs)

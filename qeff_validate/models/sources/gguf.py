@@ -12,7 +12,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_file
 from qeff_validate.errors import Unavailable
-from qeff_validate.models.framework_calls import foreign, quiet, versions, without_cache
+from qeff_validate.models.framework_calls import quiet_transformers, translated_errors, versions, without_cache
 from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, checked, digests
 from qeff_validate.models.sources.tokenizers import Tokenize, tokenize_with
 
@@ -74,7 +74,7 @@ class Gguf:
             raise Unavailable(f"{self.path.name} is read by the Python package gguf: pip install gguf")
         more = {} if auto.__name__ == "AutoTokenizer" else {"dtype": torch.float32}
         # its progress bar is none of those that transformers lets one switch off
-        with foreign(f"load {self.path}"), quiet(), redirect_stderr(StringIO()):
+        with translated_errors(f"load {self.path}"), quiet_transformers(), redirect_stderr(StringIO()):
             return auto.from_pretrained(
                 self.path.parent,
                 gguf_file=self.path.name,

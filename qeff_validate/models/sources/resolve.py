@@ -20,7 +20,14 @@ from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.files import expand_user
 from qeff_validate.models.adapters.files import content
-from qeff_validate.models.framework_calls import OWN_CODE, first_line, foreign, quiet, versions, without_cache
+from qeff_validate.models.framework_calls import (
+    OWN_CODE,
+    first_line,
+    quiet_transformers,
+    translated_errors,
+    versions,
+    without_cache,
+)
 from qeff_validate.models.module_search import find_module
 from qeff_validate.models.sources.checkpoint import (
     CONFIG,
@@ -101,7 +108,7 @@ class Folder:
         from transformers import AutoConfig
 
         try:
-            with foreign(f"read the config in {self.path}"), quiet():
+            with translated_errors(f"read the config in {self.path}"), quiet_transformers():
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             sizes = module_tables(empty_body(config, str(self.path)))
         except ConfigError:  # loading will say it
@@ -126,7 +133,7 @@ class Folder:
 
         check_directory(self.path)
         self._refuse_own_code()
-        with foreign(f"load the model in {self.path}"), quiet():
+        with translated_errors(f"load the model in {self.path}"), quiet_transformers():
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
             model, info = auto.from_pretrained(
@@ -159,7 +166,7 @@ class Folder:
 
         check_tokenizer(self.path)
         self._refuse_own_code()
-        with foreign(f"load the tokenizer in {self.path}"):
+        with translated_errors(f"load the tokenizer in {self.path}"):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
     def _refuse_own_code(self) -> None:
@@ -172,7 +179,7 @@ class Folder:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class InMemory:
     """A model that lives in the caller's memory. It is only read; work is done on a copy."""
 
     model: Any

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.models.framework_calls import foreign, quiet, versions, without_cache
+from qeff_validate.models.framework_calls import quiet_transformers, translated_errors, versions, without_cache
 from qeff_validate.models.sources.checkpoint import (
     check_tokenizer,
     digests,
@@ -108,7 +108,7 @@ class Random:
         if self.model_type not in CONFIG_MAPPING:
             hint = suggest(self.model_type, CONFIG_MAPPING.keys())
             raise ConfigError(f"{name}: transformers knows no such model type.{hint if 'Did you mean' in hint else ''}")
-        with foreign(f"make a config for {name}"), quiet():
+        with translated_errors(f"make a config for {name}"), quiet_transformers():
             default = AutoConfig.for_model(self.model_type)
         return small_config(default, name, SMALL, self.config, special=SPECIAL.get(self.model_type, {}))
 
@@ -186,7 +186,7 @@ class Tiny:
         from transformers import AutoTokenizer
 
         check_tokenizer(self.file.parent)
-        with foreign(f"load the tokenizer in {self.file.parent}"), quiet():
+        with translated_errors(f"load the tokenizer in {self.file.parent}"), quiet_transformers():
             return AutoTokenizer.from_pretrained(self.file.parent, trust_remote_code=False, local_files_only=True)
 
     def _config(self) -> Any:
@@ -197,7 +197,7 @@ class Tiny:
         if kind not in CONFIG_MAPPING:
             raise ConfigError(f"{name}: transformers has no model type {kind!r}, and code from a model is not run")
         data.pop("quantization_config", None)
-        with foreign(f"read the config of {name}"), quiet():
+        with translated_errors(f"read the config of {name}"), quiet_transformers():
             full = CONFIG_MAPPING[kind].from_dict(data).get_text_config()
         limits = {key: value for key, value in SMALL.items() if key != "max_position_embeddings"}
         loaded = self.pretrained_tokenizer()
@@ -274,7 +274,7 @@ def _drawn(auto: Any, config: Any, seed: int, name: str, **more: Any) -> Any:
     check_memory(empty_body(config, name, auto), name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        with foreign(f"build {name}"), quiet():
+        with translated_errors(f"build {name}"), quiet_transformers():
             model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32, **more)
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -292,7 +292,7 @@ def empty_body(config: Any, name: str, auto: Any = None) -> Any:
     import torch
     from transformers import AutoModel
 
-    with torch.device("meta"), foreign(f"build {name}"), quiet():
+    with torch.device("meta"), translated_errors(f"build {name}"), quiet_transformers():
         return (auto or AutoModel).from_config(config, trust_remote_code=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import foreign
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.sources.checkpoint import read_object
 
 Tokenize = Callable[[str], list[int]]
@@ -27,7 +27,7 @@ def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
     encode = tokenizer
 
     def tokenize(text: str) -> list[int]:
-        with foreign(f"tokenize {text[:40]!r}"):
+        with translated_errors(f"tokenize {text[:40]!r}"):
             return list(encode(text, truncation=False, verbose=False)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)

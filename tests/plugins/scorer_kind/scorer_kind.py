@@ -15,7 +15,7 @@ from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.config.case import Strict
 from qeff_validate.models.row_model import RowModel
 from qeff_validate.mutation.mutant import ModuleMutant, Patch
-from qeff_validate.protocols import Graph, ModelKind, Session, Terms
+from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
 from qeff_validate.tensors import Tensors, TensorSpec
 
 FEATURES, CLASSES = 16, 8
@@ -79,12 +79,12 @@ class Scorer(RowModel):
         margins = [scores[:, -1] - scores[:, -2] for scores in best]
         return {"margin": np.abs(margins[1] - margins[0])}
 
-    def relate(self, name: str, session: Session, inputs: Any, terms: Terms) -> Verdict:
+    def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:
         """Run the rows in the opposite order: each must get the same scores."""
         turned = type(inputs)({key: array[::-1] for key, array in inputs.arrays.items()}, inputs.labels)
         forth, back = self.infer(session, inputs, {}), self.infer(session, turned, {})
         back = {key: array[::-1] for key, array in back.items()}
-        return compare(forth, back, bounds_for(terms.precision, override={}), rows=Rows(inputs.labels), relation=True)
+        return compare(forth, back, bounds_for(context.precision, override={}), rows=Rows(inputs.labels), relation=True)
 
 
 def _negate_last_layer(model: Any, patch: Patch) -> None:

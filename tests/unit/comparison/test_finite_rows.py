@@ -155,7 +155,7 @@ def test_a_filler_row_fails_for_our_own_wrapper_and_is_a_finding_for_graphs_of_o
     assert (others.status, others.reason, others.planned, others.compared) == ("pass", "", N - 1, N - 1)
     (finding,) = others.findings
     what = "are not zeros" if name == "a vector" else "are not finite"
-    assert finding.startswith(f"output: 1 of 1 rows without a token {what} (row 11 ('text 11')); they are nobody's")
+    assert finding.startswith(f"output: 1 of 1 rows without a token {what} (row 11 ('text 11')); such rows only")
 
 
 def test_a_filler_row_of_zeros_is_no_finding() -> None:
@@ -193,7 +193,7 @@ def test_logits_of_some_rows_are_judged_as_if_they_were_all_and_keep_their_place
     actual[sorted(left_out)] = np.nan
     texts = [Text(f"text {start}", range(start, start + 3)) for start in range(0, N, 3)]
     bounds, eos = logit_bounds("fp16", override={}), frozenset({0})
-    found = judge_logits(reference, actual, bounds, labels=LABELS, texts=texts, eos=eos, kept=kept)
+    found = judge_logits(reference, actual, bounds, labels=LABELS, texts=texts, eos=eos, finite=kept)
     alone = judge_logits(
         reference[kept], actual[kept], bounds, labels=[LABELS[row] for row in kept],
         texts=[Text("all", range(len(kept)))], eos=eos,

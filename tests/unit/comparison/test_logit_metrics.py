@@ -31,10 +31,10 @@ from qeff_validate.comparison.logit_metrics import (
     log_softmax,
     logit_bounds,
     logit_errors,
-    logit_strays,
     rows_beyond,
+    systematic_logit_metrics,
 )
-from qeff_validate.comparison.verdict import Judged
+from qeff_validate.comparison.verdict import GateResult
 
 N, VOCAB = 12, 1500
 EOS = frozenset({3})
@@ -44,7 +44,9 @@ def logits(seed: int = 0, n: int = N, vocab: int = VOCAB) -> np.ndarray:
     return (3 * np.random.default_rng(seed).standard_normal((n, vocab))).astype(np.float32)
 
 
-def judge(reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound] | None = None) -> dict[str, Judged]:
+def judge(
+    reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound] | None = None
+) -> dict[str, GateResult]:
     """Judge rows that are texts of three tokens."""
     n = len(reference)
     texts = [Text(f"text {at}", range(start, min(start + 3, n))) for at, start in enumerate(range(0, n, 3))]
@@ -54,7 +56,7 @@ def judge(reference: np.ndarray, actual: np.ndarray, bounds: Mapping[str, Bound]
     return {item.metric.name.removeprefix("logits."): item for item in found}
 
 
-def value(found: Mapping[str, Judged], name: str) -> float:
+def value(found: Mapping[str, GateResult], name: str) -> float:
     return found[name].metric.value
 
 
@@ -272,14 +274,14 @@ def test_errors_that_are_measured_are_those_of_the_formulas_and_a_shift_is_none(
 def test_a_shift_of_all_logits_is_nothing_systematic_and_one_of_a_token_is() -> None:
     a = logits().astype(np.float64)
     for shifted in (a, a + 7, a + np.arange(N)[:, None]):
-        assert [item.value for item in logit_strays(a, shifted)] == pytest.approx([0, 0], abs=1e-12)
+        assert [item.value for item in systematic_logit_metrics(a, shifted)] == pytest.approx([0, 0], abs=1e-12)
     b = a.copy()
     b[:, 30] += 0.3
-    signed, norm = logit_strays(a, b)
+    signed, norm = systematic_logit_metrics(a, b)
     spread = (a - a.mean(1, keepdims=True)).std(1)
     assert signed.value == pytest.approx(np.mean(0.3 * (1 - 1 / VOCAB) / spread))
     assert (signed.name, signed.worst["column"], norm.name) == ("mean_signed", 30, "mean_norm")
-    assert logit_strays(a, 1.01 * a)[1].value == pytest.approx(0.01)
+    assert systematic_logit_metrics(a, 1.01 * a)[1].value == pytest.approx(0.01)
 
 
 def test_a_case_overrides_with_its_reason_and_a_profile_without_bounds_has_none() -> None:

@@ -12,14 +12,14 @@ import pytest
 from floors import EVEN, made_floor
 from scipy.stats import chi2, nct, norm
 
-from qeff_validate.comparison.bounds import bounds_for, stray_bounds
+from qeff_validate.comparison.bounds import bounds_for, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST as LOGIT_LEAST
 from qeff_validate.comparison.noise_floor import (
     HALF_NORMAL,
     K95,
     SQUARES,
     Floor,
-    belonging,
+    check_floor,
     digest_of,
     factor,
     limit,
@@ -93,23 +93,28 @@ def test_bounds_say_where_they_come_from() -> None:
     bounds = bounds_for("fp16", floor=made_floor(), override={})
     assert bounds["cosine"].value == pytest.approx(4 * EVEN["cosine"])
     assert bounds["cosine"].why == "4 x 1e-06, the 95/95 limit of 8 legitimate runs in fp16"
-    strays = stray_bounds(made_floor(strays={"mean_signed": 1e-4, "mean_norm": 1e-9}))
-    assert strays["mean_signed"].value == pytest.approx(3e-4)
-    assert strays["mean_norm"].value == 1e-6, "units in the last place of float32"
-    assert "against their mean" in strays["mean_signed"].why
+    bounds = systematic_bounds(made_floor(systematic_errors={"mean_signed": 1e-4, "mean_norm": 1e-9}))
+    assert bounds["mean_signed"].value == pytest.approx(3e-4)
+    assert bounds["mean_norm"].value == 1e-6, "units in the last place of float32"
+    assert "against their mean" in bounds["mean_signed"].why
 
 
 def test_a_floor_is_stored_and_read_as_it_was(tmp_path: Path) -> None:
     spread = np.random.default_rng(3).lognormal(-12, 1, 8)
     names = {"rel_l2": spread, "a.b.delta_cosine": spread / 3}
     floor = made_floor(
-        names, profile="fp16+mxfp6", strays={"mean_signed": spread}, center=REFERENCE, of=digest_of(REFERENCE)
+        names,
+        profile="fp16+mxfp6",
+        systematic_errors={"mean_signed": spread},
+        center=REFERENCE,
+        of=digest_of(REFERENCE),
     )
     path = tmp_path / "floor.safetensors"
+    assert "strays.mean_signed" in floor.stored(), "the name in stored files stays"
     save_tensors(path, floor.stored())
     again = Floor.from_stored(load_tensors(path))
     assert (again.profile, again.of) == (floor.profile, floor.of)
-    for part in ("errors", "strays", "center"):
+    for part in ("errors", "systematic_errors", "center"):
         wanted, got = getattr(floor, part), getattr(again, part)
         assert {name: array.tobytes() for name, array in got.items()} == {n: a.tobytes() for n, a in wanted.items()}
         assert all(got[name].dtype == array.dtype for name, array in wanted.items())
@@ -117,9 +122,9 @@ def test_a_floor_is_stored_and_read_as_it_was(tmp_path: Path) -> None:
 
 def test_a_floor_belongs_to_the_reference_and_the_precision_that_it_was_measured_for() -> None:
     floor = made_floor(of=digest_of(REFERENCE))
-    assert belonging(floor, {"output": REFERENCE["output"].copy()}, "fp16") is floor
+    assert check_floor(floor, {"output": REFERENCE["output"].copy()}, "fp16") is floor
     with pytest.raises(IncomparableError, match=r"measured in fp16, and this run computes in fp16\+mxfp6"):
-        belonging(floor, REFERENCE, "fp16+mxfp6")
+        check_floor(floor, REFERENCE, "fp16+mxfp6")
     array = REFERENCE["output"]
     nudged = array.copy()
     nudged[3, 7] = np.nextafter(nudged[3, 7], np.float32(9))
@@ -133,9 +138,9 @@ def test_a_floor_belongs_to_the_reference_and_the_precision_that_it_was_measured
         {},
     ):
         with pytest.raises(IncomparableError, match="measured for other reference outputs"):
-            belonging(floor, other, "fp16")
+            check_floor(floor, other, "fp16")
     with pytest.raises(IncomparableError):
-        belonging(replace(floor, of=""), REFERENCE, "fp16")
+        check_floor(replace(floor, of=""), REFERENCE, "fp16")
 
 
 def test_what_is_usual_is_the_geometric_mean() -> None:

@@ -17,7 +17,6 @@ import pytest
 from bounds import close
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.adapter_schedule import one_by_one, side_by_side
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, DECODE_MUTANTS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
@@ -89,7 +88,9 @@ def run(
     inputs = SimpleNamespace(ids=tuple(np.array(prompt) for prompt in PROMPTS), adapters=adapters)
     plan = Plan(rows, 8, side, PAD, frozenset(), STEPS)
     forced = [np.array(text) for text in FORCED] * len(ADAPTERS)
-    outputs = (side_by_side if mixed else one_by_one)(fault(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced)
+    outputs = (run_batched if mixed else run_sequentially)(
+        fault(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced
+    )
     whole = np.concatenate([outputs["logits"], outputs["again"]])
     return whole.reshape(-1, len(LENGTHS), STEPS, CTX + 1)
 

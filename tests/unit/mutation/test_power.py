@@ -11,7 +11,7 @@ from floors import EVEN, made_floor
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import Judged, Power, Verdict
+from qeff_validate.comparison.verdict import GateResult, Power, Verdict
 from qeff_validate.mutation.mutant import mutants
 from qeff_validate.mutation.power import FaultEffects, ceiling_mutants
 from qeff_validate.report.result import Result
@@ -26,9 +26,13 @@ EFFECTS = FaultEffects(NAMES, ("large", "not a number"), ERRORS)
 FLOOR = made_floor({**EVEN, "rel_l2": 1e-3})
 
 
-def judged(**bounds: float) -> list[Judged]:
-    gates = [Judged(Metric(f"output.{name}", 0.0), Bound(value, "case", "x")) for name, value in bounds.items()]
-    return [*gates, Judged(Metric("output.mean_abs", 0.0), None), Judged(Metric("x.exact", 0), Bound(0, "exact", ""))]
+def judged(**bounds: float) -> list[GateResult]:
+    gates = [GateResult(Metric(f"output.{name}", 0.0), Bound(value, "case", "x")) for name, value in bounds.items()]
+    return [
+        *gates,
+        GateResult(Metric("output.mean_abs", 0.0), None),
+        GateResult(Metric("x.exact", 0), Bound(0, "exact", "")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +74,8 @@ def test_it_is_stored_and_read_as_it_was() -> None:
 def test_only_a_pass_that_would_let_something_gross_through_becomes_inconclusive(status: str) -> None:
     verdict = Verdict(status, "as it was")  # type: ignore[arg-type]
     fine, blind = Power(9, ("small",)), Power(9, ("small", "large"), ("large",))
-    assert verdict.discriminating(fine).status == status
-    limited = verdict.discriminating(blind)
+    assert verdict.with_power(fine).status == status
+    limited = verdict.with_power(blind)
     assert limited.status == ("inconclusive" if status == "pass" else status)
     assert ("'large' pass, which nobody may ship" in limited.reason) == (status == "pass")
     assert limited.power == blind

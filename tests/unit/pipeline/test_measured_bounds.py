@@ -14,11 +14,11 @@ from bounds import close
 from qeff_validate.comparison.bounds import bounds_for
 from qeff_validate.comparison.decisive_rows import DecisiveRows
 from qeff_validate.comparison.noise_floor import Floor, digest_of
-from qeff_validate.comparison.verdict import Rows, Verdict, compare, strays, worst_errors
+from qeff_validate.comparison.verdict import Rows, Verdict, compare, systematic_errors, worst_errors
 from qeff_validate.config.case import Precision
 from qeff_validate.models.causal_lm.verdict import judge_continuations, measure_continuations
 from qeff_validate.pipeline.measure_floor import Sample, by_metric, measure_floor
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Tensors
 
 RUNS = 8
@@ -53,8 +53,8 @@ class Ensemble:
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
         return worst_errors(exact, outputs, ROWS)
 
-    def strays(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
-        return strays(center, outputs, ROWS)
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+        return systematic_errors(center, outputs, ROWS)
 
 
 def test_the_worst_row_of_each_run_is_kept_and_rows_without_a_token_take_no_part() -> None:
@@ -81,10 +81,12 @@ def test_the_center_is_the_mean_and_each_run_strays_from_the_mean_of_the_others(
         others = np.delete(runs, at, axis=0).mean(0)[kept]
         sizes = np.sqrt((others**2).mean(1, keepdims=True))
         signed = np.abs(((runs[at][kept] - others) / sizes).mean(0)).max()
-        assert floor.strays["mean_signed"][at] == pytest.approx(signed, rel=1e-4)
+        assert floor.systematic_errors["mean_signed"][at] == pytest.approx(signed, rel=1e-4)
         ratios = np.linalg.norm(runs[at][kept], axis=1) / np.linalg.norm(others, axis=1)
         least = ratios.std() / np.sqrt(len(kept))  # a mean that is nearer to 1 than that was lucky
-        assert floor.strays["mean_norm"][at] == pytest.approx(max(abs(ratios.mean() - 1), least), rel=1e-3, abs=1e-9)
+        assert floor.systematic_errors["mean_norm"][at] == pytest.approx(
+            max(abs(ratios.mean() - 1), least), rel=1e-3, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize(("size", "status"), [(0.1, "pass"), (0.19, "pass"), (0.25, "fail"), (0.4, "fail")])
@@ -140,10 +142,10 @@ def judged(effect: float, own: float, *, got: str = "right") -> Verdict:
         for seed in range(2, 2 + RUNS)
     ]
     floor = Floor("fp16+mxfp6", "", by_metric(errors), {}, {})
-    terms = Terms("fp16+mxfp6", {}, 0, floor)
+    context = ComparisonContext("fp16+mxfp6", {}, 0, floor)
     inputs = SimpleNamespace(labels=labels, ids=[np.arange(3)] * PROMPTS, eos=frozenset())
     given = reference | {"logits": reference["logits"].astype(np.float32)}
-    return judge_continuations(given, flat, terms, adapters=NAMES, inputs=inputs)
+    return judge_continuations(given, flat, context, adapters=NAMES, inputs=inputs)
 
 
 def test_adapters_are_told_by_the_noise_that_is_not_shared() -> None:

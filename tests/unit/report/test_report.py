@@ -10,7 +10,7 @@ import pytest
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import Judged
+from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Report, Result, finite, merged
 from qeff_validate.report.text import closing
 
@@ -59,9 +59,9 @@ def test_inconclusive_can_be_allowed_but_nothing_compared_can_not() -> None:
     assert Report((result("inconclusive"),)).exit_code(allow_inconclusive=True) == 3
 
 
-def judged(value: float, bound: float | None = 1e-3) -> Judged:
+def judged(value: float, bound: float | None = 1e-3) -> GateResult:
     metric = Metric("output.rel_l2", value, {"row": 2, "text": "a | b"})
-    return Judged(metric, None if bound is None else Bound(bound, "fallback", "x"))
+    return GateResult(metric, None if bound is None else Bound(bound, "fallback", "x"))
 
 
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])

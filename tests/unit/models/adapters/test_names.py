@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.names import key_differences
-from qeff_validate.models.causal_lm.attach_adapters import adapt
+from qeff_validate.models.causal_lm.attach_adapters import attach
 from qeff_validate.models.sources.synthetic import Random
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 2}
@@ -55,7 +55,7 @@ def renamed(rule: Callable[[str], str]) -> Callable[[Tensors], Tensors]:
 
 def refusal(folder: str, model: Any | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        adapt(model or llama(), {"a": folder})
+        attach(model or llama(), {"a": folder})
     return str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None
         next(tensor for name, tensor in own.items() if "lm_head.lora_A" in name)[0, 0] += 1
         return own
 
-    adapt(llama(**tied), {"a": damaged(folder, tmp_path / "c", lambda t: {n: v for n, v in t.items() if "lora" in n})})
+    attach(llama(**tied), {"a": damaged(folder, tmp_path / "c", lambda t: {n: v for n, v in t.items() if "lora" in n})})
     text = refusal(damaged(folder, tmp_path / "b", change), llama(**tied))
     assert "are one tied tensor (ensure_weight_tying)" in text
 
@@ -163,7 +163,7 @@ def test_patterns_that_never_end_are_refused(option: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("qeff_validate.models.adapters.module_patterns.SECONDS", 1)
     made = {"peft_method": "lora", "r": 4, **PATTERNS[option]}
     with pytest.raises(ConfigError, match=f"{option}: matching .* more than 1 s: repetitions inside of repetitions"):
-        adapt(llama(), {"a": made})
+        attach(llama(), {"a": made})
 
 
 @pytest.mark.parametrize("option", ["target_modules", "rank_pattern"])
@@ -171,12 +171,12 @@ def test_what_is_no_pattern_is_told(option: str) -> None:
     value: Any = "(q_proj" if option == "target_modules" else {"(q_proj": 8}
     made = {"peft_method": "lora", "r": 4, "target_modules": ["q_proj"], option: value}
     with pytest.raises(ConfigError, match=f"{option}: .* is no regular expression"):
-        adapt(llama(), {"a": made})
+        attach(llama(), {"a": made})
 
 
 def test_usual_patterns_are_matched() -> None:
     made = {"peft_method": "lora", "r": 4, "target_modules": r".*\.(q|v)_proj$", "rank_pattern": {"^model.*q_proj": 2}}
-    assert len(adapt(llama(), {"a": made}).live) == 8
+    assert len(attach(llama(), {"a": made}).parameter_names) == 8
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from bounds import close
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.causal_lm import attach_adapters
-from qeff_validate.models.causal_lm.attach_adapters import adapt, set_tensors
+from qeff_validate.models.causal_lm.attach_adapters import attach, set_adapter_tensors
 from qeff_validate.models.causal_lm.reference import continuations
 from qeff_validate.models.causal_lm.wrapper import decoder_examples
 from qeff_validate.models.sources.synthetic import Random
@@ -50,21 +50,23 @@ def drawn(method: str, **options: Any) -> dict[str, Any]:
 def test_base_on_the_graph_of_an_adapter_is_the_model_without_one(method: str, options: dict[str, Any]) -> None:
     source = Random("llama", SMALL, 0)
     plain = logits(source.causal_lm())
-    loaded = adapt(source.causal_lm(), drawn(method, **options))
+    loaded = attach(source.causal_lm(), drawn(method, **options))
     close(logits(loaded.model), plain, rtol=1e-5, atol=1e-5)
-    set_tensors(loaded.model, loaded.adapters["a"], loaded.live)
+    set_adapter_tensors(loaded.model, loaded.adapters["a"], loaded.parameter_names)
     assert (logits(loaded.model) - plain).norm() > 0.01 * plain.norm()
 
 
 def test_start_that_a_method_has_a_name_for_is_kept() -> None:
     config = generate_peft_config({"peft_method": "adamss", "init_weights": None})
-    assert attach_adapters.fresh(config).init_weights == "orthogonal"
+    assert attach_adapters.with_default_init(config).init_weights == "orthogonal"
 
 
 def test_method_that_can_not_be_without_effect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach_adapters, "_probe", lambda model: torch.full((1,), float(hasattr(model, "peft_config"))))
+    monkeypatch.setattr(
+        attach_adapters, "_probe_logits", lambda model: torch.full((1,), float(hasattr(model, "peft_config")))
+    )
     with pytest.raises(ConfigError, match="neither a fresh adapter of LoraConfig nor one of zeros"):
-        adapt(Random("llama", SMALL, 0).causal_lm(), drawn("lora"))
+        attach(Random("llama", SMALL, 0).causal_lm(), drawn("lora"))
 
 
 def test_integers_of_an_adapter_are_no_tokens() -> None:
@@ -83,7 +85,7 @@ def test_adapters_go_on_a_model_that_has_computed_in_float64() -> None:
         for seed, name in enumerate("ab")
     }
     source = Random("gpt2", {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 40}, 0)
-    adapters = adapt(source.causal_lm(), named).adapters
+    adapters = attach(source.causal_lm(), named).adapters
     inputs = SimpleNamespace(ids=(IDS[0].numpy(),), labels=("a prompt",), eos=frozenset(), adapters=adapters)
     model = source.causal_lm()
     exact = continuations(model, named, inputs, 2, "float64")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bounds import close
 
-from qeff_validate.models.causal_lm.grouped_query_attention import NAME, grouped
+from qeff_validate.models.causal_lm.grouped_query_attention import NAME, grouped_attention
 from qeff_validate.models.causal_lm.wrapper import Decoder
 from qeff_validate.models.sources.synthetic import Random
 
@@ -44,7 +44,7 @@ def test_grouped_attention_is_the_authors_own(groups: int, model_type: str, more
     module, feeds = attention_of(model_type, groups), given(groups)
     eager = importlib.import_module(type(module).__module__).eager_attention_forward
     expected, _ = eager(module, *feeds, scaling=0.3, **more)
-    found, _ = grouped(module, *feeds, scaling=0.3, **more)
+    found, _ = grouped_attention(module, *feeds, scaling=0.3, **more)
     assert found.shape == (BATCH, LENGTH, HEADS, SIZE)
     close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -54,16 +54,16 @@ def test_what_belongs_to_heads_is_left_to_the_authors() -> None:
     module.sinks = torch.randn(HEADS)
     eager = importlib.import_module(type(module).__module__).eager_attention_forward
     expected, _ = eager(module, *feeds, scaling=0.3, s_aux=module.sinks)
-    found, _ = grouped(module, *feeds, scaling=0.3, s_aux=module.sinks)
+    found, _ = grouped_attention(module, *feeds, scaling=0.3, s_aux=module.sinks)
     assert torch.equal(found, expected)
 
 
 def test_no_key_is_copied_for_a_head() -> None:
     """The exported graph's operations on keys are as large as the keys, whatever number of heads reads them."""
     module, (query, key, value, mask) = attention_of("llama", 2), given(2)
-    program = torch.fx.experimental.proxy_tensor.make_fx(lambda *feeds: grouped(module, *feeds, scaling=0.3)[0])(
-        query, key, value, mask
-    )
+    program = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda *feeds: grouped_attention(module, *feeds, scaling=0.3)[0]
+    )(query, key, value, mask)
     sizes = [node.meta["tensor_meta"].shape for node in program.graph.nodes if "tensor_meta" in node.meta]
     assert sizes
     assert not [shape for shape in sizes if shape[-2:] == (SLOTS, SIZE) and shape.numel() > key.numel()]

@@ -13,7 +13,7 @@ from bounds import close
 from peft import PeftModel
 
 import qeff_validate as qv
-from qeff_validate.models.sources.resolve import Given
+from qeff_validate.models.sources.resolve import InMemory
 
 OPTIONS = {"max_new_tokens": 2, "prefill_seq_len": 4, "ctx_len": 16, "prompts": ["one two three", "four"]}
 
@@ -82,16 +82,16 @@ def test_reference_is_what_peft_says_with_each_adapter(mine: PeftModel) -> None:
 
 
 def test_what_an_adapter_computes_is_part_of_the_fingerprint(mine: PeftModel) -> None:
-    key = Given(mine, None).body_key()
+    key = InMemory(mine, None).body_key()
     other = copy.deepcopy(mine)
-    assert Given(other, None).body_key() == key
+    assert InMemory(other, None).body_key() == key
     other.peft_config["second"].lora_alpha *= 2
-    assert Given(other, None).body_key() != key
+    assert InMemory(other, None).body_key() != key
     other = copy.deepcopy(mine)
     next(module for module in other.modules() if hasattr(module, "scaling") and hasattr(module, "lora_A")).scaling[
         "second"
     ] = 7.0
-    assert Given(other, None).body_key() != key
+    assert InMemory(other, None).body_key() != key
 
 
 def test_case_with_adapters_of_its_own_or_a_merged_one_is_refused(mine: PeftModel) -> None:

@@ -20,7 +20,7 @@ from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.adapters.apply import load_model_and_tokenizer
 from qeff_validate.models.sources.gguf import Gguf
-from qeff_validate.models.sources.resolve import Given
+from qeff_validate.models.sources.resolve import InMemory
 from qeff_validate.models.sources.synthetic import Random
 
 ARCHITECTURES = (
@@ -144,7 +144,7 @@ def test_tiny_takes_the_tokenizer_and_a_vocabulary_that_holds_it(saved: Path, tm
 
 def test_an_in_memory_causal_lm_is_copied() -> None:
     model = Random("llama", {}, 0).causal_lm().train()
-    copied = Given(model, None).causal_lm()
+    copied = InMemory(model, None).causal_lm()
     assert torch.equal(logits(copied, ids()), logits(model.eval(), ids()))
     copied.get_output_embeddings().weight.data.zero_()
     assert logits(model, ids()).abs().max() > 0

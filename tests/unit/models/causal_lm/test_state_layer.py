@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qeff_validate.models.causal_lm.kv_cache import StateLayer, places_for
+from qeff_validate.models.causal_lm.kv_cache import StateLayer, write_indices
 
 HEADS, SLOTS, SIZE = 2, 6, 3
 
@@ -28,7 +28,7 @@ def test_tokens_go_to_their_positions_and_the_rest_stays(positions: list[list[in
     state = [rng.normal(size=(2, HEADS, SLOTS, SIZE)).astype(np.float32) for _ in range(2)]
     new = [rng.normal(size=(2, HEADS, 3, SIZE)).astype(np.float32) for _ in range(2)]
     ids = torch.tensor(positions)
-    layer = StateLayer(*map(torch.from_numpy, state), places_for(ids, SLOTS))
+    layer = StateLayer(*map(torch.from_numpy, state), write_indices(ids, SLOTS))
     seen = layer.update(*map(torch.from_numpy, new))
     for which, kept in enumerate((layer.keys, layer.values)):
         wanted, read = state[which].copy(), np.zeros_like(state[which])
@@ -43,7 +43,7 @@ def test_tokens_go_to_their_positions_and_the_rest_stays(positions: list[list[in
 
 def test_slots_that_were_never_written_are_not_read() -> None:
     empty = torch.full((1, HEADS, SLOTS, SIZE), torch.nan)
-    layer = StateLayer(empty, empty, places_for(torch.tensor([[0, 1]]), SLOTS))
+    layer = StateLayer(empty, empty, write_indices(torch.tensor([[0, 1]]), SLOTS))
     keys, values = layer.update(torch.ones(1, HEADS, 2, SIZE), torch.ones(1, HEADS, 2, SIZE))
     assert torch.isfinite(keys).all()
     assert torch.isfinite(values).all()

@@ -12,9 +12,9 @@ import pytest
 
 import qeff_validate as qv
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.causal_lm.attach_adapters import adapt, live_names
+from qeff_validate.models.causal_lm.attach_adapters import attach, find_parameter_names
 from qeff_validate.models.sources.synthetic import Random
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 1}
 TIED = {**SMALL, "tie_word_embeddings": True}
@@ -57,14 +57,14 @@ def test_an_adapter_merged_by_peft_gives_what_it_gives_as_inputs(name: str, ensu
     model = qv.model(case(name, ensure=ensure))
     inputs = model.inputs(model.tokenize())
     with qv.runtime("torch").open(qv.build(model, "module")) as session:
-        verdict = model.relate("merged", session, inputs, Terms("fp32", {}, 0))  # type: ignore[attr-defined]
+        verdict = model.relate("merged", session, inputs, ComparisonContext("fp32", {}, 0))  # type: ignore[attr-defined]
     assert verdict.status == "pass", verdict.reason
 
 
 def test_both_views_of_a_tied_adapter_keep_their_own_names() -> None:
     made = {"peft_method": "lora", **LORA, **WHERE["embedding"], "ensure_weight_tying": True}
-    loaded = adapt(Random("llama", TIED, 0).causal_lm(), {"a": made})
-    live = live_names(loaded.model)
+    loaded = attach(Random("llama", TIED, 0).causal_lm(), {"a": made})
+    live = find_parameter_names(loaded.model)
     assert len(live) == len(set(live.values())) == 6
     assert all(saved.split(".lora_")[0] == name.split(".lora_")[0] for saved, name in live.items())
 
@@ -73,7 +73,7 @@ def test_options_are_not_changed_by_peft() -> None:
     """PEFT moves modules_to_save that are tied from one name to another, in place."""
     made = {"peft_method": "lora", **LORA, **WHERE["copied head"], "ensure_weight_tying": True}
     before = copy.deepcopy(made)
-    adapt(Random("llama", TIED, 0).causal_lm(), {"a": made})
+    attach(Random("llama", TIED, 0).causal_lm(), {"a": made})
     assert made == before
 
 

