@@ -33,7 +33,7 @@ def of_the_first_prompt(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
 
 
 def of_the_next_row(_: DecodeTrackingSession, feeds: Feeds) -> Feeds:
-    """Serve each row with the adapter of its neighbor."""
+    """Serve each row with the adapter of its neighbour."""
     return {**feeds, "adapter_ids": np.roll(feeds["adapter_ids"], 1)}
 
 

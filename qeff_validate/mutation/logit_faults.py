@@ -79,7 +79,7 @@ def not_a_number_of_one(session: DecodeTrackingSession, logits: Numbers) -> Numb
 
 
 def shifted_rows(_: FaultySession, logits: Numbers) -> Numbers:
-    """Return the logits of each row for its neighbor."""
+    """Return the logits of each row for its neighbour."""
     if len(logits) < 2:
         raise Inapplicable("a batch of one row")
     return np.roll(logits, 1, axis=0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutants of a session with an embedding model: faults of its token ids, masks and vectors.
 
-Faults of rows, values and numbers act on every output. A batch of one row has no neighbor and the first batch has none
+Faults of rows, values and numbers act on every output. A batch of one row has no neighbour and the first batch has none
 before it, so some faults change nothing there.
 """
 
@@ -133,7 +133,7 @@ def _first_row(value: float) -> Out:
     return change
 
 
-def _neighbor(_: FaultySession, array: Numbers) -> Numbers:
+def _neighbour(_: FaultySession, array: Numbers) -> Numbers:
     array[1:2] = array[:1] if len(array) > 1 else array[1:2]
     return array
 
@@ -186,7 +186,7 @@ SESSION_MUTANTS: tuple[SessionMutant, ...] = (
     _out("rows rolled", "rows", lambda _, array: np.roll(array, 1, axis=0), _LIST, gross=True, ceiling=True),
     _out("first row of each batch zero", "rows", _first_row(0.0), _LIST, gross=True, ceiling=True),
     _out("first row of each batch NaN", "rows", _first_row(float("nan")), _LIST, gross=True),
-    _out("first row given to its neighbour", "rows", _neighbor, "upstream §6", gross=True),
+    _out("first row given to its neighbour", "rows", _neighbour, "upstream §6", gross=True),
     _out("rows beyond 40 tokens zero", "rows", _long_rows, _FAULTS),
     _out("first batch all zeros", "rows", lambda session, array: array * (session.runs > 0), _HOLES, gross=True),
     SessionMutant("answers of the run before", "rows", _stale(1), _SESSION, True),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other checkers, applied to the same tensors, so that their results come from the same run as ours.
 
-Each implements its documented behavior, including its handling of shapes and NaN; where the documentation leaves a
+Each implements its documented behaviour, including its handling of shapes and NaN; where the documentation leaves a
 choice, the stricter one is taken. All of them get our inputs, which are more than most of them are used with. The
 caller leaves out rows of zeros (texts without a token), for which a cosine is undefined.
 """
