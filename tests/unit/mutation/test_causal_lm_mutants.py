@@ -17,6 +17,7 @@ import pytest
 from bounds import close
 
 from qeff_validate.errors import IncomparableError
+from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, DECODE_MUTANTS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
