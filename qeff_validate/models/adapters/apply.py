@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal language models with adapters of PEFT: load, configure, apply. Each step is checked before it changes a model.
+"""Loads causal language models and applies PEFT adapters. Each step is validated before it changes a model.
 
 model, tokenizer = load_model_and_tokenizer({"source": "random:llama"})
 adapted = apply_peft(model, {"peft_method": "lora", "r": 4, "init": "random"})
@@ -52,7 +52,7 @@ __all__ = [
 LOG = logging.getLogger(__name__)
 
 NOISE = 0.05
-"""Standard deviation of what ``init: random`` adds to each number of a fresh adapter."""
+"""Standard deviation of the noise that ``init: random`` adds to the weights of a new adapter."""
 
 
 def load_model_and_tokenizer(config: Any) -> tuple[Any, Any]:
@@ -63,25 +63,25 @@ def load_model_and_tokenizer(config: Any) -> tuple[Any, Any]:
             ``seed``, as in a case. Further keys must make an adapter, as `generate_peft_config` takes them.
 
     Returns:
-        The model, and the tokenizer or None. A tokenizer without padding token pads with its end token.
+        The model, and the tokenizer or None. A tokenizer without a padding token pads with its end token.
 
     Raises:
         ConfigError: a key or value is wrong.
-        Unavailable: the source is not here.
+        Unavailable: the source is not available here.
     """
     if isinstance(config, Case):
         case = config
     else:
-        given = as_mapping(config)
-        if given.keys() & {"peft_method", "peft_type", "adapter"}:
-            generate_peft_config(given)  # loading takes long: what is wrong further on is said first
+        options = as_mapping(config)
+        if options.keys() & {"peft_method", "peft_type", "adapter"}:
+            generate_peft_config(options)  # report errors in the adapter before the slow loading
         else:
-            for key in given.keys() - {*MODEL_KEYS, *APPLY_KEYS}:
+            for key in options.keys() - {*MODEL_KEYS, *APPLY_KEYS}:
                 raise ConfigError(f"load_model_and_tokenizer: unknown key {key!r}.{suggest(str(key), MODEL_KEYS)}")
-        case = _case({key: given[key] for key in MODEL_KEYS if key in given})
+        case = _case({key: options[key] for key in MODEL_KEYS if key in options})
     source = resolve(case)
     tokenizer = source.pretrained_tokenizer()
-    if tokenizer is not None and tokenizer.pad_token_id is None:  # 0 is a token like any other
+    if tokenizer is not None and tokenizer.pad_token_id is None:  # 0 is a valid token id
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of {case.source} has neither a padding token nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,28 +89,28 @@ def load_model_and_tokenizer(config: Any) -> tuple[Any, Any]:
     return source.causal_lm(), tokenizer
 
 
-def _case(given: Mapping[str, Any]) -> Case:
+def _case(options: Mapping[str, Any]) -> Case:
     from pydantic import ValidationError
 
     try:
-        return Case(name="model", **given)
+        return Case(name="model", **options)
     except ValidationError as exc:
-        raise ConfigError(explain(exc, "load_model_and_tokenizer", given)) from exc
+        raise ConfigError(explain(exc, "load_model_and_tokenizer", options)) from exc
 
 
 def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | float | None = None) -> Any:
-    """Put an adapter on a causal LM. It is changed in place, as PEFT does, or, on an error, not at all.
+    """Apply an adapter to a causal LM, which PEFT changes in place; on an error it is left unchanged.
 
     Args:
         model: a causal LM of transformers without an adapter.
         config: what `generate_peft_config` takes or returns. ``adapter: DIR`` loads a saved adapter;
-            ``use_peft: false`` returns the model as it is. ``seed`` and ``init`` may stand here too.
-        seed: of the initial weights; 0 if none is given.
-        init: ``peft``, PEFT's own start, mostly without effect; ``random`` or a number: noise from the seed with this
-            standard deviation (`NOISE`) on all that is trained, so that there is an effect to be seen.
+            ``use_peft: false`` returns the model unchanged. It may contain ``seed`` and ``init`` as well.
+        seed: of the initial weights; None: that of the config, else 0.
+        init: ``peft``: PEFT's initialization, for most methods without effect; ``random`` or a number: seeded noise
+            with this standard deviation (`NOISE`) on all trainable weights, so that the adapter has an effect.
 
     Returns:
-        A `peft.PeftModel`, in the mode (train or eval) of the model; what trains is the adapter alone.
+        A `peft.PeftModel`, in the mode (train or eval) of the model; only the adapter is trainable.
 
     Raises:
         ConfigError: the model has an adapter, or this one does not fit it.
@@ -121,53 +121,53 @@ def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | 
         >>> sorted({name.split(".")[-2] for name in adapter_tensors(adapted)})
         ['lora_A', 'lora_B']
     """
-    given = as_mapping(config)
-    if not _truth(given, "use_peft"):
+    options = as_mapping(config)
+    if not _boolean(options, "use_peft"):
         return model
-    seed = _seed(given.get("seed", 0) if seed is None else seed)
-    noise = _noise(given.get("init", "peft") if init is None else init)
-    wanted, folder = generate_peft_config(given), given.get("adapter")
+    seed = _seed(options.get("seed", 0) if seed is None else seed)
+    noise = _noise(options.get("init", "peft") if init is None else init)
+    wanted, folder = generate_peft_config(options), options.get("adapter")
     if folder is not None and noise:
         raise ConfigError("init: an adapter that is loaded has weights already: leave init out")
     tensors = None if folder is None else read_adapter(folder)[1]
-    _refuse_adapted(model)
+    _refuse_adapters(model)
     _check_names(model, wanted)
-    wanted.base_model_name_or_path = None  # PEFT writes the model's own
+    wanted.base_model_name_or_path = None  # PEFT sets that of the model
     base = {id(parameter) for parameter in model.parameters()}
-    doing = f"put what {type(wanted).__name__} says on {type(model).__name__}"
-    with _all_or_nothing(model, doing), torch.random.fork_rng(devices=[]):
+    action = f"put what {type(wanted).__name__} says on {type(model).__name__}"
+    with _restored_on_error(model, action), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, wanted)
-        _check_layers(adapted, wanted)
-        _only_adapter_trains(adapted, base)
+        peft_model: Any = get_peft_model(model, wanted)
+        _check_layers(peft_model, wanted)
+        _only_adapter_trains(peft_model, base)
         if tensors is not None:
-            _load(adapted, tensors, folder)
+            _load(peft_model, tensors, folder)
         if noise:
-            _add_noise(adapted, noise)
-        return adapted.train(model.training)
+            _add_noise(peft_model, noise)
+        return peft_model.train(model.training)
 
 
 def load_adapter_tensors(folder: str | Path) -> tuple[PeftConfig, dict[str, Array]]:
     """Read a saved adapter: PEFT's config, and float32 (or integer) arrays under PEFT's saved names.
 
     Raises:
-        ConfigError: a file is missing, broken or pickled, or holds what PEFT or this library does not take.
+        ConfigError: a file is missing, broken or pickled, or is not supported by PEFT or this library.
     """
     data, tensors = read_adapter(folder)
     return config_from_dict(data, f"{folder}/adapter_config.json"), tensors
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, Array]:
-    """Return copies of the arrays that PEFT would save of an adapted model, under the same names."""
+    """Return copies of the arrays that PEFT would save for an adapter, under its saved names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # embeddings on "auto" would be looked up on the hub
+        # "auto" would look up embeddings on the hub
         saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: tensor.detach().cpu().numpy().copy() for key, tensor in saved.items()}
 
 
-def _truth(given: Mapping[str, Any], key: str) -> bool:
-    value = given.get(key, True)
+def _boolean(options: Mapping[str, Any], key: str) -> bool:
+    value = options.get(key, True)
     if not isinstance(value, bool):
         raise ConfigError(f"{key}: wanted true or false, got {value!r}")
     return value
@@ -187,7 +187,7 @@ def _noise(value: Any) -> float:
     raise ConfigError(f"init: wanted peft, random, or a standard deviation above 0 and up to 1, got {value!r}")
 
 
-def _refuse_adapted(model: Any) -> None:
+def _refuse_adapters(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "prepare_inputs_for_generation"):
         raise ConfigError(f"wanted a causal language model of transformers, got {type(model).__name__}")
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -198,7 +198,7 @@ def _refuse_adapted(model: Any) -> None:
 
 
 def _check_names(model: Any, config: Any) -> None:
-    """Refuse names of modules that match none: PEFT complains only if not one of them does."""
+    """Refuse module names that match no module: PEFT raises only if none of them matches."""
     names = [name for name, _ in model.named_modules() if name]
     check_patterns(config, names)
     for option in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
@@ -215,10 +215,10 @@ def _check_names(model: Any, config: Any) -> None:
                 raise ConfigError(f"{option}: {type(model).__name__} has no module that matches {part!r}")
 
 
-def _check_layers(adapted: Any, config: Any) -> None:
-    """Refuse layer numbers that reach nothing."""
+def _check_layers(peft_model: Any, config: Any) -> None:
+    """Refuse layer indices without a target module."""
     wanted = getattr(config, "layers_to_transform", None)
-    layers = {int(part) for name in adapted.base_model.targeted_module_names for part in name.split(".")
+    layers = {int(part) for name in peft_model.base_model.targeted_module_names for part in name.split(".")
               if part.isdigit()}  # fmt: skip
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:
         if layer not in layers:
@@ -226,57 +226,61 @@ def _check_layers(adapted: Any, config: Any) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module, doing: str) -> Iterator[None]:
-    """Translate what PEFT raises, and give the model its modules back; notes of PEFT go to the log."""
+def _restored_on_error(model: nn.Module, action: str) -> Iterator[None]:
+    """Translate exceptions of PEFT and restore the model's modules on an error; warnings of PEFT are logged."""
     modules = list(model.modules())
-    kept = [(module, type(module), _shallow(vars(module))) for module in modules]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    states = [(module, type(module), _shallow(vars(module))) for module in modules]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings(record=True) as caught, redirect_stderr(StringIO()):
             warnings.simplefilter("always")
             yield
     except Exception as exc:
-        for module, kind, state in kept:
+        for module, kind, state in states:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(state)
-        for parameter, required in trains:
+        for parameter, required in requires_grad:
             parameter.requires_grad_(required)
         if isinstance(exc, ValidateError):
             raise
-        raise ConfigError(f"cannot {doing}: {first_line(exc)}") from exc
+        raise ConfigError(f"cannot {action}: {first_line(exc)}") from exc
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        LOG.info("%s: %s", doing, text)
+        LOG.info("%s: %s", action, text)
 
 
 def _shallow(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a module's attributes and its tables of children, parameters and hooks, but no tensor."""
+    """Copy a module's attributes and its dicts of children, parameters and hooks, but no tensor."""
     return {key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in state.items()}
 
 
-def _only_adapter_trains(adapted: Any, base: set[int]) -> None:
-    trained = [(name, parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    theirs = [name for name, parameter in trained if id(parameter) in base]
-    if theirs:
-        raise ConfigError(f"the adapter would train {len(theirs)} weights of the base, first {theirs[0]!r}")
+def _only_adapter_trains(peft_model: Any, base: set[int]) -> None:
+    trained = [(name, parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    base_parameters = [name for name, parameter in trained if id(parameter) in base]
+    if base_parameters:
+        raise ConfigError(
+            f"the adapter would train {len(base_parameters)} weights of the base, first {base_parameters[0]!r}"
+        )
     if not trained:
         raise ConfigError("the adapter has nothing to train")
 
 
-def _load(adapted: Any, tensors: Mapping[str, Array], folder: Any) -> None:
-    """Set an adapter's weights; each must be there, no other, and in the shape that config and base give."""
-    expected = {name: array.shape for name, array in adapter_tensors(adapted).items()}
+def _load(peft_model: Any, tensors: Mapping[str, Array], folder: Any) -> None:
+    """Set the weights of an adapter; names and shapes must be those of its config on this base."""
+    expected = {name: array.shape for name, array in adapter_tensors(peft_model).items()}
     shapes = {name: array.shape for name, array in tensors.items()}
     reason = key_differences(shapes, expected)
     if reason:
         raise ConfigError(f"adapter {folder}: {reason}")
-    result: Any = set_peft_model_state_dict(adapted, {name: torch.from_numpy(array) for name, array in tensors.items()})
+    result: Any = set_peft_model_state_dict(
+        peft_model, {name: torch.from_numpy(array) for name, array in tensors.items()}
+    )
     if result.unexpected_keys:
         raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(result.unexpected_keys)[0]!r}")
 
 
-def _add_noise(adapted: Any, size: float) -> None:
+def _add_noise(peft_model: Any, size: float) -> None:
     with torch.no_grad():
-        for parameter in adapted.parameters():
+        for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the options of a case to a config of PEFT. Nothing is ignored or coerced: it fits, or it is an error."""
+"""Converts the options of a case to a PEFT config. Options are neither ignored nor coerced: a misfit is an error."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from qeff_validate.models.framework_calls import first_line
 LOG = logging.getLogger(__name__)
 
 MODEL_KEYS = ("source", "revision", "config", "seed")
-"""Keys of a config that say which model."""
+"""Keys of a config that select the model."""
 
 APPLY_KEYS = ("adapter", "init", "use_peft")
-"""Keys that say how `apply_peft` goes about it; the rest are the method and its options."""
+"""Keys that are options of `apply_peft`; the others are the method and its options."""
 
 ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dora": ("lora", {"use_dora": True}),
     "rslora": ("lora", {"use_rslora": True}),
 }
-"""Names of variants: the method, and what is set for it."""
+"""Names of variants: the method, and the options that they set."""
 
 PROMPTS = "it learns a prompt or a prefix of keys and values, not weights of layers, which are what becomes inputs here"
 REFUSED: Mapping[str, str] = {
@@ -43,32 +43,32 @@ REFUSED: Mapping[str, str] = {
     **{kind.value.lower(): PROMPTS for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
        if issubclass(cls, PromptLearningConfig)},
 }  # fmt: skip
-"""Methods of PEFT that an adapter here cannot have, and why."""
+"""PEFT methods that are not supported here, and why."""
 
 METHODS: Mapping[str, type[PeftConfig]] = {
     kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value.lower() not in REFUSED
 }
-"""The methods, under PEFT's own names in small letters."""
+"""Supported methods by PEFT's lower-case names."""
 
 ZERO_IS_OFF = frozenset({"boft_block_num", "boft_block_size", "oft_block_size", "r"})
-"""Of these pairs BOFT and OFT want one, and 0 for the other."""
+"""Options of which BOFT and OFT need one of a pair, and 0 for the other."""
 
 INITS = (True, False, None, "gaussian", "orthogonal")
-"""Starts of LoRA that leave the base alone and need no data."""
+"""Initializations of LoRA that leave the base unchanged and need no data."""
 
 NOT_OPTIONS = frozenset({"runtime_config", *(field.name for field in dataclasses.fields(PeftConfig))})
 
 
 def generate_peft_config(config: Any) -> PeftConfig:
-    """Return PEFT's config for a causal LM.
+    """Return the PEFT config for a causal LM.
 
     Args:
-        config: a mapping (or pydantic options) with ``peft_method`` (a method of PEFT in small letters, ``rslora`` or
+        config: a mapping (or pydantic options) with ``peft_method`` (a PEFT method in lower case, ``rslora`` or
             ``dora``) and the method's options, beside it or in a mapping under its name; or with ``adapter``, the
-            directory of an adapter, which has a config. A config of PEFT, or its ``to_dict``, is checked and copied.
+            directory of a saved adapter. A PEFT config, or its ``to_dict``, is validated and copied.
 
     Raises:
-        ConfigError: the method or an option is unknown or does not fit; the text says what would.
+        ConfigError: the method or an option is unknown or invalid; the message says what is valid.
 
     Examples:
         >>> generate_peft_config({"peft_method": "rslora", "r": 4}).use_rslora
@@ -87,23 +87,23 @@ def generate_peft_config(config: Any) -> PeftConfig:
     name = options.pop("peft_method", None)
     method, fixed = _method(name)
     where = f"peft_method {name}"
-    given = dict(_flat(options, method, where))
+    method_options = dict(_flattened(options, method, where))
     for key, value in fixed.items():
-        if given.setdefault(key, value) is not value:
-            raise ConfigError(f"{where}: {key}: {name} means {value}, got {given[key]!r}: leave it out")
-    check_options(method, given, where)
-    return _built(method, given, where)
+        if method_options.setdefault(key, value) is not value:
+            raise ConfigError(f"{where}: {key}: {name} means {value}, got {method_options[key]!r}: leave it out")
+    check_options(method, method_options, where)
+    return _create_config(method, method_options, where)
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
-    """Return the config that PEFT has written as plain data.
+    """Return the config from plain data that PEFT has written.
 
     Args:
-        data: what ``to_dict`` gave or ``adapter_config.json`` holds.
-        where: what to call it in an error.
+        data: from ``to_dict`` or ``adapter_config.json``.
+        where: name of the config in error messages.
 
     Raises:
-        ConfigError: as `generate_peft_config`; a key that this PEFT lacks is one, unless its value says "off".
+        ConfigError: as `generate_peft_config`; also a key that this PEFT lacks, unless its value is false.
     """
     task, name = data.get("task_type"), str(data.get("peft_type")).rpartition(".")[2].lower()
     if task is not None and task != TaskType.CAUSAL_LM:
@@ -112,16 +112,16 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
         raise ConfigError(f"{where}: peft_type {data.get('peft_type')!r} is no method of this PEFT.")
     method, _ = _method(name)
     known = _fields(method)
-    given = {key: value for key, value in data.items() if key not in NOT_OPTIONS and (key in known or value)}
-    check_options(method, given, where)
-    return _built(method, given, where, base=data.get("base_model_name_or_path"), file=True)
+    method_options = {key: value for key, value in data.items() if key not in NOT_OPTIONS and (key in known or value)}
+    check_options(method, method_options, where)
+    return _create_config(method, method_options, where, base=data.get("base_model_name_or_path"), file=True)
 
 
 def as_mapping(config: Any) -> dict[str, Any]:
-    """Return a config as a mapping of what was given.
+    """Return a config as a mapping, without unset options.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no mapping, PEFT config or pydantic model.
     """
     if isinstance(config, PeftConfig):
         return config.to_dict()
@@ -144,8 +144,8 @@ def _method(name: Any) -> tuple[str, Mapping[str, Any]]:
     return method, fixed
 
 
-def _flat(options: Mapping[str, Any], method: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Yield options that stand flat or under the method's name, each once."""
+def _flattened(options: Mapping[str, Any], method: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield options at top level and those nested under the method's name; none may be repeated."""
     seen: set[str] = set()
     for key, value in options.items():
         nested = isinstance(value, Mapping) and (key in METHODS or key in ALIASES)
@@ -165,32 +165,32 @@ def _fields(method: str) -> dict[str, Any]:
     }
 
 
-def check_options(method: str, given: Mapping[str, Any], where: str) -> None:
+def check_options(method: str, method_options: Mapping[str, Any], where: str) -> None:
     """Check names, types and ranges of a method's options.
 
     Raises:
-        ConfigError: one is wrong; the text has its name, its value and what is wanted.
+        ConfigError: an option is invalid; the message has its name, its value and what is wanted.
     """
     known = _fields(method)
     defaults = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
-    for name, value in given.items():
+    for name, value in method_options.items():
         if name not in known:
             owners = [other for other in METHODS if name in _fields(other)]
             if owners:
                 raise ConfigError(f"{where}: {name} is an option of {', '.join(sorted(owners))}, not of {method}")
             raise ConfigError(f"{where}: {method} has no option {name!r}.{suggest(str(name), known)}")
-        reason = _unfit(name, value)
+        reason = _unsupported(name, value)
         if reason:
             raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
-        wanted = _wrong(name, value, known[name], defaults[name])
+        wanted = _wanted_instead(name, value, known[name], defaults[name])
         if wanted:
             quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())
             remedy = ": write it without quotes" if quoted else ""
             raise ConfigError(f"{where}: {name}: wanted {wanted}, got {value!r}{remedy}")
 
 
-def _wrong(name: str, value: Any, hint: Any, default: Any) -> str | None:
-    """Return what was wanted instead of a value, None if it is right."""
+def _wanted_instead(name: str, value: Any, hint: Any, default: Any) -> str | None:
+    """Return what is wanted instead of an invalid value, None if it is valid."""
     try:
         TypeAdapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
     except (ValidationError, TypeError, ValueError):
@@ -206,8 +206,8 @@ def _wrong(name: str, value: Any, hint: Any, default: Any) -> str | None:
 
 
 def _positive(item: Any, name: str) -> bool:
-    if isinstance(item, list):  # AdaLoRA notes which ranks are left
-        return all(isinstance(one, bool) for one in item)
+    if isinstance(item, list):  # AdaLoRA lists which ranks remain
+        return all(isinstance(entry, bool) for entry in item)
     kinds = (int,) if name == "rank_pattern" else (int, float)
     return isinstance(item, kinds) and not isinstance(item, bool) and item > 0
 
@@ -221,8 +221,8 @@ def _out_of_range(name: str, value: float, default: Any) -> str | None:
     return None if value >= least else f"at least {least}"
 
 
-def _unfit(name: str, value: Any) -> str | None:
-    """Return why an option that PEFT has would break what is promised here: the base stays as it is."""
+def _unsupported(name: str, value: Any) -> str | None:
+    """Return why an option of PEFT is not supported: the base would not stay unchanged."""
     if name == "bias" and value != "none":
         return "wanted 'none': others train the base's own biases, and such adapters cannot be swapped"
     if name == "layer_replication" and value:
@@ -240,18 +240,18 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
-def _built(
-    method: str, given: Mapping[str, Any], where: str, *, base: str | None = None, file: bool = False
+def _create_config(
+    method: str, method_options: Mapping[str, Any], where: str, *, base: str | None = None, file: bool = False
 ) -> PeftConfig:
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         try:
             config = METHODS[method](
-                task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base, **copy.deepcopy(dict(given))
+                task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base, **copy.deepcopy(dict(method_options))
             )
-        except Exception as exc:  # each config checks in its own way
+        except Exception as exc:  # each config class raises its own exceptions
             raise ConfigError(f"{where}: {' '.join(str(exc).split()) or first_line(exc)}") from exc
-    for warning in caught:
+    for warning in caught_warnings:
         text = " ".join(str(warning.message).split())
         if "ignored" in text and not file:
             raise ConfigError(f"{where}: {text}")

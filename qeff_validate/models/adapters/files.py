@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk, as plain data and numpy arrays. Loads no framework, so that a fingerprint costs none."""
+"""Reads adapters from disk as plain data and numpy arrays. Loads no framework, so that fingerprints are fast."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 DTYPES: Mapping[str, str] = {
     "BF16": "<u2", "BOOL": "?", "F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",
 }  # fmt: skip
-"""Types of tensors in a safetensors file and how numpy reads them; floats are widened to float32, as PEFT does."""
+"""Dtypes of a safetensors file and of numpy; floats are converted to float32, as PEFT does."""
 
 NOT_CONTENT = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
 })  # fmt: skip
-"""Keys of a config that say where an adapter comes from, not what it computes."""
+"""Keys of a config about the origin of an adapter, not its computation."""
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read the config and the tensors of an adapter that PEFT has saved.
 
     Returns:
-        adapter_config.json as it stands, and the arrays under their saved names: float32 and integers.
+        The content of adapter_config.json, and the arrays by saved name: float32 and integers.
 
     Raises:
         ConfigError: a file is missing, broken or pickled, or a tensor is of another type or not finite.
@@ -53,7 +53,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def adapter_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
-    """Return the hex SHA-256 of what an adapter computes: its options and its tensors, not where it was trained."""
+    """Return the hex SHA-256 of an adapter's options and tensors, without its origin."""
     digests = {
         name: [str(array.dtype), list(array.shape), hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()]
         for name, array in tensors.items()
@@ -62,12 +62,12 @@ def adapter_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Array])
 
 
 def content(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a config shapes what an adapter computes, as plain data in a fixed order."""
+    """Return the options of a config that determine an adapter's computation, as plain data in a fixed order."""
     return {key: _ordered(value) for key, value in config.items() if key not in NOT_CONTENT}
 
 
 def _ordered(value: Any) -> Any:
-    """Names of modules come out of sets: their order is chance."""
+    """Sort lists of names, because they come from sets in random order."""
     if isinstance(value, (set, frozenset)) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         return sorted(value)
     return value
@@ -94,10 +94,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path) -> None:
-    """Refuse a safetensors file that has another size than its header says, before its content is read.
+    """Check the size of a safetensors file against its header, before its content is read.
 
     Raises:
-        ConfigError: it has, or it is no such file.
+        ConfigError: the sizes differ, or it is no safetensors file.
     """
     try:
         size, stated = regular_file(path).st_size, stated_size(path)

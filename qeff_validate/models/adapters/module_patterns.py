@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions in a PEFT config, tried on a model's module names in a process with a limit.
+"""Checks the regular expressions of a PEFT config on a model's module names, in a process with a time limit.
 
 PEFT matches them with `re`, which tries nested repetitions such as ``(a*)*`` in exponentially many ways and cannot be
 interrupted. Loads no framework.
@@ -16,7 +16,7 @@ from typing import Any
 from qeff_validate.errors import ConfigError
 
 SECONDS = 2
-"""Processor time for all patterns; those that people write take milliseconds on thousands of names."""
+"""CPU time limit for all patterns; usual patterns take milliseconds on thousands of names."""
 
 MATCH = """
 import json, re, resource, sys
@@ -41,7 +41,7 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
         names: names of the model's modules.
 
     Raises:
-        ConfigError: a pattern is none, or it takes longer than `SECONDS`.
+        ConfigError: a pattern is invalid, or matching takes longer than `SECONDS`.
     """
     patterns = list(_patterns(config))
     if not patterns:
@@ -69,7 +69,7 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
 
 
 def _patterns(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield the options that PEFT takes as regular expressions, and how it writes them out."""
+    """Yield the options that PEFT treats as regular expressions, with the full patterns."""
     for option in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
         value = getattr(config, option, None)
         if isinstance(value, str) and not value.replace("-", "_").isidentifier():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why the tensors of an adapter do not fit a base: by name, by layer, by shape. Plain data; loads no framework."""
+"""Explains why the tensors of an adapter do not fit a base: by name, layer or shape. Loads no framework."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = frozenset({
     "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "base_model", "default", "model", "module",
 })  # fmt: skip
-"""Parts of a name that PEFT, torch.compile, DataParallel, FSDP and checkpointing put in, and adapters' usual name."""
+"""Parts of a name inserted by PEFT, torch.compile, DataParallel, FSDP or checkpointing; the default adapter name."""
 
 MOST = 3
-"""So many examples of each difference are named."""
+"""Maximum number of examples of each difference."""
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 RANKED = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
@@ -24,11 +24,11 @@ NEEDS = "the adapter has {theirs}, the config on this model gives {ours}"
 
 
 def key_differences(theirs: Shapes, ours: Shapes) -> str | None:
-    """Return how an adapter's tensors differ from those that its config gives on this base, None if they do not.
+    """Return how an adapter's tensors differ from those that its config creates on this base, None if they match.
 
     Args:
-        theirs: saved names and shapes of the adapter.
-        ours: those that PEFT would save of an adapter with this config on this base.
+        theirs: shapes of the adapter's tensors by saved name.
+        ours: shapes of the tensors that PEFT would save for this config on this base.
     """
     fitting = sum(ours.get(name) == shape for name, shape in theirs.items())
     if fitting == len(theirs) == len(ours):
@@ -49,7 +49,7 @@ def key_differences(theirs: Shapes, ours: Shapes) -> str | None:
 
 
 def _shapes(theirs: Shapes, ours: Shapes) -> Iterator[str]:
-    """Yield differences of shape, ranks first: they say what the config should be."""
+    """Yield differences of shape, ranks first, because they show what the config should be."""
     differing = {name: (theirs[name], ours[name]) for name in ours if theirs.get(name, ours[name]) != ours[name]}
     ranks: Counter[tuple[int, int]] = Counter()
     others = []
@@ -73,7 +73,7 @@ def _shapes(theirs: Shapes, ours: Shapes) -> Iterator[str]:
 
 
 def _rank(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return both ranks if the rank of a LoRA factor is all that differs."""
+    """Return both ranks if only the rank of a LoRA factor differs."""
     if not RANKED.search(name) or len(got) != 2 or len(wanted) != 2:
         return None
     axis = 0 if re.search(r"_A(\.|$)", name) else 1
@@ -81,7 +81,7 @@ def _rank(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int
 
 
 def _renamed(extra: Iterable[str], missing: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield names that are the same but for parts that wrappers put in, theirs and ours."""
+    """Yield pairs of names, theirs and ours, that differ only in parts inserted by wrappers."""
     wanted = {_bare(name): name for name in missing}
     for name in extra:
         if _bare(name) in wanted:
@@ -112,7 +112,7 @@ def _layer(name: str) -> int | None:
 
 
 def _beyond(extra: Iterable[str], ours: Shapes) -> Iterator[str]:
-    """Yield names that would fit, were there so many layers."""
+    """Yield names that would fit if the model had more layers."""
     last = max((layer for name in ours if (layer := _layer(name)) is not None), default=-1)
     patterns = {_bare(LAYER.sub("N", name, count=1)) for name in ours}
     for name in extra:
@@ -132,7 +132,7 @@ def _layers(extra: Iterable[str], ours: Shapes) -> Iterator[str]:
 
 
 def _modules(extra: Collection[str], missing: Collection[str], ours: Shapes) -> Iterator[str]:
-    """Yield what is there for other modules, and what is not there."""
+    """Yield tensors of other modules, extra tensors and missing ones."""
     known = {_module(name) for name in ours}
     strange = sorted({_module(name) for name in extra} - known)
     if strange:
@@ -150,7 +150,7 @@ def _modules(extra: Collection[str], missing: Collection[str], ours: Shapes) -> 
 
 
 def _module(name: str) -> str:
-    """Return the name of the module that has an adapter: ``q_proj`` of ``….q_proj.lora_A.weight``."""
+    """Return the name of the adapted module: ``q_proj`` of ``….q_proj.lora_A.weight``."""
     parts = [part for part in _bare(name) if not part.isdigit()]
     own = re.compile(r"(lora|ia3|hada|lokr|oft|boft|vera|randlora|trainable_tokens|ln_tuning|weight|bias)(_|$)")
     return next((parts[at - 1] for at, part in enumerate(parts) if at and own.match(part)), ".".join(parts[-2:]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adapters are served: one after the other on one session, or side by side in a batch. Numpy only."""
+"""Order in which adapters are run: sequentially on one session, or together in a batch. Numpy only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qeff_validate.tensors import Array, Tensors
 
 
 def stack_adapters(adapters: Mapping[str, Tensors]) -> Tensors:
-    """Return each tensor of all adapters, ``[adapters, …]``, in their order, which begins with the base."""
+    """Stack each tensor over all adapters, ``[adapters, …]``; the base is first."""
     return {name: np.stack([tensors[name] for tensors in adapters.values()]) for name in adapters[BASE]}
 
 
 def run_sequentially(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
-    """Run every prompt with every adapter, swapped in on the live session, and then the first two adapters again.
+    """Run every prompt with every adapter, swapping adapters on the open session, then the first two adapters again.
 
     Args:
         session: open.
@@ -29,7 +29,7 @@ def run_sequentially(session: Session, inputs: Any, plan: Plan, forced: Sequence
         forced: the tokens of each continuation, in the order adapter, prompt.
 
     Returns:
-        ``logits [n, vocab]`` in the order adapter, prompt, step; ``again``: those of the second visits.
+        ``logits [n, vocab]`` in the order adapter, prompt, step; ``again``: the logits of the second visits.
     """
     first: dict[str, list[Array]] = {}
     again: list[Array] = []
@@ -37,25 +37,25 @@ def run_sequentially(session: Session, inputs: Any, plan: Plan, forced: Sequence
     for name in [*names, *names[:2]]:
         at = names.index(name) * len(inputs.ids)
         texts = forced[at : at + len(inputs.ids)]
-        found = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
+        continuations = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
         if name in first:
-            again += found
+            again += continuations
         else:
-            first[name] = found
+            first[name] = continuations
     logits = [array for name in names for array in first[name]]
     return {"logits": np.concatenate(logits), "again": np.concatenate(again)}
 
 
 def run_batched(session: Session, inputs: Any, plan: Plan, forced: Sequence[Array]) -> Tensors:
-    """Run every prompt with every adapter, the adapters of a prompt next to each other in a batch, and then all again.
+    """Run every prompt with every adapter, the adapters of a prompt adjacent in a batch, then all again.
 
-    Takes and returns what `run_sequentially` does.
+    Arguments and result are those of `run_sequentially`.
     """
     prompts = len(inputs.ids)
     visits = [(adapter, prompt) for prompt in range(prompts) for adapter in range(len(inputs.adapters))]
 
     def run(state: Tensors) -> list[Array]:
-        found = generate(
+        continuations = generate(
             session,
             [inputs.ids[prompt] for _, prompt in visits],
             plan,
@@ -63,7 +63,7 @@ def run_batched(session: Session, inputs: Any, plan: Plan, forced: Sequence[Arra
             forced=[forced[adapter * prompts + prompt] for adapter, prompt in visits],
             adapter_ids=[adapter for adapter, _ in visits],
         )
-        ordered = dict(zip(visits, found, strict=True))
+        ordered = dict(zip(visits, continuations, strict=True))
         return [ordered[visit] for visit in sorted(visits)]
 
     logits, again = run(stack_adapters(inputs.adapters)), run({})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several LoRA adapters in one batch: their tensors are stacked, and each row of the batch takes those of its own.
+"""Several LoRA adapters in one batch: their tensors are stacked, and each row of the batch uses those of its adapter.
 
-Place 0 of a stack is the base, a LoRA adapter without effect. PEFT keeps the two factors of an adapter as linear
-layers, so it is enough that these take a weight for each row; nothing is written anew for an architecture.
+Index 0 of a stack is the base, a LoRA adapter without effect. PEFT implements the two factors of an adapter as linear
+layers, so it is enough that these accept a weight per row; no architecture needs code of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qeff_validate.errors import ConfigError
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose weight may have a leading dim for the rows of the batch.
+    """A linear layer whose weight may have a leading batch dim.
 
     Args:
-        linear: the layer whose weight it shares.
+        linear: the layer that it shares weight and bias with.
     """
 
     def __init__(self, linear: Any) -> None:
@@ -31,7 +31,7 @@ class RowLinear(nn.Linear):
         """Return ``x Wᵀ`` for ``x [batch, seq_len, in]`` and ``W [out, in]`` or ``[batch, out, in]``.
 
         Raises:
-            ConfigError: rows are not told apart in what comes in, as in experts of a mixture.
+            ConfigError: the input has no batch dim, as in experts of a mixture.
         """
         if input.ndim != 3:
             raise ConfigError(
@@ -42,10 +42,10 @@ class RowLinear(nn.Linear):
 
 
 def use_row_weights(model: Any) -> None:
-    """Let each LoRA layer of a PeftModel take a weight for each row.
+    """Replace the factors of each LoRA layer of a PeftModel by layers that accept a weight per row.
 
     Raises:
-        ConfigError: the adapter is no LoRA, or one whose layers do more than two products (DoRA, bias, embeddings).
+        ConfigError: the adapter is not LoRA, or its layers compute more than two products (DoRA, bias, embeddings).
     """
     method = model.active_peft_config.peft_type.value
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original language model with a fault in it: of its modules, of an adapter's tensors, or of its logits."""
+"""Runs the original language model with faults in its modules, in the tensors of an adapter, or in its logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN = ComputationVariant("as published, batches of 8", batch=8)
 
 
 class FixedLogitsSession:
-    """A session that answers its only run with logits ``[n, 1, vocab]``."""
+    """A session whose run returns fixed logits ``[n, 1, vocab]``."""
 
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = (TensorSpec("logits", "float32", ("batch_size", 1, "vocab")),)
@@ -34,19 +34,19 @@ class FixedLogitsSession:
         self._logits = logits
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:  # noqa: ARG002
-        """Return all rows."""
+        """Return the logits of all rows."""
         return {"logits": self._logits[:, None].copy()}
 
     def reset(self) -> None:
-        """Forget nothing: there is no state."""
+        """Do nothing: there is no state."""
 
 
 class FaultyReference:
-    """Runs given continuations with faults.
+    """Runs continuations with faults.
 
     Args:
-        model: the base, or a `PeftModel` that the user brought.
-        named: directory of each adapter, or what it is made from.
+        model: the base, or a user's `PeftModel`.
+        named: directory of each adapter, or its PEFT options.
         inputs: prompts and tensors of ``base`` and each adapter.
         texts: the continuations, in the order adapter, prompt.
         dtype: ``float32`` or ``float64``.
@@ -62,29 +62,31 @@ class FaultyReference:
 
     def bodies(self, changes: Sequence[Change]) -> Iterator[tuple[str, Tensors]]:
         """Yield the logits with each fault of the modules."""
-        found: dict[str, list[Array]] = {change.name: [] for change in changes}
+        logits: dict[str, list[Array]] = {change.name: [] for change in changes}
         models = adapted_models(self._model, self._named, self._inputs.adapters)
         for adapter, adapted in zip(self._texts, models, strict=True):
-            # widened before it is changed: widening gives a model new buffers, and a change is taken back in its own
+            # converted before the fault is applied: conversion replaces buffers, and the fault is undone in its own
             with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, adapter)):
                 for change in changes:
                     try:
                         with change.applied_to(adapted):
-                            found[change.name] += self._run(adapted, adapter)
+                            logits[change.name] += self._run(adapted, adapter)
                     except ValidateError:
-                        found.pop(change.name, None)
-            changes = [change for change in changes if change.name in found]
-        yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in found.items())
+                        logits.pop(change.name, None)
+            changes = [change for change in changes if change.name in logits]
+        yield from ((name, {"logits": np.concatenate(rows)}) for name, rows in logits.items())
 
     def adapters(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits with each fault of what is served for an adapter; the reference's where it is right."""
-        own = self._inputs.adapters
-        rows = dict(zip(own, np.split(reference, self._borders()), strict=True))
+        """Yield the logits with each fault of adapter inputs; unchanged adapters have those of the reference."""
+        adapters = self._inputs.adapters
+        rows = dict(zip(adapters, np.split(reference, self._adapter_boundaries()), strict=True))
         for change in () if isinstance(self._model, PeftModel) else changes:
             try:
-                served = {name: change.change(name, own) for name in own}
+                served = {name: change.change(name, adapters) for name in adapters}
                 parts = [
-                    rows[name] if _alike(tensors, own[name]) else np.concatenate(self._serving(name, tensors))
+                    rows[name]
+                    if _equal_tensors(tensors, adapters[name])
+                    else np.concatenate(self._run_with_tensors(name, tensors))
                     for name, tensors in served.items()
                 ]
             except ValidateError:
@@ -92,25 +94,25 @@ class FaultyReference:
             yield change.name, {"logits": np.concatenate(parts)}
 
     def logits(self, changes: Sequence[Change], reference: Array) -> Iterator[tuple[str, Tensors]]:
-        """Yield the logits with each fault of what a session gives."""
+        """Yield the logits with each fault of a session's outputs."""
         for change in changes:
             try:
-                found = change.change(FixedLogitsSession(reference)).run({})
+                outputs = change.change(FixedLogitsSession(reference)).run({})
             except ValidateError:
                 continue
-            yield change.name, {"logits": found["logits"][:, 0]}
+            yield change.name, {"logits": outputs["logits"][:, 0]}
 
-    def _borders(self) -> Array:
+    def _adapter_boundaries(self) -> Array:
         return np.cumsum([sum(text.size for text in texts) for texts in self._texts.values()])[:-1]
 
-    def _serving(self, name: str, tensors: Tensors) -> list[Array]:
-        """Run an adapter's texts with other tensors than its own."""
-        own = self._inputs.adapters
-        whose = next((other for other in own if _alike(tensors, own[other])), name)
-        if whose == BASE and _alike(tensors, own[BASE]):
+    def _run_with_tensors(self, name: str, tensors: Tensors) -> list[Array]:
+        """Run the texts of an adapter with the tensors of another one or with changed tensors."""
+        adapters = self._inputs.adapters
+        owner = next((other for other in adapters if _equal_tensors(tensors, adapters[other])), name)
+        if owner == BASE and _equal_tensors(tensors, adapters[BASE]):
             with compute_in_dtype(self._model, self._dtype, probe=partial(self._run, self._model, name)):
                 return self._run(self._model, name)
-        kind = self._named[whose if whose != BASE else next(iter(self._named))]
+        kind = self._named[owner if owner != BASE else next(iter(self._named))]
         adapted = load_adapter(self._model, kind, tensors)
         try:
             with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, name)):
@@ -126,5 +128,5 @@ class FaultyReference:
             return batched_logits(model, PLAIN, texts=whole, starts=starts, pad=self._inputs.pad)
 
 
-def _alike(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(array, other[name]) for name, array in one.items())
+def _equal_tensors(first: Tensors, second: Tensors) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(array, second[name]) for name, array in first.items())

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention that does not copy keys and values for each head of a group.
 
-The authors' eager attention computes everything. It is given the heads of a group as further tokens of one head: their
-queries read the same keys anyway, and a step at a long context no longer moves each key as many times as a group has
-heads.
+The model's own eager attention computes the result. The heads of a group are passed to it as additional tokens of one
+head: their queries read the same keys, and a decode step at a long context does not move each key once per head.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NAME = "qeff_validate_grouped"
 
 
 class _UngroupedAttention:
-    """An attention module that says of itself that each head has keys of its own."""
+    """Proxy of an attention module that reports one query head per key head."""
 
     num_key_value_groups = 1
 
@@ -34,7 +33,7 @@ class _UngroupedAttention:
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what the module's own eager attention does.
+    """Compute the result of the module's own eager attention.
 
     Args:
         module: an attention of transformers.
@@ -42,18 +41,18 @@ def grouped_attention(
         key: ``[batch, groups, slots, head_dim]``.
         value: as ``key``.
         attention_mask: additive ``[batch, 1, seq_len, slots]``.
-        kwargs: what the authors give their own; a tensor among them may belong to heads, so nothing is grouped then.
+        kwargs: further arguments of the eager attention; with a tensor among them, heads are not grouped.
 
     Returns:
-        ``[batch, seq_len, heads, head_dim]``, and the weights where nothing was grouped.
+        ``[batch, seq_len, heads, head_dim]``, and the attention weights if heads were not grouped.
     """
     eager = sys.modules[type(module).__module__].eager_attention_forward
     batch, heads, length, size = query.shape
     groups = key.shape[1]
-    own = [name for name, given in kwargs.items() if isinstance(given, Tensor) and name != "position_ids"]
-    if heads == groups or attention_mask is None or attention_mask.shape[1] != 1 or own:
-        found: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, **kwargs)
-        return found
+    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]
+    if heads == groups or attention_mask is None or attention_mask.shape[1] != 1 or tensors:
+        result: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, **kwargs)
+        return result
     each = heads // groups
     out, _ = eager(
         _UngroupedAttention(module),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers cache of fixed size outside the model: keys and values come in as inputs and go out as outputs.
+"""A transformers cache of fixed size outside the model: keys and values are inputs and outputs of the graph.
 
-Each row writes its tokens at their own positions, so rows of one batch may stand at different places, and padding
-(position −1) writes nowhere. Slots that were never written may hold anything, NaN too: they are replaced before
+Each row writes its tokens at their own positions, so rows of one batch may have different lengths, and padding
+(position −1) writes nothing. Slots that were never written may hold any value, even NaN: they are replaced before
 attention reads them, because 0 · NaN is NaN (design §5).
 """
 
@@ -19,17 +19,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(frozen=True, slots=True)
 class WriteIndices:
-    """Where the tokens of a run are written, and which slots may be read; made once for all layers.
+    """Slots that the tokens of a run are written to, and slots that may be read; computed once for all layers.
 
-    Padding writes once more what the row's token at its greatest position writes, or, in a row of padding alone, what
-    slot 0 holds. So every index is in range, and equal indices carry equal values: no runtime can treat it otherwise.
+    Padding repeats the write of the row's token at the greatest position, or, in a row of padding only, writes the
+    content of slot 0. So every index is in range, and equal indices carry equal values: the result does not depend on
+    the runtime.
 
     Attributes:
-        source: int64 ``[batch, 1, seq_len, 1]``, the token that is written in each token's stead.
-        slot: int64 ``[batch, 1, seq_len]``, where.
-        row: int64 ``[batch, 1, 1]``.
-        empty: bool ``[batch, 1, seq_len, 1]``, rows of padding alone.
-        seen: bool ``[batch, 1, ctx_len, 1]``, slots that have been written.
+        source: index of the token to write for each token, int64 ``[batch, 1, seq_len, 1]``.
+        slot: slot to write to, int64 ``[batch, 1, seq_len]``.
+        row: row of the batch, int64 ``[batch, 1, 1]``.
+        empty: True for rows of padding only, bool ``[batch, 1, seq_len, 1]``.
+        seen: True for slots that have been written, bool ``[batch, 1, ctx_len, 1]``.
     """
 
     source: Tensor
@@ -40,7 +41,7 @@ class WriteIndices:
 
 
 def write_indices(position_ids: Tensor, slots: int) -> WriteIndices:
-    """Return the places of tokens at positions ``[batch, seq_len]``, −1 for padding, in a cache with so many slots."""
+    """Return the write indices for positions ``[batch, seq_len]``, −1 for padding, in a cache of ``slots`` slots."""
     batch, length = position_ids.shape
     device = position_ids.device
     last = position_ids.argmax(dim=1, keepdim=True)
@@ -61,7 +62,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
     Args:
         keys: retained keys.
         values: retained values.
-        places: where new tokens are written.
+        places: slots that new tokens are written to.
     """
 
     is_sliding = False
@@ -83,7 +84,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         return torch.where(seen, self.keys, 0.0), torch.where(seen, self.values, 0.0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Return the number of slots and the first of them."""
+        """Return the number of slots, and 0 as the offset of the first."""
         return int(self.keys.shape[2]), 0
 
     def get_seq_length(self) -> int:
@@ -96,7 +97,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
 
 def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
-    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` at their places."""
+    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` written to their slots."""
     updates = new.gather(2, places.source.expand(new.shape))
     updates = torch.where(places.empty, state.narrow(2, 0, 1), updates)
     heads = torch.arange(state.shape[1], device=new.device).reshape(1, -1, 1)
@@ -104,10 +105,10 @@ def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
 
 
 def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Return the attention mask in the form that the architecture takes, additive ``[batch, 1, seq_len, slots]``.
+    """Return the additive attention mask ``[batch, 1, seq_len, slots]`` in the form that the architecture takes.
 
-    A slot is seen by tokens at its position and behind it; a sliding window ends that after so many slots. One mask
-    where all layers are alike, else one for each type of layer by its name.
+    A slot is visible to tokens at its position and later ones, within the sliding window if there is one. The result is
+    one mask if all layers have the same type, else a mask by type of layer.
     """
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
@@ -119,12 +120,12 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     def additive(allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
-    made = {"full_attention": additive(full)}
+    masks_by_type = {"full_attention": additive(full)}
     if "sliding_attention" in types and window:
-        made["sliding_attention"] = additive(full & (places > position_ids[..., None] - window))
+        masks_by_type["sliding_attention"] = additive(full & (places > position_ids[..., None] - window))
     if len(types) > 1:
-        return made
-    return made["sliding_attention" if types == {"sliding_attention"} else "full_attention"]
+        return masks_by_type
+    return masks_by_type["sliding_attention" if types == {"sliding_attention"} else "full_attention"]
 
 
 def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
@@ -136,9 +137,9 @@ def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) ->
 def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
     """Return ``(heads, head_dim)`` of keys and of values for each layer, from a run of two tokens."""
     with torch.inference_mode():
-        out = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
-    found = []
-    for layer in out.past_key_values.layers:
+        outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
+    shapes = []
+    for layer in outputs.past_key_values.layers:
         keys, values = layer.keys.shape, layer.values.shape
-        found.append(((keys[1], keys[3]), (values[1], values[3])))
-    return found
+        shapes.append(((keys[1], keys[3]), (values[1], values[3])))
+    return shapes

@@ -20,14 +20,14 @@ from qeff_validate.tensors import Tensors
 
 
 class Decoder(nn.Module):
-    """One step of a causal LM: tokens at positions in, logits at each row's last real token and the new state out.
+    """One step of a causal LM: from tokens and positions to the logits of each row's last real token and the new state.
 
     Args:
-        model: a causal LM of transformers, or a `peft.PeftModel` round one. It is put into eager attention without
-            copies (`grouped_query_attention`), and its head sees the last real token of each row alone.
+        model: a causal LM of transformers, or a `peft.PeftModel` around one. Its attention is set to
+            `grouped_query_attention`, and its LM head is applied to the last real token of each row only.
         layers: number of layers with keys and values.
-        adapter: PEFT's saved name of each adapter tensor that is an input, with its name in ``model``.
-        mixed: the tensors are stacks of several adapters, and each row takes its own (`models.causal_lm.batched_lora`).
+        adapter: for each adapter tensor that is an input, PEFT's saved name and the name in ``model``.
+        mixed: the tensors are stacks of several adapters, and each row selects its adapter (`batched_lora`).
 
     Raises:
         ConfigError: the model has no head, or its adapters cannot be mixed.
@@ -62,15 +62,15 @@ class Decoder(nn.Module):
                 tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64 ``[batch]`` too.
 
         Returns:
-            ``logits [batch, 1, vocab]``, then the new content of each state in the order of the graph.
+            ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
         """
         cache = cache_for(state, self._layers, position_ids)
         slots = state["past_key.0"].shape[2]
         self._last = position_ids.argmax(dim=1)
         config = self.model.config.get_text_config()
-        out = functional_call(
+        outputs = functional_call(
             self.model,
-            {live: self._own(state[saved], state) for saved, live in self._adapter.items()},
+            {parameter: self._rows_of(state[saved], state) for saved, parameter in self._adapter.items()},
             args=(),
             kwargs={
                 "input_ids": input_ids,
@@ -80,15 +80,15 @@ class Decoder(nn.Module):
                 "use_cache": True,
             },
         )
-        kept = [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
-        # a clone, because the exporter renames an input that is an output as it stands
-        return (out.logits, *kept, *(state[name].clone() for name in self._adapter))
+        cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        # cloned, because the exporter renames an input that is returned unchanged
+        return (outputs.logits, *cached, *(state[name].clone() for name in self._adapter))
 
-    def _own(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    def _rows_of(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return tensor[state["adapter_ids"]] if self._mixed else tensor
 
     def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        hidden, last, self._last = inputs[0], self._last, None  # for this run alone: others may call the model itself
+        hidden, last, self._last = inputs[0], self._last, None  # for this run only: others may call the model itself
         if last is None or hidden.ndim != 3:
             return None
         place = last[:, None, None].expand(-1, 1, hidden.shape[-1])
@@ -96,13 +96,13 @@ class Decoder(nn.Module):
 
 
 def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
-    """Return example inputs whose sizes differ from each other and from every usual bucket."""
+    """Return example inputs; batch size, length and context differ from each other and from every usual bucket."""
     sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11}
-    made: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         if spec.name in ("input_ids", "position_ids"):
-            made[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
+            examples[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
         else:
-            made[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
-    return {**made, **(adapter or {})}
+            examples[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
+    return {**examples, **(adapter or {})}

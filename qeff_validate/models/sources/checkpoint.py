@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a model directory are opened when the model is loaded, and whether they can be.
+"""Finds and checks the files of a model directory that are read when the model is loaded.
 
 Weights are found as transformers finds them: by ``transformers_weights`` in the config, else ``model.safetensors``,
 else the index of shards, whose files may lie in subfolders. Which files a tokenizer reads depends on its class, so
-every file at the top of the directory counts that is not known to be something else. Loads no framework.
+all files at the top of the directory are included, except types that no tokenizer reads. Loads no framework.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ NO_TOKENIZER = frozenset({
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "spm.model",
               "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "tokenizer_config.json")  # fmt: skip
-"""Files that say that a directory holds a tokenizer."""
+"""Files that show that a directory holds a tokenizer."""
 
 SMALL = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-"""Files that hold one JSON object, and nothing large."""
+"""Files that hold one small JSON object."""
 
 MOST_INDEX, MOST_VOCABULARY = 64 << 20, 512 << 20
-"""Bytes of an index of shards, and of any file of a tokenizer."""
+"""Maximum size in bytes of an index of shards, and of a tokenizer file."""
 
 
 def check_directory(folder: Path) -> Mapping[str, Any]:
-    """Refuse a directory that cannot be loaded as it stands; return its config.
+    """Refuse a directory that cannot be loaded, and return its config.
 
     Raises:
         ConfigError: there is no config or no weights, an adapter lies beside the weights, or a file is no regular file,
@@ -66,10 +66,10 @@ def check_directory(folder: Path) -> Mapping[str, Any]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a directory with an adapter's config: transformers would put the adapter on the weights beside it.
+    """Refuse a model directory with an adapter config: transformers would apply the adapter to the weights.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is an adapter config.
     """
     if os.path.lexists(folder / ADAPTER):
         raise ConfigError(
@@ -92,10 +92,10 @@ def read_object(path: Path, *, most_bytes: int = MOST_CONFIG) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: Any, where: Path) -> Path:
-    """Return the path of a file that another file names; links are not followed, a hub cache is made of them.
+    """Return the path of a file that another file names; links are not resolved, because a hub cache consists of them.
 
     Raises:
-        ConfigError: the name is none, absolute, or leaves the directory.
+        ConfigError: the name is empty or no text, absolute, or outside of the directory.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigError(f"{where}: {name!r} is no name of a file")
@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_with_index(folder: Path) -> list[Path]:
-    """Return the same, with the index that names them; raises as `weight_files` does."""
+    """Return the weight files with their index; raises like `weight_files`."""
     explicit = read_object(folder / CONFIG).get("transformers_weights")
     if explicit is not None:
         path = inside(folder, explicit, folder / CONFIG)
@@ -140,12 +140,12 @@ def weights_with_index(folder: Path) -> list[Path]:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """Return the configs that shape a model and its generation; transformers may choose one by its version."""
+    """Return the configs of a model and its generation; transformers may select one by its version."""
     return checked([*folder.glob("config*.json"), *folder.glob("generation_config*.json")])
 
 
 def module_files(folder: Path) -> list[Path]:
-    """Return the files of sentence-transformers: what ``modules.json`` names, and its configs.
+    """Return the files of sentence-transformers: its configs and the directories that ``modules.json`` names.
 
     Raises:
         ConfigError: ``modules.json`` is broken, or names a directory outside of this one.
@@ -173,7 +173,7 @@ def modules(folder: Path) -> list[tuple[str, Path]]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a directory holds the files of a tokenizer."""
+    """Return True if a directory holds a tokenizer."""
     return any(os.path.lexists(folder / name) for name in VOCABULARY)
 
 
@@ -189,17 +189,17 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer's files that cannot be read; raises as `tokenizer_files` and `read_object` do."""
+    """Check that the files of a tokenizer can be read; raises like `tokenizer_files` and `read_object`."""
     for path in tokenizer_files(folder):
         if path.name in SMALL:
             read_object(path)
 
 
 def checked(files: Iterable[Path], *, most_bytes: int | None = None) -> list[Path]:
-    """Return files, each once and in order, if all are regular files of at most so many bytes.
+    """Return the files sorted and without duplicates, after checking that all are regular files within the size limit.
 
     Raises:
-        ConfigError: one is missing, of another kind, or larger.
+        ConfigError: a file is missing, no regular file, or too large.
     """
     paths = sorted(set(files))
     for path in paths:
@@ -213,7 +213,7 @@ def checked(files: Iterable[Path], *, most_bytes: int | None = None) -> list[Pat
 
 
 def digests(files: Iterable[Path], folder: Path) -> dict[str, str]:
-    """Return the digest of each file by its name in the directory.
+    """Return the digest of each file by its path in the directory.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -226,7 +226,7 @@ def digests(files: Iterable[Path], folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What the header of a safetensors file says of a tensor."""
+    """A tensor in the header of a safetensors file."""
 
     file: Path
     dtype: str
@@ -234,7 +234,7 @@ class StoredTensor:
 
 
 def tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Return all tensors of safetensors files by their names, from the headers alone.
+    """Return all tensors of safetensors files by name, reading headers only.
 
     Raises:
         Unavailable: a file is cut short, or no safetensors file.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers of random mixtures of experts that choose the same experts in every precision."""
+"""Makes routers of random mixtures of experts select the same experts in every precision."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 ROUTER = re.compile(r"\.(gate|router)\.weight$")
-"""Names of router weights, in all families of transformers that were looked at."""
+"""Suffixes of the names of router weights in transformers."""
 
 SIDE, PULL = 6.0, 3.0
-"""First element of each token's embedding beside others of deviation 1, and a router's weight for it."""
+"""Magnitude of the first element of a token embedding (others have deviation 1), and of its router weights."""
 
 
 def make_decisive(model: Any) -> None:
-    """Let each token stand for one half of the experts, so clearly that rounding does not change which are chosen.
+    """Assign each token to one half of the experts with a margin that rounding does not change; in place.
 
-    As random routers are drawn, two experts are level within fp16 now and then, and a flip there changes the text. The
-    first element of an embedding becomes the token's side, and the two halves of the experts are for one side each.
-    Which of them are first, and how much each counts, stays random. A model without routers is left as it is.
+    With random routers two experts sometimes tie within fp16, and a flip changes the text. The sign of the first
+    element of an embedding selects one half of the experts. The order and weights within a half stay random. A model
+    without routers is left unchanged.
     """
     routers = [weight for name, weight in model.named_parameters() if ROUTER.search(name)]
     if not routers:

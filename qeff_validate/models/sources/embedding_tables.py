@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens and positions a model knows: the rows of its tables, by the names that transformers gives them.
+"""Sizes of a model's tables of token and position embeddings, found by the parameter names of transformers.
 
-Beside them stands the length beyond which rotary frequencies change, under ``rope_dynamic`` or ``rope_longrope``.
+They include the length beyond which rotary frequencies change, as ``rope_dynamic`` or ``rope_longrope``.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ TOKENS = re.compile(r"(^|.*\.)(word_embeddings?|embed_tokens|tok_embeddings|embe
 POSITIONS = re.compile(r"(^|.*\.)(position_embeddings?|embed_positions|wpe)\.weight")
 
 ROPE = "rope_"
-"""Begins the name of a length beyond which rotary frequencies depend on what is read; the rope_type comes next."""
+"""Prefix, followed by the rope_type, of a length beyond which rotary frequencies depend on the input."""
 
 MOST_HEADER = 100 << 20
 
 
 def tables(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the rows of the table of token embeddings, ``tokens``, and of that of learned ``positions``.
+    """Return the number of rows of the token embeddings, ``tokens``, and of learned position embeddings, ``positions``.
 
-    A table of positions stands beside that of the tokens: one of image patches does not. What is not found is left out.
+    The position table belongs to the same module as the token table, unlike one of image patches. Tables that are not
+    found are left out.
+
+    Args:
+        shapes: shape of each parameter by name.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     words = {match[1]: shapes[name] for name in shapes if (match := TOKENS.fullmatch(name)) and len(shapes[name]) == 2}
     if words:
-        found["tokens"] = max(rows for rows, _ in words.values())
+        sizes["tokens"] = max(rows for rows, _ in words.values())
     places = [shapes[name][0] for name in shapes if (match := POSITIONS.fullmatch(name)) and match[1] in words]
-    return found | ({"positions": max(places)} if places else {})
+    return sizes | ({"positions": max(places)} if places else {})
 
 
 def module_tables(model: Any) -> dict[str, int]:
-    """Return the tables of a torch module, where its positions begin, and where its rotary frequencies change.
+    """Return the table sizes of a torch module, its first position, and the length where rotary frequencies change.
 
-    ``first_position`` is the row of the first token, unless it is 0: RoBERTa, XLM-R and MPNet begin behind the row of
-    their padding token, OPT and BART at an offset.
+    ``first_position`` is the row of the first token, unless it is 0: RoBERTa, XLM-R and MPNet start after the row of
+    the padding token, OPT and BART at an offset.
     """
     config: Any = getattr(model, "config", None)
     switch = frequency_switch(config.to_dict()) if hasattr(config, "to_dict") else {}
@@ -61,23 +65,23 @@ def _first_row(table: Any) -> int:
 
 
 def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return from a Hugging Face config the length beyond which rotary frequencies depend on what is read.
+    """Return the length of a Hugging Face config beyond which rotary frequencies depend on the input.
 
-    ``dynamic`` grows its base with the longest text so far, ``longrope`` takes other factors; others have no such
-    length.
+    ``dynamic`` scales its base with the longest text so far, ``longrope`` switches to other factors; other types have
+    no such length.
     """
     inner = config.get("text_config")
     config = inner if isinstance(inner, Mapping) else config
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(rope, Mapping):
         return {}
-    found: dict[str, int] = {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):  # one for each kind of layer
+    lengths: dict[str, int] = {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):  # one for each type of layer
         kind = str(part.get("rope_type") or part.get("type") or "")
         places = [config.get("max_position_embeddings")]
         if kind in ("longrope", "su"):
-            own = "original_max_position_embeddings"
-            kind, places = "longrope", [part.get(own), config.get(own), *places]
+            original = "original_max_position_embeddings"
+            kind, places = "longrope", [part.get(original), config.get(original), *places]
         elif "dynamic" in kind:
             kind = "dynamic"
         else:
@@ -85,12 +89,12 @@ def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:
         length = next((place for place in places if isinstance(place, int)), None)
         if length is not None:
             name = f"{ROPE}{kind}"
-            found[name] = min(length, found.get(name, length))
-    return found
+            lengths[name] = min(length, lengths.get(name, length))
+    return lengths
 
 
 def folder_switch(config: Path) -> dict[str, int]:
-    """Return the same of a config.json; nothing if it cannot be read."""
+    """Return `frequency_switch` of a config.json; empty if it cannot be read."""
     try:
         content = read_json(config, most_bytes=MOST_CONFIG)
     except ConfigError:
@@ -99,7 +103,7 @@ def folder_switch(config: Path) -> dict[str, int]:
 
 
 def file_tables(files: Iterable[Path]) -> dict[str, int]:
-    """Return the tables of safetensors files, from their headers alone; none if one cannot be read."""
+    """Return the table sizes of safetensors files, reading headers only; empty if a file cannot be read."""
     shapes: dict[str, Sequence[int]] = {}
     try:
         for file in files:
@@ -110,24 +114,24 @@ def file_tables(files: Iterable[Path]) -> dict[str, int]:
 
 
 def header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return what a safetensors file says of its tensors, and where its data begins.
+    """Return the entries of tensors in the header of a safetensors file, and the offset of its data.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no safetensors file.
     """
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
         if size > MOST_HEADER:
             raise ValueError(f"{file} is no safetensors file")
-        entries = json.loads(opened.read(size))
+        entries = json.loads(stream.read(size))
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + size
 
 
 def stated_size(file: Path) -> int:
-    """Return how many bytes a safetensors file has by its own header.
+    """Return the size in bytes of a safetensors file according to its header.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no safetensors file.
         OSError: it cannot be read.
     """
     try:

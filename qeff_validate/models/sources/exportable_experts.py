@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a mixture of experts computes its experts: as published in the reference, by an implementation that exports else.
+"""Selects an implementation of experts that can be exported; the reference uses the published one.
 
-transformers' default, ``grouped_mm``, neither exports nor takes float64, nor does ``eager`` export.
+The default of transformers, ``grouped_mm``, supports neither export nor float64, and ``eager`` does not export.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 EXPORTABLE = "batched_mm"
-"""An implementation of transformers that exports, and computes in every dtype."""
+"""An implementation of transformers that can be exported and supports every dtype."""
 
 
 def choose_exportable_experts(model: Any) -> None:
-    """Let a transformers model compute its experts by `EXPORTABLE`; a model without experts is left as it is.
+    """Set the experts implementation of a transformers model to `EXPORTABLE`; no effect without experts.
 
     Args:
-        model: changed in place. The reference is another instance, which runs as its authors publish it.
+        model: changed in place; the reference is another instance.
     """
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(EXPORTABLE)
@@ -26,10 +26,10 @@ def choose_exportable_experts(model: Any) -> None:
 
 @contextmanager
 def exportable_experts(model: Any) -> Iterator[None]:
-    """Do the same until the context ends: for float64 and emulated precisions.
+    """Use `EXPORTABLE` until the context ends, for float64 and emulated precisions.
 
     Args:
-        model: a transformers model, or a `peft.PeftModel` round one.
+        model: a transformers model, or a `peft.PeftModel` around one.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "get_experts_implementation"):

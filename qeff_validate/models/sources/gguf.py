@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that come as one GGUF file. Frameworks are imported inside the functions that need them."""
+"""Loads models from a single GGUF file. Frameworks are imported inside the functions that need them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, checked, di
 from qeff_validate.models.sources.tokenizers import Tokenize, tokenize_with
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
-"""Files in the same directory that transformers reads too, where there are some: a tokenizer's, generation's."""
+"""Optional files in the same directory that transformers also reads: of a tokenizer, of generation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gguf:
-    """A GGUF file, which holds config, weights and tokenizer; quantized weights are made float32."""
+    """A GGUF file with config, weights and tokenizer; quantized weights are converted to float32."""
 
     path: Path
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return the digest of the file and of configs beside it; what is made of it depends on who reads it."""
+        """Return the digests of the file and of configs beside it, and the versions of the packages that read it."""
         folder = self.path.parent
         beside = {path for pattern in BESIDE for path in folder.glob(pattern)}
         files = digests(checked(beside, most_bytes=MOST_VOCABULARY), folder)
@@ -38,11 +38,11 @@ class Gguf:
         }
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return the same with the version of the tokenizers."""
+        """Return `body_key` and the version of tokenizers."""
         return {**self.body_key(), **versions("tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return none: the file has other names."""
+        """Return an empty mapping: the file has other tensor names."""
         return {}
 
     def body(self) -> Any:
@@ -72,13 +72,13 @@ class Gguf:
 
         if versions("gguf")["gguf"] is None:
             raise Unavailable(f"{self.path.name} is read by the Python package gguf: pip install gguf")
-        more = {} if auto.__name__ == "AutoTokenizer" else {"dtype": torch.float32}
-        # its progress bar is none of those that transformers lets one switch off
+        options = {} if auto.__name__ == "AutoTokenizer" else {"dtype": torch.float32}
+        # transformers has no option to switch its progress bar off
         with translated_errors(f"load {self.path}"), quiet_transformers(), redirect_stderr(StringIO()):
             return auto.from_pretrained(
                 self.path.parent,
                 gguf_file=self.path.name,
                 trust_remote_code=False,
                 local_files_only=True,
-                **more,
+                **options,
             )

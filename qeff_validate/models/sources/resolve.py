@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's weights, config and tokenizer come from.
+"""Resolves the source of a model's weights, config and tokenizer.
 
 A source is ``package:MODULE/SUBPATH`` (data of an installed package), ``path:DIR``, ``random:MODEL_TYPE`` (built
-from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from somebody's config, shrunk) or a hub id; a package or
-a path may also name a ``.gguf`` file. Nothing is unpickled and no remote code is run. Frameworks are imported inside
-the functions that need them, so that a fingerprint costs no import of torch.
+from a config with a seed), ``tiny:HUB_ID_OR_DIR`` (the same from the shrunk config of a model) or a hub id; a package
+or a path may also name a ``.gguf`` file. Nothing is unpickled and no remote code is run. Frameworks are imported
+inside the functions that need them, so that a fingerprint does not import torch.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
 from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
-"""What is fetched from the hub: safetensors weights, configs, and what tokenizers read."""
+"""Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
 
 
 class Source(Protocol):
-    """What a model wrapper needs to know of where a model comes from."""
+    """The source of a model."""
 
     def body_key(self) -> Mapping[str, Any]:
         """Return plain data that changes with weights and config."""
@@ -65,10 +65,10 @@ class Source(Protocol):
         """Return plain data that changes with the tokenizer."""
 
     def body(self) -> Any:
-        """Load the float32 body in eval mode, as its authors publish it."""
+        """Load the original body in float32 and eval mode."""
 
     def causal_lm(self) -> Any:
-        """Load the same with the head that predicts the next token."""
+        """Load the body with the LM head."""
 
     def pretrained_tokenizer(self) -> Any:
         """Return the transformers tokenizer; None if there is none."""
@@ -77,7 +77,7 @@ class Source(Protocol):
         """Return the tokenizer and the id of its padding token."""
 
     def tables(self) -> Mapping[str, int]:
-        """Return how many ``tokens`` and learned ``positions`` the body knows, as far as that is cheap to say.
+        """Return the sizes of the tables of ``tokens`` and learned ``positions``, as far as they are cheap to find.
 
         ``first_position`` is the row of the first token in the table of positions, if it is not 0.
         """
@@ -95,11 +95,11 @@ class Folder:
         return {"files": digests(files, self.path), **versions("transformers")}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return digests of all files that a tokenizer may read."""
+        """Return the digests of all files that a tokenizer may read."""
         return {"files": digests(tokenizer_files(self.path), self.path), **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return them from the headers of the files and the config; where positions begin, only the class knows."""
+        """Return the table sizes from file headers and config; the first position needs the model class."""
         sizes = file_tables(weight_files(self.path))
         first = self._first_position() if "positions" in sizes else {}
         return {**sizes, **first, **folder_switch(self.path / "config.json")}
@@ -111,7 +111,7 @@ class Folder:
             with translated_errors(f"read the config in {self.path}"), quiet_transformers():
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             sizes = module_tables(empty_body(config, str(self.path)))
-        except ConfigError:  # loading will say it
+        except ConfigError:  # loading will raise it
             return {}
         return {name: size for name, size in sizes.items() if name == "first_position"}
 
@@ -144,7 +144,7 @@ class Folder:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        # transformers fills what a checkpoint lacks with random numbers; of a pooler head we use nothing
+        # transformers initializes missing tensors randomly; the pooler is not used
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
         if missing:
             raise ConfigError(
@@ -158,7 +158,7 @@ class Folder:
         return tokenize_with(self._load_tokenizer())
 
     def pretrained_tokenizer(self) -> Any:
-        """Load the transformers tokenizer, None if there are no files of one."""
+        """Load the transformers tokenizer, None if the directory has none."""
         return self._load_tokenizer() if has_tokenizer(self.path) else None
 
     def _load_tokenizer(self) -> Any:
@@ -170,7 +170,7 @@ class Folder:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
     def _refuse_own_code(self) -> None:
-        """Raise ConfigError for an architecture that transformers does not have, if the directory brings its code."""
+        """Raise ConfigError for an architecture that is unknown to transformers, if the directory contains its code."""
         from transformers import CONFIG_MAPPING
 
         config = read_object(self.path / CONFIG)
@@ -180,49 +180,49 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """A model that lives in the caller's memory. It is only read; work is done on a copy."""
+    """A model in the caller's memory. It is only read; changes are made to a copy."""
 
     model: Any
-    given_tokenizer: Any
+    caller_tokenizer: Any
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return digests of all tensors, with the class and the config, and the configs of adapters."""
+        """Return a digest of all tensors, with the class, the config, and the configs of adapters."""
         import hashlib
 
         sha = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
-            plain = tensor.detach().cpu().contiguous()
-            sha.update(f"{name}{plain.dtype}{tuple(plain.shape)}".encode())
-            sha.update(plain.flatten().view(dtype=_bytes()).numpy().data)
+            contiguous = tensor.detach().cpu().contiguous()
+            sha.update(f"{name}{contiguous.dtype}{tuple(contiguous.shape)}".encode())
+            sha.update(contiguous.flatten().view(dtype=_bytes()).numpy().data)
         config = getattr(self.model, "config", None)
         kind = f"{type(self.model).__module__}.{type(self.model).__qualname__}"
         text = config.to_json_string() if config is not None else repr(self.model)
         key = {"class": kind, "tensors": sha.hexdigest(), "config": text, **versions("torch", "transformers")}
         adapters = getattr(self.model, "peft_config", {})
-        scales = {name: made.scaling for name, made in self.model.named_modules() if hasattr(made, "scaling")}
-        found = {name: content(made.to_dict()) for name, made in adapters.items()}
-        return {**key, "adapters": found, "scales": scales} if found else key
+        scales = {name: module.scaling for name, module in self.model.named_modules() if hasattr(module, "scaling")}
+        configs = {name: content(adapter.to_dict()) for name, adapter in adapters.items()}
+        return {**key, "adapters": configs, "scales": scales} if configs else key
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
-        if self.given_tokenizer is None:
+        if self.caller_tokenizer is None:
             return {"words": self._vocabulary(), "pad": self._pad()}
-        backend = getattr(self.given_tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else repr(sorted(self.given_tokenizer.get_vocab().items()))
-        return {"tokenizer": text, "class": type(self.given_tokenizer).__qualname__}
+        backend = getattr(self.caller_tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(self.caller_tokenizer.get_vocab().items()))
+        return {"tokenizer": text, "class": type(self.caller_tokenizer).__qualname__}
 
     def tables(self) -> Mapping[str, int]:
-        """Return them from the caller's model."""
+        """Return the table sizes of the caller's model."""
         return module_tables(self.model)
 
     def body(self) -> Any:
-        """Return a float32 copy in eval mode; the caller's model is left as it is."""
+        """Return a float32 copy in eval mode; the caller's model is left unchanged."""
         import copy
 
         return without_cache(copy.deepcopy(self.model).float())
 
     def causal_lm(self) -> Any:
-        """Return the same, free to return keys and values."""
+        """Return a float32 copy in eval mode that may return keys and values."""
         import copy
 
         import torch
@@ -231,12 +231,12 @@ class InMemory:
 
     def pretrained_tokenizer(self) -> Any:
         """Return the caller's tokenizer."""
-        return self.given_tokenizer
+        return self.caller_tokenizer
 
     def tokenizer(self) -> tuple[Tokenize, int]:
-        """Return the caller's tokenizer, else one that hashes words."""
-        if self.given_tokenizer is not None:
-            return tokenize_with(self.given_tokenizer)
+        """Return the caller's tokenizer, or one that hashes words."""
+        if self.caller_tokenizer is not None:
+            return tokenize_with(self.caller_tokenizer)
         return hashed_words(self._vocabulary(), self._pad())
 
     def _vocabulary(self) -> int:
@@ -259,7 +259,7 @@ def resolve(case: Case) -> Source:
     """Return the source that a case names.
 
     Raises:
-        ConfigError: the text is no source, or a directory is missing or holds no model.
+        ConfigError: the source is invalid, or a directory is missing or holds no model.
         Unavailable: a package is not installed, or the hub cannot be reached.
     """
     prefix, _, rest = case.source.partition(":")
@@ -313,7 +313,7 @@ def _folder(path: Path, case: Case) -> Folder:
 
 @contextmanager
 def named(case: Case) -> Iterator[None]:
-    """Begin messages with the name of the case."""
+    """Prefix error messages with the name of the case."""
     try:
         yield
     except (ConfigError, Unavailable) as exc:
@@ -333,7 +333,7 @@ def _package(rest: str) -> Path:
 
 
 def _hub(name: str, revision: str | None, *, only: str | None = None) -> Path:
-    """Return a model's folder in the local cache, fetched if need be, or one file of it."""
+    """Return a model's folder in the local cache, or one file of it; download it if it is missing."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the config of a model to that of a small one of the same kind. Plain data in, plain data out.
+"""Shrinks the config of a model to a small one of the same architecture. Input and output are plain data.
 
-What makes an architecture special is kept: kinds of layers, windows (so small that texts reach beyond them), the
-ratio of query to key heads, head sizes that do not follow from the width, tied weights, norms, activations.
+Characteristics of the architecture are preserved: types of layers, windows (shorter than the texts), the ratio of
+query to key heads, head sizes that do not follow from the width, tied weights, norms, activations.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ SMALL: Mapping[str, int] = {
     "vocab_size": 1000,
     "max_position_embeddings": 160,
 }
-"""Greatest sizes of a ``random:`` body where the case says nothing else."""
+"""Maximum sizes of a ``random:`` body, unless the case sets others."""
 
 WINDOW = 8
-"""Tokens that a window reaches, on each side where it has two: a few words."""
+"""Length of a window in tokens, per side if it has two: a few words."""
 
 MOST_KINDS = 4
-"""Kinds of layers that a shrunk body keeps at most; one more layer each is all that they cost."""
+"""Maximum number of layer types in a shrunk body; each costs one layer."""
 
 CAPS: Mapping[str, int] = {
-    # feed-forward layers of families that do not say intermediate_size
+    # feed-forward layers of families without intermediate_size
     **dict.fromkeys(("hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner"), 128),
     # experts
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -37,11 +37,11 @@ CAPS: Mapping[str, int] = {
     # low-rank attention
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
-    # windows; those of two sides are named by their whole
+    # windows; two-sided ones are given by their total length
     **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "position_buckets"), WINDOW),
     **dict.fromkeys(("local_attention", "attention_window"), 2 * WINDOW),
 }
-"""Greatest values of keys that some families have; smaller ones are kept."""
+"""Maximum values of keys of some families; smaller values are unchanged."""
 
 BASIC = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Keys that others depend on."""
@@ -51,18 +51,18 @@ def shrink(full: Mapping[str, Any], limits: Mapping[str, int], chosen: Mapping[s
     """Return a small config.
 
     Args:
-        full: the whole config, width, layers and heads under the names of `SMALL`.
-        limits: greatest values of some of the keys of `SMALL`.
-        chosen: values that stand as they are; what depends on them follows.
+        full: the original config; width, layers and heads are named as in `SMALL`.
+        limits: maximum values of some keys of `SMALL`.
+        chosen: values that are set unchanged; dependent values are derived from them.
     """
     small = {key: _capped(value, {**CAPS, **limits}.get(key)) for key, value in full.items()}
     small.update({key: chosen[key] for key in BASIC if key in chosen})
     if not all(isinstance(small.get(key, 0), int) for key in BASIC):
-        return {**small, **chosen}  # transformers says what is wrong with it
+        return {**small, **chosen}  # transformers raises the error
     for derive in (_layers, _heads, _widths, _rope):
         small.update(derive(full, small))
     if "initializer_range" in full:
-        # 0.02 suits widths around 1000; at 64 all scores would be near 0, attention uniform, its faults invisible
+        # 0.02 suits widths around 1000; at 64 all scores would be near 0 and attention uniform, which hides its faults
         small["initializer_range"] = small["hidden_size"] ** -0.5
     small.update(chosen)
     return {**small, **{key: value for key, value in _special_ids(small).items() if key not in chosen}}
@@ -77,7 +77,7 @@ def _capped(value: Any, limit: int | None) -> Any:
 
 
 def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose layers so that each kind of them is there, and cut every list that has one entry for each layer."""
+    """Select layers so that each type is included, and shorten every list with one entry per layer."""
     count, wanted = full.get("num_hidden_layers"), small.get("num_hidden_layers")
     lists = {
         key: value
@@ -86,7 +86,7 @@ def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]
     }
     if not lists or count is None or wanted is None:
         return {}
-    # a list of layer numbers says nothing of kinds
+    # a list of layer indices does not distinguish types
     telling = [value for value in lists.values() if value != list(range(count))]
     kinds = [repr([value[layer] for value in telling]) for layer in range(count)]
     first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer][:MOST_KINDS]
@@ -126,7 +126,7 @@ def _widths(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _rope(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut the lists of a rotary embedding that have a factor for each pair of features."""
+    """Shorten the lists of a rotary embedding that have one factor per pair of features."""
 
     def size(config: Mapping[str, Any]) -> int:
         return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
@@ -142,7 +142,7 @@ def _rope(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _special_ids(small: Mapping[str, Any]) -> dict[str, Any]:
-    """Give special tokens beyond the vocabulary ids within it; what was one token stays one, none becomes another."""
+    """Map special token ids beyond the vocabulary to free ids within it; equal ids stay equal, others distinct."""
     size = small.get("vocab_size")
     if not isinstance(size, int):
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that no model has: refused in a config before anything is built from it. Loads no framework by itself."""
+"""Refuses implausible sizes in a config before a model is built from it. Importing it loads no framework."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.models.sources.checkpoint import StoredTensor
 
 LAYERS = re.compile(r"(.*_)?(layers?|blocks|groups|depth)")
-"""Keys of a config that say how many modules are built."""
+"""Keys of a config for numbers of modules."""
 
 SIZES = re.compile(
     r"n_layers?|num_layers|num_hidden_layers|hidden_size|d_model|n_embd|n_heads?|num_attention_heads|intermediate_size"
@@ -22,29 +22,29 @@ SIZES = re.compile(
 """Keys of a config that are at least 1."""
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""Keys of a config that say how many layers are stored."""
+"""Keys of a config for the number of stored layers."""
 
 MOST_LAYERS = 1000
 """Eight times the deepest published model."""
 
 MOST: Mapping[str, int] = {"vocab_size": 1 << 22, "num_experts": 1 << 15, "num_local_experts": 1 << 15,
                            "n_routed_experts": 1 << 15}  # fmt: skip
-"""Greatest values of other keys: a tokenizer lists the vocabulary, some models build a module for each expert."""
+"""Maximum values of other keys: a tokenizer lists the vocabulary, some models build a module for each expert."""
 
 PACKED = 8
-"""Numbers that one stored number may hold: quantized weights are packed."""
+"""Maximum number of weights per stored element: quantized weights are packed."""
 
 SPARE = 64 << 20
 """Parameters and buffers that need not be stored: masks, tables of positions."""
 
 
 def check_sizes(config: Mapping[str, Any], name: str, *, stored: int | None = None) -> None:
-    """Refuse a config with sizes that no model has.
+    """Refuse a config with implausible sizes.
 
     Args:
         config: plain data, as in ``config.json``.
-        name: begins the message.
-        stored: how many tensors a checkpoint holds; each of its layers has one at least.
+        name: prefix of error messages.
+        stored: number of tensors in the checkpoint, which has at least one per layer; None: no checkpoint.
 
     Raises:
         ConfigError: a size is below 1, or beyond its limit.
@@ -75,10 +75,10 @@ def check_memory(model: Any, name: str) -> None:
 
     Args:
         model: a torch module, on the meta device.
-        name: begins the message.
+        name: prefix of error messages.
 
     Raises:
-        ConfigError: it is too large.
+        ConfigError: the model is too large.
     """
     size, memory = 4 * _numbers(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
@@ -89,28 +89,28 @@ def check_memory(model: Any, name: str) -> None:
 
 
 def check_weights(auto: Any, config: Any, stored: Mapping[str, StoredTensor], name: str) -> None:
-    """Compare stored tensors with a model that is built without allocating its weights.
+    """Check stored tensors against a model on the meta device (no weights allocated).
 
     Args:
         auto: the Auto class of transformers that loads the model.
         config: its transformers config.
         stored: the tensors of the checkpoint.
-        name: begins the message.
+        name: prefix of error messages.
 
     Raises:
-        ConfigError: the config asks for far more numbers than are stored, or integers are stored for a parameter.
+        ConfigError: the config has far more weights than are stored, or a parameter is stored as integers.
     """
     import torch
 
     try:
         with torch.device("meta"), quiet_transformers():
             model = auto.from_config(config, trust_remote_code=False)
-    except Exception:  # what cannot be built is refused, with a reason, by who loads it
+    except Exception:  # loading will raise the error with a reason
         return
-    wanted, found = _numbers(model), sum(_product(tensor.shape) for tensor in stored.values())
-    if wanted > PACKED * found + SPARE:
+    wanted, available = _numbers(model), sum(_product(tensor.shape) for tensor in stored.values())
+    if wanted > PACKED * available + SPARE:
         raise ConfigError(
-            f"{name}: the config asks for {wanted:,} numbers, and the weights hold {found:,}:"
+            f"{name}: the config asks for {wanted:,} numbers, and the weights hold {available:,}:"
             " is it the right config.json?"
         )
     if getattr(config, "quantization_config", None) is not None:

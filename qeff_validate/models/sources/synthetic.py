@@ -23,7 +23,7 @@ from qeff_validate.models.sources.size_limits import check_memory, check_sizes
 from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
-    # what the published models have and transformers' own defaults do not
+    # values of published models that differ from the defaults of transformers
     "deberta-v2": {
         "norm_rel_ebd": "layer_norm",
         "pos_att_type": ["p2c", "c2p"],
@@ -56,13 +56,13 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
 }
-"""Config values of ``random:`` bodies, so that what sets a family apart is there to be tested."""
+"""Config values of ``random:`` bodies that enable the characteristics of a family."""
 
 TIED = 0.25
-"""Scale of token embeddings that are the head as well: at full size the likeliest next token is the last one again."""
+"""Scale of token embeddings tied to the LM head: unscaled, the most likely next token is the previous one."""
 
 MOST_PARAMETERS = 32_000_000
-"""A shrunk body has fewer, beside its token embeddings; more means a config whose keys `shrink` does not know."""
+"""Maximum parameters of a shrunk body without token embeddings; more means a config with keys unknown to `shrink`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,16 @@ class Random:
     seed: int
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return what the weights are made from."""
-        made = {"random": self.model_type, "config": dict(self.config), "seed": self.seed}
-        return {**made, **versions("torch", "transformers")}
+        """Return what the weights depend on."""
+        key = {"random": self.model_type, "config": dict(self.config), "seed": self.seed}
+        return {**key, **versions("torch", "transformers")}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
         return {"words": self.model_type, "config": dict(self.config), **versions("transformers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return those of the body without its numbers."""
+        """Return the table sizes of the body, built on the meta device (no weights allocated)."""
         return module_tables(empty_body(self._config(), f"random:{self.model_type}"))
 
     def body(self) -> Any:
@@ -91,7 +91,7 @@ class Random:
         return draw(self._config(), self.seed, f"random:{self.model_type}")
 
     def causal_lm(self) -> Any:
-        """Build the body with a head that predicts the next token."""
+        """Build the body with an LM head."""
         return draw_causal(self._config(), self.seed, f"random:{self.model_type}")
 
     def tokenizer(self) -> tuple[Tokenize, int]:
@@ -118,9 +118,9 @@ class Tiny:
     """The architecture of a config, shrunk, with seeded random weights.
 
     Attributes:
-        name: what the user called it.
+        name: the model in the user's config.
         file: the config; a tokenizer beside it is used if ``whole``.
-        whole: ``file`` lies in a directory of the user's, not in a cache that may hold any part of a model.
+        whole: ``file`` is in a user's directory, not in a cache that may hold only parts of a model.
         config: overrides of the shrunk config.
         seed: of the weights.
     """
@@ -132,31 +132,31 @@ class Tiny:
     seed: int
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return what the weights are made from; the size of the vocabulary comes from the tokenizer."""
-        made = {"tiny": self._content(), "config": dict(self.config), "seed": self.seed}
-        return {**made, "vocabulary": self._tokenizer_files(), **versions("torch", "transformers")}
+        """Return what the weights depend on; the vocabulary size comes from the tokenizer."""
+        key = {"tiny": self._content(), "config": dict(self.config), "seed": self.seed}
+        return {**key, "vocabulary": self._tokenizer_files(), **versions("torch", "transformers")}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
-        made = {"words": self._content(), "config": dict(self.config), "files": self._tokenizer_files()}
-        return {**made, **versions("transformers", "tokenizers")}
+        key = {"words": self._content(), "config": dict(self.config), "files": self._tokenizer_files()}
+        return {**key, **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
-        """Return those of the body without its numbers."""
+        """Return the table sizes of the body, built on the meta device (no weights allocated)."""
         return module_tables(empty_body(self._config(), f"tiny:{self.name}"))
 
     def body(self) -> Any:
         """Build the body.
 
         Raises:
-            ConfigError: transformers has no such architecture, or it stays large.
+            ConfigError: transformers has no such architecture, or the shrunk body is too large.
         """
         config = self._config()
         _refuse_large(config, f"tiny:{self.name}")
         return draw(config, self.seed, f"tiny:{self.name}")
 
     def causal_lm(self) -> Any:
-        """Build the body with a head that predicts the next token; raises as `body` does."""
+        """Build the body with an LM head; raises like `body`."""
         config = self._config()
         _refuse_large(config, f"tiny:{self.name}")
         return draw_causal(config, self.seed, f"tiny:{self.name}")
@@ -218,7 +218,7 @@ def small_config(
     """Return a small transformers config of the same class.
 
     Raises:
-        ConfigError: a chosen key is unknown, or the values do not go together.
+        ConfigError: a chosen key is unknown, or the values are inconsistent.
     """
     for key in chosen:
         if not hasattr(full, key):
@@ -234,31 +234,31 @@ def small_config(
     values = {**renamed(full.to_dict()), **special}
     small = shrink(values, limits, {**special, **renamed(chosen)})
     if "use_cache" in small:
-        small["use_cache"] = False  # keys and values of a decoder would become outputs of the graph
+        small["use_cache"] = False  # else keys and values of a decoder become outputs of the graph
     try:
         return type(full).from_dict({native.get(key, key): value for key, value in small.items()})
-    except Exception as exc:  # each config checks in its own way
+    except Exception as exc:  # each config class raises its own exceptions
         raise ConfigError(f"{name}: the config's values do not go together: {' '.join(str(exc).split())}") from exc
 
 
 def draw(config: Any, seed: int, name: str) -> Any:
-    """Build a body with weights from the seed; biases and norms are drawn too, so that losing one shows."""
+    """Build a body with seeded weights; biases and norms are random too, so that losing one is detected."""
     from transformers import AutoModel
 
-    return without_cache(_drawn(AutoModel, config, seed, name))
+    return without_cache(_build_seeded(AutoModel, config, seed, name))
 
 
 def draw_causal(config: Any, seed: int, name: str) -> Any:
-    """Build a causal LM with weights from the seed that repeats no token for ever and routes decisively.
+    """Build a causal LM with seeded weights that does not repeat one token forever and routes decisively.
 
-    Experts are computed by ``batched_mm``, the one of transformers' ways that exports.
+    Experts use ``batched_mm``, the implementation of transformers that can be exported.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from qeff_validate.models.sources.decisive_routers import make_decisive
 
-    model = _drawn(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
+    model = _build_seeded(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
@@ -268,14 +268,14 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
     return model.eval()
 
 
-def _drawn(auto: Any, config: Any, seed: int, name: str, **more: Any) -> Any:
+def _build_seeded(auto: Any, config: Any, seed: int, name: str, **options: Any) -> Any:
     import torch
 
     check_memory(empty_body(config, name, auto), name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         with translated_errors(f"build {name}"), quiet_transformers():
-            model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32, **more)
+            model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32, **options)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -288,7 +288,7 @@ def words_for(config: Any) -> tuple[Tokenize, int]:
 
 
 def empty_body(config: Any, name: str, auto: Any = None) -> Any:
-    """Build a body, or what another Auto class builds, on the meta device: no weights are allocated."""
+    """Instantiate a model of an Auto class (None: AutoModel) on the meta device (no weights allocated)."""
     import torch
     from transformers import AutoModel
 

@@ -15,14 +15,14 @@ from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.sources.checkpoint import read_object
 
 Tokenize = Callable[[str], list[int]]
-"""Turns a text into token ids, special tokens included, nothing cut."""
+"""Maps a text to token ids, with special tokens and without truncation."""
 
 MOST_LENGTH = 10**9
-"""transformers writes 1e30 for a tokenizer without a limit."""
+"""transformers uses 1e30 for a tokenizer without a limit."""
 
 
 def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
-    """Wrap a transformers tokenizer; a padding id of 0 is a padding id."""
+    """Return the function of a transformers tokenizer, and its padding id, 0 if it has none."""
     pad = tokenizer.pad_token_id
     encode = tokenizer
 
@@ -34,10 +34,10 @@ def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
 
 
 def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
-    """Return a tokenizer for bodies without one: words and signs, hashed, between a first and a last token.
+    """Return a tokenizer that hashes words and punctuation, with a first and a last token, and the padding id.
 
     Raises:
-        ConfigError: the vocabulary is too small to be of use.
+        ConfigError: the vocabulary is too small.
     """
     ids = [token for token in range(vocabulary) if token != pad]
     if len(ids) < 8:
@@ -45,14 +45,14 @@ def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
     first, last, words = ids[0], ids[1], ids[3:]
 
     def tokenize(text: str) -> list[int]:
-        found: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
-        return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in found), last]
+        pieces: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
+        return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in pieces), last]
 
     return tokenize, pad
 
 
 def tokenizer_length(folder: Path | None) -> dict[str, Any]:
-    """Return ``model_max_length`` of a directory's tokenizer; nothing if it has none, which is written as 1e30."""
+    """Return ``model_max_length`` of a directory's tokenizer; empty if it has no limit, which is stored as 1e30."""
     with suppress(ConfigError, AttributeError):
         if folder is not None and (folder / "tokenizer_config.json").is_file():
             length = read_object(folder / "tokenizer_config.json").get("model_max_length")
