@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Python module lies, without importing anything: neither it nor the packages around it."""
+"""Finds a Python module without importing it or its parent packages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from importlib.machinery import ModuleSpec
 def find_module(name: str) -> ModuleSpec | None:
     """Return the spec of a module by its dotted name, None if there is no such module.
 
-    `importlib.util.find_spec` imports the parents of a dotted name, and a name in a file may be anybody's. A package
-    that changes its ``__path__`` when it is imported is searched as it lies on the disk.
+    `importlib.util.find_spec` imports the parents of a dotted name, which is unsafe for names from untrusted files. A
+    package that changes its ``__path__`` on import is searched as it is on disk.
     """
     spec, places = None, None
     parts = name.split(".")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says of a failed verdict that only rows with padding are wrong. Numpy only."""
+"""Detects failed verdicts in which only rows with padding are wrong. Numpy only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qeff_validate.tensors import Tensors
 def padding_hint(
     bad: Collection[int], padded: Collection[int], judged: Sequence[int], outputs: Tensors, precision: str
 ) -> str:
-    """Say that only rows with padding are wrong, if that is so and rows of full length were judged too.
+    """Return a hint if only rows with padding are wrong, and rows of full length were compared too; else an empty text.
 
     Args:
-        bad: rows that are beyond a bound or not finite.
-        padded: rows that were fed with padding.
-        judged: all rows that were judged.
-        outputs: ``[rows, …]``.
-        precision: profile of what computed them.
+        bad: indices of rows that exceed a bound or are not finite.
+        padded: indices of rows with padding.
+        judged: indices of all compared rows.
+        outputs: by name, ``[rows, …]``.
+        precision: profile of the outputs.
     """
     full = [row for row in judged if row not in padded]
     if not bad or not full or not set(bad) <= set(padded):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base for model kinds whose inputs are arrays with one row for each example. Numpy only.
+"""A base class for model kinds whose inputs are arrays with one row per example. Numpy only.
 
-It is a convenience: the engine asks for `protocols.Model` and knows no base class.
+It is optional: the engine needs only `protocols.Model`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qeff_validate.tensors import Tensors
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """Inputs by name, ``[n, …]`` each, with a label for each row."""
+    """Inputs by name, ``[n, …]`` each, with one label per row."""
 
     arrays: Tensors
     labels: Sequence[str]
@@ -88,7 +88,7 @@ class RowModel:
         return ArrayRows(stored, [f"row {row}" for row in range(count)])
 
     def infer(self, session: Session, inputs: Any, reference: Tensors) -> Tensors:  # noqa: ARG002
-        """Run all rows in batches of the first bucket's size, the last one filled up with copies of its last row."""
+        """Run all rows in batches of the first bucket's size; the last is filled up with copies of its last row."""
         batch = next(iter(self.graph.buckets[0].values()))
         dtypes = {spec.name: spec.dtype for spec in session.inputs}
         outputs: dict[str, list[Any]] = {}
@@ -101,22 +101,24 @@ class RowModel:
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare outputs as vectors, and each of the kind's own metrics with its bound; the worst row decides."""
-        own = {name: Bound(value, "fallback", "the kind's table") for name, value in self._table(context).items()}
-        own |= {name: bound for name, bound in overridden(context.override).items() if name in own}
-        override = {name: value for name, value in context.override.items() if name not in own}
+        own_bounds = {
+            name: Bound(value, "fallback", "the kind's table") for name, value in self._table(context).items()
+        }
+        own_bounds |= {name: bound for name, bound in overridden(context.override).items() if name in own_bounds}
+        override = {name: value for name, value in context.override.items() if name not in own_bounds}
         bounds = bounds_for(context.precision, override=override)
         rows = Rows(inputs.labels)
         verdict = compare(reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision)
         if not verdict.metrics:
             return verdict  # outputs of another structure
-        judged = []
+        results = []
         for name, errors in self.own_errors(reference, actual).items():
             metric = worst_row(name, errors)
             row = int(metric.worst["row"])
-            named = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
-            judged.append(GateResult(named, own.get(name)))
-        failed = [item for item in judged if not item.passed]
-        metrics = (*verdict.metrics, *judged)
+            labelled_metric = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
+            results.append(GateResult(labelled_metric, own_bounds.get(name)))
+        failed = [item for item in results if not item.passed]
+        metrics = (*verdict.metrics, *results)
         if not failed:
             return replace(verdict, metrics=metrics)
         reason = "; ".join(filter(None, (verdict.reason, *map(sentence, failed))))

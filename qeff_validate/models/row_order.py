@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what the original model gives for a row depends on the rows before or beside it. Numpy only.
+"""Checks that the original model's result for a row does not depend on the rows before or beside it. Numpy only.
 
-Models of transformers with ``rope_type: dynamic`` keep the longest length that they have read, and rotate later rows by
-it; ``longrope`` takes other frequencies for a whole batch as soon as one row is long. Others keep state or draw random
-numbers. Such a model gives no single answer that a graph could be compared with.
+Transformers models with ``rope_type: dynamic`` keep the longest length so far, and use it for later rows; ``longrope``
+switches frequencies for a whole batch if one row is long. Others keep state or draw random numbers. The result of
+such a model is not unique, so it is no reference.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from qeff_validate.models.sources.embedding_tables import ROPE
 from qeff_validate.tensors import Array
 
 STABLE = 1e-5
-"""Relative L2 between two runs of one row on one model: rounding gives less, and positions that moved 1e-3 and more.
+"""Accepted relative L2 between two runs of one row: rounding gives less, shifted positions 1e-3 or more.
 
-In float64 as well: tables that a model keeps from its first run may be float32.
+Also in float64, because tables that a model keeps from its first run may be float32.
 """
 
 
@@ -33,11 +33,11 @@ def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[in
     """Refuse rows between which a model changes its rotary frequencies.
 
     Args:
-        tables: from `tables.tables`.
-        lengths: how many tokens are read at a time, over all rows and steps.
+        tables: from `embedding_tables.tables`.
+        lengths: numbers of tokens that are read at a time, over all rows and steps.
 
     Raises:
-        UnstableReferenceError: rows of several lengths lie beyond the switch, or on both sides of it.
+        UnstableReferenceError: rows of several lengths are beyond the switch, or on both sides of it.
     """
     least, most = min(lengths), max(lengths)
     for kind, switch in switches(tables).items():
@@ -51,7 +51,7 @@ def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[in
 
 
 def probes(lengths: Sequence[int]) -> list[int]:
-    """Return the rows to run once more after all: the first, the shortest, and the longest but for the greatest length.
+    """Return the rows to run again at the end: the first, the shortest, and the longest below the maximum length.
 
     Args:
         lengths: tokens of each row; rows without a token are left out.
@@ -63,12 +63,12 @@ def probes(lengths: Sequence[int]) -> list[int]:
 
 
 def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Array], labels: Sequence[str]) -> None:
-    """Run rows once more, and refuse a model that gives them other values than before.
+    """Run rows again, and refuse a model whose results have changed.
 
     Args:
-        first: what rows gave in their turn.
+        first: earlier result of each row to run again.
         again: runs a row.
-        labels: of all rows.
+        labels: labels of all rows.
 
     Raises:
         UnstableReferenceError: a row differs by more than `STABLE`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of token ids: as they are stored, padded into batches, and at the boundary of a bucket. Numpy only."""
+"""Rows of token ids: storage, padding into batches, and texts at the boundary of a bucket. Numpy only."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FILLERS = (
     "a b c d e f g h i j k l m",
     ".",
 )
-"""Words that most tokenizers turn into one token each; boundary rows are built from them."""
+"""Words that are one token each in most tokenizers; boundary rows are built from them."""
 
 EMPTY_ROW = "(a row without a token)"
 
 
 class RowsText(BaseModel):
-    """What the tensor ``texts`` holds beside the token ids."""
+    """Content of the tensor ``texts``."""
 
     texts: list[str]
     notes: list[str]
@@ -41,11 +41,11 @@ class TokenRows:
 
     Attributes:
         ids: int64 arrays; the last is empty when `PooledEmbedding` made the rows.
-        pad: the id of the padding token.
+        pad: id of the padding token.
         texts: the texts, for messages.
-        notes: what a reader of the report should know.
-        per_token: an output has one row for each token, not for each text.
-        tables: how many ``tokens`` and ``positions`` the body knows, where that is known.
+        notes: notes for the report.
+        per_token: an output has one row per token, not per text.
+        tables: sizes of the body's tables of ``tokens`` and ``positions``, as far as known.
     """
 
     ids: tuple[Array, ...]
@@ -57,7 +57,7 @@ class TokenRows:
 
     @property
     def labels(self) -> Sequence[str]:
-        """One text for each row of an output."""
+        """One label per row of an output."""
         if not self.per_token:
             return self.texts
         return [
@@ -68,13 +68,13 @@ class TokenRows:
 
     @property
     def tokenless(self) -> frozenset[int]:
-        """Rows of an output that hold no token."""
+        """Indices of rows of an output without a token."""
         if self.per_token:
             return frozenset()
         return frozenset(row for row, ids in enumerate(self.ids) if ids.size == 0)
 
     def subset(self, texts: Sequence[int]) -> TokenRows:
-        """Return some of the texts."""
+        """Return the rows of some texts."""
         ids, labels = tuple(self.ids[text] for text in texts), tuple(self.texts[text] for text in texts)
         return replace(self, ids=ids, texts=labels)
 
@@ -106,11 +106,11 @@ def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
 
     Args:
         stored: tensors by name.
-        rows: how many there are.
-        least: tokens that a row has at least.
+        rows: number of rows.
+        least: minimum number of tokens of a row.
 
     Raises:
-        IncomparableError: they are missing, of another dtype or rank, or do not fit each other.
+        IncomparableError: a tensor is missing, of another dtype or rank, or inconsistent.
     """
     for name in ("ids", "lengths"):
         if name not in stored:
@@ -134,7 +134,7 @@ def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
 
 
 def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:
-    """Yield the rows in order, so many at a time; the last batch may be smaller."""
+    """Yield batches of ``size`` rows in order; the last batch may be smaller."""
     for start in range(0, len(ids), size):
         yield ids[start : start + size]
 
@@ -142,20 +142,20 @@ def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:
 def padded(rows: Sequence[Array], batch: int, length: int, *, pad: int, side: str) -> dict[str, Array]:
     """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 ``[batch, length]``.
 
-    Places beyond the last row repeat it, so that a fixed batch holds no row without a token.
+    The last row fills up the batch, so that there is no row without a token.
     """
     ids = np.full((batch, length), pad, dtype=np.int64)
     mask = np.zeros((batch, length), dtype=np.int64)
     for place in range(batch):
         row = rows[min(place, len(rows) - 1)]
-        where = slice(0, row.size) if side == "right" else slice(length - row.size, length)
-        ids[place, where] = row
-        mask[place, where] = 1
+        columns = slice(0, row.size) if side == "right" else slice(length - row.size, length)
+        ids[place, columns] = row
+        mask[place, columns] = 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
 def cut(output: Array, rows: Sequence[Array], *, side: str, per_token: bool) -> Array:
-    """Return what belongs to the rows: without the filled-up places and, per token, without padding."""
+    """Return the outputs of the rows, without those that fill up the batch and, per token, without padding."""
     if not per_token:
         return output[: len(rows)]
     places = [slice(0, row.size) if side == "right" else slice(output.shape[1] - row.size, None) for row in rows]
@@ -163,10 +163,10 @@ def cut(output: Array, rows: Sequence[Array], *, side: str, per_token: bool) -> 
 
 
 def boundary_text(tokenize: Callable[[str], list[int]], prompt: str, length: int) -> str | None:
-    """Return a text of exactly so many tokens, or None if no filler word gives one."""
+    """Return a text of exactly ``length`` tokens including the prompt, or None if no filler words give one."""
     for filler in FILLERS:
         words = 1
-        for _ in range(8):  # each step corrects the count by what is missing; one token a word converges at once
+        for _ in range(8):  # each step corrects the number of words; with one token per word one step is enough
             text = " ".join(itertools.islice(itertools.cycle(filler.split()), words))
             missing = length - len(tokenize(prompt + text))
             if missing == 0:
@@ -176,13 +176,13 @@ def boundary_text(tokenize: Callable[[str], list[int]], prompt: str, length: int
 
 
 def packed(states: Iterable[tuple[int, Array]], dtype: str) -> Array:
-    """Return the hidden states of rows ``[n, hidden]`` as ``[tokens, hidden]``, in order of the rows."""
-    of = dict(states)
-    return np.concatenate([of[row] for row in sorted(of)]).astype(dtype)
+    """Concatenate the hidden states ``[n, hidden]`` of rows to ``[tokens, hidden]``, in order of the rows."""
+    by_row = dict(states)
+    return np.concatenate([by_row[row] for row in sorted(by_row)]).astype(dtype)
 
 
 def unpacked(states: Array, ids: Sequence[Array]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield each row that has a token, and its hidden states in float64, from what `packed` returned."""
+    """Yield the index and hidden states, float64 ``[n, hidden]``, of each row with a token: the inverse of `packed`."""
     start = 0
     for row, tokens in enumerate(ids):
         if tokens.size:
@@ -191,15 +191,15 @@ def unpacked(states: Array, ids: Sequence[Array]) -> Iterator[tuple[int, NDArray
 
 
 TOGETHER = 2048
-"""Tokens of rows of equal length that run together at most."""
+"""Maximum number of tokens in a batch of rows of equal length."""
 
 
 def together(ids: Sequence[Array], batch: int | None = None) -> Iterator[list[int]]:
-    """Yield which rows run together, the shortest first; those without a token do not.
+    """Yield the row indices of each batch, the shortest rows first; rows without a token are left out.
 
     Args:
         ids: token ids of each row.
-        batch: so many rows; None: as many of equal length as `TOGETHER` allows.
+        batch: rows per batch; None: batches of rows of equal length with at most `TOGETHER` tokens.
     """
     order = sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: ids[row].size)
     for length, rows in groupby(order, key=lambda row: ids[row].size if batch is None else 0):
