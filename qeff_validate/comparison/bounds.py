@@ -60,7 +60,7 @@ MOST = {"rel_l2": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "max_abs_rms": 10.0, "n
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The nan_max accepted value of a metric, where it comes from, and why."""
+    """The greatest accepted value of a metric, where it comes from, and why."""
 
     value: float
     source: Literal["floor", "case", "fallback", "exact"]
@@ -69,24 +69,39 @@ class Bound:
     """Typical value over legitimate runs, where it was measured."""
 
 
-def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] | None = MOST) -> None:
+def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
     """Refuse a tolerance with an unknown metric, without a reason, or with a bound too wide to detect anything.
 
     Args:
         where: name of the tolerance in error messages.
         values: metric to bound, and ``why``.
-        most: the known metrics, each with the exclusive upper limit of its bound; None: any metric, any finite bound.
+        most: the known metrics, each with the exclusive upper limit of its bound.
 
     Raises:
         ConfigError: an unknown metric, a bound that is NaN, infinite, negative or absurdly wide, or no ``why``.
     """
+    for name, value in values.items():
+        if name == "why":
+            continue
+        if name not in most:
+            raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, most)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < most[name]):
+            raise ConfigError(
+                f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {most[name]:g}"
+            )
+    check_bounds(where, values)
+
+
+def check_bounds(where: str, values: Mapping[str, Any]) -> None:
+    """Refuse a tolerance that no metric can have, whatever the metrics of the model kind are.
+
+    Raises:
+        ConfigError: a bound that is NaN, infinite or negative, or no ``why``.
+    """
     bounds = {name: value for name, value in values.items() if name != "why"}
     for name, value in bounds.items():
-        if most is not None and name not in most:
-            raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, most)}")
-        limit = math.inf if most is None else most[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < limit):
-            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0 to below {limit:g}")
+        if isinstance(value, (int, float)) and not (0 <= value < math.inf):
+            raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0")
     if bounds and not str(values.get("why") or "").strip():
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 

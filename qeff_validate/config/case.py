@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qeff_validate.comparison.bounds import check_tolerance
+from qeff_validate.comparison.bounds import check_bounds
 from qeff_validate.config.yaml_reader import SURROGATE
 from qeff_validate.errors import ConfigError
 
@@ -192,7 +192,7 @@ class Case(Strict):
     def _bounds(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
         for runtime, bounds in value.items() if isinstance(value, dict) else ():
             try:
-                check_tolerance(runtime, bounds, None)  # which metrics there are, the model kind says
+                check_bounds(runtime, bounds)  # which metrics there are, the model kind says
             except ConfigError as exc:
                 raise ValueError(str(exc)) from exc
         return value

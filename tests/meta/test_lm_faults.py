@@ -156,7 +156,7 @@ def one_short(self: Any, logits: Array, step: int, forced: Array) -> int | None:
 
 LOOPS: dict[str, tuple[str, Any, Sequence[str]]] = {
     "first token from the last chunk": ("_prefill", of_the_last_chunk, ["first tokens only", "only prompts "]),
-    "a continuation that ends early": ("_chosen", one_short, ["a continuation ended early", "wanted "]),
+    "a continuation that ends early": ("_next_token", one_short, ["a continuation ended early", "wanted "]),
 }
 
 

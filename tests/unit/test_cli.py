@@ -302,7 +302,7 @@ BAD = {
     ),
     "NaN bound": (
         "cases:\n" + case(extra="tolerance: {ort: {rel_l2: .nan, why: because}}"),
-        "ort.rel_l2: nan is no usable bound: give a number from 0 to below 1",
+        "ort.rel_l2: nan is no usable bound: give a number from 0",
     ),
     "negative bound": (
         "cases:\n" + case(extra="tolerance: {ort: {rel_l2: -0.1, why: because}}"),

@@ -162,7 +162,7 @@ class PooledEmbedding:
         if long and not self.options.truncate:
             row = long[0]
             raise ConfigError(
-                f"case {self.case.name!r}: {len(long)} of {len(texts)} texts are longer than the nan_max seq_len"
+                f"case {self.case.name!r}: {len(long)} of {len(texts)} texts are longer than the greatest seq_len"
                 f" {most}; text {row} has {ids[row].size} tokens ({texts[row][:60]!r}…):"
                 f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
             )
