@@ -55,12 +55,14 @@ def measure_floor(made: Any, exact: Tensors, sample: Sample, precision: Precisio
             for name, values in errors.items()
         }
     total = {name: sum(run[name].astype(np.float64) for run in runs) for name in runs[0]}
-    strays = []
+    systematic = []
     for run in runs:  # against the others alone: a mean that a run has part in is nearer to it
         others = {name: (total[name] - run[name]) / (len(runs) - 1) for name in run}
-        strays.append(made.systematic_errors(others, run, inputs))
+        systematic.append(made.systematic_errors(others, run, inputs))
     center = {name: (array / len(runs)).astype(np.float32) for name, array in total.items()}
-    return Floor(precision.profile, of, errors, by_metric(strays), center, sample.rows, sample.choice.left_out)
+    return Floor(
+        precision.profile, of, errors, by_metric(systematic), center, sample.rows, sample.choice.left_out
+    )
 
 
 def alone(

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-from qeff_validate.report.text import HEAD, _row, closing, problems
+from qeff_validate.report.text import HEAD, closing, problems, row_cells
 
 
 def markdown(plain: Mapping[str, Any]) -> str:
@@ -17,7 +15,7 @@ def markdown(plain: Mapping[str, Any]) -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    rows = [line(_row(result)) for result in plain["results"]]
+    rows = [line(row_cells(result)) for result in plain["results"]]
     parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
     found = problems(plain)
     if found:

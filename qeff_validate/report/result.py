@@ -14,7 +14,7 @@ from qeff_validate.comparison.verdict import GateResult, Power, Status
 
 if TYPE_CHECKING:
     from rich.table import Table
-from qeff_validate.report.text import _row, closing, table
+from qeff_validate.report.text import closing, row_cells, table
 from qeff_validate.report.writers import write_reports
 
 SCHEMA = 1
@@ -184,7 +184,7 @@ class Report:
         return self.table()
 
     def __str__(self) -> str:
-        return "\n".join("  ".join(_row(result)) for result in self.plain()["results"])
+        return "\n".join("  ".join(row_cells(result)) for result in self.plain()["results"])
 
     def _repr_html_(self) -> str:
         import io

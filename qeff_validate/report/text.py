@@ -26,7 +26,8 @@ def _number(value: Any) -> str:
 HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
 
 
-def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
+def row_cells(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a plain result under `HEAD`."""
     gates = [m for m in result["metrics"] if m["bound"] or not m["passed"]]
     worst = max(gates, key=nearness, default=None)
     times, power = result["timings_s"], result["power"]
@@ -70,7 +71,7 @@ def table(plain: Mapping[str, Any]) -> Table:
 
     made = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
     for result in plain["results"]:
-        cells = [escape(cell) for cell in _row(result)]
+        cells = [escape(cell) for cell in row_cells(result)]
         cells[3] = f"[{MARKS[result['status']]}]{cells[3]}[/]"
         made.add_row(*cells)
     return made

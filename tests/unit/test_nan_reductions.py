@@ -23,8 +23,7 @@ from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.report.result import Result
-from qeff_validate.report.text import _row as report_row
-from qeff_validate.report.text import nearness
+from qeff_validate.report.text import nearness, row_cells
 from qeff_validate.selftest.run import _nearest
 
 N, D = 6, 16
@@ -99,7 +98,7 @@ def test_the_gate_that_failed_is_the_one_that_a_report_shows(
 ) -> None:
     some = (judged(8e-4, 1e-3), judged(0.0, 0.0), judged(*worst))
     result = Result("c", "ort", "fail", metrics=tuple(some[at] for at in order)).plain()
-    assert wanted in report_row({**result, "coverage": {"planned": 1, "compared": 1}})[4]
+    assert wanted in row_cells({**result, "coverage": {"planned": 1, "compared": 1}})[4]
     assert max(result["metrics"], key=nearness)["value"] == result["metrics"][order.index(2)]["value"]
 
 
