@@ -60,9 +60,7 @@ def measure_floor(made: Any, exact: Tensors, sample: Sample, precision: Precisio
         others = {name: (total[name] - run[name]) / (len(runs) - 1) for name in run}
         systematic.append(made.systematic_errors(others, run, inputs))
     center = {name: (array / len(runs)).astype(np.float32) for name, array in total.items()}
-    return Floor(
-        precision.profile, of, errors, by_metric(systematic), center, sample.rows, sample.choice.left_out
-    )
+    return Floor(precision.profile, of, errors, by_metric(systematic), center, sample.rows, sample.choice.left_out)
 
 
 def alone(
