@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from qeff_validate.registry import is_built_in, registered
 from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOutcome, Target
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _plugin_markers() -> dict[str, str]:
     """Return a marker for each registered runtime, and for the suite of each model kind of a plug-in."""
-    markers = {entry.name: f"runs on {entry.name}" for entry in entry_points(group="qeff_validate.runtimes")}
-    for entry in entry_points(group="qeff_validate.models"):
-        if not entry.value.startswith("qeff_validate."):  # nothing of ours is loaded for unrelated tests
+    markers = {name: f"runs on {name}" for name in registered("runtimes")}
+    for entry in registered("models").values():
+        if not is_built_in(entry):  # nothing of ours is loaded for unrelated tests
             with suppress(Exception):  # a plug-in that cannot be imported is told where a case names it
                 markers[entry.load().suite] = f"validates a model of the kind {entry.name}"
     return markers
@@ -124,7 +124,6 @@ def _configs(config: pytest.Config) -> list[Path]:
 def _cases(config: pytest.Config) -> Sequence[Case]:
     from qeff_validate.engine import case_for, load
     from qeff_validate.errors import ConfigError, suggest
-    from qeff_validate.protocols import registered
 
     if _CASES not in config.stash:
         try:
@@ -268,8 +267,8 @@ def qv_relation(
 ) -> Callable[[str], Result]:
     """A function that judges a metamorphic relation by its name; skips as `qv_result` does."""
     case, name = qv_target
-    adapter = qv_runner.adapter(name)
-    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(adapter, relation))
+    runtime = qv_runner.runtime(name)
+    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(runtime, relation))
 
 
 @pytest.fixture
@@ -278,13 +277,13 @@ def qv_session(
 ) -> Generator[Session, None, None]:
     """What a runtime opens for a case; skips with the reason if the runtime is not usable here."""
     case, name = qv_target
-    adapter = qv_runner.adapter(name)
-    missing = adapter.probe()
+    runtime = qv_runner.runtime(name)
+    missing = runtime.probe()
     if missing:
         if name in _listed(request.config, "require"):
             pytest.fail(f"{name} is required and did not run: {missing}", pytrace=False)
         pytest.skip(missing)
-    with qv_runner.pipeline(case).session(adapter) as session:
+    with qv_runner.pipeline(case).session(runtime) as session:
         yield session
 
 
@@ -359,7 +358,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Note what a worker is about to run."""
     outcome = node.config.stash[_OUTCOME]
-    runtimes = [entry.name for entry in entry_points(group="qeff_validate.runtimes")]
+    runtimes = [*registered("runtimes")]
     if any(f"-{name}" in test for test in ids for name in runtimes):  # else leave the engine alone
         cases, chosen = _cases(node.config), _listed(node.config, "runtimes")
         targets = {f"{case.name}-{name}": (case.name, name) for case in cases for name in _runtimes(case, chosen)}

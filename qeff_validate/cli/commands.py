@@ -241,7 +241,8 @@ def doctor(sdk: Sdk = None, store: StoreDir = None) -> None:
     """Say what is installed, which runtimes can be used here, and why not."""
     from qeff_validate.builders.store import Store
     from qeff_validate.engine import environment
-    from qeff_validate.protocols import Settings, registered, runtime
+    from qeff_validate.protocols import Settings, runtime
+    from qeff_validate.registry import registered
     from qeff_validate.sdk.locate import installed
 
     settings = Settings(sdk=sdk)
@@ -337,7 +338,7 @@ def _number(text: str) -> int:
 
 
 def _known_runtimes(names: list[str]) -> list[str]:
-    from qeff_validate.protocols import registered
+    from qeff_validate.registry import registered
 
     known = registered("runtimes")
     for name in names:

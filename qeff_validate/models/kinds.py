@@ -54,11 +54,6 @@ def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokeniz
             f"case {case.name!r}: mixed_batch: each row of a batch chooses an adapter, and there is none: give adapters"
             " ({name: directory}) or peft_method: lora, or leave mixed_batch out"
         )
-    if case.exporter == "torchscript":
-        raise ConfigError(
-            f"case {case.name!r}: exporter torchscript cannot trace weights that are inputs: leave exporter out, or"
-            " say dynamo"
-        )
     return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
 
 
@@ -76,4 +71,6 @@ PEFT_CAUSAL_LM = ModelKind(
         "qeff_validate.mutation.causal_lm_mutants:CAUSAL_LM_MUTANTS",
         "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
+    exporters=("dynamo",),  # TorchScript's cannot trace weights that are inputs
+    stateful=True,
 )

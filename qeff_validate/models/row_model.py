@@ -87,6 +87,10 @@ class RowModel:
         count = len(next(iter(stored.values())))
         return ArrayRows(stored, [f"row {row}" for row in range(count)])
 
+    def interface(self, inputs: Any) -> Graph:  # noqa: ARG002
+        """Return ``graph``."""
+        return self.graph
+
     def infer(self, session: Session, inputs: Any, reference: Tensors) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the first bucket's size; the last is filled up with copies of its last row."""
         batch = next(iter(self.graph.buckets[0].values()))

@@ -7,15 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.files import temporary_beside
-
-WRITERS = "qeff_validate.writers"
-"""The group of entry points."""
+from qeff_validate.registry import is_built_in, registered
 
 
 def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
@@ -29,8 +26,8 @@ def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
     """
     own, others = dict[str, str](), dict[str, str]()
     problems = []
-    for entry in entry_points(group=WRITERS):
-        built_in = entry.value.startswith("qeff_validate.")
+    for entry in registered("writers").values():
+        built_in = is_built_in(entry)
         try:
             (own if built_in else others)[f"report.{entry.name}"] = entry.load()(plain)
         except Exception as exc:  # somebody else's function must lose no verdict
@@ -63,9 +60,9 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 def remove_reports(folder: Path) -> None:
     """Remove the report of an earlier run, so that nobody takes it for that of a run that ends without one."""
-    for entry in entry_points(group=WRITERS):
+    for name in registered("writers"):
         with suppress(OSError):
-            (folder / f"report.{entry.name}").unlink()
+            (folder / f"report.{name}").unlink()
 
 
 def _replace(path: Path, text: str) -> None:
