@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
 from qeff_validate.comparison.bounds import check_tolerance
+from qeff_validate.comparison.metric import most_bounds
 from qeff_validate.config.case import Artifacts, Case, Inputs
 from qeff_validate.config.explain import explain
 from qeff_validate.config.loader import load_cases
@@ -103,7 +104,7 @@ def check(case: Case) -> Any:
                 f"case {case.name!r}: marks: {mark!r} is the mark of the tests on that runtime: choose another name"
             )
     for name, bounds in tolerances.items():
-        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, kind.bounds)
+        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, most_bounds(kind.metrics))
     if case.exporter not in kind.exporters:
         raise ConfigError(
             f"case {case.name!r}: exporter {case.exporter} cannot export the model kind {case.model!r}: leave exporter"

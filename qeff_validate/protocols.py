@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind
+from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
 from qeff_validate.errors import ConfigError
 from qeff_validate.registry import load_entry
 from qeff_validate.tensors import Shapes, Tensors, TensorSpec
@@ -363,7 +364,7 @@ class ModelKind:
         options: pydantic class of the case's ``options``; importing it loads no framework.
         create: makes the wrapper from a case, validated options and an in-memory model or None.
         suite: the pytest mark of its cases.
-        bounds: the metrics that a case's tolerance may bound, with what a bound must stay below.
+        metrics: the metrics that its verdicts gate, which a case's tolerance may bound.
         relations: names for `Model.relate`.
         mutants: tables of `mutation.mutant.Mutant`, as ``package.module:NAME``.
         exporters: the exporters that can export it; the first is the default.
@@ -373,7 +374,7 @@ class ModelKind:
     options: type[BaseModel]
     create: Callable[..., Model]
     suite: str
-    bounds: Mapping[str, float]
+    metrics: tuple[MetricSpec, ...] = VECTOR_METRICS
     relations: tuple[str, ...] = ()
     mutants: tuple[str, ...] = ()
     exporters: tuple[str, ...] = ("dynamo", "torchscript")

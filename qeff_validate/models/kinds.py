@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.bounds import MOST
-from qeff_validate.comparison.logit_metrics import MOST as LOGIT_MOST
+from qeff_validate.comparison.metric import LOGIT_METRICS
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
@@ -35,7 +34,6 @@ EMBEDDING = ModelKind(
     options=EmbeddingOptions,
     create=_embedding,
     suite="embedding",
-    bounds=MOST,
     relations=("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row"),
     mutants=(
         "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
@@ -61,7 +59,7 @@ PEFT_CAUSAL_LM = ModelKind(
     options=PeftCausalLMOptions,
     create=_causal,
     suite="peft",
-    bounds=LOGIT_MOST,
+    metrics=LOGIT_METRICS,
     relations=(
         *("kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state"),
         *("row_alone", "scaled"),

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, nan_max, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
-from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.report.result import Result

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qeff_validate.comparison.bounds import MOST, bounds_for
+from qeff_validate.comparison.bounds import bounds_for
+from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.config.case import Strict
@@ -19,6 +20,9 @@ from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
 from qeff_validate.tensors import Tensors, TensorSpec
 
 FEATURES, CLASSES = 16, 8
+
+
+MARGIN = MetricSpec("margin", "|Δ (best score − next score)|", 1.0, {"fp32": 1e-4, "fp16": 2e-2})
 
 
 class ScorerOptions(Strict):
@@ -31,7 +35,7 @@ class ScorerOptions(Strict):
 class Scorer(RowModel):
     """Two linear layers with a GELU between them; rows are drawn from the case's seed."""
 
-    tolerances: ClassVar = {"fp32": {"margin": 1e-4}, "fp16": {"margin": 2e-2}}
+    metrics: ClassVar = (MARGIN,)
 
     @property
     def graph(self) -> Graph:
@@ -98,7 +102,7 @@ SCORER = ModelKind(
     options=ScorerOptions,
     create=Scorer,
     suite="scorer",
-    bounds={**MOST, "margin": 1.0},
+    metrics=(*VECTOR_METRICS, MARGIN),
     relations=("opposite_order",),
     mutants=("scorer_kind:MUTANTS",),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qeff_validate.comparison.bounds import Bound
-from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Report, Result, finite, merged
 from qeff_validate.report.text import closing
