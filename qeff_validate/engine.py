@@ -29,7 +29,8 @@ from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Progress, Silent
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
-from qeff_validate.report.result import Report, Result
+from qeff_validate.report.report import Report
+from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import Isolated
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated

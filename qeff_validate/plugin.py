@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qeff_validate.config.case import Case
     from qeff_validate.engine import Runner
     from qeff_validate.protocols import Session
+    from qeff_validate.report.report import Report
     from qeff_validate.report.result import Result
 
 pytest.register_assert_rewrite("qeff_validate.suites")
@@ -54,7 +56,7 @@ OPTIONS = {
 _CASES: pytest.StashKey[Any] = pytest.StashKey()
 _RESULT: pytest.StashKey[Any] = pytest.StashKey()
 _OUTCOME: pytest.StashKey[SessionOutcome] = pytest.StashKey()
-_REPORT: pytest.StashKey[Mapping[str, Any]] = pytest.StashKey()
+_REPORT: pytest.StashKey[Report] = pytest.StashKey()
 _PROBLEMS: pytest.StashKey[list[str]] = pytest.StashKey()
 _REMOVED: pytest.StashKey[bool] = pytest.StashKey()
 
@@ -388,14 +390,13 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.engine import environment
     from qeff_validate.errors import ValidateError
     from qeff_validate.protocols import Settings
-    from qeff_validate.report.result import merged
-    from qeff_validate.report.writers import write_reports
+    from qeff_validate.report.report import Report
 
-    config.stash[_REPORT] = merged(outcome.plain_results(), environment(Settings(sdk=option(config, "sdk"))))
+    config.stash[_REPORT] = Report(tuple(outcome.all_results()), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
     try:
         if path is not None:
-            write_reports(config.stash[_REPORT], path)
+            config.stash[_REPORT].write(path)
     except ValidateError as exc:
         return [str(exc)]
     return []
@@ -432,16 +433,17 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print what was compared and proved, and why the session is no success."""
-    plain, problems = config.stash.get(_REPORT, None), config.stash.get(_PROBLEMS, [])
-    if plain is None and not problems:
+    report, problems = config.stash.get(_REPORT, None), config.stash.get(_PROBLEMS, [])
+    if report is None and not problems:
         return
     terminalreporter.section("qeff_validate")
-    if plain is not None:
-        from qeff_validate.report.text import MARKS, closing
+    if report is not None:
+        from qeff_validate.report.text import MARKS
 
-        counts = ", ".join(f"{plain['summary'][name]} {name}" for name in MARKS)
-        terminalreporter.write_line(f"{plain['summary']['rows_compared']} rows compared: {counts}")
-        for line in closing(plain):
+        statuses = Counter(str(result.status) for result in report.results)
+        counts = ", ".join(f"{statuses[name]} {name}" for name in MARKS)
+        terminalreporter.write_line(f"{report.rows_compared} rows compared: {counts}")
+        for line in report.closing():
             terminalreporter.write_line(line)
         path = _place(config, "report")
         if path is not None:

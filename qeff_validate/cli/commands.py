@@ -18,7 +18,7 @@ import typer
 from qeff_validate.cli import signals
 from qeff_validate.cli.output import safe_streams
 from qeff_validate.errors import ConfigError, ValidateError, suggest
-from qeff_validate.report.result import DEFAULT_DIR
+from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.sdk.commands import app as sdk_app
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from qeff_validate.builders.store import Kept
     from qeff_validate.config.case import Case
-    from qeff_validate.report.result import Report
+    from qeff_validate.report.report import Report
     from qeff_validate.selftest.score import Score
 
 EPILOG = (
@@ -96,7 +96,6 @@ def run(
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
-    from qeff_validate.report.text import problems
     from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
@@ -120,10 +119,9 @@ def run(
     required = _known_runtimes(_split(require))
     made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose), record=record)
     unwritten = _write(made, report)
-    plain = made.plain()
     out = _console()
     out.print(made.table())
-    for text in problems(plain):
+    for text in made.problems():
         out.print(f"\n{text}" if "\n" in text else text, markup=False, highlight=False, soft_wrap=True)
     if unwritten:
         raise unwritten

@@ -97,9 +97,9 @@ def test_the_gate_that_failed_is_the_one_that_a_report_shows(
     worst: tuple[float, float], wanted: str, order: tuple[int, ...]
 ) -> None:
     some = (judged(8e-4, 1e-3), judged(0.0, 0.0), judged(*worst))
-    result = Result("c", "ort", "fail", metrics=tuple(some[at] for at in order)).plain()
-    assert wanted in row_cells({**result, "coverage": {"planned": 1, "compared": 1}})[4]
-    assert max(result["metrics"], key=nearness)["value"] == result["metrics"][order.index(2)]["value"]
+    result = Result("c", "ort", "fail", metrics=tuple(some[at] for at in order), planned=1, compared=1)
+    assert wanted in row_cells(result)[4]
+    assert max(result.metrics, key=nearness) is result.metrics[order.index(2)]
 
 
 @pytest.mark.parametrize("order", list(permutations((math.nan, 1e-4, 9e-4))))

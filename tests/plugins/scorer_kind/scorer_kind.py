@@ -17,6 +17,7 @@ from qeff_validate.config.case import Strict
 from qeff_validate.models.row_model import RowModel
 from qeff_validate.mutation.mutant import ModuleMutant, Patch
 from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
+from qeff_validate.report.report import Report
 from qeff_validate.tensors import Tensors, TensorSpec
 
 FEATURES, CLASSES = 16, 8
@@ -108,7 +109,7 @@ SCORER = ModelKind(
 )
 
 
-def csv_report(plain: Mapping[str, Any]) -> str:
+def csv_report(report: Report) -> str:
     """Return a report as CSV: case, runtime, status."""
-    rows = [f"{result['case']},{result['runtime']},{result['status']}" for result in plain["results"]]
+    rows = [f"{result.case},{result.runtime},{result.status}" for result in report.results]
     return "\n".join(["case,runtime,status", *rows]) + "\n"
