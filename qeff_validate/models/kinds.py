@@ -21,7 +21,7 @@ def _embedding(case: Case, options: EmbeddingOptions, given: Any = None, tokeniz
 
         if isinstance(given, PooledModel):
             theirs = (given.pooling, given.normalize, given.truncate_dim)
-            ours = (options.pooling, bool(options.normalize), options.truncate_dim)
+            ours = (options.pooling or "mean", bool(options.normalize), options.truncate_dim)
             if theirs != ours:
                 raise ConfigError(
                     f"(pooling, normalize, truncate_dim) of the model are {theirs}, of the case {ours}: make them agree"

@@ -89,7 +89,7 @@ def run_prechecks(
         reason = "this kind of model does not say what it is made from"
         return tuple(Precheck(name, "unknown", reason) for name in PRECHECKS)
     ours: Any = "the model is not on this host"
-    if evidence.local or getattr(getattr(model, "options", None), "pooling", None) != "auto":
+    if evidence.local or getattr(getattr(model, "options", None), "pooling", None) not in (None, "auto"):
         ours = value_or_reason(model.settings)
     published = value_or_reason(model.published) if evidence.local else {}
     published = {} if isinstance(published, str) else published
@@ -191,6 +191,13 @@ def _with_published(precheck: Precheck, ours: Any, published: Mapping[str, Any])
     if precheck.name not in published or isinstance(ours, str):
         return precheck
     theirs, asked = published[precheck.name], ours["head"][precheck.name]
+    left_out = published.get("left_out") if precheck.name == "pooling" else None
+    if left_out:
+        text = (
+            f"modules.json goes on with {', '.join(left_out)}, which the case's pooling {asked} leaves out: say"
+            f" pooling: auto, or leave_out: [{', '.join(dict.fromkeys(left_out))}] if they are not deployed"
+        )
+        return Precheck(precheck.name, "differs", "; ".join(filter(None, (precheck.detail, text))))
     if POOLING_SYNONYMS.get(theirs, theirs) == POOLING_SYNONYMS.get(asked, asked):
         return precheck
     note = f"sentence-transformers' files say {theirs}, the case asks for {asked}"

@@ -53,6 +53,14 @@ def compare_pooling_config(name: str, who: str, theirs: Fingerprint, ours: Mappi
         if said[name] == asked[name]:
             return Precheck(name, "same")
         return Precheck(name, "differs", f"{who} with normalize {said[name]}, the case asks for {asked[name]}")
+    if said.get("layers", []) != json.loads(json.dumps(asked.get("layers", []))):
+        theirs_kinds, ours_kinds = ([layer["kind"] for layer in head.get("layers", [])] for head in (said, asked))
+        around = f"modules {theirs_kinds or 'none'} around the pooling, the case asks for {ours_kinds or 'none'}"
+        return Precheck(name, "differs", f"{who} with {around}, or with other options of theirs")
+    if said.get("prompt_tokens", 0) != asked.get("prompt_tokens", 0):
+        left_out = [head.get("prompt_tokens", 0) for head in (said, asked)]
+        text = f"{who} to leave {left_out[0]} tokens out of the pooling, the case asks for {left_out[1]}"
+        return Precheck(name, "differs", text)
     if said["truncate_dim"] != asked["truncate_dim"]:
         cut = f"truncate_dim {said['truncate_dim']}, the case asks for {asked['truncate_dim']}"
         return Precheck(name, "differs", f"{who} with {cut}")

@@ -7,6 +7,7 @@ a run whose artifacts are all stored imports no framework.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,12 +26,15 @@ from qeff_validate.errors import ConfigError, RunError, ValidateError
 from qeff_validate.files import read_lines
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
+from qeff_validate.models.embedding.layer_oracle import VectorFunction, vector_function
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
+from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
-from qeff_validate.models.sources.resolve import InMemory, Source, resolve
+from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
+from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
 from qeff_validate.protocols import (
     Change,
@@ -90,11 +94,36 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         """The source of weights and tokenizer; resolved on first use, because stored artifacts need none."""
         return self._in_memory or resolve(self.case)
 
+    @property
+    def folder(self) -> Path | None:
+        """The model's directory; None if it has none."""
+        if isinstance(self.source, SentenceFolder):
+            return self.source.root
+        return self.source.path if isinstance(self.source, Folder) else None
+
+    @cached_property
+    def encode_settings(self) -> EncodeSettings:
+        """What the files of sentence-transformers say of texts and vectors; defaults without them."""
+        return self.source.settings if isinstance(self.source, SentenceFolder) else EncodeSettings()
+
+    @cached_property
+    def prompt(self) -> str:
+        """The text that is put before every text."""
+        return resolve_prompt(self.options.prompt, self.encode_settings)
+
     @cached_property
     def pooling_config(self) -> PoolingConfig:
-        """The pooling and what follows it, with ``auto`` resolved."""
-        folder = getattr(self.source, "path", None) if self.options.pooling == "auto" else None
-        return resolve_pooling_config(self.options, folder)
+        """The pooling and the modules around it, with ``auto`` resolved."""
+        folder = self.folder if self.options.pooling in (None, "auto") else None
+        return resolve_pooling_config(self.options, folder, self._prompt_tokens)
+
+    def _prompt_tokens(self) -> int:
+        """Return the number of tokens of the prompt, without a special token at its end."""
+        if not self.prompt:
+            return 0
+        tokens = self.source.tokenizer()[0](self.prompt)
+        ends = set(getattr(self.source.pretrained_tokenizer(), "all_special_ids", ()))
+        return len(tokens) - (tokens[-1] in ends)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the exported graph depends on."""
@@ -116,7 +145,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         """Return the texts, the prompt and the length limits that are tokenized."""
         options = self.options
         limits = {"seq_len": options.seq_len, "truncate": options.truncate, "boundary": self._builtin()}
-        return {"texts": self._texts(), "prompt": options.prompt, **limits}
+        settings = self.encode_settings
+        of_files = {"lower_case": settings.lower_case, "max_seq_length": settings.max_seq_length}
+        return {"texts": self._texts(), "prompt": self.prompt, **limits, **of_files}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what identifies the tokenizer."""
@@ -128,7 +159,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
 
     def published(self) -> Mapping[str, Any]:
         """Return the settings of sentence-transformers beside the weights: pooling, normalize, max_seq_length."""
-        return published(getattr(self.source, "path", None))
+        return published(self.folder, self.options)
 
     def _builtin(self) -> bool:
         return self.case.inputs.texts is None and self.case.inputs.texts_file is None
@@ -161,13 +192,20 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         if self._builtin():
             for length in self.options.seq_len:
                 for wanted in (length - 1, length):
-                    text = boundary_text(tokenize, self.options.prompt, wanted)
+                    text = boundary_text(tokenize, self.prompt, wanted)
                     if text is None:
                         notes.append(f"no boundary row of exactly {wanted} tokens could be made with this tokenizer")
                     else:
                         texts.insert(len(texts) // 2 if wanted % 2 else len(texts), text)
-        ids = [np.array(tokenize(self.options.prompt + text), dtype=np.int64) for text in texts]
-        most = self.options.seq_len[-1]
+        ids = [np.array(tokenize(self.prompt + text), dtype=np.int64) for text in texts]
+        most, limit = self.options.seq_len[-1], None
+        if isinstance(self.source, SentenceFolder):
+            limit = self.source.text_limit()
+        cut = [row for row, tokens in enumerate(ids) if limit is not None and tokens.size > limit]
+        for row in cut:
+            ids[row] = np.array(tokenize(self.prompt + texts[row], limit), dtype=np.int64)
+        if cut:
+            notes.append(f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens, as sentence-transformers does")
         long = [row for row, tokens in enumerate(ids) if tokens.size > most]
         if long and not self.options.truncate:
             row = long[0]
@@ -176,10 +214,60 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
                 f" {most}; text {row} has {ids[row].size} tokens ({texts[row][:60]!r}…):"
                 f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
             )
+        notes += self._head_notes()
+        for row in long:
+            ids[row] = np.array(tokenize(self.prompt + texts[row], most), dtype=np.int64)
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
-        rows = [*(tokens[:most] for tokens in ids), np.array([], dtype=np.int64)]
+        rows = [*ids, np.array([], dtype=np.int64)]
         return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes))
+
+    def _head_notes(self) -> Iterator[str]:
+        """Say that a checkpoint's task head is left out."""
+        if not isinstance(self.source, Folder):
+            return
+        architecture, head = head_tensors(self.source.path)
+        if head:
+            names = f"{', '.join(head[:3])}{f' and {len(head) - 3} more' if len(head) > 3 else ''}"
+            yield (
+                f"the checkpoint is a {architecture}, and its head ({names}) is no part of an embedding: what is judged"
+                " is the body alone"
+            )
+
+    def _body(self) -> Any:
+        """Load the body, with the modules on its token vectors."""
+        body = self.source.body()
+        if not self.pooling_config.token_layers:
+            return body
+        from qeff_validate.models.embedding.layers import token_body
+
+        return token_body(body, self.pooling_config.token_layers)
+
+    def _pool_row(self, tokens: Floats, dtype: str) -> Floats:
+        """Pool the token vectors ``[n, hidden]`` of one row."""
+        config = self.pooling_config
+        if config.custom:
+            from qeff_validate.models.embedding.reference import pooled_alone
+
+            return pooled_alone(config.pooling, tokens, dtype)
+        poolings = config.pooling if isinstance(config.pooling, tuple) else (config.pooling,)
+        return pooling_oracle.pool_row(tokens, poolings, config.prompt_tokens)
+
+    @cached_property
+    def _vector_functions(self) -> Sequence[VectorFunction]:
+        return [vector_function(layer) for layer in self.pooling_config.layers]
+
+    def _finish(self, vectors: Floats) -> Floats:
+        """Apply what follows the pooling."""
+        config = self.pooling_config
+        for function in self._vector_functions:
+            vectors = function(vectors)
+        return pooling_oracle.finish(vectors, normalize=config.normalize, truncate_dim=config.truncate_dim)
+
+    def _share_name(self, name: str) -> str:
+        """Return a name that tells hidden states behind modules on token vectors apart from the body's own."""
+        layers = [layer.key() for layer in self.pooling_config.token_layers]
+        return f"{name} {json.dumps(layers, sort_keys=True)}" if layers else name
 
     def inputs(self, stored: Tensors) -> TokenRows:
         """Return the rows from their stored form."""
@@ -191,9 +279,10 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the body and wrap it with the pooling; the example shapes differ from every bucket on purpose."""
+        from qeff_validate.models.embedding.layers import load_layer
         from qeff_validate.models.embedding.pooling import PooledModel
 
-        body = self.source.body()
+        body = self._body()
         with translated_errors("choose eager attention"):
             if hasattr(body, "set_attn_implementation"):
                 body.set_attn_implementation("eager")
@@ -202,7 +291,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0
         config = self.pooling_config
-        module = PooledModel(body, config.pooling, normalize=config.normalize, truncate_dim=config.truncate_dim).eval()
+        module = PooledModel(
+            body,
+            config.pooling,
+            normalize=config.normalize,
+            truncate_dim=config.truncate_dim,
+            layers=[load_layer(layer) for layer in config.layers],
+            prompt_tokens=config.prompt_tokens,
+        ).eval()
         known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         return module, {spec.name: known[spec.name] for spec in self.graph.inputs}
 
@@ -225,18 +321,18 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         from qeff_validate.models.embedding.reference import hidden_states
 
         def run() -> Iterator[tuple[int, Floats]]:
-            return hidden_states(self.source.body(), inputs.ids, dtype, inputs.texts)
+            return hidden_states(self._body(), inputs.ids, dtype, inputs.texts)
 
         if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
             return run()
-        stored = self.share(f"reference in {dtype}", inputs, lambda: {"states": packed(run(), dtype)})
+        stored = self.share(self._share_name(f"reference in {dtype}"), inputs, lambda: {"states": packed(run(), dtype)})
         return unpacked(stored["states"], inputs.ids)
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
         """Yield the output of `reference` with the body in the precision, for each variant of `ENSEMBLE`."""
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
-        name = f"ensemble in {precision.profile}"
+        name = self._share_name(f"ensemble in {precision.profile}")
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
         for variant in sorted(runs):
             outputs = self._pooled(unpacked(runs[variant], inputs.ids), inputs, "float32")
@@ -258,7 +354,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         def run(replica: Any, variant: ComputationVariant) -> Array:
             return packed(batched_states(replica, inputs.ids, inputs.pad, variant.batch).items(), "float32")
 
-        body, compute = self.source.body(), precision.compute
+        body, compute = self._body(), precision.compute
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(body, block=block) for block in blocks}
         # this body is not shared, so it may be rounded in place, unless compression needs the unrounded weights
@@ -280,22 +376,19 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
             outputs.extend(self._altered(inputs, reference, changes, dtype, states))
             return states
 
-        name = f"faults in {dtype}: {', '.join(change.name for change in changes)}"
+        name = self._share_name(f"faults in {dtype}: {', '.join(change.name for change in changes)}")
         states = self.share(name, inputs, run)
         yield from outputs or self._altered(inputs, reference, changes, dtype, dict(states))
 
     def _altered(
         self, inputs: TokenRows, reference: Tensors, changes: Iterable[Change], dtype: str, states: dict[str, Array]
     ) -> Iterator[tuple[str, Tensors]]:
-        from qeff_validate.models.embedding.reference import pooled_alone, unpadded_states
+        from qeff_validate.models.embedding.reference import unpadded_states
         from qeff_validate.models.embedding.reference_session import OriginalSession
         from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 
-        config = self.pooling_config
-        custom = partial(pooled_alone, config.pooling, dtype=dtype)
-        finish = partial(pooling_oracle.finish, normalize=config.normalize, truncate_dim=config.truncate_dim)
-        pool = custom if config.custom else pooling_oracle.POOLINGS[config.pooling]
-        original = OriginalSession(self.source.body(), self.graph, pool, finish, dtype, states)
+        pool = partial(self._pool_row, dtype=dtype)
+        original = OriginalSession(self._body(), self.graph, pool, self._finish, dtype, states)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
         with one_thread_if_small(original.body), compute_in_dtype(original.body, dtype, probe=probe):
@@ -314,19 +407,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
                     yield change.name, self.infer(session, inputs, reference)
 
     def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
-        from qeff_validate.models.embedding.reference import pooled_alone
-
-        config = self.pooling_config
-
-        def vector(tokens: Floats) -> Floats:
-            pooled = (
-                pooled_alone(config.pooling, tokens, dtype)
-                if config.custom
-                else pooling_oracle.POOLINGS[config.pooling](tokens)
-            )
-            return pooling_oracle.finish(pooled, normalize=config.normalize, truncate_dim=config.truncate_dim)
-
-        vectors = {row: vector(tokens).astype(dtype) for row, tokens in states}
+        vectors = {row: self._finish(self._pool_row(tokens, dtype)).astype(dtype) for row, tokens in states}
         if inputs.per_token:
             return {"output": np.concatenate([vectors[row] for row in sorted(vectors)])}
         empty = np.zeros_like(next(iter(vectors.values())))

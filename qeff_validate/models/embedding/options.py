@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from qeff_validate.config.case import Length, Strict
 from qeff_validate.errors import suggest
 
-POOLINGS = ("avg", "cls", "last", "max", "mean", "none", "weighted_mean")
+POOLINGS = ("avg", "cls", "last", "max", "mean", "mean_sqrt_len", "none", "weighted_mean")
 """Names that `models.embedding.pooling` and `models.embedding.pooling_oracle` implement; a test compares the three."""
 
 
@@ -18,17 +18,26 @@ class EmbeddingOptions(Strict):
     """Options of the model kind ``embedding``."""
 
     pooling: Any = Field(
-        "mean",
-        description=f"{', '.join(POOLINGS)}; auto: as sentence-transformers' files beside the weights say;"
-        " or package.module:function, or a callable, that takes (hidden_states, attention_mask)",
+        None,
+        description=f"{', '.join(POOLINGS)}; auto: what the directory's modules.json makes sentence-transformers"
+        " compute; null: auto where there is such a file, else mean; or package.module:function, or a callable, that"
+        " takes (hidden_states, attention_mask)",
     )
     normalize: bool | None = Field(
         None, description="scale each vector to length 1; null: no, or as pooling: auto finds"
     )
     truncate_dim: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="keep the first so many elements (Matryoshka), before normalizing"
+        None,
+        description="keep the first so many elements (Matryoshka), before normalize; null: all, or as auto finds",
     )
-    prompt: str = Field("", description="put before every text, e.g. 'query: '")
+    prompt: str | None = Field(
+        None,
+        description="put before every text, e.g. 'query: ', or the name of a prompt in the directory's files; null: the"
+        " directory's default prompt, if it has one",
+    )
+    leave_out: list[str] = Field(
+        [], description="kinds of modules in modules.json that are deliberately not validated, e.g. [Dense]"
+    )
     padding_side: Literal["right", "left"] = Field("right", description="where padding stands")
     token_type_ids: bool = Field(False, description="make token_type_ids an input of the graph (fed with zeros)")
     seq_len: list[Length] = Field([32, 64], min_length=1, description="lengths to compile for, in tokens")
@@ -38,7 +47,9 @@ class EmbeddingOptions(Strict):
     @field_validator("pooling")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if callable(value) or (isinstance(value, str) and (value in (*POOLINGS, "auto") or ":" in value)):
+        if value is None or callable(value):
+            return value
+        if isinstance(value, str) and (value in (*POOLINGS, "auto") or ":" in value):
             return value
         hint = suggest(str(value), (*POOLINGS, "auto"))
         raise ValueError(f"no pooling is called {value!r}.{hint} Or name your own: package.module:function")

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from qeff_validate.errors import ConfigError, suggest
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
+PoolingName: TypeAlias = "str | tuple[str, ...] | Pooling"
 
 SHARE = 1 / 64
 """A power of two, so that scaling by it is exact."""
@@ -59,14 +61,24 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.where((mask > 0).any(dim=1, keepdim=True), rows, 0.0)
 
 
-def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+def mean_sqrt_len(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Divide the sum of the real tokens by the square root of their number."""
+    return mean(hidden, mask) * mask.sum(dim=1, keepdim=True).to(hidden.dtype).sqrt()
+
+
+def weighted_mean(hidden: Tensor, mask: Tensor, before: int = 0) -> Tensor:
     """Average the real tokens with weights 1, 2, 3, … (SGPT, Muennighoff 2022), counted from the first real token.
 
     Weights are divided by the number of tokens, so that they and their sum stay within fp16.
+
+    Args:
+        hidden: hidden states ``[batch, seq, hidden]``.
+        mask: ``[batch, seq]``.
+        before: number of tokens of each row that the mask leaves out and that are counted all the same.
     """
     real = mask.unsqueeze(-1) > 0
     count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden.dtype)
-    weights = (mask.cumsum(dim=1) * mask).to(hidden.dtype) / count
+    weights = ((mask.cumsum(dim=1) + before) * mask).to(hidden.dtype) / (count + before)
     total = (torch.where(real, hidden, 0.0) * (weights * SHARE).unsqueeze(-1)).sum(dim=1)
     return total / (weights * SHARE).sum(dim=1, keepdim=True).clamp(min=SHARE / 2)
 
@@ -92,18 +104,29 @@ POOLINGS: Mapping[str, Pooling] = {
     "last": last,
     "max": maximum,
     "mean": mean,
+    "mean_sqrt_len": mean_sqrt_len,
     "none": none,
     "weighted_mean": weighted_mean,
 }
 """Poolings by name; ``avg`` is upstream's name for ``mean``."""
 
 
-def resolve_pooling(pooling: str | Pooling) -> Pooling:
-    """Return the function for a name, a dotted path ``package.module:function`` or a callable.
+def resolve_pooling(pooling: PoolingName, prompt_tokens: int = 0) -> Pooling:
+    """Return the function for a name, names, a dotted path ``package.module:function`` or a callable.
+
+    Args:
+        pooling: several names concatenate their vectors.
+        prompt_tokens: number of first real tokens of each row that are not pooled.
 
     Raises:
         ConfigError: there is no such name or function, or it does not take hidden states and a mask.
     """
+    if isinstance(pooling, tuple) or prompt_tokens:
+        weighted = partial(weighted_mean, before=prompt_tokens)
+        names = pooling if isinstance(pooling, tuple) else (pooling,)
+        return _Concatenation(
+            [weighted if name == "weighted_mean" else resolve_pooling(name) for name in names], prompt_tokens
+        )
     if isinstance(pooling, str) and pooling in POOLINGS:
         return POOLINGS[pooling]
     found: Any = pooling
@@ -125,6 +148,19 @@ def resolve_pooling(pooling: str | Pooling) -> Pooling:
     return made
 
 
+class _Concatenation:
+    """Concatenates the vectors of several poolings, which leave out the first tokens of each row."""
+
+    def __init__(self, poolings: Sequence[Pooling], prompt_tokens: int) -> None:
+        self.poolings, self.prompt_tokens = poolings, prompt_tokens
+
+    def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return ``[batch, hidden · poolings]``."""
+        if self.prompt_tokens:
+            mask = torch.where(mask.cumsum(dim=1) > self.prompt_tokens, mask, 0)
+        return torch.cat([pooling(hidden, mask) for pooling in self.poolings], dim=-1)
+
+
 class PooledModel(nn.Module):
     """A transformer body with pooling on top: ``input_ids, attention_mask → [batch, hidden]``.
 
@@ -135,6 +171,8 @@ class PooledModel(nn.Module):
             states ``[batch, seq, hidden]`` and a mask ``[batch, seq]`` and returns ``[batch, any]``.
         normalize: scale each vector to length 1.
         truncate_dim: keep the first so many elements (Matryoshka), before normalizing.
+        layers: modules ``[batch, in] → [batch, out]`` between pooling and truncation.
+        prompt_tokens: number of first real tokens of each row that are not pooled.
 
     Raises:
         ConfigError: unknown pooling, or one of another signature.
@@ -151,13 +189,16 @@ class PooledModel(nn.Module):
     def __init__(
         self,
         base_model: nn.Module,
-        pooling: str | Pooling = "mean",
+        pooling: PoolingName = "mean",
         *,
         normalize: bool = False,
         truncate_dim: int | None = None,
+        layers: Sequence[nn.Module] = (),
+        prompt_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.pool = resolve_pooling(pooling)
+        self.pool = resolve_pooling(pooling, prompt_tokens)
+        self.layers = nn.ModuleList(layers)
         self.base_model = base_model
         self.pooling = pooling
         self.normalize = normalize
@@ -176,17 +217,25 @@ class PooledModel(nn.Module):
         out = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
         vectors = pooled(self.pool, self.pooling, hidden, attention_mask)
+        if len(self.layers):
+            vectors = self._through_layers(vectors, attention_mask)
         if self.truncate_dim is not None:
             if self.truncate_dim > vectors.shape[-1]:
                 raise ConfigError(f"truncate_dim {self.truncate_dim} exceeds the vectors' width {vectors.shape[-1]}")
             vectors = vectors[..., : self.truncate_dim]
         return normalized(vectors) if self.normalize else vectors
 
+    def _through_layers(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Apply the layers; a row without a token stays zeros."""
+        for layer in self.layers:
+            vectors = layer(vectors)
+        return torch.where((mask > 0).any(dim=1, keepdim=True), vectors, 0.0)
 
-def pooled(pool: Pooling, name: str | Pooling, hidden: Tensor, mask: Tensor) -> Tensor:
+
+def pooled(pool: Pooling, name: PoolingName, hidden: Tensor, mask: Tensor) -> Tensor:
     """Apply a pooling; check the dtype and shape of what a custom pooling returns."""
     vectors = pool(hidden, mask)
-    if name not in POOLINGS:
+    if not isinstance(name, tuple) and name not in POOLINGS:
         got = f"a {type(vectors).__name__}"
         if isinstance(vectors, Tensor):
             got = f"{vectors.dtype} {list(vectors.shape)}"

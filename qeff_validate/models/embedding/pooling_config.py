@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling, truncation and normalization on top of a body; ``pooling: auto`` reads sentence-transformers files."""
+"""Pooling and the modules around it; ``pooling: auto`` reads the files of sentence-transformers."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,52 +14,52 @@ from qeff_validate.artifact import digest_file
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.options import POOLINGS, EmbeddingOptions
 from qeff_validate.models.module_search import find_module
-from qeff_validate.models.sources.checkpoint import modules, read_object
+from qeff_validate.models.sources.sentence_directory import (
+    Layer,
+    encode_settings,
+    is_sentence_directory,
+    read_modules,
+    weighted_kinds,
+)
 from qeff_validate.models.sources.tokenizers import tokenizer_length
-
-MODES: Mapping[str, str] = {
-    "cls": "cls",
-    "lasttoken": "last",
-    "max": "max",
-    "mean": "mean",
-    "weightedmean": "weighted_mean",
-}
-"""Pooling modes of sentence-transformers, and their names here."""
-
-OLD_KEYS: Mapping[str, str] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "lasttoken",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class PoolingConfig:
-    """The pooling of an embedding model and what follows it.
+    """The pooling of an embedding model and what stands around it, in the order of its computation.
 
     Attributes:
-        pooling: a name in `POOLINGS`, ``package.module:function``, or a callable.
-        normalize: scale each vector to length 1.
-        truncate_dim: length of the vectors after truncation, before normalization; None: not truncated.
+        pooling: a name in `POOLINGS`, a tuple of names whose vectors are concatenated, ``package.module:function``, or
+            a callable.
+        normalize: scale each vector to length 1, in the end.
+        truncate_dim: length of the vectors after truncation, before ``normalize``; None: not truncated.
+        token_layers: modules on token vectors, before the pooling.
+        layers: modules on vectors, after the pooling.
+        prompt_tokens: number of first tokens of each row that are not pooled.
     """
 
     pooling: Any
-    normalize: bool
-    truncate_dim: int | None
+    normalize: bool = False
+    truncate_dim: int | None = None
+    token_layers: tuple[Layer, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    prompt_tokens: int = 0
 
     @property
     def custom(self) -> bool:
         """True if the pooling is a user's function."""
-        return not isinstance(self.pooling, str) or self.pooling not in POOLINGS
+        return not isinstance(self.pooling, tuple) and (
+            not isinstance(self.pooling, str) or self.pooling not in POOLINGS
+        )
 
     def key(self) -> Mapping[str, Any]:
         """Return plain data that identifies the computation, for fingerprints."""
-        name = self.pooling if isinstance(self.pooling, str) else f"{self.pooling.__module__}:{_name(self.pooling)}"
+        name = "+".join(self.pooling) if isinstance(self.pooling, tuple) else self.pooling
+        name = name if isinstance(name, str) else f"{name.__module__}:{_name(name)}"
         code = _source_digest(self.pooling) if self.custom else None
-        return {"pooling": name, "code": code, "normalize": self.normalize, "truncate_dim": self.truncate_dim}
+        layers = [layer.key() for layer in (*self.token_layers, *self.layers)]
+        around = {"layers": layers, "prompt_tokens": self.prompt_tokens} if layers or self.prompt_tokens else {}
+        return {"pooling": name, "code": code, "normalize": self.normalize, "truncate_dim": self.truncate_dim, **around}
 
 
 def _name(function: Any) -> str:
@@ -82,56 +82,62 @@ def _source_digest(pooling: Any) -> str:
     return f"{text}{closure!r}"
 
 
-def resolve_pooling_config(options: EmbeddingOptions, folder: Path | None) -> PoolingConfig:
+def resolve_pooling_config(
+    options: EmbeddingOptions, folder: Path | None, prompt_tokens: Callable[[], int] = lambda: 0
+) -> PoolingConfig:
     """Return the pooling config of the options; ``pooling: auto`` reads ``modules.json`` beside the weights.
 
     Args:
         options: the case's options.
         folder: the model's directory; None if it has none.
+        prompt_tokens: returns the number of tokens of the prompt, for poolings that leave it out.
 
     Raises:
-        ConfigError: ``auto``, and the files are missing or name a module that the wrapper does not support.
+        ConfigError: ``auto``, and the files are missing, broken or name a module that is not supported.
     """
-    if options.pooling != "auto":
-        return PoolingConfig(options.pooling, bool(options.normalize), options.truncate_dim)
-    if folder is None or not (folder / "modules.json").is_file():
+    if not from_files(options, folder):
+        return PoolingConfig(options.pooling or "mean", bool(options.normalize), options.truncate_dim)
+    if folder is None or not is_sentence_directory(folder):
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
-    pooling, normalize = "", False
-    for name, path in modules(folder):
-        kind = name.rpartition(".")[2]
-        if kind == "Pooling":
-            pooling = _mode(read_object(path / "config.json"), folder)
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
-            raise ConfigError(f"pooling: auto: {folder}/modules.json has a {kind} module, which the wrapper lacks")
-    if not pooling:
-        raise ConfigError(f"pooling: auto: {folder}/modules.json names no Pooling module")
-    return PoolingConfig(pooling, normalize if options.normalize is None else options.normalize, options.truncate_dim)
+    modules, settings = read_modules(folder, options.leave_out), encode_settings(folder)
+    layers, normalize = modules.layers, bool(options.normalize)
+    truncate_dim = options.truncate_dim or settings.truncate_dim
+    last_normalizes = bool(layers) and layers[-1].kind == "Normalize"
+    if last_normalizes and (options.normalize is False or truncate_dim is None):
+        # without a truncation behind it, the last module and the option are the same
+        layers, normalize = layers[:-1], options.normalize is not False
+    poolings = modules.poolings
+    return PoolingConfig(
+        poolings[0] if len(poolings) == 1 else poolings,
+        normalize,
+        truncate_dim,
+        modules.token_layers,
+        layers,
+        0 if modules.include_prompt else prompt_tokens(),
+    )
 
 
-def published(folder: Path | None) -> dict[str, Any]:
+def from_files(options: EmbeddingOptions, folder: Path | None) -> bool:
+    """Return True if the directory's files decide the pooling."""
+    return options.pooling == "auto" or (options.pooling is None and is_sentence_directory(folder))
+
+
+def published(folder: Path | None, options: EmbeddingOptions) -> dict[str, Any]:
     """Return the settings in a model's directory that a case may override, without missing and invalid ones.
 
     Returns:
-        ``pooling``, ``normalize`` and ``max_seq_length`` of sentence-transformers, ``model_max_length`` of the
-        tokenizer.
+        ``pooling``, ``normalize`` and ``max_seq_length`` of sentence-transformers, ``left_out``: kinds of modules that
+        the case's pooling leaves out without saying so, and ``model_max_length`` of the tokenizer.
     """
     settings = tokenizer_length(folder)
+    if folder is None or not is_sentence_directory(folder):
+        return settings
     with suppress(ConfigError):
-        if folder is not None and (folder / "modules.json").is_file():
-            config = resolve_pooling_config(EmbeddingOptions(pooling="auto"), folder)
-            settings |= {"pooling": config.pooling, "normalize": config.normalize}
-            length = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
-            settings |= {"max_seq_length": length} if isinstance(length, int) else {}
+        if not from_files(options, folder):
+            settings["left_out"] = [kind for kind in weighted_kinds(folder) if kind not in options.leave_out]
+        length = encode_settings(folder).max_seq_length
+        settings |= {} if length is None else {"max_seq_length": length}
+        config = resolve_pooling_config(EmbeddingOptions(pooling="auto", leave_out=options.leave_out), folder)
+        normalizes = config.normalize or any(layer.kind == "Normalize" for layer in config.layers)
+        settings |= {"pooling": config.key()["pooling"], "normalize": normalizes}
     return settings
-
-
-def _mode(config: Mapping[str, Any], folder: Path) -> str:
-    modes = config.get("pooling_mode") or [mode for key, mode in OLD_KEYS.items() if config.get(key)]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in MODES:
-        raise ConfigError(f"pooling: auto: {folder} pools with {modes}, known are {sorted(MODES)}, one at a time")
-    if config.get("include_prompt") is False:
-        raise ConfigError(f"pooling: auto: {folder} leaves the prompt out of pooling, which the wrapper does not")
-    return MODES[modes[0]]

@@ -139,6 +139,22 @@ def weights_with_index(folder: Path) -> list[Path]:
     return checked([path, *shards], most_bytes=None)
 
 
+def head_tensors(folder: Path) -> tuple[str, list[str]]:
+    """Return the architecture of a checkpoint with a task head, and the names of the head's tensors.
+
+    A head's tensors lie beside the body's, which most names begin with. Without a head there are no names.
+    """
+    config = read_object(folder / CONFIG)
+    architecture = str((config.get("architectures") or [""])[0])
+    if "For" not in architecture:
+        return architecture, []
+    groups: dict[str, list[str]] = {}
+    for name in tensors(weight_files(folder)):
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    body = max(groups, key=lambda group: len(groups[group]))
+    return architecture, sorted(name for group, names in groups.items() if group != body for name in names)
+
+
 def config_files(folder: Path) -> list[Path]:
     """Return the configs of a model and its generation; transformers may select one by its version."""
     return checked([*folder.glob("config*.json"), *folder.glob("generation_config*.json")])

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +48,15 @@ from qeff_validate.models.sources.checkpoint import (
 )
 from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
 from qeff_validate.models.sources.gguf import Gguf
+from qeff_validate.models.sources.sentence_directory import (
+    EncodeSettings,
+    encode_settings,
+    is_sentence_directory,
+    transformer_folder,
+)
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
-from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
+from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, hashed_words, tokenize_with
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
@@ -83,7 +90,7 @@ class Source(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Folder:
     """A directory with config, safetensors weights and a tokenizer."""
 
@@ -119,7 +126,7 @@ class Folder:
         """Load the body from safetensors."""
         from transformers import AutoModel
 
-        return without_cache(self._load(AutoModel))
+        return without_cache(self._load(AutoModel, self._config_overrides()))
 
     def causal_lm(self) -> Any:
         """Load the causal LM from safetensors."""
@@ -127,17 +134,26 @@ class Folder:
 
         return self._load(AutoModelForCausalLM).eval()
 
-    def _load(self, auto: Any) -> Any:
+    def _config_overrides(self) -> Mapping[str, Any]:
+        return {}
+
+    def _tokenizer_options(self) -> Mapping[str, Any]:
+        return {}
+
+    def _load(self, auto: Any, overrides: Mapping[str, Any] | None = None) -> Any:
         import torch
         from transformers import AutoConfig
 
         check_directory(self.path)
         self._refuse_own_code()
         with translated_errors(f"load the model in {self.path}"), quiet_transformers():
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                self.path, trust_remote_code=False, local_files_only=True, **(overrides or {})
+            )
             check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
             model, info = auto.from_pretrained(
                 self.path,
+                config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -167,7 +183,9 @@ class Folder:
         check_tokenizer(self.path)
         self._refuse_own_code()
         with translated_errors(f"load the tokenizer in {self.path}"):
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=False, local_files_only=True, **self._tokenizer_options()
+            )
 
     def _refuse_own_code(self) -> None:
         """Raise ConfigError for an architecture that is unknown to transformers, if the directory contains its code."""
@@ -176,6 +194,48 @@ class Folder:
         config = read_object(self.path / CONFIG)
         if "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING:
             raise ConfigError(f"cannot load {self.path}: {OWN_CODE}")
+
+
+@dataclass(frozen=True)
+class SentenceFolder(Folder):
+    """A directory of sentence-transformers; texts are tokenized, and the body is set up, as its files say.
+
+    Attributes:
+        path: the directory of the Transformer module.
+        root: the directory with ``modules.json``; the same, or the one above.
+    """
+
+    root: Path
+
+    @cached_property
+    def settings(self) -> EncodeSettings:
+        """What the files say of texts and vectors."""
+        return encode_settings(self.root)
+
+    def body_key(self) -> Mapping[str, Any]:
+        """Return digests of the configs, the weights and the files of sentence-transformers."""
+        files = {*config_files(self.path), *weights_with_index(self.path), *module_files(self.root)}
+        return {"files": digests(files, self.root), **versions("transformers")}
+
+    def tokenizer(self) -> tuple[Tokenize, int]:
+        """Load the tokenizer, which lowercases if the files say so."""
+        return tokenize_with(self._load_tokenizer(), lower_case=self.settings.lower_case)
+
+    def text_limit(self) -> int | None:
+        """Return the number of tokens that texts are cut at; None if there is no limit."""
+        if self.settings.max_seq_length is not None:
+            return self.settings.max_seq_length
+        limits = [self._load_tokenizer().model_max_length]
+        positions = read_object(self.path / CONFIG).get("max_position_embeddings")
+        if "model_max_length" not in self.settings.tokenizer and isinstance(positions, int) and positions > 0:
+            limits.append(positions)
+        return min(limits) if min(limits) < MOST_LENGTH else None
+
+    def _config_overrides(self) -> Mapping[str, Any]:
+        return self.settings.config
+
+    def _tokenizer_options(self) -> Mapping[str, Any]:
+        return self.settings.tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +366,10 @@ def _folder(path: Path, case: Case) -> Folder:
     if not path.is_dir():
         raise ConfigError(f"case {case.name!r}: directory {path} does not exist (source {case.source!r})")
     with named(case):
-        config, stored = check_directory(path), tensors(weight_files(path))
-        check_sizes(config, str(path / CONFIG), stored=len(stored))
-    return Folder(path)
+        body = transformer_folder(path)
+        config, stored = check_directory(body), tensors(weight_files(body))
+        check_sizes(config, str(body / CONFIG), stored=len(stored))
+    return SentenceFolder(body, path) if is_sentence_directory(path) else Folder(body)
 
 
 @contextmanager

@@ -5,32 +5,54 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.sources.checkpoint import read_object
 
-Tokenize = Callable[[str], list[int]]
-"""Maps a text to token ids, with special tokens and without truncation."""
+
+class Tokenize(Protocol):
+    """Maps a text to token ids, with special tokens."""
+
+    def __call__(self, text: str, most: int | None = None, /) -> list[int]:
+        """Return all token ids, or at most so many; truncation keeps the special tokens."""
+
 
 MOST_LENGTH = 10**9
 """transformers uses 1e30 for a tokenizer without a limit."""
 
 
-def tokenize_with(tokenizer: Any) -> tuple[Tokenize, int]:
-    """Return the function of a transformers tokenizer, and its padding id, 0 if it has none."""
-    pad = tokenizer.pad_token_id
-    encode = tokenizer
+def tokenize_with(tokenizer: Any, *, lower_case: bool = False) -> tuple[Tokenize, int]:
+    """Return the function of a transformers tokenizer, and its padding id, 0 if it has none.
 
-    def tokenize(text: str) -> list[int]:
+    Args:
+        tokenizer: of transformers; it is left unchanged.
+        lower_case: lowercase each text before any other normalization.
+    """
+    pad = tokenizer.pad_token_id
+    encode = _lowercasing(tokenizer) if lower_case else tokenizer
+
+    def tokenize(text: str, most: int | None = None, /) -> list[int]:
+        limit = {"truncation": False} if most is None else {"truncation": True, "max_length": most}
         with translated_errors(f"tokenize {text[:40]!r}"):
-            return list(encode(text, truncation=False, verbose=False)["input_ids"])
+            return list(encode(text, verbose=False, **limit)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)
+
+
+def _lowercasing(tokenizer: Any) -> Any:
+    import copy
+
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    lowercasing = copy.deepcopy(tokenizer)
+    backend = lowercasing.backend_tokenizer
+    backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
+    return lowercasing
 
 
 def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
@@ -44,8 +66,9 @@ def hashed_words(vocabulary: int, pad: int) -> tuple[Tokenize, int]:
         raise ConfigError(f"vocab_size {vocabulary} is too small: at least 9 are needed")
     first, last, words = ids[0], ids[1], ids[3:]
 
-    def tokenize(text: str) -> list[int]:
+    def tokenize(text: str, most: int | None = None, /) -> list[int]:
         pieces: Sequence[str] = re.findall(r"\w+|[^\w\s]", text)
+        pieces = pieces if most is None else pieces[: max(0, most - 2)]
         return [first, *(words[zlib.crc32(word.encode()) % len(words)] for word in pieces), last]
 
     return tokenize, pad

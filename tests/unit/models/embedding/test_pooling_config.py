@@ -37,9 +37,11 @@ def auto(folder: Path | None, **options: Any) -> PoolingConfig:
         ({"pooling_mode_lasttoken": True}, "last"),
         ({"pooling_mode": "lasttoken"}, "last"),
         ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}, ("cls", "max")),
+        ({}, "mean"),
     ],
 )
-def test_old_and_new_pooling_files_are_read(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
+def test_old_and_new_pooling_files_are_read(tmp_path: Path, config: dict[str, Any], pooling: Any) -> None:
     assert auto(write(tmp_path, ["Transformer", "Pooling"], config)) == PoolingConfig(pooling, False, None)
 
 
@@ -53,11 +55,12 @@ def test_a_normalize_module_is_seen_and_the_case_may_say_otherwise(tmp_path: Pat
 @pytest.mark.parametrize(
     ("kinds", "config", "words"),
     [
-        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "a Dense module"),
+        (["Transformer", "Pooling", "CNN"], {"pooling_mode": "mean"}, "a CNN module"),
         (["Transformer"], {}, "no Pooling module"),
-        (["Pooling"], {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "one at a time"),
-        (["Pooling"], {"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
-        (["Pooling"], {"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
+        (["Transformer", "Pooling", "Pooling"], {"pooling_mode": "mean"}, "two Pooling modules"),
+        (["Transformer", "Dense", "Pooling"], {"pooling_mode": "mean"}, "before the pooling that reads"),
+        (["Transformer", "Pooling", "Dense"], {"module_output_name": "other"}, "from 'sentence_embedding' to 'other'"),
+        (["Pooling"], {"pooling_mode": "mean"}, "begins with a Pooling module"),
     ],
 )
 def test_what_the_wrapper_lacks_is_refused(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules of sentence-transformers after the pooling, in numpy and float64, for the reference.
+
+It shares no formula with `layers`, which is validated against it, but for activations, which are torch's in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.sources.sentence_directory import Layer
+
+VectorFunction = Callable[[Floats], Floats]
+"""Maps vectors ``[…, in]`` to ``[…, out]``."""
+
+
+def vector_function(layer: Layer) -> VectorFunction:
+    """Return the function of a module.
+
+    Raises:
+        ConfigError: its weights are missing, or do not fit.
+        Unavailable: its weights cannot be read.
+    """
+    if layer.kind == "Normalize":
+        return _normalized
+    return _dense(layer) if layer.kind == "Dense" else _layer_norm(layer)
+
+
+def _normalized(vectors: Floats) -> Floats:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+
+
+def _dense(layer: Layer) -> VectorFunction:
+    tensors = _weights(layer)
+    weight, bias = tensors["linear.weight"], tensors.get("linear.bias", np.float64(0.0))
+    activate = _activation(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")))
+    residual = bool(layer.config.get("use_residual", False))
+
+    def function(vectors: Floats) -> Floats:
+        if vectors.shape[-1] != weight.shape[-1]:
+            raise ConfigError(
+                f"{layer.folder}: the Dense module takes vectors of {weight.shape[-1]} numbers, and gets"
+                f" {vectors.shape[-1]}"
+            )
+        projected = activate(np.asarray(vectors @ weight.T + bias))
+        if not residual:
+            return projected
+        side = vectors @ tensors["residual.weight"].T if "residual.weight" in tensors else vectors
+        return np.asarray(projected + side)
+
+    return function
+
+
+def _layer_norm(layer: Layer) -> VectorFunction:
+    tensors = _weights(layer)
+
+    def function(vectors: Floats) -> Floats:
+        centred = vectors - vectors.mean(axis=-1, keepdims=True)
+        scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
+        return np.asarray(scaled * tensors["norm.weight"] + tensors["norm.bias"])
+
+    return function
+
+
+def _activation(name: str) -> VectorFunction:
+    if name.endswith(".Tanh") or not name.startswith("torch.nn."):
+        return lambda vectors: np.asarray(np.tanh(vectors))
+    if name.endswith(".Identity"):
+        return lambda vectors: vectors
+
+    def function(vectors: Floats) -> Floats:
+        import torch
+
+        from qeff_validate.models.embedding.layers import activation
+
+        with torch.inference_mode():
+            result: Floats = activation(name)(torch.from_numpy(np.ascontiguousarray(vectors))).numpy()
+        return result
+
+    return function
+
+
+def _weights(layer: Layer) -> dict[str, Floats]:
+    from qeff_validate.models.embedding.layers import layer_weights
+
+    return {name: tensor.double().numpy() for name, tensor in layer_weights(layer).items()}

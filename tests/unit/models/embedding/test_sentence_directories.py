@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directories of sentence-transformers, written by its own ``save``: the reference is what its ``encode`` returns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qeff_validate as qv
+from qeff_validate.engine import Runner
+from qeff_validate.errors import ConfigError
+from qeff_validate.protocols import runtime
+
+pytestmark = pytest.mark.numeric
+
+WIDTH = 32
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "query",
+    ":",
+    "red",
+    "Red",
+    "green",
+    "Green",
+    "blue",
+    "one",
+    "two",
+    "three",
+]
+TEXTS = ["red", "Green green BLUE one", "one two three red green blue one two three red green blue one two", "", "Red"]
+LIMIT = 5e-6
+"""Relative L2 between two float32 implementations of one model (issue K)."""
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small BERT and a tokenizer that keeps the case of letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("body")
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def dense(*sizes: int, activation: nn.Module | None = None, **options: Any) -> list[Any]:
+    from sentence_transformers.base.modules import Dense
+
+    activation = nn.Tanh() if activation is None else activation
+    return [Dense(a, b, activation_function=activation, **options) for a, b in itertools.pairwise(sizes)]
+
+
+def layer_norm() -> Any:
+    from sentence_transformers.sentence_transformer.modules import LayerNorm
+
+    layer = LayerNorm(WIDTH)
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    return layer
+
+
+def weighted_layers() -> Any:
+    from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
+
+    return WeightedLayerPooling(
+        WIDTH, num_hidden_layers=2, layer_start=1, layer_weights=nn.Parameter(torch.tensor([1.0, 3.0]))
+    )
+
+
+def normalize() -> Any:
+    from sentence_transformers.base.modules import Normalize
+
+    return Normalize()
+
+
+def dropout() -> Any:
+    from sentence_transformers.sentence_transformer.modules import Dropout
+
+    return Dropout(0.5)
+
+
+Modules = Callable[[], list[Any]]
+SAVED: Mapping[str, tuple[Any, Modules, Modules, dict[str, Any]]] = {
+    # pooling (modes, or options of Pooling) | modules before it | modules after it | options of SentenceTransformer
+    "mean": ("mean", list, list, {}),
+    "max": ("max", list, list, {}),
+    "cls": ("cls", list, list, {}),
+    "last token": ("lasttoken", list, list, {}),
+    "weighted mean": ("weightedmean", list, list, {}),
+    "mean by root of length": ("mean_sqrt_len_tokens", list, list, {}),
+    "several at once": (("cls", "max", "mean_sqrt_len_tokens", "weightedmean"), list, list, {}),
+    "normalized": ("mean", list, lambda: [normalize()], {}),
+    "dense": ("mean", list, lambda: dense(WIDTH, 24), {}),
+    "two dense, normalized": ("cls", list, lambda: [*dense(WIDTH, 64, 16, bias=False), normalize()], {}),
+    "identity": ("mean", list, lambda: dense(WIDTH, WIDTH, activation=nn.Identity()), {}),
+    "GELU": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.GELU()), {}),
+    "residual": ("mean", list, lambda: dense(WIDTH, WIDTH, use_residual=True), {}),
+    "residual of another width": ("mean", list, lambda: dense(WIDTH, 8, use_residual=True), {}),
+    "normalized before dense": ("mean", list, lambda: [normalize(), *dense(WIDTH, 8)], {}),
+    "layer norm": ("mean", list, lambda: [layer_norm()], {}),
+    "dropout": ("mean", list, lambda: [dropout(), *dense(WIDTH, 8)], {}),
+    "dense on tokens": ("max", lambda: dense(WIDTH, 8, module_input_name="token_embeddings"), list, {}),
+    "default prompt": ("mean", list, list, {"prompts": {"query": "query : "}, "default_prompt_name": "query"}),
+    "first numbers": ("mean", list, lambda: [normalize()], {"truncate_dim": 8}),
+    "first numbers of dense": ("mean", list, lambda: dense(WIDTH, 16), {"truncate_dim": 8}),
+}
+for MODE in ("mean", "max", "cls", "lasttoken", "weightedmean"):
+    NAME, OPTIONS = f"prompt left out of {MODE}", {"prompts": {"query": "query : "}, "default_prompt_name": "query"}
+    SAVED = {**SAVED, NAME: ({"pooling_mode": MODE, "include_prompt": False}, list, list, OPTIONS)}
+
+
+def save(
+    folder: Path,
+    body: Path,
+    pooling: Any = "mean",
+    before: Modules = list,
+    after: Modules = list,
+    limit: int | None = None,
+    lower_case: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Write a directory as sentence-transformers saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pooling_options = pooling if isinstance(pooling, dict) else {"pooling_mode": pooling}
+        transformer = Transformer(str(body), do_lower_case=lower_case, config_kwargs=dict(config or {}))
+        if limit:
+            transformer.max_seq_length = limit
+        first = before()
+        width = first[-1].out_features if first and hasattr(first[-1], "out_features") else WIDTH
+        modules = [transformer, *first, Pooling(width, **pooling_options), *after()]
+        SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder))
+    return folder
+
+
+def encoded(folder: Path, texts: list[str], **options: Any) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, **options)
+
+
+def reference(folder: Path, tmp_path: Path, texts: list[str] = TEXTS, **options: Any) -> Any:
+    case = qv.Case(
+        name="saved", source=f"path:{folder}", inputs={"texts": texts}, tolerance="table", exporter="torchscript",
+        options={"seq_len": [8, 32], **options},
+    )  # fmt: skip
+    pipeline = Runner(store=tmp_path / "store").pipeline(case)
+    result = pipeline.result(runtime("torch"))
+    assert result.status == "pass", result.reason
+    return pipeline.reference()["output"][: len(texts)]
+
+
+def assert_near(ours: Any, theirs: Any) -> None:
+    assert ours.shape == theirs.shape
+    errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert errors.max() <= LIMIT
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_reference_is_what_encode_returns_and_the_module_agrees(name: str, body: Path, tmp_path: Path) -> None:
+    pooling, before, after, options = SAVED[name]
+    folder = save(tmp_path / "saved", body, pooling, before, after, **options)
+    assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_weighted_layers(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body, "mean", lambda: [weighted_layers()], config={"output_hidden_states": True})
+    assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_long_texts_are_cut_as_encode_cuts_them(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body, "lasttoken", limit=6, prompts={"query": "query : "})
+    assert_near(reference(folder, tmp_path, prompt="query"), encoded(folder, TEXTS, prompt_name="query"))
+
+
+def test_length_that_only_the_tokenizer_knows(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 7}))
+    assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_lower_case(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": True}))
+    theirs = encoded(folder, TEXTS)
+    assert np.allclose(theirs[0], theirs[4]), "red and Red are one word"
+    assert_near(reference(folder, tmp_path), theirs)
+
+
+def test_truncation_keeps_the_closing_token(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body, "lasttoken")
+    ours = reference(folder, tmp_path, seq_len=[8], truncate=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 8}))
+    assert_near(ours, encoded(folder, TEXTS))
+
+
+def test_layout_of_version_two(body: Path, tmp_path: Path) -> None:
+    """The Transformer in a directory of its own, old names of poolings, and no settings file."""
+    folder = save(tmp_path / "saved", body, "mean", list, lambda: dense(WIDTH, 8))
+    inside = folder / "0_Transformer"
+    inside.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file() and path.name != "modules.json"]:
+        shutil.move(path, inside / path.name)
+    (inside / "config_sentence_transformers.json").unlink()
+    (inside / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 6, "do_lower_case": False}))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    for module in modules:
+        module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    old = {"word_embedding_dimension": WIDTH, "pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(old))
+    dense_config = json.loads((folder / "2_Dense" / "config.json").read_text())
+    (folder / "2_Dense" / "config.json").write_text(json.dumps({**dense_config, "in_features": 2 * WIDTH}))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    wide = {**weights, "linear.weight": torch.cat([weights["linear.weight"]] * 2, dim=1).contiguous()}
+    save_file(wide, folder / "2_Dense" / "model.safetensors")
+    assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_prompt_by_name_by_text_and_unknown(body: Path, tmp_path: Path) -> None:
+    folder = save(
+        tmp_path / "saved", body, prompts={"query": "query : ", "passage": "one : "}, default_prompt_name="query"
+    )
+    for asked, theirs in (
+        ("passage", {"prompt_name": "passage"}),
+        ("two : ", {"prompt": "two : "}),
+        ("", {"prompt": ""}),
+    ):
+        assert_near(reference(folder, tmp_path, prompt=asked), encoded(folder, TEXTS, **theirs))
+    with pytest.raises(ConfigError, match=r"no prompt is called 'pasage'\. Did you mean 'passage'\? The directory has"):
+        qv.model(qv.Case(name="x", source=f"path:{folder}", options={"prompt": "pasage"})).inputs_key()
+
+
+def test_named_pooling_that_drops_a_dense_is_a_precheck_that_differs(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body, "mean", list, lambda: dense(WIDTH, WIDTH))
+    case = qv.Case(
+        name="x", source=f"path:{folder}", inputs={"texts": TEXTS}, options={"pooling": "mean"}, tolerance="table"
+    )
+    result = Runner(store=tmp_path / "store").pipeline(case).result(runtime("torch"))
+    assert result.status == "fail"
+    assert "modules.json goes on with Dense, which the case's pooling mean leaves out" in result.reason
+    left_out = case.model_copy(update={"options": {"pooling": "mean", "leave_out": ["Dense"]}})
+    assert Runner(store=tmp_path / "store").pipeline(left_out).result(runtime("torch")).status == "pass"
+
+
+def _add_cnn(modules: list[Any], _: Path) -> None:
+    modules.append({"type": "sentence_transformers.models.CNN", "path": "3_CNN"})
+
+
+def _climb(modules: list[Any], _: Path) -> None:
+    modules[2]["path"] = "../2_Dense"
+
+
+def _change(name: str, **values: Any) -> Any:
+    def change(_: list[Any], folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _pickled(_: list[Any], folder: Path) -> None:
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+
+
+DAMAGES: Mapping[str, tuple[Any, str]] = {
+    "unsupported module": (_add_cnn, "a CNN module"),
+    "directory outside": (_climb, "lies outside of"),
+    "wrong width": (_change("2_Dense/config.json", in_features=7), "does not fit"),
+    "unknown activation": (
+        _change("2_Dense/config.json", activation_function="torch.nn.Nothing"),
+        "no class of torch",
+    ),
+    "pickled weights": (_pickled, "pickled weights"),
+    "unknown pooling": (_change("1_Pooling/config.json", pooling_mode="median"), "'median'"),
+    "unknown default prompt": (_change("config_sentence_transformers.json", default_prompt_name="q"), "none of the"),
+    "other task": (_change("sentence_bert_config.json", transformer_task="fill-mask"), "fill-mask"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_broken_directories_are_errors_that_name_what_is_wrong(name: str, body: Path, tmp_path: Path) -> None:
+    damage, words = DAMAGES[name]
+    folder = save(tmp_path / "saved", body, "mean", list, lambda: dense(WIDTH, 8))
+    modules = json.loads((folder / "modules.json").read_text())
+    damage(modules, folder)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    case = qv.Case(name="x", source=f"path:{folder}", options={"pooling": "auto"}, tolerance="table")
+    result = Runner(store=tmp_path / "store").pipeline(case).result(runtime("torch"))
+    assert (result.status, words in result.reason) == ("error", True), result.reason
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "MaskedLM"])
+def test_head_of_a_checkpoint_is_said_to_be_left_out(kind: str, body: Path, tmp_path: Path) -> None:
+    import transformers
+
+    folder = shutil.copytree(body, tmp_path / "headed")
+    config = transformers.AutoConfig.from_pretrained(body)
+    getattr(transformers, f"BertFor{kind}")(config).save_pretrained(folder)
+    notes = qv.model(qv.Case(name="x", source=f"path:{folder}")).rows().notes
+    assert [f"a BertFor{kind}, and its head" in note for note in notes].count(True) == 1
+    assert not qv.model(qv.Case(name="x", source=f"path:{body}")).rows().notes
