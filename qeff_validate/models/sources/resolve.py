@@ -56,6 +56,7 @@ from qeff_validate.models.sources.sentence_directory import (
 )
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
+from qeff_validate.models.sources.text_encoders import TextEncoder
 from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, hashed_words, tokenize_with
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
@@ -124,9 +125,7 @@ class Folder:
 
     def body(self) -> Any:
         """Load the body from safetensors."""
-        from transformers import AutoModel
-
-        return without_cache(self._load(AutoModel, self._config_overrides()))
+        return without_cache(self._load(TextEncoder, self._config_overrides()))
 
     def causal_lm(self) -> Any:
         """Load the causal LM from safetensors."""

@@ -20,6 +20,7 @@ from qeff_validate.models.sources.checkpoint import (
 from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.shrink import SMALL, WINDOW, shrink
 from qeff_validate.models.sources.size_limits import check_memory, check_sizes
+from qeff_validate.models.sources.text_encoders import TOWERS, TextEncoder
 from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
@@ -32,6 +33,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "relative_attention": True,
         "share_att_key": True,
     },
+    "esm": {"mask_token_id": 32, "pad_token_id": 1, "position_embedding_type": "rotary", "vocab_size": 33},
     "eurobert": {"num_key_value_heads": 2},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
@@ -43,6 +45,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "residual_multiplier": 0.5,
     },
     "llama": {"num_key_value_heads": 2},
+    "nemotron": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
     "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
     "qwen2": {
@@ -110,6 +113,7 @@ class Random:
             raise ConfigError(f"{name}: transformers knows no such model type.{hint if 'Did you mean' in hint else ''}")
         with translated_errors(f"make a config for {name}"), quiet_transformers():
             default = AutoConfig.for_model(self.model_type)
+            default = default.text_config if self.model_type in TOWERS else default
         return small_config(default, name, SMALL, self.config, special=SPECIAL.get(self.model_type, {}))
 
 
@@ -243,9 +247,7 @@ def small_config(
 
 def draw(config: Any, seed: int, name: str) -> Any:
     """Build a body with seeded weights; biases and norms are random too, so that losing one is detected."""
-    from transformers import AutoModel
-
-    return without_cache(_build_seeded(AutoModel, config, seed, name))
+    return without_cache(_build_seeded(TextEncoder, config, seed, name))
 
 
 def draw_causal(config: Any, seed: int, name: str) -> Any:
@@ -288,12 +290,11 @@ def words_for(config: Any) -> tuple[Tokenize, int]:
 
 
 def empty_body(config: Any, name: str, auto: Any = None) -> Any:
-    """Instantiate a model of an Auto class (None: AutoModel) on the meta device (no weights allocated)."""
+    """Instantiate a body, or a model of an Auto class, on the meta device (no weights allocated)."""
     import torch
-    from transformers import AutoModel
 
     with torch.device("meta"), translated_errors(f"build {name}"), quiet_transformers():
-        return (auto or AutoModel).from_config(config, trust_remote_code=False)
+        return (auto or TextEncoder).from_config(config, trust_remote_code=False)
 
 
 def _refuse_large(config: Any, name: str) -> None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The body that turns texts into hidden states: AutoModel's class, or the text encoder of a model with more parts.
+
+An encoder-decoder has an encoder, a model of images and texts has a text tower; sentence-transformers uses the same
+classes for embeddings. Importing this module loads no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ENCODERS: Mapping[str, str] = {
+    "longt5": "LongT5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "switch_transformers": "SwitchTransformersEncoderModel",
+    "t5": "T5EncoderModel",
+    "udop": "UdopEncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+"""Encoders that AutoModel does not build, by model type."""
+
+TOWERS: Mapping[str, str] = {
+    "clip": "CLIPTextModel",
+    "siglip": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+}
+"""Text towers of models of images and texts, by model type; their config is the part ``text_config``."""
+
+
+class TextEncoder:
+    """Stands in for AutoModel: loads or builds the body of a config."""
+
+    @staticmethod
+    def from_config(config: Any, **options: Any) -> Any:
+        """Build the body with weights that transformers initializes; options as those of AutoModel."""
+        from transformers import AutoModel
+
+        encoder = _encoder_class(config)
+        if encoder is None:
+            return AutoModel.from_config(config, **options)
+        return encoder._from_config(_own_config(config), dtype=options.get("dtype"))
+
+    @staticmethod
+    def from_pretrained(folder: Any, *, config: Any, **options: Any) -> Any:
+        """Load the body from a directory; options as those of AutoModel."""
+        from transformers import AutoModel
+
+        encoder = _encoder_class(config)
+        if encoder is None:
+            return AutoModel.from_pretrained(folder, config=config, **options)
+        options.pop("trust_remote_code", None)
+        return encoder.from_pretrained(folder, config=_own_config(config), **options)
+
+
+def _encoder_class(config: Any) -> Any:
+    import transformers
+
+    name = {**ENCODERS, **TOWERS}.get(config.model_type)
+    return None if name is None else getattr(transformers, name)
+
+
+def _own_config(config: Any) -> Any:
+    """Return the config of the encoder alone."""
+    return config.text_config if config.model_type in TOWERS else config
