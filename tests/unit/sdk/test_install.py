@@ -20,7 +20,7 @@ from qeff_validate.cli import main
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.protocols import Settings, runtime
 from qeff_validate.runtimes.qaic import QaicRuntime
-from qeff_validate.sdk import tree
+from qeff_validate.sdk import install
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.sdk.simulated import old_compiler
 
@@ -52,7 +52,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     """A tree that was laid down."""
-    tree.install(tmp_path / "sdk", PYTHON)
+    install.install_tree(tmp_path / "sdk", PYTHON)
     return tmp_path / "sdk"
 
 
@@ -111,15 +111,15 @@ def is_binding(name: str) -> bool:
 
 
 def test_remove_leaves_nothing_of_what_install_made(prefix: Path) -> None:
-    done = tree.remove(prefix)
+    done = install.remove_tree(prefix)
     assert done.kept == ()
     assert not prefix.exists()
     assert prefix.parent.is_dir()
 
 
 def test_folder_that_was_there_before_stays(tmp_path: Path) -> None:
-    tree.install(tmp_path, PYTHON)
-    tree.remove(tmp_path)
+    install.install_tree(tmp_path, PYTHON)
+    install.remove_tree(tmp_path)
     assert snapshot(tmp_path) == {}
 
 
@@ -128,13 +128,13 @@ def test_byte_code_of_what_was_laid_down_goes_too_and_other_byte_code_stays(pref
     cache.mkdir()
     for name in ("qpc.cpython-310.pyc", "qpc.cpython-312.opt-1.pyc", "other.cpython-310.pyc"):
         (cache / name).touch()
-    assert tree.remove(prefix).kept == (f"{LIBRARY}/simulated/__pycache__/other.cpython-310.pyc (not ours)",)
+    assert install.remove_tree(prefix).kept == (f"{LIBRARY}/simulated/__pycache__/other.cpython-310.pyc (not ours)",)
 
 
 def test_changed_and_foreign_files_are_kept_and_named(prefix: Path) -> None:
     (prefix / "versions" / "apps.xml").write_text("<versions/>")
     (prefix / "exec" / "qaic-runner").write_text("mine")
-    assert tree.remove(prefix).kept == ("versions/apps.xml (changed)", "exec/qaic-runner (not ours)")
+    assert install.remove_tree(prefix).kept == ("versions/apps.xml (changed)", "exec/qaic-runner (not ours)")
     files = {name for name, digest in snapshot(prefix).items() if digest}
     assert files == {"versions/apps.xml", "exec/qaic-runner"}
 
@@ -145,27 +145,27 @@ def test_nothing_behind_a_link_is_deleted(prefix: Path, tmp_path: Path) -> None:
     (prefix / "exec").symlink_to(elsewhere)
     before = snapshot(elsewhere)
     with pytest.raises(ConfigError, match="exec/qaic-compile"):
-        tree.install(prefix, PYTHON)
-    assert "exec/qaic-compile (changed)" in tree.remove(prefix).kept
+        install.install_tree(prefix, PYTHON)
+    assert "exec/qaic-compile (changed)" in install.remove_tree(prefix).kept
     assert snapshot(elsewhere) == before
 
 
 @pytest.mark.parametrize("name", ["../victim", "/victim", "exec/../../victim"])
 def test_manifest_that_names_something_outside_is_refused(name: str, prefix: Path) -> None:
-    manifest = json.loads((prefix / tree.MANIFEST).read_text())
+    manifest = json.loads((prefix / install.MANIFEST).read_text())
     manifest["files"][name] = []
-    (prefix / tree.MANIFEST).write_text(json.dumps(manifest))
+    (prefix / install.MANIFEST).write_text(json.dumps(manifest))
     before = snapshot(prefix)
     with pytest.raises(ConfigError, match="outside"):
-        tree.remove(prefix)
+        install.remove_tree(prefix)
     assert snapshot(prefix) == before
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": [], "folders": []}'])
 def test_manifest_that_cannot_be_read_is_an_error_for_both(text: str, prefix: Path) -> None:
-    (prefix / tree.MANIFEST).write_text(text)
+    (prefix / install.MANIFEST).write_text(text)
     before = snapshot(prefix)
-    for act in (lambda: tree.remove(prefix), lambda: tree.install(prefix, PYTHON)):
+    for act in (lambda: install.remove_tree(prefix), lambda: install.install_tree(prefix, PYTHON)):
         with pytest.raises(ConfigError, match="cannot be read"):
             act()
     assert snapshot(prefix) == before
@@ -175,7 +175,7 @@ def test_remove_where_nothing_was_laid_down_is_an_error(tmp_path: Path) -> None:
     real = sdk_prefix.prefix(tmp_path / "real")
     before = snapshot(real)
     with pytest.raises(ConfigError, match="holds no simulated SDK"):
-        tree.remove(real)
+        install.remove_tree(real)
     assert snapshot(real) == before
 
 
@@ -186,7 +186,7 @@ def test_real_installation_is_refused_with_its_version(tmp_path: Path) -> None:
     real = sdk_prefix.prefix(tmp_path / "real")
     before = snapshot(real)
     with pytest.raises(ConfigError, match=r"not simulated, version 1\.22\.0\.119"):
-        tree.install(real, PYTHON)
+        install.install_tree(real, PYTHON)
     assert snapshot(real) == before
 
 
@@ -194,23 +194,23 @@ def test_real_installation_over_a_tree_is_refused_too(prefix: Path) -> None:
     sdk_prefix.prefix(prefix)
     before = snapshot(prefix)
     with pytest.raises(ConfigError, match=r"exec/qaic-compile.*versions/platform\.xml"):
-        tree.install(prefix, PYTHON)
+        install.install_tree(prefix, PYTHON)
     assert snapshot(prefix) == before
 
 
 def test_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        tree.install(tmp_path, PYTHON)
+        install.install_tree(tmp_path, PYTHON)
     assert set(snapshot(tmp_path)) == {"notes"}
 
 
 def test_file_and_missing_parent_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is no directory"):
-        tree.install(tmp_path / "file", PYTHON)
+        install.install_tree(tmp_path / "file", PYTHON)
     with pytest.raises(ConfigError, match="make it first"):
-        tree.install(tmp_path / "a" / "b", PYTHON)
+        install.install_tree(tmp_path / "a" / "b", PYTHON)
 
 
 # --- upgrades and interruptions --------------------------------------------------------------------
@@ -219,16 +219,16 @@ def test_file_and_missing_parent_are_refused(tmp_path: Path) -> None:
 def test_second_install_replaces_what_changed_and_drops_what_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix, now = tmp_path / "sdk", tree.contents(PYTHON)
+    prefix, now = tmp_path / "sdk", install.contents(PYTHON)
     before = {**now, "dev/gone/away.py": b"old", "versions/apps.xml": b"old"}
-    monkeypatch.setattr(tree, "contents", lambda *_, **__: before)
-    tree.install(prefix, PYTHON)
+    monkeypatch.setattr(install, "contents", lambda *_, **__: before)
+    install.install_tree(prefix, PYTHON)
     (prefix / "mine").touch()
-    monkeypatch.setattr(tree, "contents", lambda *_, **__: now)
-    tree.install(prefix, PYTHON)
+    monkeypatch.setattr(install, "contents", lambda *_, **__: now)
+    install.install_tree(prefix, PYTHON)
     assert (prefix / "versions" / "apps.xml").read_bytes() == now["versions/apps.xml"]
     assert not (prefix / "dev" / "gone").exists()
-    assert tree.remove(prefix).kept == ("mine (not ours)",)
+    assert install.remove_tree(prefix).kept == ("mine (not ours)",)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 9], ids=["manifest", "first file", "in between", "manifest again"])
@@ -238,24 +238,24 @@ def test_interrupted_install_can_be_removed_or_completed(
 ) -> None:
     few = {name: name.encode() for name in EXPECTED}
     older = {**dict.fromkeys(EXPECTED, b"older"), "exec/qaic-exec": b"older"}
-    monkeypatch.setattr(tree, "contents", lambda *_, old: older if old else few)
-    tree.install(tmp_path / "whole", PYTHON)
+    monkeypatch.setattr(install, "contents", lambda *_, old: older if old else few)
+    install.install_tree(tmp_path / "whole", PYTHON)
     for name in ("removed", "completed"):
         if upgrade:
-            tree.install(tmp_path / name, PYTHON, old=True)
+            install.install_tree(tmp_path / name, PYTHON, old=True)
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", Failing(steps))
             with pytest.raises(KeyboardInterrupt):
-                tree.install(tmp_path / name, PYTHON)
+                install.install_tree(tmp_path / name, PYTHON)
         assert list((tmp_path / name).rglob("*.partial")), "what was not finished lies about"
-    assert tree.remove(tmp_path / "removed").kept == ()
+    assert install.remove_tree(tmp_path / "removed").kept == ()
     # before there is a manifest nobody knows who made the folder, so it stays
     assert (tmp_path / "removed").exists() == (steps == 1 and not upgrade)
     assert not any((tmp_path / "removed").glob("*"))
-    tree.install(tmp_path / "completed", PYTHON)
+    install.install_tree(tmp_path / "completed", PYTHON)
     completed, expected = snapshot(tmp_path / "completed"), snapshot(tmp_path / "whole")
-    assert completed.pop(tree.MANIFEST)
-    assert expected.pop(tree.MANIFEST)
+    assert completed.pop(install.MANIFEST)
+    assert expected.pop(install.MANIFEST)
     assert completed == expected
 
 
@@ -279,7 +279,7 @@ def test_old_tree_has_the_old_compiler_and_version_and_rejects_named_specializat
     tmp_path: Path, make_linear
 ) -> None:
     prefix = tmp_path / "sdk"
-    tree.install(prefix, PYTHON, old=True)
+    install.install_tree(prefix, PYTHON, old=True)
     assert Sdk(prefix).compiler() == ([str(prefix / "exec" / "qaic-exec")], True)
     assert Sdk(prefix).versions() == {"apps": "1.20.0.0", "platform": "1.20.0.0"}
     (tmp_path / "model.onnx").write_bytes(make_linear().SerializeToString())
@@ -332,6 +332,6 @@ def test_interpreter_that_cannot_run_the_compiler_is_refused(tmp_path: Path) -> 
     bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'onnx'\" >&2\nexit 1\n")
     bare.chmod(0o755)
     with pytest.raises(ConfigError, match=r"cannot run the simulated compiler: .*'onnx'"):
-        tree.interpreter(str(bare))
+        install.interpreter(str(bare))
     with pytest.raises(ConfigError, match="is no program"):
-        tree.interpreter(str(tmp_path / "none"))
+        install.interpreter(str(tmp_path / "none"))

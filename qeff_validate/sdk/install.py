@@ -69,7 +69,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What `remove` took away, and what it left with the reason."""
+    """What `remove_tree` took away, and what it left with the reason."""
 
     files: int
     kept: tuple[str, ...]
@@ -97,7 +97,7 @@ def interpreter(python: str | None = None) -> Path:
     return path
 
 
-def install(prefix: Path, python: Path, *, old: bool = False) -> list[str]:
+def install_tree(prefix: Path, python: Path, *, old: bool = False) -> list[str]:
     """Lay the tree down, or bring an own one up to date; returns the files, relative to the prefix.
 
     Args:
@@ -127,8 +127,8 @@ def install(prefix: Path, python: Path, *, old: bool = False) -> list[str]:
     return sorted(files)
 
 
-def remove(prefix: Path) -> Removed:
-    """Take away what `install` laid down there, finished or not, and nothing else.
+def remove_tree(prefix: Path) -> Removed:
+    """Take away what `install_tree` laid down there, finished or not, and nothing else.
 
     Raises:
         ConfigError: nothing was laid down there, or it cannot be deleted.
