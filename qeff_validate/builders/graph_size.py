@@ -17,7 +17,7 @@ def check_graph(path: Path) -> None:
     """
     import onnx
 
-    from qeff_validate.sdk.simulated.functions import too_large
+    from qeff_validate.sdk.simulated.compiler.function_inlining import too_large
 
     try:
         problem = too_large(onnx.load(str(path), load_external_data=False))

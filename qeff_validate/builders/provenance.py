@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Kind
-from qeff_validate.sdk.simulated.contrib import contrib_summary
+from qeff_validate.sdk.simulated.compiler.contrib_operators import contrib_summary
 
 KEY = "qeff_validate"
 """Of an entry in an ONNX file's metadata: the fingerprint of the model wrapper, as JSON."""

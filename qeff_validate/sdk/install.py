@@ -34,7 +34,7 @@ _BINDINGS = '''\
 # SPDX-License-Identifier: Apache-2.0
 """Simulated runtime bindings of the Cloud AI 100 SDK, laid down by `qeff-validate sdk install`. There is no card."""
 
-from .simulated.qaicrt import *
+from .simulated.bindings.qaicrt import *
 '''
 _TOOLS = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -43,10 +43,10 @@ _TOOLS = '''\
 import sys
 from importlib import import_module
 
-COMPILERS = {"qaic-compile": "compiler", "qaic-exec": "old_compiler"}
+COMPILERS = {"qaic-compile": "qaic_compile", "qaic-exec": "qaic_exec"}
 name, *arguments = sys.argv[1:]
 if name in COMPILERS:
-    sys.exit(import_module(f"simulated.{COMPILERS[name]}").main(arguments))
+    sys.exit(import_module(f"simulated.compiler.{COMPILERS[name]}").main(arguments))
 sys.exit(import_module("simulated.tools").main([name, *arguments]))
 '''
 # -E: the variables of the client's Python are not about the compiler's
@@ -165,7 +165,7 @@ def contents(python: Path, *, old: bool = False) -> dict[str, bytes]:
     machine = platform.machine()
     package = f"dev/lib/{machine}/qaicrt"
     files = {f"{package}/__init__.py": _BINDINGS.encode(), f"{package}/__main__.py": _TOOLS.encode()}
-    files["dev/python/QAicApi_pb2.py"] = (SIMULATED / "QAicApi_pb2.py").read_bytes()
+    files["dev/python/QAicApi_pb2.py"] = (SIMULATED / "bindings" / "QAicApi_pb2.py").read_bytes()
     for path in sorted(SIMULATED.rglob("*")):
         if path.suffix in (".py", ".xml"):
             name, data = path.relative_to(SIMULATED).as_posix(), path.read_bytes()

@@ -168,7 +168,9 @@ class Sdk:
             Unavailable: one of them cannot be imported, or this process has another SDK's loaded already.
         """
         if self.built_in:
-            return importlib.import_module(f"{_PACKAGE}.qaicrt"), importlib.import_module(f"{_PACKAGE}.QAicApi_pb2")
+            return importlib.import_module(f"{_PACKAGE}.bindings.qaicrt"), importlib.import_module(
+                f"{_PACKAGE}.bindings.QAicApi_pb2"
+            )
         found = []
         # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (design §5)
         for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):

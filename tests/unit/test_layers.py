@@ -196,7 +196,7 @@ def test_every_module_of_the_package_is_read() -> None:
     assert {
         "qeff_validate.engine",
         "qeff_validate.models.embedding.pooling",
-        "qeff_validate.sdk.simulated.qaicrt",
+        "qeff_validate.sdk.simulated.bindings.qaicrt",
     } <= set(NAMES)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-STANDARD = ("", "ai.onnx")
+from .graph import opset_of
 
 
 class CompileError(Exception):
@@ -14,11 +14,6 @@ class CompileError(Exception):
 
 class QpcError(Exception):
     """A QPC can not be read: the text says whether it is missing, real, foreign or damaged."""
-
-
-def opset_of(model: Any) -> int:
-    """Returns the opset of the standard operators that a ModelProto asks for."""
-    return max((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD), default=1)
 
 
 def rejected(model: Any, why: str, operator: str = "", node: Any = None) -> CompileError:

@@ -27,8 +27,8 @@ from typing import IO, Any
 
 import onnxruntime as ort
 
-from .checks import header_problem
 from .errors import QpcError
+from .qpc_checks import header_problem
 from .weights import CHUNK, Weight
 
 FILE_NAME = "programqpc.bin"

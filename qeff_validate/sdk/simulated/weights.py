@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import CompileError
-from .static import nodes_of, subgraphs
+from .graph import nodes_of, subgraphs
 
 # Up to this size a tensor stays in the graph, where shape inference can read it; shapes are tiny.
 SMALL = 1024

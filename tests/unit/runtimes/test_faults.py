@@ -126,7 +126,7 @@ HANGS = (
     sdk_prefix.QAICRT
     + """
 import os, pathlib, signal
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 
 class ExecObj(base.ExecObj):

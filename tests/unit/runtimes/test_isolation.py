@@ -27,7 +27,7 @@ LOUD = (
     sdk_prefix.QAICRT
     + """
 import logging, os, pathlib, signal, threading
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 HERE = pathlib.Path(__file__).parent
 

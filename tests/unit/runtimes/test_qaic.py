@@ -22,8 +22,8 @@ from qeff_validate.runtimes import qaic_calls
 from qeff_validate.runtimes.isolation.parent import Isolated
 from qeff_validate.runtimes.qaic import QaicRuntime
 from qeff_validate.sdk.locate import simulated
-from qeff_validate.sdk.simulated import QAicApi_pb2
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import QAicApi_pb2
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 FEEDS = {"x": X, "total": np.zeros_like(X)}

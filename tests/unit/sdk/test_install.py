@@ -22,7 +22,7 @@ from qeff_validate.protocols import Settings, runtime
 from qeff_validate.runtimes.qaic import QaicRuntime
 from qeff_validate.sdk import install
 from qeff_validate.sdk.locate import Sdk
-from qeff_validate.sdk.simulated import old_compiler
+from qeff_validate.sdk.simulated.compiler import qaic_exec
 
 PYTHON = Path(sys.executable)
 LIBRARY = f"dev/lib/{platform.machine()}/qaicrt"
@@ -304,12 +304,12 @@ def test_old_tree_has_the_old_compiler_and_version_and_rejects_named_specializat
 def test_old_compiler_refuses_what_it_would_do_otherwise(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert old_compiler.main(["-aic-hw", *arguments, "-m=a.onnx", "-aic-binary-dir=b"]) == 255
+    assert qaic_exec.main(["-aic-hw", *arguments, "-m=a.onnx", "-aic-binary-dir=b"]) == 255
     assert said in capsys.readouterr().err
 
 
 def test_old_compiler_says_its_version_without_compiling(capsys: pytest.CaptureFixture[str]) -> None:
-    assert old_compiler.main(["-version"]) == 0
+    assert qaic_exec.main(["-version"]) == 0
     assert capsys.readouterr().out.strip() == "1.22.0.120"
 
 
