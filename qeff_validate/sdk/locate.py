@@ -28,6 +28,7 @@ from qeff_validate.files import expand_user
 DEFAULT_PREFIX = "/opt/qti-aic"
 SIMULATED = Path(__file__).resolve().parent / "simulated"
 _PACKAGE = "qeff_validate.sdk.simulated"
+_BINDINGS = f"{_PACKAGE}.bindings"
 QUERY_SECONDS = 10
 
 
@@ -168,9 +169,8 @@ class Sdk:
             Unavailable: one of them cannot be imported, or this process has another SDK's loaded already.
         """
         if self.built_in:
-            return importlib.import_module(f"{_PACKAGE}.bindings.qaicrt"), importlib.import_module(
-                f"{_PACKAGE}.bindings.QAicApi_pb2"
-            )
+            qaicrt, messages = (importlib.import_module(f"{_BINDINGS}.{name}") for name in ("qaicrt", "QAicApi_pb2"))
+            return qaicrt, messages
         found = []
         # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (design §5)
         for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):

@@ -70,8 +70,7 @@ def test_numbers_and_names_in_the_text():
     assert f"stored as {model_import.MAX_IR} at most" in flat
     for operator in (*index_guard._GATHERS, *index_guard._SCATTERS):
         assert operator in flat
-    known = [
-        name for name in re.findall(r"\bCtx\w+", flat) if function_inlining._built_in(function_inlining.CLOUD, name, 18)
-    ]
+    body_of, domain = function_inlining._built_in, function_inlining.CLOUD
+    known = [name for name in re.findall(r"\bCtx\w+", flat) if body_of(domain, name, 18)]
     assert len(set(known)) == 9
     assert set(known) == set(re.findall(r"\bCtx\w+", flat)), "an operator without a body is promised"

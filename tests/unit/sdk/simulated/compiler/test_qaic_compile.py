@@ -66,7 +66,8 @@ def test_failure_as_a_process(tmp_path):
 def test_the_package_loads_no_torch_and_nothing_of_the_library():
     code = (
         "import sys; from qeff_validate.sdk.simulated import tools;"
-        "from qeff_validate.sdk.simulated.bindings import qaicrt; from qeff_validate.sdk.simulated.compiler import qaic_compile;"
+        "from qeff_validate.sdk.simulated.bindings import qaicrt;"
+        "from qeff_validate.sdk.simulated.compiler import qaic_compile;"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'pydantic')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
