@@ -14,7 +14,7 @@ from qeff_validate.cli.progress import console, print_text
 from qeff_validate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qeff_validate.builders.store import Kept
+    from qeff_validate.builders.store import EntryInfo
 
 SECONDS_PER_DAY = 86400
 
@@ -52,6 +52,6 @@ def prune(
     console().print(f"deleted {len(deleted)} entries, {megabytes:.1f} MB", markup=False, highlight=False)
 
 
-def _row(entry: Kept) -> str:
+def _row(entry: EntryInfo) -> str:
     days = (time.time() - entry.used) / SECONDS_PER_DAY
     return f"{entry.kind:10} {entry.size / 1e6:10.1f} MB {days:8.1f} days  {entry.path}"

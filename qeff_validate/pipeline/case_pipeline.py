@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Artifact, Kind, fingerprint
-from qeff_validate.builders.provenance import about
-from qeff_validate.builders.store import Entry, Store, code_key, measures_key
+from qeff_validate.builders.provenance import read_provenance
+from qeff_validate.builders.source_keys import code_key, measures_key
+from qeff_validate.builders.store import Entry, Store
 from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows
 from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.config.case import Case, Precision
@@ -195,11 +196,15 @@ class Pipeline:
         brought = self.case.artifacts
         if kind == "qpc" and brought.qpc:
             path = Path(brought.qpc)
-            return self.stages.once("qpc.origin", lambda: about("qpc", path).model is None, "origin of the QPC")
+            return self.stages.once(
+                "qpc.origin", lambda: read_provenance("qpc", path).model is None, "origin of the QPC"
+            )
         if kind == "module" or not brought.onnx:
             return False
         path = Path(brought.onnx)
-        return self.stages.once("file.origin", lambda: about("onnx", path).model is None, "origin of the file")
+        return self.stages.once(
+            "file.origin", lambda: read_provenance("onnx", path).model is None, "origin of the file"
+        )
 
     def _fillers(self, adapter: Runtime, session: Session, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
         """Return the rows that change with a token-less row beside them, in a graph of others, and findings."""
@@ -504,7 +509,7 @@ class Pipeline:
                 options=case.compile,
                 precision=case.precision,
                 buckets=buckets,
-                say=self.progress.line,
+                on_line=self.progress.line,
             )
 
         key = {

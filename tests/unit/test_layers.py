@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qeff_validate.builders.store import JUDGES, SHAPES_ARTIFACTS
+from qeff_validate.builders.source_keys import JUDGES, SHAPES_ARTIFACTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case's precision says to the compiler; the simulated one is run, and what it was told is in its log."""
+"""The flags and files that a case's precision gives to the compiler, read from the simulated compiler's log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from qeff_validate.builders.compile_qpc import OWN_FLAGS, compile_qpc
+from qeff_validate.builders.compile_qpc import compile_qpc
+from qeff_validate.builders.compiler_inputs import RESERVED_FLAGS
 from qeff_validate.config.case import Compile, Precision
 from qeff_validate.errors import ConfigError
 from qeff_validate.sdk.locate import simulated
@@ -21,7 +22,7 @@ STATES = ("past_key.0", "layer.lora_A.weight")
 
 
 def compiled(folder: Path, precision: Precision, states: tuple[str, ...] = STATES) -> tuple[list[str], dict[str, str]]:
-    """Return the compiler's arguments, and the precision of each IO that was named."""
+    """Return the compiler's arguments, and the precision of each port in the custom IO list."""
     nodes = [helper.make_node("Cos", ["x"], ["y"], name="turn")]
     nodes += [helper.make_node("Neg", [name], [f"{name}_RetainedState"]) for name in states]
     inputs = [helper.make_tensor_value_info(name, F, ["batch_size", 64]) for name in ("x", *states)]
@@ -58,7 +59,7 @@ def test_compressed_weights_and_cache(tmp_path: Path) -> None:
     assert qpc.read(tmp_path / "qpc").header["mxint8"] == ["past_key.0"]
 
 
-def test_a_cache_is_compressed_in_float32_too(tmp_path: Path) -> None:
+def test_cache_is_compressed_in_float32_too(tmp_path: Path) -> None:
     argv, kinds = compiled(tmp_path, Precision(compute="fp32", kv="mxint8"))
     assert not {"-mxfp6-matmul", "-convert-to-fp16"} & set(argv)
     assert kinds == pairs({"past_key.0": "mxint8"})
@@ -72,17 +73,17 @@ def test_angles_are_not_compressed_in_float32_either(tmp_path: Path) -> None:
     assert kinds == {}
 
 
-def test_plain_precisions_are_told_nothing_of_it(tmp_path: Path) -> None:
+def test_float32_adds_no_precision_flag(tmp_path: Path) -> None:
     argv, kinds = compiled(tmp_path, Precision(compute="fp32"))
     assert kinds == {}
     assert not any(word.partition("=")[0] in ("-mxfp6-matmul", "-node-precision-info") for word in argv)
 
 
-def test_a_graph_without_keys_and_values(tmp_path: Path) -> None:
+def test_compressed_cache_of_a_graph_without_keys_and_values_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"precision\.kv: mxint8: the graph retains no keys and values"):
         compiled(tmp_path, Precision(kv="mxint8"), STATES[1:])
 
 
-def test_the_flag_comes_from_the_precision_alone() -> None:
-    """Else a case could be compressed and judged as if it were not."""
-    assert {"mxfp6-matmul", "custom-IO-list-file"} <= OWN_FLAGS
+def test_precision_flags_are_refused_in_compile_flags() -> None:
+    """Otherwise a case could be compressed and judged with the bounds of an uncompressed one."""
+    assert {"mxfp6-matmul", "custom-IO-list-file"} <= RESERVED_FLAGS

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qeff_validate.builders.export_onnx import _silent
+from qeff_validate.builders.export_contexts import silent
 from qeff_validate.builders.lift_adapters import lift_adapters
 from qeff_validate.errors import BuildError
 from qeff_validate.runtimes.ort import session_options
@@ -54,7 +54,7 @@ def saved(model: PeftModel) -> dict[str, np.ndarray]:
 
 def export(model: PeftModel, path: Path, *, dynamo: bool, **options: Any) -> Path:
     """The plain way: weights inside, no word about the adapter."""
-    with _silent():
+    with silent():
         torch.onnx.export(
             Logits(model).eval(), (IDS, MASK), str(path), input_names=["ids", "mask"], output_names=["logits"],
             dynamo=dynamo, opset_version=18, verbose=False, external_data=False, **options,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qeff_validate.builders import store
+from qeff_validate.builders import source_keys
 from qeff_validate.builders.store import PROVENANCE, Store
 from qeff_validate.errors import BuildError
 
@@ -460,22 +460,22 @@ def test_entry_whose_prune_is_under_way_is_waited_for_and_made_again(tmp_path: P
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package's sources, which the keys of code are made from."""
-    copy = shutil.copytree(store.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(store, "PACKAGE", copy)
+    copy = shutil.copytree(source_keys.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source_keys, "PACKAGE", copy)
     yield copy
-    for key in (store.code_key, store.measures_key):
+    for key in (source_keys.code_key, source_keys.measures_key):
         key.cache_clear()
 
 
 def keys() -> tuple[str, str]:
-    for key in (store.code_key, store.measures_key):
+    for key in (source_keys.code_key, source_keys.measures_key):
         key.cache_clear()
-    return store.code_key(), store.measures_key()
+    return source_keys.code_key(), source_keys.measures_key()
 
 
 def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
     code, measures = keys()
-    for name in store.JUDGES:
+    for name in source_keys.JUDGES:
         file = package / name
         file.write_text(file.read_text().replace("the", "this", 1))
         assert keys()[0] == code, name
@@ -484,7 +484,14 @@ def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["models/causal_lm/wrapper.py", "models/emulation/ensemble.py", "builders/export_onnx.py"]
+    "name",
+    [
+        "models/causal_lm/wrapper.py",
+        "models/emulation/ensemble.py",
+        "builders/export_onnx.py",
+        "builders/compiler_inputs.py",
+        "builders/onnx_patterns.py",
+    ],
 )
 def test_another_line_of_what_shapes_artifacts_gives_them_another_key(package: Path, name: str) -> None:
     code, measures = keys()

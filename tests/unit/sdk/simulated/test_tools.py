@@ -82,7 +82,9 @@ def test_as_a_process_from_another_prefix(tmp_path):
     command = [sys.executable, "-m", "elsewhere.tools", "qaic-util", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True)
     assert len(records(done.stdout)) == 1
-    code = "import elsewhere.qaicrt, elsewhere.compiler, sys; print('qeff_validate' in sys.modules)"
+    code = (
+        "import elsewhere.bindings.qaicrt, elsewhere.compiler.qaic_compile, sys; print('qeff_validate' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == "False"
 

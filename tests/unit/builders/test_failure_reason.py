@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of a compiler that failed: the lines with the cause, not the last one alone."""
+"""The reason in the error of a failed compiler: the lines with the cause, not the last line alone."""
 
 from __future__ import annotations
 
 import pytest
 
-from qeff_validate.builders.compile_qpc import _reason
+from qeff_validate.builders.compile_qpc import failure_reason
 
 ERROR = "QAIC_ERROR: Error message: [Operator-'Foo', opset_version-18, ir_version-9] : unsupported operator"
 LAST = "QAICException:Unable to AddNodesToGraphFromModel"
@@ -21,5 +21,5 @@ LAST = "QAICException:Unable to AddNodesToGraphFromModel"
         (["", "  "], "it printed nothing"),
     ],
 )
-def test_the_cause_is_part_of_the_reason(lines: list[str], reason: str) -> None:
-    assert _reason(lines) == reason
+def test_reason_contains_the_cause(lines: list[str], reason: str) -> None:
+    assert failure_reason(lines) == reason

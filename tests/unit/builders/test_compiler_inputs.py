@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiler is told of a graph: retained state, and the nodes that need float32."""
+"""What the compiler's inputs take from a graph: retained state, and the nodes that compute in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qeff_validate.builders.compile_qpc import intake
+from qeff_validate.builders.compiler_inputs import read_graph
 from qeff_validate.errors import BuildError
 
 
@@ -27,14 +27,14 @@ def saved(folder: Path, *nodes: onnx.NodeProto) -> Path:
     return path
 
 
-def test_state_is_known_by_its_twins_and_its_type(tmp_path: Path) -> None:
-    found = intake(saved(tmp_path, helper.make_node("Relu", ["x"], ["y"])))
-    assert found.state == {"x": True, "ids": False}
-    assert found.exact == ()
+def test_state_is_an_input_with_a_twin_and_has_a_type(tmp_path: Path) -> None:
+    facts = read_graph(saved(tmp_path, helper.make_node("Relu", ["x"], ["y"])))
+    assert facts.states == {"x": True, "ids": False}
+    assert facts.float32_nodes == ()
 
 
 @pytest.mark.parametrize("square", [("Pow", ["x", "two"]), ("Mul", ["x", "x"])], ids=lambda square: square[0])
-def test_the_inside_of_a_root_mean_square_is_exact_and_its_product_is_not(tmp_path: Path, square: tuple) -> None:
+def test_root_mean_square_computes_in_float32_and_the_product_with_it_does_not(tmp_path: Path, square: tuple) -> None:
     nodes = [
         helper.make_node(square[0], square[1], ["squared"]),
         helper.make_node("ReduceMean", ["squared"], ["mean"]),
@@ -43,29 +43,29 @@ def test_the_inside_of_a_root_mean_square_is_exact_and_its_product_is_not(tmp_pa
         helper.make_node("Reciprocal", ["root"], ["inverse"]),
         helper.make_node("Mul", ["x", "inverse"], ["y"]),
     ]
-    assert set(intake(saved(tmp_path, *nodes)).exact) == {"squared", "mean", "sum", "root", "inverse"}
+    assert set(read_graph(saved(tmp_path, *nodes)).float32_nodes) == {"squared", "mean", "sum", "root", "inverse"}
 
 
-def test_a_product_of_two_values_is_no_square(tmp_path: Path) -> None:
+def test_product_of_two_different_values_is_no_square(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Mul", ["x", "two"], ["double"]),
         helper.make_node("ReduceMean", ["double"], ["mean"]),
         helper.make_node("Add", ["x", "mean"], ["y"]),
     ]
-    assert intake(saved(tmp_path, *nodes)).exact == ()
+    assert read_graph(saved(tmp_path, *nodes)).float32_nodes == ()
 
 
-def test_angles_are_exact_from_the_positions_on(tmp_path: Path) -> None:
+def test_rotary_angles_compute_in_float32_from_the_positions_on(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["position_ids"], ["place"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["place", "two"], ["angle"]),
         helper.make_node("Sin", ["angle"], ["sine"]),
         helper.make_node("Mul", ["x", "sine"], ["y"]),
     ]
-    assert set(intake(saved(tmp_path, *nodes)).exact) == {"place", "angle", "sine"}
+    assert set(read_graph(saved(tmp_path, *nodes)).float32_nodes) == {"place", "angle", "sine"}
 
 
-def test_a_file_that_is_no_onnx_is_named(tmp_path: Path) -> None:
+def test_file_that_is_no_onnx_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("no model")
     with pytest.raises(BuildError, match=r"cannot read .*model\.onnx as ONNX"):
-        intake(tmp_path / "model.onnx")
+        read_graph(tmp_path / "model.onnx")
