@@ -28,7 +28,7 @@ from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Progress, Silent
 from qeff_validate.protocols import Model, Runtime, Settings, capabilities, model_kind, registered, runtime
 from qeff_validate.report.result import Report, Result
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
@@ -245,7 +245,7 @@ class Runner:
         """Return the runtime adapter of this name, made once; what opens files may do so in a child process."""
         if name not in self._adapters:
             made = runtime(name, self.settings)
-            self._adapters[name] = Isolated(made, name, self.settings) if made.kind != "module" else made
+            self._adapters[name] = IsolatedRuntime(made, name, self.settings) if made.kind != "module" else made
         return self._adapters[name]
 
     def result(self, case: Case, name: str) -> Result:

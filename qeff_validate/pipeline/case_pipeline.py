@@ -36,7 +36,7 @@ from qeff_validate.prechecks.feed_monitor import FeedMonitor
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable
 from qeff_validate.protocols import ComparisonContext, Model, Runtime, Session, capabilities, model_kind
 from qeff_validate.report.result import Precheck, Result
-from qeff_validate.runtimes.renamed_session import Foreign
+from qeff_validate.runtimes.renamed_session import RenamedSession
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.tensors import Array, Tensors, save_tensors
 
@@ -250,7 +250,7 @@ class Pipeline:
         """Open an artifact; a user's own stands behind our names."""
         with adapter.open(artifact) as session:
             given = self.case.artifacts
-            yield Foreign(session, self.model().graph, given) if given.onnx or given.qpc else session
+            yield RenamedSession(session, self.model().graph, given) if given.onnx or given.qpc else session
 
     def model(self) -> Model:
         """Return the model wrapper."""

@@ -18,7 +18,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ConfigError, RunError, Unavailable
 from qeff_validate.protocols import Session, Settings, capabilities, runtime
 from qeff_validate.runtimes.isolation import parent, worker
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 FEEDS = {"x": X, "total": np.zeros_like(X)}
@@ -63,9 +63,9 @@ class ExecObj(base.ExecObj):
 """Bindings that write to the file descriptor of stderr, as native code does, and do what files beside them say."""
 
 
-def sim(settings: Settings | None = None) -> Isolated:
+def sim(settings: Settings | None = None) -> IsolatedRuntime:
     settings = settings or Settings()
-    return Isolated(runtime("sim", settings), "sim", settings)
+    return IsolatedRuntime(runtime("sim", settings), "sim", settings)
 
 
 class Double:
@@ -74,7 +74,7 @@ class Double:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = next(sdk_prefix.prefix(folder / "sdk", qaicrt=LOUD).glob("dev/lib/*"))
         made = Settings(sdk=str(folder / "sdk"), **settings)
-        self.runtime = Isolated(runtime("ai100", made), "ai100", made)
+        self.runtime = IsolatedRuntime(runtime("ai100", made), "ai100", made)
 
     def does(self, *what: str) -> None:
         for name in what:
@@ -168,7 +168,7 @@ def test_errors_keep_their_class_and_text_and_the_session_goes_on(counting: Arti
     missing = Settings(sdk="/nowhere")
     with (
         pytest.raises(Unavailable, match="cannot import qaicrt from /nowhere"),
-        Isolated(runtime("ai100", missing), "ai100", missing).open(counting),
+        IsolatedRuntime(runtime("ai100", missing), "ai100", missing).open(counting),
     ):
         pass
     with pytest.raises(RunError, match="this session is closed"):
@@ -179,14 +179,14 @@ def test_error_of_a_plug_in_is_told_as_the_nearest_class_of_ours_and_any_other_w
     class Mine(Unavailable):
         pass
 
-    assert worker._told(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
+    assert worker._error(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
     try:
         raise KeyError("x")
     except KeyError as exc:
-        told = worker._told(exc)
-    assert told["error"] == "RunError"
-    assert told["text"].startswith("unexpected KeyError: 'x'\n")
-    assert 'raise KeyError("x")' in told["text"]
+        reply = worker._error(exc)
+    assert reply["error"] == "RunError"
+    assert reply["text"].startswith("unexpected KeyError: 'x'\n")
+    assert 'raise KeyError("x")' in reply["text"]
 
 
 def test_what_native_code_wrote_is_part_of_the_error_and_only_for_that_request(
@@ -204,7 +204,7 @@ def test_what_native_code_wrote_is_part_of_the_error_and_only_for_that_request(
             with pytest.raises(RunError, match="firmware says no") as caught:
                 session.run(FEEDS)
             assert len(str(caught.value).splitlines()) <= parent.TAIL_LINES + 2
-        assert os.fstat(session._child._printed.fileno()).st_size < 2 * parent.LOG_BYTES  # type: ignore[attr-defined]
+        assert os.fstat(session._child._output.fileno()).st_size < 2 * parent.LOG_BYTES  # type: ignore[attr-defined]
 
 
 # --- crashes ---------------------------------------------------------------------------------------------

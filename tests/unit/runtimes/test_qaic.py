@@ -18,8 +18,8 @@ from simulated_graphs import altered
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError
 from qeff_validate.protocols import Settings, runtime
-from qeff_validate.runtimes import qaic_calls
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes import qaic_cards
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.runtimes.qaic import QaicRuntime
 from qeff_validate.sdk.locate import simulated
 from qeff_validate.sdk.simulated.bindings import QAicApi_pb2
@@ -101,7 +101,7 @@ def test_fault_is_an_error_that_says_what_to_do_and_the_next_run_works(
     name: str, isolated: bool, counting: Artifact, fault: Callable[[str], object]
 ) -> None:
     plain = runtime("sim")
-    adapter = Isolated(plain, "sim", Settings()) if isolated else plain
+    adapter = IsolatedRuntime(plain, "sim", Settings()) if isolated else plain
     fault(name)
     kind, words = FAULTS[name]
     with pytest.raises(kind) as caught, adapter.open(counting) as session:  # noqa: PT012 (any of the three may fail)
@@ -344,19 +344,19 @@ def free(folder: Path) -> list[int]:
 def test_who_waits_for_a_card_says_so_and_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(qaic_calls.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(qaic_calls, "NOTICE_SECONDS", 0.01)
-    other = qaic_calls.held([3, 1])
+    monkeypatch.setattr(qaic_cards.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(qaic_cards, "NOTICE_SECONDS", 0.01)
+    other = qaic_cards.exclusive_cards([3, 1])
     other.__enter__()
     assert free(tmp_path) == []
 
     class Release(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            qaic_calls.LOG.removeHandler(self)
+            qaic_cards.LOG.removeHandler(self)
             other.__exit__(None, None, None)
 
-    qaic_calls.LOG.addHandler(Release())
-    with qaic_calls.held([3]):
+    qaic_cards.LOG.addHandler(Release())
+    with qaic_cards.exclusive_cards([3]):
         assert caplog.messages == ["waiting for card 3, which another process holds"]
         assert free(tmp_path) == [1]
     assert free(tmp_path) == [1, 3]

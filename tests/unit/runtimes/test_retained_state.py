@@ -20,7 +20,7 @@ from simulated_graphs import compile_to, graph
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, runtime
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import TensorSpec, undefined
 
 ROWS, CTX = 2, 4
@@ -177,5 +177,7 @@ def test_sizes_come_from_the_buckets_that_fit_what_is_fed(name: str, tmp_path: P
 
 
 def test_only_what_has_a_twin_is_state() -> None:
-    made: Retained[Any] = Retained(INPUTS, OUTPUTS[:2], BUCKETS, make=undefined, shape=lambda value: value.shape)
+    made: RetainedState[Any] = RetainedState(
+        INPUTS, OUTPUTS[:2], BUCKETS, make=undefined, shape=lambda value: value.shape
+    )
     assert made.twins == {"total": "total_RetainedState"}
