@@ -17,17 +17,17 @@ FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 
 
 def opset_of(model: Any) -> int:
-    """Returns the opset version of the standard operators in a ModelProto."""
+    """Return the opset version of the standard operators in a ModelProto."""
     return max((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD), default=1)
 
 
 def subgraphs(node: Any) -> list[Any]:
-    """Returns the graphs among a node's attributes: the branches of an If, the body of a Loop or Scan."""
+    """Return the graphs among a node's attributes: the branches of an If, the body of a Loop or Scan."""
     return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
 
 
 def nodes_of(graph: Any) -> Iterator[Any]:
-    """Yields the nodes of a GraphProto or FunctionProto, those of subgraphs included."""
+    """Yield the nodes of a GraphProto or FunctionProto, those of subgraphs included."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):
@@ -35,7 +35,7 @@ def nodes_of(graph: Any) -> Iterator[Any]:
 
 
 def rename(graph: Any, names: Mapping[str, str]) -> None:
-    """Renames values in all nodes of a graph and of its subgraphs, in place."""
+    """Rename values in all nodes of a graph and of its subgraphs, in place."""
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
@@ -47,11 +47,11 @@ def rename(graph: Any, names: Mapping[str, str]) -> None:
 
 
 def value_types(graph: Any, outer: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Returns the element type of every value of a graph.
+    """Return the element type of every value of a graph.
 
     Args:
         graph: GraphProto on which shape inference has run.
-        outer: The types of the values of the enclosing graphs.
+        outer: the types of the values of the enclosing graphs.
     """
     types = dict(outer or {})
     types.update({t.name: t.data_type for t in graph.initializer})
@@ -63,7 +63,7 @@ def value_types(graph: Any, outer: Mapping[str, int] | None = None) -> dict[str,
 
 
 def shapes_of(graph: Any) -> dict[str, tuple[int | None, ...]]:
-    """Returns the shapes of a graph's values by name; None stands for an unknown dim."""
+    """Return the shapes of a graph's values by name; None stands for an unknown dim."""
     shapes: dict[str, tuple[int | None, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for info in (*graph.input, *graph.value_info, *graph.output):
         if info.type.tensor_type.HasField("shape"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses QPCs whose parts do not fit together: the crcs only show that a file is as it was written, by whomever."""
+"""Consistency checks of QPC files: the CRCs detect damage, but not a forged file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 from .device import NSP_TOTAL
 
-_PLACE = ("offset", "size", "crc32")
-_MOST_BYTES = 2**32
-"""A binding holds fewer: its size is a field of 32 bits."""
+_LOCATION = ("offset", "size", "crc32")
+_MAX_BYTES = 2**32
+"""A binding must be smaller: its size is a field of 32 bits."""
 
 
 def header_problem(header: Mapping[str, Any], segments: tuple[str, ...], size: int) -> str:
-    """Returns what is wrong with a header, or an empty text.
+    """Return the first problem of a header; empty if there is none.
 
     Args:
-        header: As read from JSON.
-        segments: Names of the segments that must be there.
-        size: Of the whole file in bytes.
+        header: decoded from JSON.
+        segments: names of the required segments.
+        size: of the whole file in bytes.
     """
     return next(_header_problems(header, segments, size), "")
 
@@ -30,9 +30,9 @@ def header_problem(header: Mapping[str, Any], segments: tuple[str, ...], size: i
 def _header_problems(header: Mapping[str, Any], segments: tuple[str, ...], size: int) -> Iterator[str]:
     if header.get("simulated") is not True:
         yield "it does not say that it is simulated"
-    if not _is_count(header.get("num_cores"), most=NSP_TOTAL):
+    if not _is_count(header.get("num_cores"), maximum=NSP_TOTAL):
         yield f"num_cores is {_shown(header.get('num_cores'))}, a card has 1 to {NSP_TOTAL}"
-    if not _is_count(header.get("num_devices"), most=2**16):
+    if not _is_count(header.get("num_devices"), maximum=2**16):
         yield f"num_devices is {_shown(header.get('num_devices'))}"
     for name in ("hw_version", "precision", "sdk_version"):
         if not isinstance(header.get(name), str):
@@ -42,21 +42,27 @@ def _header_problems(header: Mapping[str, Any], segments: tuple[str, ...], size:
         yield f"retained is {_shown(retained)}"
     if not isinstance(compressed, list) or not all(isinstance(name, str) for name in compressed):
         yield f"mxint8 is {_shown(compressed)}"
-    places = header.get("segments")
-    if not isinstance(places, dict):
-        yield f"segments is {_shown(places)}"
+    locations = header.get("segments")
+    if not isinstance(locations, dict):
+        yield f"segments is {_shown(locations)}"
         return
     for name in segments:
-        entry = places.get(name)
-        numbers: list[Any] = [entry.get(key) for key in _PLACE] if isinstance(entry, dict) else []
-        if len(numbers) != 3 or not all(_is_count(number, least=0, most=2**63) for number in numbers):
+        entry = locations.get(name)
+        numbers: list[Any] = [entry.get(key) for key in _LOCATION] if isinstance(entry, dict) else []
+        if len(numbers) != 3 or not all(_is_count(number, minimum=0, maximum=2**63) for number in numbers):
             yield f"segment {name} is {_shown(entry)}"
         elif numbers[0] + numbers[1] > size:
             yield f"segment {name} ends at {numbers[0] + numbers[1]}, the file at {size}"
 
 
 def description_problem(desc: Any, header: Mapping[str, Any], dtypes: Mapping[int, np.dtype[Any]]) -> str:
-    """Returns what is wrong with an IoDesc, or between it and its header, or an empty text."""
+    """Return the first problem of an IoDesc, alone or together with its header; empty if there is none.
+
+    Args:
+        desc: IoDesc (card-contract §3).
+        header: decoded from JSON.
+        dtypes: dtype of each supported binding type.
+    """
     return next(_description_problems(desc, header, dtypes), "")
 
 
@@ -72,7 +78,7 @@ def _description_problems(desc: Any, header: Mapping[str, Any], dtypes: Mapping[
             yield f"binding {binding.name!r} has type {binding.type} and direction {binding.dir}"
             continue
         size = _nbytes(binding.dims, dtypes[binding.type])
-        if not 0 <= size < _MOST_BYTES or size != binding.size:
+        if not 0 <= size < _MAX_BYTES or size != binding.size:
             yield f"binding {binding.name!r} {list(binding.dims)[:8]} has {size} bytes, its size says {binding.size}"
     yield from _shape_problems(desc, dtypes)
     yield from _state_problems(bindings, header)
@@ -101,23 +107,28 @@ def _state_problems(bindings: Any, header: Mapping[str, Any]) -> Iterator[str]:
 
 
 def network_problem(model: Any, file_name: str) -> str:
-    """Returns what a network has that no compiled one has, or an empty text."""
+    """Return the first problem of a network; empty if there is none.
+
+    Args:
+        model: ModelProto.
+        file_name: the only location of external data.
+    """
     if model.functions:
         return "its network has functions"
     for tensor in model.graph.initializer:
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        if places and places.get("location") != file_name:
-            return f"weight {tensor.name!r} lies in {_shown(places.get('location'))}"
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        if external and external.get("location") != file_name:
+            return f"weight {tensor.name!r} lies in {_shown(external.get('location'))}"
     return ""
 
 
 def _nbytes(dims: Any, dtype: np.dtype[Any]) -> int:
-    """Returns the size of a binding, or -1 for dims that are none."""
+    """Return the size of a binding in bytes, or -1 for negative dims."""
     return -1 if any(dim < 0 for dim in dims) else dtype.itemsize * math.prod(dim or 1 for dim in dims)
 
 
-def _is_count(value: Any, *, least: int = 1, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _is_count(value: Any, *, minimum: int = 1, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _shown(value: Any) -> str:

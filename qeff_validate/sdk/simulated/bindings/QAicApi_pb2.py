@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The IoDesc messages of package `aicapi` (card-contract §3), under the module name that real clients import.
 
-They are built from a descriptor in a pool of their own: generated code would refuse an older protobuf
-runtime, and the default pool would clash with the real module in the same process.
+They are built from a descriptor in a separate pool: generated code would refuse an older protobuf runtime, and the
+default pool would clash with the real module in the same process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DATA_TYPES = {
 }
 _ENUMS = {"bufferIoDirectionEnum": _DIRECTIONS, "bufferIoDataTypeEnum": _DATA_TYPES}
 
-# message -> (field, number, type); a type ending in * is repeated.
+# By message: (field, number, type) of each field; a type that ends with * is repeated.
 _MESSAGES: dict[str, list[tuple[str, int, str]]] = {
     "TensorShape": [("type", 1, "bufferIoDataTypeEnum"), ("dims", 2, "int32*")],
     "IoShapes": [("shapes", 1, "TensorShape*")],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program while it is active: what it takes of its cards, and the state that it keeps there (card-contract §4.5)."""
+"""An active program: its network, its retained state, and its share of the cards (card-contract §4.5)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _FAILURES = {
 
 
 def undefined(dims: Dims, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Returns state that nobody has written: NaN or the lowest integer, or zeros if QAIC_SIM_STATE=lenient."""
+    """Return state before the first write: NaN or the lowest integer, or zeros if QAIC_SIM_STATE=lenient.
+
+    Raises:
+        RuntimeError: QAIC_SIM_STATE has another value than strict or lenient.
+    """
     mode = os.environ.get("QAIC_SIM_STATE", "strict")
     if mode not in ("strict", "lenient"):
         raise RuntimeError(f"QAIC_SIM_STATE is strict or lenient, not {mode!r}")
@@ -35,15 +39,19 @@ def undefined(dims: Dims, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 
 
 class Activation:
-    """The open network, its retained state, and its share of the cards. It does not know its Program.
+    """The open network, its retained state, and its share of the cards. It has no reference to its Program.
 
-    State is held as ONNX Runtime's own values: what one inference puts out is what the next one gets, uncopied.
+    State is stored as OrtValues, so the output of one inference becomes the input of the next without a copy.
+
+    Args:
+        source: the QPC.
+        cards: the cards whose cores and memory are reserved for it.
     """
 
     def __init__(self, source: Qpc, cards: Sequence[Card]) -> None:
         self.bindings, self.retained = source.bindings, source.retained
         self.allowed = source.allowed or (tuple(binding.dims for binding in source.bindings),)
-        # One network on the card: inferences of several queues run one after the other.
+        # There is one network on the card, so inferences of several queues run one after the other.
         self.lock = threading.Lock()
         self._session = qpc.open_session(source.program)
         self._cards = cards
@@ -52,7 +60,7 @@ class Activation:
         self._lost = False
 
     def begin(self) -> QStatus:
-        """Counts an inference, and lets it fail if a fault is asked for or a card is not there any more."""
+        """Count an inference, and return a failure status if a fault is requested or a card was lost."""
         self._inferences += 1
         qids = [card.qid for card in self._cards]
         fault = faults.in_inference(qids, self._inferences)
@@ -69,14 +77,19 @@ class Activation:
         return status
 
     def state(self, binding: Binding, dims: Dims) -> ort.OrtValue:
-        """Returns the card's own copy of an input; undefined content if there is none of these dims."""
-        kept = self._state.get(binding.name)
-        if kept is not None and tuple(kept.shape()) == dims:
-            return kept
-        return ort.OrtValue.ortvalue_from_numpy(undefined(dims, binding.held))
+        """Return the retained value of an input; undefined content if there is none with these dims."""
+        value = self._state.get(binding.name)
+        if value is not None and tuple(value.shape()) == dims:
+            return value
+        return ort.OrtValue.ortvalue_from_numpy(undefined(dims, binding.network_dtype))
 
     def run(self, feeds: Mapping[str, ort.OrtValue], names: Sequence[str]) -> dict[str, ort.OrtValue]:
-        """Runs the network and returns the outputs of these names, and those that are retained."""
+        """Run the network.
+
+        Args:
+            feeds: every input.
+            names: of the outputs to return; those that are retained are returned as well.
+        """
         io = self._session.io_binding()
         for name, value in feeds.items():
             io.bind_ortvalue_input(name, value)
@@ -87,5 +100,5 @@ class Activation:
         return dict(zip(outputs, io.get_outputs(), strict=False))
 
     def retain(self, outputs: Mapping[str, ort.OrtValue]) -> None:
-        """Makes each X_RetainedState the state of X."""
+        """Store each output X_RetainedState as the state of X."""
         self._state = {name: outputs[twin] for name, twin in self.retained.items()}

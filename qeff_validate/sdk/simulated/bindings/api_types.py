@@ -14,7 +14,7 @@ import numpy as np
 
 
 class QStatus(enum.IntEnum):
-    """What methods return."""
+    """Status that methods return."""
 
     QS_SUCCESS = 0
     QS_PERM = 1
@@ -34,7 +34,7 @@ class QStatus(enum.IntEnum):
 
 
 class QLogLevel(enum.IntEnum):
-    """How much a Context logs; the simulator logs errors only."""
+    """Log level of a Context; the simulator logs errors only."""
 
     QL_DEBUG = 0
     QL_INFO = 1
@@ -62,9 +62,9 @@ class QProgramState(enum.IntEnum):
 
 
 class BufferIoTypeEnum(enum.IntEnum):
-    """Direction of a buffer mapping; its numbers are not those of the protobuf's direction.
+    """Direction of a buffer mapping; the numbers differ from those of the protobuf's direction.
 
-    Samples use the long names.
+    Qualcomm's samples use the long names.
     """
 
     INVALID = 0
@@ -91,9 +91,9 @@ class BufferDataTypeEnum(enum.IntEnum):
 
 
 class QBuffer(bytearray):
-    """Bytes that travel to or from the card: a copy of what it is made from; outputs are written into it.
+    """Bytes of an input or output: a copy of the constructor's argument; outputs are written into it.
 
-    A bytearray, so that `bytes(buffer)` and `np.frombuffer(buffer, …)` work on every Python version.
+    It is a bytearray, so that `bytes(buffer)` and `np.frombuffer(buffer, …)` work on every Python version.
     """
 
     def __init__(self, data: bytes | np.ndarray[Any, Any]) -> None:
@@ -115,7 +115,7 @@ class QIDList(list[int]):
 
 
 class BufferDimensionsVecRef:
-    """Per binding `(itemsize, dims)`, mutable by index; reads give `(int, list[int])` whatever was set."""
+    """Per binding `(itemsize, dims)`, mutable by index; reading returns `(int, list[int])`."""
 
     def __init__(self, entries: Iterable[tuple[int, Iterable[int]]] = ()) -> None:
         self._entries = [self._entry(entry) for entry in entries]
@@ -141,7 +141,7 @@ class BufferDimensionsVecRef:
 
 @dataclass(frozen=True, slots=True)
 class BufferMapping:
-    """One binding as `Qpc.getBufferMappings` shows it."""
+    """One binding in the list of `Qpc.getBufferMappings`."""
 
     bufferName: str
     index: int
@@ -152,5 +152,5 @@ class BufferMapping:
 
 
 def log(text: str) -> None:
-    """Writes an error line to stderr, where the real runtime logs."""
+    """Write an error line to stderr, where the real runtime logs."""
     sys.stderr.write(f"{text}\n")

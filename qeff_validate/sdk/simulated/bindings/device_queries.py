@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Util of the `qaicrt` API: queries about cards and versions (card-contract §2.7)."""
+"""`qaicrt.Util`: queries about cards and versions (card-contract §2.7)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _locks_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class ResourceInfo:
-    """What a card has and what is free: memory in MB, processors, virtual and physical channels, multicast ids."""
+    """Total and free resources of a card: memory in MB, NSPs, channels, multicast ids, semaphores."""
 
     dramTotal: int
     dramFree: int
@@ -56,14 +56,14 @@ class PerformanceInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeviceData:
-    """The part of the device info that a card reports itself."""
+    """The part of the device info that the card itself reports."""
 
     resourceInfo: ResourceInfo
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What is known of a card; one that is not ready reports nothing itself."""
+    """The device info of a card; `devData` is None unless the card is ready."""
 
     name: str
     devStatus: QDevStatus
@@ -72,14 +72,14 @@ class DeviceInfo:
 
 
 class Util:
-    """Queries about cards and versions. A card that does not exist is QS_NODEV, one that is not ready QS_DEV_ERROR."""
+    """Queries about cards and versions: QS_NODEV if a card does not exist, QS_DEV_ERROR if it is not ready."""
 
     def getDeviceIds(self) -> tuple[QStatus, QIDList]:
-        """Returns the ids of all cards."""
+        """Return the ids of all cards."""
         return QStatus.QS_SUCCESS, QIDList(device.device_ids())
 
     def getDeviceInfo(self, qid: int) -> tuple[QStatus, DeviceInfo | None]:
-        """Returns what is known of a card."""
+        """Return the device info of a card."""
         if qid not in device.device_ids():
             return QStatus.QS_NODEV, None
         _, resources = self.getResourceInfo(qid)
@@ -88,7 +88,7 @@ class Util:
         return QStatus.QS_SUCCESS, DeviceInfo(f"Simulated AI 100 {qid}", status, "none (simulated)", data)
 
     def getResourceInfo(self, qid: int) -> tuple[QStatus, ResourceInfo | None]:
-        """Returns total and free resources of a card."""
+        """Return total and free resources of a card."""
         if (status := _usable(qid)) != QStatus.QS_SUCCESS:
             return status, None
         card = device.card(qid)
@@ -110,13 +110,13 @@ class Util:
         )
 
     def getPerformanceInfo(self, qid: int) -> tuple[QStatus, PerformanceInfo | None]:
-        """Returns the clocks of a card."""
+        """Return the clocks of a card."""
         if (status := _usable(qid)) != QStatus.QS_SUCCESS:
             return status, None
         return QStatus.QS_SUCCESS, PerformanceInfo(*device.FREQUENCIES_MHZ.values())
 
     def getAicVersion(self) -> tuple[QStatus, int, int, str, str]:
-        """Returns major, minor, the rest as text, and the variant, which says that this is a simulation."""
+        """Return status, major and minor version, the rest as text, and the variant ``simulated``."""
         major, minor, patch = base_version().split(".", 2)
         return QStatus.QS_SUCCESS, int(major), int(minor), patch, "simulated"
 
@@ -125,9 +125,12 @@ class Util:
         return QStatus.QS_SUCCESS
 
     def lockDevice(self, qid: int, lock: bool, block: bool) -> QStatus:
-        """Takes a card for this process alone, or gives it back; without QAIC_SERIALIZE_DEVICE=1 nothing is locked.
+        """Lock or unlock a card for this process; without QAIC_SERIALIZE_DEVICE=1 nothing is locked.
 
-        A lock that another process holds is waited for if `block`, else QS_BUSY. Locking twice is one lock.
+        Args:
+            qid: id of the card.
+            lock: True to lock, False to unlock; a second lock of the same process has no effect.
+            block: wait for a lock of another process; otherwise return QS_BUSY.
         """
         if qid not in device.device_ids():
             return QStatus.QS_NODEV
@@ -135,10 +138,10 @@ class Util:
             return QStatus.QS_SUCCESS
         with _locks_lock:
             if not lock:
-                held = _locks.pop(qid, None)
-                if held is not None:
-                    held.close()
-                return QStatus.QS_INVAL if held is None else QStatus.QS_SUCCESS
+                file_lock = _locks.pop(qid, None)
+                if file_lock is not None:
+                    file_lock.close()
+                return QStatus.QS_INVAL if file_lock is None else QStatus.QS_SUCCESS
             if qid in _locks:
                 return QStatus.QS_SUCCESS
             file = (Path(tempfile.gettempdir()) / f"qaic-sim-{os.getuid()}-{qid}.lock").open("w")

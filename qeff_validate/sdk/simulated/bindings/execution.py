@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ExecObj and Queue of the `qaicrt` API: one inference at a time per ExecObj, run by the Queue's thread."""
+"""`qaicrt.ExecObj` and `qaicrt.Queue`: one inference at a time per ExecObj, run by the Queue's thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _ids = itertools.count()
 
 
 class ExecObj:
-    """One set of buffers for one activated program; it must be deleted before the program is deactivated."""
+    """One set of buffers for one activated program; it must be deleted before the program is deactivated.
+
+    Raises:
+        RuntimeError: the program is not active and cannot be activated, or belongs to another context.
+    """
 
     def __init__(self, context: Context, program: Program) -> None:
         if program.activation is None:
@@ -36,21 +40,27 @@ class ExecObj:
         self._program = program
         self._slots: dict[int, Slot] = {}
         self._buffers: list[QBuffer] | None = None
-        # An enqueue ends a round: what is set after it replaces all that was set before it (§4.8).
+        # An enqueue ends a round: the next setData replaces all buffers, not only its own (§4.8).
         self._enqueued = False
         self._future: Future[QStatus] | None = None
         self._id = next(_ids)
         program.exec_objs.add(self)
 
     def getId(self) -> int:
-        """Returns a number that no other ExecObj of the process has."""
+        """Return the id of this ExecObj, unique in the process."""
         return self._id
 
     def setData(self, buffers: Sequence[Any], dims: BufferDimensionsVecRef | None = None) -> QStatus:
-        """Sets one QBuffer per binding in binding order (classic), or `(index, array)` for some of them (sparse).
+        """Set one QBuffer per binding (classic), or `(index, array)` for some of them (sparse).
 
-        Classic without dims means those of the bindings. A sparse array is used in place: inputs are read from it and
-        outputs written into it, so it must be C-contiguous; bindings that are not set until enqueue are skipped.
+        Args:
+            buffers: in the order of the bindings if classic. A sparse array is used in place: inputs are read from it
+                and outputs written into it, so it must be C-contiguous; bindings that are not set until enqueue are
+                skipped.
+            dims: item size and dims of each buffer; None: those of the bindings.
+
+        Raises:
+            TypeError: the entries are neither QBuffers nor tuples.
         """
         sparse = bool(buffers) and all(isinstance(entry, tuple) for entry in buffers)
         if sparse and dims is None:
@@ -62,14 +72,14 @@ class ExecObj:
     def setDataWithSlices(
         self, slices: Arrays, spec: SlicingSpec, parameters: Sequence[tuple[str, int]]
     ) -> tuple[QStatus, SlicingSpec | None]:
-        """Sets arrays as sparse setData does; those that the spec names are blocks of retained state (§4.8)."""
+        """Set arrays as sparse setData does; arrays that the spec names are blocks of retained state (§4.8)."""
         if not isinstance(spec, SlicingSpec):
             raise TypeError("setDataWithSlices(): a handle of createSlicingSpecHandle is needed")
         status = self._set_arrays(slices, spec, dict(parameters))
         return status, spec if status == QStatus.QS_SUCCESS else None
 
     def run(self, buffers: Sequence[Any] | None = None) -> QStatus:
-        """Runs one inference and waits for it."""
+        """Run one inference and wait for it."""
         if buffers is not None and (status := self.setData(buffers)) != QStatus.QS_SUCCESS:
             return status
         if self._future is not None:
@@ -78,7 +88,7 @@ class ExecObj:
         return QStatus.QS_INVAL if inference is None else inference.run()
 
     def waitForCompletion(self) -> QStatus:
-        """Waits for the enqueued inference and returns how it ended."""
+        """Wait for the enqueued inference and return its status."""
         if self._future is None:
             log("waitForCompletion: nothing is enqueued")
             return QStatus.QS_INVAL
@@ -86,32 +96,32 @@ class ExecObj:
         return future.result()
 
     def settle(self) -> None:
-        """Waits without taking the status, for an InferenceSet; not a method of the real binding."""
+        """Wait and leave the status to waitForCompletion, for an InferenceSet; the real binding has no such method."""
         if (future := self._future) is not None:
             wait([future])
 
     def getData(self) -> tuple[QStatus, list[QBuffer]]:
-        """Returns the buffers of all bindings, inputs included, in binding order; empty ones after sparse setData."""
+        """Return the buffers of all bindings, inputs included, in their order; empty buffers after sparse setData."""
         if self._future is not None:
             return QStatus.QS_BUSY, []
         return (QStatus.QS_INVAL, []) if self._buffers is None else (QStatus.QS_SUCCESS, list(self._buffers))
 
     def _set_buffers(self, buffers: Sequence[QBuffer], dims: BufferDimensionsVecRef | None) -> QStatus:
-        if (status := self._may_set()) != QStatus.QS_SUCCESS:
+        if (status := self._set_status()) != QStatus.QS_SUCCESS:
             return status
         qpc = self._program.qpc
         if dims is None and not qpc.allowed and len(buffers) == len(qpc.bindings):
-            dims = BufferDimensionsVecRef(map(_implied, qpc.bindings, buffers))
+            dims = BufferDimensionsVecRef(map(_default_dims, qpc.bindings, buffers))
         if dims is None or not len(buffers) == len(dims) == len(qpc.bindings):
-            given = f"{len(buffers)} buffers and {'no' if dims is None else len(dims)} dims"
-            log(f"{len(qpc.bindings)} buffers with dims are needed, one per binding; there are {given}")
+            actual = f"{len(buffers)} buffers and {'no' if dims is None else len(dims)} dims"
+            log(f"{len(qpc.bindings)} buffers with dims are needed, one per binding; there are {actual}")
             return QStatus.QS_INVAL
         partial = any(binding.partial for binding in qpc.bindings)
         for index, (binding, buffer, (itemsize, shape)) in enumerate(zip(qpc.bindings, buffers, dims, strict=True)):
             if buffer.size != itemsize * math.prod(shape) or (partial and buffer.size > binding.size):
                 log(f"Unexpected buffer size at index {index}: {buffer.size}, {itemsize} x {shape} of {binding.size}")
                 return QStatus.QS_ERROR
-        slices = {index: slot for index, slot in self._round().items() if slot.start is not None}
+        slices = {index: slot for index, slot in self._current_slots().items() if slot.start is not None}
         for index, (buffer, (itemsize, shape)) in enumerate(zip(buffers, dims, strict=True)):
             if buffer.size or index not in slices:
                 self._slots[index] = Slot(np.frombuffer(buffer, np.uint8), itemsize, tuple(shape))
@@ -119,7 +129,7 @@ class ExecObj:
         return QStatus.QS_SUCCESS
 
     def _set_arrays(self, arrays: Arrays, spec: SlicingSpec | None, parameters: dict[str, int]) -> QStatus:
-        if (status := self._may_set()) != QStatus.QS_SUCCESS:
+        if (status := self._set_status()) != QStatus.QS_SUCCESS:
             return status
         bindings = self._program.qpc.bindings
         slots: dict[int, Slot] = {}
@@ -131,7 +141,7 @@ class ExecObj:
         except ValueError as error:
             log(f"setData: {error}")
             return QStatus.QS_INVAL
-        self._round().update(slots)
+        self._current_slots().update(slots)
         self._buffers = self._buffers or [QBuffer(b"") for _ in bindings]
         return QStatus.QS_SUCCESS
 
@@ -147,7 +157,8 @@ class ExecObj:
             raise ValueError(f"{binding.name} is not retained state, so it has no slices")
         return Slot(array.reshape(-1).view(np.uint8), array.itemsize, rank1(array.shape), start)
 
-    def _may_set(self) -> QStatus:
+    def _set_status(self) -> QStatus:
+        """Return QS_SUCCESS if buffers may be set now."""
         if self._future is not None:
             return QStatus.QS_BUSY
         if self._program.activation is None:
@@ -155,7 +166,8 @@ class ExecObj:
             return QStatus.QS_INVAL
         return QStatus.QS_SUCCESS
 
-    def _round(self) -> dict[int, Slot]:
+    def _current_slots(self) -> dict[int, Slot]:
+        """Return the slots of this round; an enqueue has ended the last one."""
         if self._enqueued:
             self._slots, self._buffers, self._enqueued = {}, None, False
         return self._slots
@@ -178,8 +190,8 @@ class ExecObj:
         return Inference(activation, [self._slots.get(i, SKIPPED) for i in range(len(activation.bindings))])
 
 
-def _implied(binding: Binding, buffer: QBuffer) -> tuple[int, Dims]:
-    """Returns the dims of a buffer that came without: none if it is empty, the binding's, or those of a part."""
+def _default_dims(binding: Binding, buffer: QBuffer) -> tuple[int, Dims]:
+    """Return item size and dims of a buffer without dims: (0,) if empty, else the binding's, or those of a part."""
     dims, itemsize = rank1(binding.dims), binding.dtype.itemsize
     if not buffer.size:
         return itemsize, (0,)
@@ -200,7 +212,11 @@ class QAicQueueProperties:
 
 
 class Queue:
-    """Runs inferences in the order in which they are enqueued, on one thread of its own."""
+    """Runs inferences in the order of their enqueue, on one thread.
+
+    Raises:
+        RuntimeError: the card is not in the context.
+    """
 
     def __init__(self, context: Context, qid: int) -> None:
         if qid not in context.qids:
@@ -208,9 +224,9 @@ class Queue:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"qaic-sim-{qid}")
 
     def initProperties(self, properties: QAicQueueProperties) -> QStatus:
-        """Accepts a number of threads; the simulator keeps to one, so the order is that of enqueue."""
+        """Accept a number of threads; the simulator uses one, so inferences run in the order of their enqueue."""
         return QStatus.QS_SUCCESS if properties.numThreadsPerQueue > 0 else QStatus.QS_INVAL
 
     def enqueue(self, execobj: ExecObj) -> QStatus:
-        """Starts an inference and returns at once; QS_BUSY while one has not been waited for."""
+        """Start an inference and return at once; QS_BUSY until waitForCompletion was called for the last one."""
         return execobj._submit(self._executor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One inference: which specialization it is, what goes to the card, what comes back (card-contract §4.3, §4.4)."""
+"""One inference: choice of the specialization, inputs, outputs (card-contract §4.3, §4.4)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a client gave for one binding: its memory, not a copy, and what it says of it.
+    """The client's buffer for one binding.
 
-    `start` is set for a slice of retained state: where the block of these dims begins.
+    Attributes:
+        memory: the client's own memory as uint8, not a copy.
+        itemsize: bytes per element, as the client stated it.
+        dims: as the client stated them.
+        start: the position of the block in the state, for a slice of retained state; None otherwise.
     """
 
     memory: Array
@@ -33,28 +37,28 @@ class Slot:
 
     @property
     def skipped(self) -> bool:
-        """True if nothing travels."""
+        """True if no data are transferred."""
         return self.dims == (0,)
 
     def block(self) -> tuple[slice, ...] | None:
-        """Returns the block of a slice, None for a whole or partial buffer."""
+        """Return the indices of a slice of retained state; None for a whole or partial buffer."""
         if self.start is None:
             return None
-        return tuple(slice(at, at + size) for at, size in zip(self.start, self.dims, strict=True))
+        return tuple(slice(begin, begin + size) for begin, size in zip(self.start, self.dims, strict=True))
 
 
 SKIPPED = Slot(np.empty(0, np.uint8), 8, (0,))
 
 
 def rank1(dims: Sequence[int]) -> Dims:
-    """A scalar travels as shape (1,)."""
+    """Return the dims of a buffer: (1,) for a scalar."""
     return tuple(dims) or (1,)
 
 
 def is_prefix(dims: Dims, whole: Dims) -> bool:
-    """Tells whether a buffer of `dims` is the beginning of the memory of one of dims `whole`.
+    """Return True if a buffer of `dims` is a prefix of the memory of a buffer of dims `whole`.
 
-    That is so if only one dim differs and all dims before it are 1: bytes are copied from the start.
+    It is if only one dim differs and all dims before it are 1.
     """
     if len(dims) != len(whole):
         return False
@@ -64,17 +68,22 @@ def is_prefix(dims: Dims, whole: Dims) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """One inference with all it needs; it does not know its ExecObj, so `del execobj` frees that at once."""
+    """One inference. It has no reference to its ExecObj, so `del execobj` deletes that at once.
+
+    Attributes:
+        activation: the active program.
+        slots: one per binding.
+    """
 
     activation: Activation
     slots: Sequence[Slot]
 
     def run(self) -> QStatus:
-        """Runs, keeps the state, and writes the outputs into the client's memory; says why it can not."""
+        """Run, store the state, and write the outputs into the client's memory; a failure is logged with its reason."""
         try:
             with self.activation.lock:
                 return self._run()
-        except Exception as error:  # a status is all that a client of the real binding would get
+        except Exception as error:  # the real binding returns a status as well
             log(f"QAIC_ERROR_EXECOBJ_RUNTIME Error running program: {error}")
             return QStatus.QS_ERROR
 
@@ -99,54 +108,56 @@ class Inference:
         return QStatus.QS_SUCCESS
 
     def _feed(self, binding: Binding, slot: Slot, dims: Dims) -> ort.OrtValue:
-        """Returns what the network reads: the client's memory, the card's own copy, or one written into the other."""
+        """Return the value of an input: the client's memory, the retained state, or the one written into the other."""
         if slot.skipped:
             return self.activation.state(binding, dims)
-        given = binding.decoded(slot.memory.view(binding.dtype).reshape(slot.dims))
+        values = binding.decoded(slot.memory.view(binding.dtype).reshape(slot.dims))
         if slot.start is None and rank1(slot.dims) == rank1(dims):
-            return ort.OrtValue.ortvalue_from_numpy(given.reshape(dims))
+            return ort.OrtValue.ortvalue_from_numpy(values.reshape(dims))
         whole = np.array(self.activation.state(binding, dims).numpy())
         block = slot.block()
         if block is None:
-            whole.reshape(-1)[: given.size] = given.reshape(-1)
+            whole.reshape(-1)[: values.size] = values.reshape(-1)
         else:
-            whole[block] = given
+            whole[block] = values
         return ort.OrtValue.ortvalue_from_numpy(whole)
 
     def _shapes(self) -> Sequence[Dims] | None:
-        """Returns the allowed shapes that are meant, or says why there are none (§4.3)."""
+        """Return the specialization that matches the buffers, or log why there is none (§4.3)."""
         bindings, allowed = self.activation.bindings, self.activation.allowed
         for binding, slot in zip(bindings, self.slots, strict=True):
             if slot.skipped and binding.is_input and binding.name not in self.activation.retained:
                 log(f"Partial buffer not allowed for: {binding.name}: it is skipped, but it is not retained state")
                 return None
-        fitting: list[Sequence[Dims]] = []
+        matching: list[Sequence[Dims]] = []
         for partial in (False, True):
-            fitting = fitting or [
+            matching = matching or [
                 entry
                 for entry in allowed
                 if all(_fits(*part, partial=partial) for part in zip(bindings, self.slots, entry, strict=True))
             ]
-        if len(fitting) == 1:
-            return fitting[0]
+        if len(matching) == 1:
+            return matching[0]
         passed = {b.name: list(slot.dims) for b, slot in zip(bindings, self.slots, strict=True)}
-        why = "more than one specialization fits" if fitting else f"allowed {[list(map(list, e)) for e in allowed]}"
+        why = "more than one specialization fits" if matching else f"allowed {[list(map(list, e)) for e in allowed]}"
         log(f"No matching dimension found: passed {passed}, {why}")
         return None
 
 
 def _fits(binding: Binding, slot: Slot, dims: Dims, *, partial: bool) -> bool:
+    """Return True if a buffer fits the dims of a specialization, or, if `partial`, the beginning of its memory."""
     if slot.skipped:
         return True
     if slot.itemsize != binding.dtype.itemsize:
         return False
     if slot.start is not None:
-        ends = [at + size for at, size in zip(slot.start, slot.dims, strict=True)]
+        ends = [begin + size for begin, size in zip(slot.start, slot.dims, strict=True)]
         return len(ends) == len(dims) and all(end <= size for end, size in zip(ends, dims, strict=True))
     return rank1(slot.dims) == rank1(dims) or (partial and binding.partial and is_prefix(slot.dims, dims))
 
 
 def _receive(binding: Binding, slot: Slot, result: Array) -> None:
+    """Write an output into the client's memory."""
     block = slot.block()
     source = (result if block is None else result[block]).reshape(-1)
     target = slot.memory.view(binding.dtype)

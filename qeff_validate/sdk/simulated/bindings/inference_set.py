@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InferenceVector and InferenceSet of the `qaicrt` API: a pool of buffers over activations (card-contract §2.6)."""
+"""`qaicrt.InferenceVector` and `qaicrt.InferenceSet`: a pool of ExecObjs over activations (card-contract §2.6)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .qpc_description import Qpc
 
 
 class InferenceVector:
-    """One buffer per binding, zeros at first; the list that `getVector` returns is the vector itself."""
+    """One buffer per binding, initially zeros; the list that `getVector` returns is the vector itself."""
 
     def __init__(self, buffer_mappings: Sequence[BufferMapping]) -> None:
         self._buffers = [QBuffer(bytes(mapping.size)) for mapping in buffer_mappings]
 
     def getVector(self) -> list[QBuffer]:
-        """Returns the buffers, inputs and then outputs."""
+        """Return the buffers of the inputs and then of the outputs."""
         return self._buffers
 
 
 class InferenceHandle:
-    """One place of an InferenceSet; only `InferenceSet.getAvailable` and `getCompletedId` hand it out."""
+    """One ExecObj of an InferenceSet, returned by `InferenceSet.getAvailable` and `getCompletedId`."""
 
     def __init__(self, execobj: ExecObj, queue: Queue) -> None:
         self._execobj, self.queue = execobj, queue
 
     def execObj(self) -> ExecObj:
-        """Returns the ExecObj, whose getData has the results."""
+        """Return the ExecObj; its getData returns the results."""
         return self._execobj
 
     def setBuffers(self, buffers: Sequence[QBuffer], dims: BufferDimensionsVecRef | None = None) -> QStatus:
-        """Sets one buffer per binding; dims are needed if the QPC has specializations."""
+        """Set one buffer per binding; dims are needed if the QPC has specializations."""
         return self._execobj.setData(buffers, dims)
 
 
 class InferenceSet:
-    """`setSize` places on each of `numActivations` activations of one QPC, to be used from several threads.
+    """`setSize` handles on each of `numActivations` activations of one QPC, usable from several threads.
 
-    A place is available, then taken, then submitted, then collected, and available again after `putCompleted`.
+    A handle is available, then taken, then submitted, then collected, and available again after `putCompleted`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class InferenceSet:
             self._available += [InferenceHandle(ExecObj(context, program), queue) for _ in range(setSize)]
 
     def getAvailable(self, timeoutUs: int = 0) -> tuple[QStatus, InferenceHandle | None]:
-        """Takes a place, and waits for one; QS_TIMEDOUT after `timeoutUs`, never if that is 0."""
+        """Take a handle as soon as one is available; QS_TIMEDOUT after `timeoutUs` microseconds, 0: never."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._available, timeoutUs / 1e6 if timeoutUs else None):
                 return QStatus.QS_TIMEDOUT, None
@@ -77,7 +77,7 @@ class InferenceSet:
             return QStatus.QS_SUCCESS, self._taken[-1]
 
     def submit(self, handle: InferenceHandle | InferenceVector, inference_id: int) -> QStatus:
-        """Starts the inference of a place whose buffers are set; a vector takes the next available place."""
+        """Start the inference of a handle whose buffers are set; a vector takes the next available handle."""
         if isinstance(handle, InferenceVector):
             return self._submit_vector(handle, inference_id)
         with self._changed:
@@ -91,7 +91,7 @@ class InferenceSet:
             return status
 
     def getCompletedId(self, inference_id: int) -> tuple[QStatus, InferenceHandle | None]:
-        """Waits for an inference and returns how it ended, with its place."""
+        """Wait for an inference and return its status and its handle."""
         with self._changed:
             handle = self._submitted.pop(inference_id, None)
         if handle is None:
@@ -103,7 +103,7 @@ class InferenceSet:
         return status, handle
 
     def putCompleted(self, handle: InferenceHandle) -> QStatus:
-        """Gives a place back."""
+        """Make a handle available again."""
         with self._changed:
             if handle not in self._taken:
                 return QStatus.QS_INVAL
@@ -113,7 +113,7 @@ class InferenceSet:
         return QStatus.QS_SUCCESS
 
     def waitForCompletion(self) -> QStatus:
-        """Waits until nothing that was submitted still runs; the results stay to be collected."""
+        """Wait for all submitted inferences; their results remain to be collected."""
         with self._changed:
             handles = list(self._submitted.values())
         for handle in handles:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context and Program of the `qaicrt` API: from a QPC to one or more cards (card-contract §2.4, §4.1, §4.7)."""
+"""`qaicrt.Context` and `qaicrt.Program`: a QPC on one or more cards (card-contract §2.4, §4.1, §4.7)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ _LOADED = (QProgramState.LOADED, QProgramState.FULLY_ACTIVATED, QProgramState.AC
 
 
 class Context:
-    """The cards that a client works with; all that exist if none are named."""
+    """The cards of a client.
+
+    Args:
+        qids: ids of the cards; None: all.
+
+    Raises:
+        RuntimeError: a card does not exist, or there is none.
+    """
 
     def __init__(self, qids: QIDList | None = None) -> None:
         if qids is not None and not isinstance(qids, QIDList):
@@ -32,12 +39,12 @@ class Context:
             raise RuntimeError("Failed to create Context: no devices")
 
     def setLogLevel(self, level: QLogLevel) -> QStatus:
-        """Accepts a log level; the simulator logs errors at every level."""
+        """Accept a log level; the simulator logs errors at every level."""
         return QStatus.QS_SUCCESS if isinstance(level, QLogLevel) else QStatus.QS_INVAL
 
 
 class QAicProgramProperties:
-    """Properties of a Program; an unknown attribute raises AttributeError (card-contract §2.4)."""
+    """Properties of a Program; setting an unknown attribute raises AttributeError (card-contract §2.4)."""
 
     __slots__ = ("SubmitRetryTimeoutMs", "dataPathTimeoutMs", "devMapping", "selectMask", "submitNumRetries")
 
@@ -59,13 +66,23 @@ class QAicProgramProperties:
 
 
 def _missing_properties() -> set[str]:
-    """The attributes that this SDK does not have: those taken away on request, and what ended with 1.22.0.119."""
-    ended = {"SubmitRetryTimeoutMs"} if release() > (1, 22, 0, 119) else set()
-    return faults.missing_properties() | ended
+    """Return the attributes that this SDK lacks: by a requested fault, or because 1.22.0.119 was the last with them."""
+    removed = {"SubmitRetryTimeoutMs"} if release() > (1, 22, 0, 119) else set()
+    return faults.missing_properties() | removed
 
 
 class Program:
-    """A QPC on its way to the cards: created, load(), activate(), then inferences, deactivate(), unload()."""
+    """A QPC on cards: load(), activate(), inferences, deactivate(), unload().
+
+    Args:
+        context: the cards of the client.
+        qid: id of the card; None: those of `devMapping`, else the first cards that have enough resources.
+        qpc: the compiled program.
+        props: time-outs, `devMapping`, `selectMask`.
+
+    Raises:
+        RuntimeError: the card is not in the context.
+    """
 
     def __init__(self, context: Context, qid: int | None, qpc: Qpc, props: QAicProgramProperties) -> None:
         if qid is not None and qid not in context.qids:
@@ -79,43 +96,43 @@ class Program:
         self._release: Callable[[], Any] | None = None
 
     def load(self) -> QStatus:
-        """Checks that the program fits its cards, and that they are ready; may be repeated."""
+        """Check that the program fits its cards, and that they are ready; calling it again does nothing."""
         if self.state in _LOADED:
             return QStatus.QS_SUCCESS
-        status, text = self._unfit()
+        status, text = self._load_problem()
         if text:
             log(f"Failed to initialize program, {text}")
         self.state = QProgramState.LOAD_ERROR if text else QProgramState.LOADED
         return status
 
     def activate(self) -> QStatus:
-        """Takes NSPs and memory on the cards and makes the program ready to run."""
+        """Reserve NSPs and memory on the cards and open the network."""
         if self.activation is not None:
             return QStatus.QS_SUCCESS
         if self.state not in _LOADED:
             log("Failed to Activate program: it is not loaded")
             return QStatus.QS_INVAL
         self.state = QProgramState.ACTIVATE_ERROR
-        needs = self.qpc.program.num_cores, self.qpc.memory_mb()
-        cards = self._reserve(*needs)
+        resources = self.qpc.program.num_cores, self.qpc.memory_mb()
+        cards = self._reserve(*resources)
         if not cards:
             log("Failed to Activate program")
             return QStatus.QS_DEV_ERROR
         try:
             self.activation = Activation(self.qpc, cards)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
-            _release(cards, *needs)
+            _release(cards, *resources)
             log(f"Failed to Activate program: {error}")
             return QStatus.QS_ERROR
-        # A program that is dropped without deactivate() must not keep its NSPs.
-        self._release = weakref.finalize(self, _release, cards, *needs)
+        # A program that is deleted without deactivate() must release its NSPs.
+        self._release = weakref.finalize(self, _release, cards, *resources)
         self.state = QProgramState.FULLY_ACTIVATED
-        # From now on only the client activates: an ExecObj after deactivate() is an error (§4.1).
+        # From here on only the client activates: an ExecObj after deactivate() is an error (§4.1).
         self.auto_activates = False
         return QStatus.QS_SUCCESS
 
     def deactivate(self) -> QStatus:
-        """Frees the cards, which lose the retained state; refused while an ExecObj is alive."""
+        """Release the cards; the retained state is lost. Refused while an ExecObj exists."""
         if self.activation is None or self._release is None:
             log("Failed to deactivate program: it is not active")
             return QStatus.QS_INVAL
@@ -128,7 +145,7 @@ class Program:
         return QStatus.QS_SUCCESS
 
     def unload(self) -> QStatus:
-        """Undoes load(); refused while the program is active."""
+        """Undo load(); refused while the program is active."""
         if self.activation is not None or self.state not in _LOADED:
             log(f"Failed to unload program: it is {'active' if self.activation else 'not loaded'}")
             return QStatus.QS_INVAL
@@ -136,22 +153,22 @@ class Program:
         return QStatus.QS_SUCCESS
 
     def createSlicingSpecHandle(self, spec: str) -> tuple[QStatus, SlicingSpec | None]:
-        """Reads a slicing spec in JSON for `ExecObj.setDataWithSlices` (§4.8)."""
+        """Parse a slicing spec in JSON for `ExecObj.setDataWithSlices` (§4.8)."""
         try:
             return QStatus.QS_SUCCESS, SlicingSpec.parse(spec)
         except ValueError as error:
             log(f"createSlicingSpecHandle: {error}")
             return QStatus.QS_INVAL, None
 
-    def _unfit(self) -> tuple[QStatus, str]:
-        """Returns why the program can not be loaded, with its status; an empty text if it can."""
+    def _load_problem(self) -> tuple[QStatus, str]:
+        """Return status and reason if the program cannot be loaded; QS_SUCCESS and an empty text if it can."""
         program, qids = self.qpc.program, self._candidates()
         card = device.generation()
-        needs, has = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[card]
-        if needs != has:
+        expected, actual = device.HW_MAJOR.get(program.hw_version), device.HW_MAJOR[card]
+        if expected != actual:
             return QStatus.QS_UNSUPPORTED, (
                 "HW Version incompatible, program expects:"
-                f"Major Version {needs} ({program.hw_version}), device has {has} ({card})"
+                f"Major Version {expected} ({program.hw_version}), device has {actual} ({card})"
             )
         if unknown := [qid for qid in qids if qid not in self.context.qids]:
             return QStatus.QS_INVAL, f"devMapping {self._mapping!r} has {unknown}, the context {self.context.qids}"
@@ -163,6 +180,7 @@ class Program:
         return QStatus.QS_SUCCESS, ""
 
     def _candidates(self) -> Sequence[Any]:
+        """Return the ids of the cards that may be used, in order; an invalid `devMapping` gives texts."""
         if self._qid is not None:
             return [self._qid]
         if not self._mapping:
@@ -170,21 +188,21 @@ class Program:
         return [int(qid) if qid.isdecimal() else qid for qid in self._mapping.split(":")]
 
     def _reserve(self, nsps: int, memory_mb: int) -> list[device.Card]:
-        """Takes all the cards that the program needs, the first that have enough left, or none."""
-        taken: list[device.Card] = []
+        """Reserve as many cards as the program needs, the first that have enough free resources, or none."""
+        reserved: list[device.Card] = []
         for qid in self._candidates():
             try:
                 card = device.card(qid)
                 if card.status != device.READY:
                     raise RuntimeError(f"device no in Ready state but {card.status}")
                 card.reserve(nsps, memory_mb)
-                taken.append(card)
+                reserved.append(card)
             except (device.NotEnough, RuntimeError) as error:
                 log(f"Device {qid} activate failed: {error}")
                 log(f"Dev {qid} activate failed status {int(QStatus.QS_DEV_ERROR)}")
-            if len(taken) == self.qpc.program.num_devices:
-                return taken
-        _release(taken, nsps, memory_mb)
+            if len(reserved) == self.qpc.program.num_devices:
+                return reserved
+        _release(reserved, nsps, memory_mb)
         return []
 
 

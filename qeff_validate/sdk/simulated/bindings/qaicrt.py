@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated `qaicrt`: the Python runtime API of the Cloud AI 100 SDK (card-contract §2, §4).
 
-Constructors raise; methods return a QStatus or a tuple that starts with one. What goes wrong is also said on
-stderr. There is no card: see the package.
+Constructors raise; methods return a QStatus or a tuple that starts with one, and log the reason of a failure to stderr.
+There is no card: see the package `simulated`.
 """
 
 from __future__ import annotations

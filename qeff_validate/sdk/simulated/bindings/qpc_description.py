@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qpc of the `qaicrt` API: a compiled program and what it says of its buffers (card-contract §2.2, §3)."""
+"""`qaicrt.Qpc`: a compiled program and the description of its buffers (card-contract §2.2, §3)."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What an inference needs to know of one binding.
+    """One binding of a program.
 
-    `encoding` is bfloat16, which is float32 in the network, mxint8, which is compressed when a client writes it, or
-    empty.
+    Attributes:
+        name: of the input or output.
+        is_input: True for an input.
+        dtype: of the client's buffer.
+        dims: the largest allowed shape.
+        partial: a client may skip the buffer or fill a part of it.
+        encoding: ``bfloat16`` (float32 in the network), ``mxint8`` (compressed when a client writes it), or empty.
     """
 
     name: str
@@ -48,20 +53,20 @@ class Binding:
     encoding: str = ""
 
     @property
-    def held(self) -> np.dtype[Any]:
-        """The type in the network."""
+    def network_dtype(self) -> np.dtype[Any]:
+        """The dtype in the network."""
         return np.dtype(np.float32) if self.encoding == "bfloat16" else self.dtype
 
-    def decoded(self, given: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Returns what the network reads of what a client wrote."""
+    def decoded(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Convert a client's values to the values that the network reads."""
         if self.encoding == "bfloat16":
-            return (given.astype(np.uint32) << 16).view(np.float32)
+            return (values.astype(np.uint32) << 16).view(np.float32)
         if self.encoding == "mxint8":
-            return microscaling.mxint8(given.astype(np.float32)).astype(given.dtype)
-        return given
+            return microscaling.mxint8(values.astype(np.float32)).astype(values.dtype)
+        return values
 
     def encoded(self, result: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Returns what a client reads of what the network wrote."""
+        """Convert an output of the network to the values that a client reads."""
         return (result.view(np.uint32) >> 16).astype(np.uint16) if self.encoding == "bfloat16" else result
 
     @property
@@ -70,14 +75,22 @@ class Binding:
         return int(self.dtype.itemsize * math.prod(self.dims))
 
 
-def _mapped(kind: int) -> BufferDataTypeEnum:
-    """Returns the type of a buffer mapping, which has no name for bfloat16 (card-contract §2.1)."""
+def _mapping_type(kind: int) -> BufferDataTypeEnum:
+    """Return the type in a buffer mapping, INVAL for bfloat16, which has no name there (card-contract §2.1)."""
     known = kind in BufferDataTypeEnum.__members__.values()
     return BufferDataTypeEnum(kind) if known else BufferDataTypeEnum.INVAL
 
 
 class Qpc:
-    """A compiled program, given by the directory that holds programqpc.bin, as str."""
+    """A compiled program.
+
+    Args:
+        directory: the directory with programqpc.bin, as str.
+
+    Raises:
+        TypeError: the directory is no str.
+        RuntimeError: the QPC cannot be read, or its parts contradict each other.
+    """
 
     def __init__(self, directory: str) -> None:
         if not isinstance(directory, str):
@@ -110,11 +123,11 @@ class Qpc:
         self.retained: dict[str, str] = dict(self.program.header.get("retained", {}))
 
     def getIoDescriptor(self) -> tuple[QStatus, QBuffer]:
-        """Returns the serialized IoDesc."""
+        """Return the serialized IoDesc."""
         return QStatus.QS_SUCCESS, QBuffer(self.program.io_desc)
 
     def getBufferMappings(self) -> list[BufferMapping]:
-        """Returns one mapping per binding, in binding order."""
+        """Return one mapping per binding, in the order of the bindings."""
         return [
             BufferMapping(
                 bufferName=b.name,
@@ -122,13 +135,13 @@ class Qpc:
                 ioType=BufferIoTypeEnum(b.dir + 1),
                 size=b.size,
                 isPartialBufferAllowed=b.is_partial_buf_allowed,
-                dataType=_mapped(b.type),
+                dataType=_mapping_type(b.type),
             )
             for b in self._wire
         ]
 
     def memory_mb(self) -> int:
-        """Returns what an activation takes of one card: the file, mostly weights, and one set of buffers."""
-        shared = set(self.retained.values())  # a retained output lives in its input's memory
+        """Return the MB that an activation takes on each card: the file, mostly weights, and one set of buffers."""
+        shared = set(self.retained.values())  # a retained output shares the memory of its input
         size = self.program.path.stat().st_size + sum(b.size for b in self.bindings if b.name not in shared)
         return -(-size // (2**20 * self.program.num_devices))

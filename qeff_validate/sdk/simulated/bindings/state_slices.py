@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slicing specs: which block of a retained state travels (card-contract §4.8)."""
+"""Slicing specs: which block of a retained state is transferred (card-contract §4.8)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ..graph import Dims
 
 @dataclass(frozen=True, slots=True)
 class BufferSpec:
-    """The start of a block, per dim a number or the name of a parameter, for bindings whose name matches."""
+    """The start of the block for bindings whose name matches.
+
+    Attributes:
+        name: pattern of the whole name.
+        itemsize: bytes per element.
+        starts: per dim a number, or the name of a parameter.
+    """
 
     name: re.Pattern[str]
     itemsize: int
@@ -23,30 +29,34 @@ class BufferSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlicingSpec:
-    """What `Program.createSlicingSpecHandle` hands out."""
+    """The handle that `Program.createSlicingSpecHandle` returns."""
 
     buffers: tuple[BufferSpec, ...]
 
     @classmethod
     def parse(cls, text: str) -> SlicingSpec:
-        """Reads `{"BufferSpecs": [{"Name", "ElemSize", "DimSpecs": [{"start"}, …]}, …]}`, or raises ValueError."""
+        """Parse `{"BufferSpecs": [{"Name", "ElemSize", "DimSpecs": [{"start"}, …]}, …]}`.
+
+        Raises:
+            ValueError: the text is not of this form.
+        """
         try:
             return cls(tuple(_buffer_spec(entry) for entry in json.loads(text)["BufferSpecs"]))
         except (KeyError, TypeError, re.error) as error:
             raise ValueError(f"not a slicing spec: {error!r}") from error
 
     def start(self, name: str, itemsize: int, rank: int, parameters: Mapping[str, int]) -> Dims | None:
-        """Returns where the block of this binding begins, None if no spec is about it.
+        """Return the start of a binding's block; None if no spec matches its name.
 
         Raises:
-            ValueError: The spec does not fit the binding, or a parameter is not given.
+            ValueError: the spec does not fit the binding, or a parameter is missing.
         """
         spec = next((spec for spec in self.buffers if spec.name.fullmatch(name)), None)
         if spec is None:
             return None
         if (spec.itemsize, len(spec.starts)) != (itemsize, rank):
             raise ValueError(f"the slicing spec of {name} has {len(spec.starts)} dims of {spec.itemsize} bytes")
-        starts = tuple(parameters.get(at, -1) if isinstance(at, str) else at for at in spec.starts)
+        starts = tuple(parameters.get(start, -1) if isinstance(start, str) else start for start in spec.starts)
         if min(starts, default=0) < 0:
             raise ValueError(f"the slice of {name} starts at {spec.starts}, with {dict(parameters)}")
         return starts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators that are not ONNX's own: which of them are in a graph, and what tool writes such operators."""
+"""Operators outside the ONNX standard in a graph, and the tools that write them."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ _QUANTIZED = ("Quant", "QLinear", "QAttention", "QEmbed", "QGemm", "QOrdered", "
 
 
 def maker(domain: str, operator: str) -> str:
-    """Returns what writes an operator of another domain, and what to do about it."""
+    """Return the tool that writes an operator of another domain, and a remedy."""
     if domain == MICROSOFT:
         return _QUANTIZER if any(part in operator for part in _QUANTIZED) else _OPTIMIZER
     return next((text for name, text in _MAKERS.items() if domain == name or domain.startswith(f"{name}.")), _CUSTOM)
 
 
 def contrib_nodes(model: Any) -> list[Any]:
-    """Returns the nodes, inside functions too, that are neither ONNX's nor Qualcomm's nor calls of a local function."""
+    """Return the nodes, those in functions included, of neither ONNX's nor Qualcomm's domains nor a local function."""
     local = {(function.domain, function.name) for function in model.functions}
-    own = (*STANDARD, *QUALCOMM)
+    known = (*STANDARD, *QUALCOMM)
     return [
         node
         for part in (model.graph, *model.functions)
         for node in nodes_of(part)
-        if node.domain not in own and (node.domain, node.op_type) not in local
+        if node.domain not in known and (node.domain, node.op_type) not in local
     ]
 
 
 def contrib_summary(model: Any) -> str | None:
-    """Returns how many nodes of a ModelProto are contrib operators, and what made them; None if there are none."""
+    """Return the number of contrib operators in a ModelProto, and the tools that write them; None if there are none."""
     counts = Counter((node.domain, node.op_type) for node in contrib_nodes(model))
     if not counts:
         return None
-    said = ", ".join(f"{count} {domain}::{operator}" for (domain, operator), count in counts.most_common(4))
+    summary = ", ".join(f"{count} {domain}::{operator}" for (domain, operator), count in counts.most_common(4))
     more = f" and {len(counts) - 4} more kinds" if len(counts) > 4 else ""
     makers = dict.fromkeys(maker(*operator) for operator, _ in counts.most_common())
-    return f"{said}{more}, {'; '.join(makers)}"
+    return f"{summary}{more}, {'; '.join(makers)}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local functions and the custom operators that QEfficient's exports use (card-contract §6.7).
+"""Inlines local functions and the custom operators of QEfficient's exports (card-contract §6.7).
 
-A function that the model carries is inlined, nested ones too. Custom operators with a clear meaning get a body
-of standard operators if the model carries none. Others are refused by name.
+The model's own functions are inlined, nested ones included. Custom operators with a known meaning get a body of
+standard operators if the model has no function for them. Others are refused by name.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from onnx import inliner, parser
 
 from ..errors import rejected
 from ..graph import nodes_of, opset_of
-from ..numerics.node_precision import WIDE
+from ..numerics.node_precision import FLOAT32_PREFIX
 from .contrib_operators import QUALCOMM
 from .static_shapes import check_function
 
 CLOUD, AISW = QUALCOMM
 MIN_BODY_OPSET = 13
 MOST_NODES = 1_000_000
-"""Of a model with all functions inlined: 30 functions that each call another twice are 10^9 nodes in 4 kB."""
+"""The most nodes after inlining: 30 functions that each call the next twice are 10^9 nodes in 4 kB."""
 
 
 def inline(model: Any, *, sub_functions: bool = False) -> Any:
-    """Returns the model without functions and without the known custom operators.
+    """Inline all functions and the known custom operators, and return the model.
 
     Args:
         model: ModelProto; changed.
-        sub_functions: Whether functions are kept as units, where shapes must be constant inside of each.
+        sub_functions: functions are compiled as units, so shapes inside each must be constant.
     """
     if problem := too_large(model):
         raise rejected(model, problem)
-    carried = {(function.domain, function.name): function for function in model.functions}
+    local = {(function.domain, function.name): function for function in model.functions}
     called = {(node.domain, node.op_type) for node in nodes_of(model.graph)} if sub_functions else set()
-    for key in called & carried.keys():
-        if key[0] not in (CLOUD, AISW):  # the compiler knows these as operators
-            check_function(model, carried[key], carried)
+    for key in called & local.keys():
+        if key[0] not in (CLOUD, AISW):  # the compiler treats these as operators
+            check_function(model, local[key], local)
     custom = _custom(model)
-    for domain, name in sorted(custom.keys() - carried.keys()):
+    for domain, name in sorted(custom.keys() - local.keys()):
         body = _built_in(domain, name, opset_of(model))
         if body is None:
             why = f"unsupported operator {domain}::{name}, and the model has no function for it"
@@ -51,12 +51,12 @@ def inline(model: Any, *, sub_functions: bool = False) -> Any:
         return model
     for function in model.functions:
         if (function.domain, function.name) == (AISW, "CustomRMSNorm"):
-            _mark_inside(function)
+            _mark_inner_values(function)
     return inliner.inline_local_functions(model, convert_version=True)
 
 
 def too_large(model: Any) -> str:
-    """Returns why the functions of a model can not be inlined: too many nodes, or recursion; empty if they can."""
+    """Return why the functions of a model cannot be inlined: too many nodes, or recursion; empty if they can."""
     calls = {_key(function, function.name): list(map(_called, nodes_of(function))) for function in model.functions}
     sizes: dict[tuple[str, str, str], int] = {}
     pending, entered = list(calls), set()
@@ -80,18 +80,22 @@ def _called(node: Any) -> tuple[str, str, str]:
 
 
 def _key(item: Any, name: str) -> tuple[str, str, str]:
-    return item.domain, name, getattr(item, "overload", "")  # of a function, or of a node that calls it
+    return item.domain, name, getattr(item, "overload", "")  # item: a function, or a node that calls it
 
 
 def _custom(model: Any) -> dict[tuple[str, str], Any]:
-    """Returns a node of each of Qualcomm's operators, by domain and operator."""
+    """Return one node for each of Qualcomm's operators, by domain and operator."""
     nodes = [node for part in (model.graph, *model.functions) for node in nodes_of(part)]
     return {(node.domain, node.op_type): node for node in nodes if node.domain in QUALCOMM}
 
 
-def _mark_inside(function: Any) -> None:
+def _mark_inner_values(function: Any) -> None:
+    """Give the values inside of a function the prefix of values that are not rounded."""
     names = {
-        name: WIDE + name for node in function.node for name in node.output if name and name not in function.output
+        name: FLOAT32_PREFIX + name
+        for node in function.node
+        for name in node.output
+        if name and name not in function.output
     }
     for node in function.node:
         node.input[:] = [names.get(name, name) for name in node.input]
@@ -129,7 +133,7 @@ def _rms_norm(opset: int) -> str:
 
 
 def _scatter(name: str, rank: int, *, by_row: bool) -> str:
-    """Returns a body that writes `updates` [batch, (heads,) seq, dim] to the slots `position_ids` [batch, seq]."""
+    """Return a body that writes `updates` [batch, (heads,) seq, dim] to the slots `position_ids` [batch, seq]."""
     rows = "Reshape (batch_index, minus)" if by_row else "Range (zero, count, unit)"
     coordinates = {"row": [1, 2, 3], "head": [0, 2, 3], "ctx": [1, 3]} if rank == 4 else {"row": [1, 2], "ctx": [2]}
     heads, sizes = "", "batch, seq, one"
@@ -166,7 +170,7 @@ def _scatter(name: str, rank: int, *, by_row: bool) -> str:
 
 
 def _gather(name: str, rank: int, *, by_row: bool) -> str:
-    """Returns a body that reads the slots `ctx_indices`; `comp_ctx_len` only repeats their number."""
+    """Return a body that reads the slots `ctx_indices`; `comp_ctx_len` repeats their number and is ignored."""
     rows = "Gather (cache, row_numbers)" if by_row else "Identity (cache)"
     row_numbers = "Reshape (batch_index, minus)" if by_row else "Identity (minus)"
     return f"""{name} (cache, {"batch_index, " if by_row else ""}ctx_indices, comp_ctx_len) => (result) {{

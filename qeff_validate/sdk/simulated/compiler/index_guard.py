@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT32_MAX as an index is out of range on purpose: a scatter drops the write, a gather reads anything (§6.7).
+"""INT32_MAX as an index is deliberately out of range: a scatter drops the write, a gather reads anything (§6.7).
 
-ONNX Runtime refuses such an index, so gathers read slot 0 in its place and scatters get only the rows that are
-left. Other indices out of range stay an error, as they are one in the model. Nodes whose indices are constants
-without an INT32_MAX are not touched.
+ONNX Runtime refuses such an index, so gathers read slot 0 instead, and scatters get only the rows with other indices.
+Other indices out of range remain errors, as they are errors of the model. Nodes whose indices are constants without
+INT32_MAX are not changed.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _CONSTANTS: dict[str, np.ndarray[Any, Any]] = {
 
 
 def guard(model: Any, types: Mapping[str, int], weights: Sequence[Weight]) -> None:
-    """Makes INT32_MAX indices harmless, in place and in subgraphs.
+    """Replace INT32_MAX indices in a graph and its subgraphs, in place.
 
     Args:
         model: ModelProto without functions, on which shape inference has run.
-        types: Element type of the main graph's values.
-        weights: The streamed weights, among which large constant indices may be.
+        types: element type of the main graph's values.
+        weights: the streamed weights; large constant indices are among them.
     """
-    clean = {w.name for w in weights if w.data_type in _DTYPES and not _streams_no_index(w)}
+    clean = {w.name for w in weights if w.data_type in _DTYPES and not _contains_no_index(w)}
     _Guard(opset_of(model)).apply(model.graph, clean, types)
     used = {name for node in nodes_of(model.graph) for name in node.input if name.startswith(_NAME)}
     constants = {f"{_NAME}.{key}": value for key, value in _CONSTANTS.items()}
     model.graph.initializer.extend(numpy_helper.from_array(v, key) for key, v in constants.items() if key in used)
 
 
-def _streams_no_index(weight: Weight) -> bool:
+def _contains_no_index(weight: Weight) -> bool:
     dtype = _DTYPES[weight.data_type]
     return any(bool(np.any(np.frombuffer(chunk, dtype) == NO_INDEX)) for chunk in weight.chunks())
 
@@ -73,13 +73,13 @@ class _Guard:
             elif node.op_type in _GATHERS:
                 graph.node.extend(self._gather(node, types))
             elif node.op_type == "ScatterND" and node.input[1] in flat:
-                # A single row of indices: nothing is left to write if it is dropped, and no exporter makes it.
+                # a single row of indices: if it is dropped, nothing is written; no exporter emits such a node
                 graph.node.append(node)
             else:
                 graph.node.extend(self._scatter(node, types))
 
     def _add(self, op: str, inputs: list[str], **attributes: Any) -> Any:
-        """Returns a node with one new output; inputs that start with a dot are helper constants."""
+        """Return a node with one new output; inputs that start with a dot are helper constants."""
         self.count += 1
         names = [_NAME + name if name.startswith(".") else name for name in inputs]
         return helper.make_node(op, names, [f"{_NAME}.{self.count}.{op}"], **attributes)
@@ -92,7 +92,7 @@ class _Guard:
         return [invalid, safe, node]
 
     def _scatter(self, node: Any, types: Mapping[str, int]) -> Iterator[Any]:
-        """Yields a ScatterND of those rows (or, for ScatterElements, single elements) that are to be written."""
+        """Yield nodes up to a ScatterND of the rows (for ScatterElements: elements) whose index is not INT32_MAX."""
         data, indices, updates = node.input
         if types.get(indices) == _INT32:
             yield (wide := self._add("Cast", [indices], to=onnx.TensorProto.INT64))
@@ -106,9 +106,9 @@ class _Guard:
         yield (valid := self._add("Less", [highest, ".none64"]))
         yield (places := self._add("NonZero", [valid.output[0]]))
         yield (rows := self._add("Transpose", [places.output[0]], perm=[1, 0]))
-        yield (kept := self._add("GatherND", [indices, rows.output[0]]))
-        yield (written := self._add("GatherND", [updates, rows.output[0]]))
-        to = kept.output[0]
+        yield (slots := self._add("GatherND", [indices, rows.output[0]]))
+        yield (valid_updates := self._add("GatherND", [updates, rows.output[0]]))
+        to = slots.output[0]
         if node.op_type == "ScatterElements":
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             for step in self._coordinates(places.output[0], to, axis):
@@ -116,11 +116,11 @@ class _Guard:
                 to = step.output[0]
         reduction = {a.name: a.s.decode() for a in node.attribute if a.name == "reduction"}
         yield helper.make_node(
-            "ScatterND", [data, to, written.output[0]], list(node.output), name=node.name, **reduction
+            "ScatterND", [data, to, valid_updates.output[0]], list(node.output), name=node.name, **reduction
         )
 
     def _coordinates(self, places: str, slots: str, axis: int) -> Iterator[Any]:
-        """Yields the way to the coordinates in the data: those of the element, but for `axis`."""
+        """Yield nodes that compute the coordinates in the data: those of the element, with the slot on `axis`."""
         bounds = {f"{_NAME}.{self.count}.axis{i}": np.array([axis + i], np.int64) for i in (0, 1)}
         before_end, after_start = bounds
         for name, value in bounds.items():
@@ -135,17 +135,17 @@ class _Guard:
 
 
 def _constants_in_range(graph: Any) -> set[str]:
-    """Returns the names of the constants in a graph that have no INT32_MAX in them."""
+    """Return the names of the constants of a graph that contain no INT32_MAX."""
     tensors = {t.name: t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
-    found = set()
+    attributes = set()
     for node in graph.node:
         for attribute in node.attribute if node.op_type == "Constant" else ():
             if attribute.name == "value":
                 tensors[node.output[0]] = attribute.t
             elif attribute.name in ("value_int", "value_ints") and NO_INDEX not in (attribute.i, *attribute.ints):
-                found.add(node.output[0])
+                attributes.add(node.output[0])
     clean = {n for n, t in tensors.items() if t.data_type in _DTYPES and not np.any(_array(t) == NO_INDEX)}
-    return found | clean
+    return attributes | clean
 
 
 def _array(tensor: Any) -> Any:
@@ -153,7 +153,7 @@ def _array(tensor: Any) -> Any:
 
 
 def _vectors(graph: Any) -> set[str]:
-    """Returns the names of the values that shape inference knows to have one dim."""
+    """Return the names of the values that have one dim, according to shape inference."""
     return {
         info.name
         for info in (*graph.input, *graph.value_info)

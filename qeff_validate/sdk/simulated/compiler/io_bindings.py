@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client sees of a model: binding types, the IoDesc, and the casts between a binding and the graph.
+"""The bindings of a model: their types, the IoDesc, and the casts between a binding and the graph.
 
-The stored graph has exactly the bindings' types at its border, so the runtime never converts anything.
+The inputs and outputs of the stored graph have the types of the bindings, so the runtime converts nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from onnx import helper, numpy_helper
 from ..bindings import QAicApi_pb2 as aicapi
 from ..errors import CompileError
 from ..graph import BFLOAT16, FLOAT, FLOAT16, Dims, rename
-from ..numerics.fp16_rounding import cast, exact, moves
-from .custom_io import Wanted
+from ..numerics.fp16_rounding import cast, moves, unrounded
+from .custom_io import PortFormat
 
 T = onnx.TensorProto
 
-# ONNX element type -> (binding type, element type at the stored graph's border); card-contract §3.1, §6.7
 BINDING_TYPES: dict[int, tuple[int, int]] = {
     int(T.FLOAT): (aicapi.FLOAT_TYPE, int(T.FLOAT)),
     int(T.FLOAT16): (aicapi.FLOAT_16_TYPE, int(T.FLOAT16)),
-    # numpy has no such type, so the runtime converts bits
+    # numpy has no bfloat16, so the runtime converts bits
     int(T.BFLOAT16): (aicapi.BFLOAT16_TYPE, int(T.FLOAT)),
     int(T.INT64): (aicapi.INT64_I_TYPE, int(T.INT64)),
     int(T.INT32): (aicapi.INT32_I_TYPE, int(T.INT32)),
@@ -35,6 +34,7 @@ BINDING_TYPES: dict[int, tuple[int, int]] = {
     int(T.UINT8): (aicapi.UINT8_Q_TYPE, int(T.UINT8)),
     int(T.BOOL): (aicapi.INT8_TYPE, int(T.INT8)),
 }
+"""Binding type, and element type at the stored graph's border, by the model's element type (§3.1, §6.7)."""
 ITEMSIZE = {
     aicapi.FLOAT_TYPE: 4,
     aicapi.FLOAT_16_TYPE: 2,
@@ -45,7 +45,7 @@ ITEMSIZE = {
     aicapi.INT8_TYPE: 1,
     aicapi.UINT8_Q_TYPE: 1,
 }
-# Custom IO; mxint8 travels as the fp16 numbers that its blocks stand for.
+# The precisions of custom IO; mxint8 is transferred as the fp16 values of its blocks.
 _PRECISIONS: dict[str, tuple[int, int]] = {
     "float": BINDING_TYPES[FLOAT],
     "float16": BINDING_TYPES[FLOAT16],
@@ -60,90 +60,99 @@ _RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """One input or output: its type in the model, at the stored graph's border, and as a binding."""
+    """One input or output.
+
+    Attributes:
+        name: of the input or output.
+        is_input: True for an input.
+        graph_type: ONNX element type in the model.
+        border_type: ONNX element type at the border of the stored graph.
+        binding_type: type of the binding (card-contract §3.1).
+        custom: the format from the custom IO list; None if it is not listed.
+    """
 
     name: str
     is_input: bool
     graph_type: int
     border_type: int
     binding_type: int
-    custom: Wanted | None = None
+    custom: PortFormat | None = None
 
     @property
-    def scaled(self) -> Wanted | None:
-        """What a number of the binding stands for, if not for itself."""
+    def scaled(self) -> PortFormat | None:
+        """The custom format if values are quantized or compressed; None otherwise."""
         return self.custom if self.custom and self.custom.precision in ("int8", "mxint8") else None
 
 
-def ports(graph: Any, custom: Mapping[str, Wanted]) -> list[Port]:
-    """Returns all inputs, then all outputs, of a graph whose inputs are real inputs only.
+def ports(graph: Any, custom: Mapping[str, PortFormat]) -> list[Port]:
+    """Return all inputs, then all outputs of a graph.
 
     Args:
-        graph: GraphProto.
-        custom: IO name to what is wanted, from the custom IO list.
+        graph: GraphProto; initializers are not among its inputs.
+        custom: formats by name, from the custom IO list.
 
     Raises:
-        CompileError: An unsupported type, or a custom IO entry that does not fit (card-contract §6.3).
+        CompileError: a type is not supported, or a custom IO entry does not fit (card-contract §6.3).
     """
-    found = [_port(info, True, custom) for info in graph.input]
-    found += [_port(info, False, custom) for info in graph.output]
-    names = [port.name for port in found]
+    all_ports = [_port(info, True, custom) for info in graph.input]
+    all_ports += [_port(info, False, custom) for info in graph.output]
+    names = [port.name for port in all_ports]
     if unknown := sorted(set(custom) - set(names)):
         raise CompileError(f"Custom IO: no IO is named {', '.join(unknown)}; the model has {', '.join(names)}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CompileError(f"'{repeated[0]}' is more than one input or output; put an Identity between")
     if constant := {tensor.name for tensor in graph.initializer} & set(names):
         raise CompileError(f"Output '{min(constant)}' is a constant; put an Identity between")
-    return found
+    return all_ports
 
 
-def _port(info: Any, is_input: bool, custom: Mapping[str, Wanted]) -> Port:
+def _port(info: Any, is_input: bool, custom: Mapping[str, PortFormat]) -> Port:
     what = f"{'input' if is_input else 'output'} '{info.name}'"
     element = info.type.tensor_type.elem_type
     if element not in BINDING_TYPES:
         kind = T.DataType.Name(element).lower() if element else info.type.WhichOneof("value") or "of unknown type"
         raise CompileError(f"The type of {what} is {kind}, which the card does not support")
     binding, border = BINDING_TYPES[element]
-    wanted = custom.get(info.name)
-    if wanted is not None:
-        if wanted.precision not in _PRECISIONS:
+    custom_format = custom.get(info.name)
+    if custom_format is not None:
+        if custom_format.precision not in _PRECISIONS:
             known = ", ".join(_PRECISIONS)
-            raise CompileError(f"Custom IO: {wanted.precision} of {what} is not simulated; use {known}")
+            raise CompileError(f"Custom IO: {custom_format.precision} of {what} is not simulated; use {known}")
         if element not in FLOATS:
-            raise CompileError(f"Custom IO: {what} is not a float type, so it can not become {wanted.precision}")
-        binding, border = _PRECISIONS[wanted.precision]
-    return Port(info.name, is_input, element, border, binding, wanted)
+            raise CompileError(f"Custom IO: {what} is not a float type, so it can not become {custom_format.precision}")
+        binding, border = _PRECISIONS[custom_format.precision]
+    return Port(info.name, is_input, element, border, binding, custom_format)
 
 
-def apply(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
-    """Puts the conversions between the bindings and the graph, and rounds float inputs at entry if `fp16`."""
+def insert_conversions(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> None:
+    """Insert the conversions between the bindings and the graph, in place; round float inputs if `fp16`."""
     border = {port.name: port.border_type for port in all_ports}
     entry: list[Any] = []
     leave: list[Any] = []
     renamed: dict[str, str] = {}
     for port in all_ports:
         inner = f"{port.name}/sim.inner"
-        found = _entering(graph, port, inner, fp16) if port.is_input else _leaving(graph, port, inner)
-        if not found:
+        nodes = _input_nodes(graph, port, inner, fp16) if port.is_input else _output_nodes(graph, port, inner)
+        if not nodes:
             continue
-        (entry if port.is_input else leave).extend(found)
+        (entry if port.is_input else leave).extend(nodes)
         renamed[port.name] = inner
         if port.is_input:
-            # What nodes in float32 read.
-            rounds = fp16 and port.graph_type == FLOAT and found[-1].input[0].endswith(_HALF)
-            renamed[exact(port.name)] = found[-2].input[0] if rounds else inner
+            # nodes in float32 read the value before rounding
+            rounds = fp16 and port.graph_type == FLOAT and nodes[-1].input[0].endswith(_HALF)
+            renamed[unrounded(port.name)] = nodes[-2].input[0] if rounds else inner
     rename(graph, renamed)
     if fp16:
         leave = _scatter_halves(graph, entry, leave)
-    nodes = [*entry, *graph.node, *leave]
+    all_nodes = [*entry, *graph.node, *leave]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(all_nodes)
     for info in (*graph.input, *graph.output):
         info.type.tensor_type.elem_type = border[info.name]
 
 
-def _entering(graph: Any, port: Port, inner: str, fp16: bool) -> list[Any]:
-    """Returns the nodes from a binding to an input of the graph; none if they are the same."""
+def _input_nodes(graph: Any, port: Port, inner: str, fp16: bool) -> list[Any]:
+    """Return the nodes from a binding to an input of the graph; none if they are the same."""
     name, kind, nodes = port.name, port.border_type, []
     if kind == INT8 and port.custom:
         name, kind = f"{port.name}/sim.dequantized", FLOAT
@@ -156,8 +165,8 @@ def _entering(graph: Any, port: Port, inner: str, fp16: bool) -> list[Any]:
     return nodes
 
 
-def _leaving(graph: Any, port: Port, inner: str) -> list[Any]:
-    """Returns the nodes from an output of the graph to its binding; none if they are the same."""
+def _output_nodes(graph: Any, port: Port, inner: str) -> list[Any]:
+    """Return the nodes from an output of the graph to its binding; none if they are the same."""
     if port.border_type == INT8 and port.custom:
         wide = f"{port.name}/sim.wide"
         return [cast(inner, wide, FLOAT), _linear(graph, "QuantizeLinear", port, wide, port.name)]
@@ -168,7 +177,7 @@ def _leaving(graph: Any, port: Port, inner: str) -> list[Any]:
 
 
 def _linear(graph: Any, operator: str, port: Port, source: str, target: str) -> Any:
-    """Returns a node between int8 and float32; ONNX saturates, and rounds half to even."""
+    """Return a node between int8 and float32; ONNX saturates, and rounds half to even."""
     assert port.custom is not None
     scale, zero = f"{port.name}/sim.scale", f"{port.name}/sim.zero"
     graph.initializer.append(numpy_helper.from_array(np.array(port.custom.scale, np.float32), scale))
@@ -177,9 +186,9 @@ def _linear(graph: Any, operator: str, port: Port, source: str, target: str) -> 
 
 
 def _scatter_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
-    """Lets a cache that is fp16 on both sides be written as such, and returns the casts that are left.
+    """Make scatters into a cache that is fp16 on both sides compute in fp16; return the output casts still needed.
 
-    Without this, each step would cast the whole cache twice for the sake of a few new slots.
+    Otherwise each step would cast the whole cache twice to write a few new slots.
     """
     arriving = {node.output[0]: node.input[0] for node in entry if _casts(node, FLOAT)}
     leaving = {node.input[0]: node for node in leave if _casts(node, FLOAT16)}
@@ -203,10 +212,10 @@ def _casts(node: Any, to: int) -> bool:
 
 
 def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) -> dict[str, str]:
-    """Returns input X -> output X_RetainedState or X_InternalRetainedState, by name alone (card-contract §4.5).
+    """Return the output X_RetainedState or X_InternalRetainedState of each input X, by name (card-contract §4.5).
 
     Raises:
-        CompileError: The two of a pair differ in type or dims, so they can not share memory.
+        CompileError: input and output of a pair differ in type or dims, so they cannot share memory.
     """
     inputs = {port.name: index for index, port in enumerate(all_ports) if port.is_input}
     pairs: dict[str, str] = {}
@@ -216,8 +225,8 @@ def retained_pairs(all_ports: Sequence[Port], shapes: Sequence[Sequence[Dims]]) 
             continue
         if name in pairs:
             raise CompileError(f"'{name}' has two retained outputs, '{pairs[name]}' and '{port.name}'")
-        before = all_ports[inputs[name]]
-        if (port.binding_type, port.scaled) != (before.binding_type, before.scaled):
+        state = all_ports[inputs[name]]
+        if (port.binding_type, port.scaled) != (state.binding_type, state.scaled):
             raise CompileError(
                 f"'{name}' and '{port.name}' are one retained state and must have one type; "
                 "give a custom IO precision for both or for neither"
@@ -236,13 +245,16 @@ def io_desc(
     specialized: bool,
     partial: Collection[str] = (),
 ) -> bytes:
-    """Returns the serialized IoDesc (card-contract §3.3).
+    """Return the serialized IoDesc (card-contract §3.3).
 
     Args:
-        all_ports: Inputs, then outputs.
-        shapes: Per specialization the dims of every port; one entry if there are no specializations.
-        specialized: Whether the shapes become `allowed_shapes`, which are empty otherwise.
-        partial: Names of the bindings that a client may skip or fill in part.
+        all_ports: inputs, then outputs.
+        shapes: per specialization the dims of every port; one entry if there are no specializations.
+        specialized: the shapes become `allowed_shapes`; otherwise these are empty.
+        partial: names of the bindings that a client may skip or fill in part.
+
+    Raises:
+        CompileError: a binding has 4 GiB or more.
     """
     desc = aicapi.IoDesc()
     desc.selected_set.name = "default"
@@ -252,7 +264,7 @@ def io_desc(
         if size >= 2**32:
             raise CompileError(f"'{port.name}' {list(dims)} has {size} bytes; a binding holds less than 4 GiB")
         direction = aicapi.BUFFER_IO_TYPE_INPUT if port.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT
-        scaled = port.scaled or Wanted("", scale=0)
+        scaled = port.scaled or PortFormat("", scale=0)
         desc.selected_set.bindings.add(
             name=port.name,
             index=index,

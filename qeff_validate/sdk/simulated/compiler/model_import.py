@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an ONNX model and makes it plain: checked, functions inlined, types inferred, weights apart (§6.7)."""
+"""Imports an ONNX model: checks it, inlines functions, infers types and detaches the weights (§6.7)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,23 @@ from . import function_inlining
 from .contrib_operators import ACCEPTED, contrib_nodes, maker
 
 MIN_OPSET, MAX_OPSET, MAX_IR = 11, 21, 10
-# protobuf's own limit for one message.
 _MAX_BYTES = 2**31 - 1
+"""protobuf's limit for one message."""
 
 
 def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]:
-    """Returns the checked model, functions inlined and types inferred, and its detached weights."""
+    """Import a model.
+
+    Args:
+        path: the ONNX file; external data lies beside it.
+        sub_functions: functions are compiled as units, so shapes inside each must be constant.
+
+    Returns:
+        The ModelProto, with functions inlined and types inferred, and its detached weights.
+
+    Raises:
+        CompileError: the file is missing, damaged, or uses something that the compiler does not support.
+    """
     model = _read(path)
     weights = detach(model, path.parent)
     _check(model)
@@ -35,7 +46,7 @@ def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]
     model.graph.input.extend(inputs)
     for info in model.graph.value_info:
         if info.type.WhichOneof("value") == "tensor_type":
-            # Types help inference; shapes recorded for the exporter's example would pass for those of every run.
+            # Types help inference. Shapes may be those of the exporter's example and are inferred again.
             info.type.tensor_type.ClearField("shape")
     _declare_quantized_products(model.graph)
     try:
@@ -47,19 +58,19 @@ def load(path: Path, *, sub_functions: bool = False) -> tuple[Any, list[Weight]]
 
 
 def supported_operators() -> list[str]:
-    """Returns the names of the operators that the importer takes: those of ONNX up to the highest opset."""
+    """Return the names of the supported operators: those of ONNX up to the highest opset."""
     names = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
     return sorted(name for name in names if _has(name, MAX_OPSET))
 
 
-def doubles(graph: Any) -> str | None:
-    """Returns a warning if there are float64 values inside of a graph: no card is known to compute with them."""
+def float64_warning(graph: Any) -> str | None:
+    """Return a warning if a graph has float64 values, which no card is known to support; None otherwise."""
     values = [*graph.initializer, *(info for info in graph.value_info)]
     kinds = {v.name: getattr(v, "data_type", 0) or v.type.tensor_type.elem_type for v in values}
-    found = [name for name, kind in kinds.items() if kind == onnx.TensorProto.DOUBLE]
-    if not found:
+    names = [name for name, kind in kinds.items() if kind == onnx.TensorProto.DOUBLE]
+    if not names:
         return None
-    return f"{len(found)} values are float64, '{found[0]}' is the first; they stay so here, a card has no such type"
+    return f"{len(names)} values are float64, '{names[0]}' is the first; they stay so here, a card has no such type"
 
 
 def _read(path: Path) -> Any:
@@ -80,7 +91,7 @@ def _read(path: Path) -> Any:
 
 
 def _declare_quantized_products(graph: Any) -> None:
-    """Gives the outputs of MatMulNBits, of which ONNX knows nothing, the type of its scales."""
+    """Declare the type of MatMulNBits outputs, which ONNX cannot infer: it is that of the scales."""
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     known = {info.name for info in (*graph.value_info, *graph.output)}
     for node in graph.node:
@@ -90,8 +101,8 @@ def _declare_quantized_products(graph: Any) -> None:
 
 
 def _make_scalars(graph: Any) -> None:
-    """Makes scalars of operands of Range that have one element, as QEfficient's functions do, which a card runs."""
-    shapes, nodes, made = shapes_of(graph), [], set()
+    """Convert operands of Range with shape [1] to scalars: QEfficient exports them, and a card accepts them."""
+    shapes, nodes, scalars = shapes_of(graph), [], set()
     types = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
@@ -99,12 +110,12 @@ def _make_scalars(graph: Any) -> None:
             if shapes.get(name) != (1,):
                 continue
             node.input[index] = scalar = f"{name}/sim.scalar"
-            if scalar not in made:
-                made.add(scalar)
+            if scalar not in scalars:
+                scalars.add(scalar)
                 nodes.append(onnx.helper.make_node("Squeeze", [name], [scalar]))
                 graph.value_info.append(onnx.helper.make_tensor_value_info(scalar, types[name], []))
         nodes.append(node)
-    if made:
+    if scalars:
         del graph.node[:]
         graph.node.extend(nodes)
 
@@ -124,7 +135,7 @@ def _check(model: Any) -> None:
             raise rejected(model, why, node=node)
     if model.graph.sparse_initializer:
         raise rejected(model, "sparse initializers are not supported")
-    # The checker wants external data to exist; for the structure, a stub may as well be an input.
+    # The checker requires external data to exist; for a check of the structure, initializers become inputs.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.initializer[:]

@@ -120,7 +120,11 @@ class Options:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Reads a command line; unknown flags give a warning on stderr, as a newer compiler may know them."""
+    """Parse a command line; unknown flags give a warning on stderr, as a newer compiler may support them.
+
+    Raises:
+        CompileError: a flag or value is invalid.
+    """
     options = Options()
     for argument in argv:
         if not argument.startswith("-"):
@@ -164,8 +168,8 @@ def _check_value(name: str, value: str) -> None:
 
 
 def _boolean(name: str, argument: str) -> bool:
-    _, given, value = argument.partition("=")
-    if given and value not in ("true", "false"):
+    _, equals, value = argument.partition("=")
+    if equals and value not in ("true", "false"):
         raise CompileError(f"Option -{name} is true or false, not '{value}'")
     return value != "false"
 

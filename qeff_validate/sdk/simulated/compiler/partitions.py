@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several devices: the partition file is checked, and says how many devices and cores there are (§6.5).
+"""The partition config for several devices: it is checked, and gives the number of devices and cores (§6.5).
 
 One partition with several devices slices tensors; several partitions are a pipeline, each with a list of its nodes.
-Nothing of this changes a number, so the simulator partitions nothing.
+Partitioning changes no results, so the simulator does not partition the graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _KINDS = ("p2p", "host")
 
 
 def read(path: Path, graph: Any) -> tuple[int, int, list[str]]:
-    """Returns the number of devices, the most cores that one of them needs, and warnings.
+    """Read a partition config.
+
+    Returns:
+        The number of devices, the greatest number of cores of a device, and warnings.
 
     Raises:
-        CompileError: The file is missing, not of the form of card-contract §6.5, or does not fit the graph.
+        CompileError: the file is missing, not of the form of card-contract §6.5, or does not fit the graph.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -34,12 +37,12 @@ def read(path: Path, graph: Any) -> tuple[int, int, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompileError(f"{path} has no partitions of devices with deviceId and numCores: {error!r}") from error
     cores: dict[int, int] = {}
-    for name, own, _ in parts:
-        if not own or min(own.values()) < 1:
+    for name, devices, _ in parts:
+        if not devices or min(devices.values()) < 1:
             raise CompileError(f"{path}: partition {name} names no device, or one without cores")
-        if shared := cores.keys() & own.keys():
+        if shared := cores.keys() & devices.keys():
             raise CompileError(f"{path}: device {min(shared)} is in two partitions")
-        cores |= own
+        cores |= devices
     if not cores or len(cores) > MOST_DEVICES:
         raise CompileError(f"{path} names {len(cores)} devices; there must be 1 to {MOST_DEVICES}")
     for problem in (*_bad_names(parts), *_bad_links(links, cores)):
@@ -48,7 +51,7 @@ def read(path: Path, graph: Any) -> tuple[int, int, list[str]]:
 
 
 def dump(path: Path, graph: Any, *, cores: int) -> None:
-    """Writes a config that changes nothing: one partition, on one device, of all nodes that have a name."""
+    """Write a config that changes nothing: one partition of all nodes with a name, on one device."""
     devices = [{"deviceId": 0, "numCores": cores}]
     nodes = [node.name for node in graph.node if node.name]
     config = {"connections": [], "partitions": [{"name": "Partition0", "devices": devices, "nodeList": nodes}]}
@@ -82,18 +85,22 @@ def _bad_links(links: Sequence[tuple[Sequence[int], Any]], cores: Mapping[int, i
 
 
 def _nodes(path: Path, parts: Sequence[tuple[str, Mapping[int, int], Sequence[str]]], graph: Any) -> Iterator[str]:
-    """Yields a warning for names that no node has; a pipeline must be in the order of the nodes."""
+    """Yield a warning for names that no node has.
+
+    Raises:
+        CompileError: a node reads a value of a later partition.
+    """
     known = {node.name for node in graph.node if node.name}
     if unknown := sorted({str(name) for _, _, listed in parts for name in listed} - known):
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         yield f"{path}: no node is named {', '.join(unknown[:5])}{more}; ignored"
-    place = {node: at for at, (_, _, listed) in enumerate(parts) for node in listed}
-    made_in = {name: place[node.name] for node in graph.node if node.name in place for name in node.output}
+    partition = {node: index for index, (_, _, listed) in enumerate(parts) for node in listed}
+    source = {name: partition[node.name] for node in graph.node if node.name in partition for name in node.output}
     for node in graph.node:
-        late = [name for name in node.input if made_in.get(name, 0) > place.get(node.name, len(parts))]
+        late = [name for name in node.input if source.get(name, 0) > partition.get(node.name, len(parts))]
         if late:
-            name = parts[made_in[late[0]]][0]
+            name = parts[source[late[0]]][0]
             raise CompileError(
-                f"{path}: node {node.name} of partition {parts[place[node.name]][0]} reads '{late[0]}' of the later"
+                f"{path}: node {node.name} of partition {parts[partition[node.name]][0]} reads '{late[0]}' of the later"
                 f" partition {name}; list partitions in topological order"
             )

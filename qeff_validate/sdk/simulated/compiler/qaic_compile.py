@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated `qaic-compile`: ONNX in, a QPC for the simulated card out (card-contract §6, §8).
+"""The simulated `qaic-compile`: from an ONNX file to a QPC for the simulated card (card-contract §6, §8).
 
-Run as `python -m qeff_validate.sdk.simulated.compiler <flags>`. Exit code 0 and `<dir>/programqpc.bin`,
-or 255, the reason on stderr, and no file. An existing binary directory is accepted unless it holds a
-programqpc.bin: a program is never overwritten, and clients that clean up or reuse one themselves (QEfficient,
-SDK samples) never ask for it.
+Run as `python -m qeff_validate.sdk.simulated.compiler <flags>`. It ends with exit code 0 and `<dir>/programqpc.bin`, or
+with 255, the reason on stderr, and no file. An existing binary directory is accepted unless it contains a
+programqpc.bin: a program is never overwritten, and clients (QEfficient, SDK samples) delete or reuse it themselves.
 """
 
 from __future__ import annotations
@@ -26,16 +25,20 @@ from ..numerics.mxint8_state import quantize_writes
 from ..release import at_least, base_version
 from ..weights import Weight
 from . import custom_io, index_guard, io_bindings, partitions
-from .model_import import doubles, load, supported_operators
+from .model_import import float64_warning, load, supported_operators
 from .options import USAGE, Options, parse
 from .specializations import Symbols, concrete_shapes, read_specializations, symbols_of
 
-# From here on the compiler is qaic-compile, and generations of cards have names (card-contract §1.2).
-_RENAMED = (1, 21)
+_NAMED_HARDWARE = (1, 21)
+"""The first SDK with qaic-compile and with names of card generations (card-contract §1.2)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the compiler and returns its exit code: 0, or 255 for every failure."""
+    """Run the compiler and return its exit code: 0, or 255 for every failure.
+
+    Args:
+        argv: command line without the program's name; None: ``sys.argv``.
+    """
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         if options.show == "operators":
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CompileError, OSError) as error:
         print(error, file=sys.stderr)
         return 255
-    except Exception:  # a client knows 255, so a fault of the simulator ends with it as well
+    except Exception:  # clients expect 255, so a bug of the simulator ends with it too
         traceback.print_exc()
         return 255
     return 0
@@ -61,9 +64,9 @@ def _compile(options: Options) -> None:
     model, weights = load(path, sub_functions=options.sub_functions)
     devices, cores = _devices(options, model.graph)
     assignments = _assignments(options, model.graph)
-    wanted = _custom_io(options.custom_io)
-    _check_types(options, model.graph, wanted)
-    ports = io_bindings.ports(model.graph, wanted)
+    custom = _custom_io(options.custom_io)
+    _check_types(options, model.graph, custom)
+    ports = io_bindings.ports(model.graph, custom)
     shapes = concrete_shapes(model, assignments, options.batch)
     retained = io_bindings.retained_pairs(ports, shapes) if options.retained_state else {}
     if options.retained_state and not retained:
@@ -71,7 +74,7 @@ def _compile(options: Options) -> None:
     partial = {*retained, *retained.values()}
     desc = io_bindings.io_desc(ports, shapes, specialized=options.specializations is not None, partial=partial)
     plan = node_precision.plan(options.fp16, options.node_precision, options.fp16_ops, options.fp32_ops)
-    _warn(doubles(model.graph), *node_precision.unknown(plan, model.graph))
+    _warn(float64_warning(model.graph), *node_precision.unknown_names(plan, model.graph))
     compressed = _compressed_state(ports, retained)
     print("Compile started ...............")
     if options.fp16:
@@ -112,17 +115,17 @@ def _rewrite(
     ports: Sequence[io_bindings.Port],
     compressed: Mapping[str, tuple[str, int]],
 ) -> None:
-    """Makes the graph round as planned, its indices harmless and its border that of the bindings; in place."""
+    """Insert rounding, index guards and the conversions of the bindings into the graph, in place."""
     types = value_types(model.graph)
     if plan.rounds:
-        exact = plan.unrounded_weights(model.graph)
+        unrounded = plan.unrounded_weights(model.graph)
         fp16_rounding.round_graph(model.graph, types, plan)
-        weights[:] = [weight if weight.name in exact else fp16_rounding.round_weight(weight) for weight in weights]
+        weights[:] = [weight if weight.name in unrounded else fp16_rounding.round_weight(weight) for weight in weights]
     fp16_rounding.compute_halves_in_float(model.graph, types)
     quantize_writes(model.graph, compressed, types)
     index_guard.guard(model, types, weights)
-    io_bindings.apply(model.graph, ports, fp16=plan.rounds)
-    # ONNX Runtime infers these itself.
+    io_bindings.insert_conversions(model.graph, ports, fp16=plan.rounds)
+    # ONNX Runtime infers them itself.
     del model.graph.value_info[:]
 
 
@@ -145,7 +148,7 @@ def _checked(options: Options) -> tuple[Path, Path]:
         raise CompileError("Options -m=<model.onnx> and -aic-binary-dir=<dir> are needed. Use -h for the flags.")
     if not options.hw:
         raise CompileError("Option -aic-hw is needed: compiling for the host interpreter is not simulated")
-    known = ("ai100", "ai200") if at_least(*_RENAMED) else ("2.0", "ai100")
+    known = ("ai100", "ai200") if at_least(*_NAMED_HARDWARE) else ("2.0", "ai100")
     if options.hw_version not in known:
         use = " or ".join(known)
         raise CompileError(f"Option -aic-hw-version={options.hw_version} is not known to this compiler; use {use}")
@@ -156,14 +159,14 @@ def _checked(options: Options) -> tuple[Path, Path]:
     return options.model, options.binary_dir
 
 
-def _check_types(options: Options, graph: Any, wanted: Mapping[str, custom_io.Wanted]) -> None:
-    custom = any(one.precision == "bfloat16" for one in wanted.values())
-    if (custom or BFLOAT16 in value_types(graph).values()) and options.hw_version != "ai200":
+def _check_types(options: Options, graph: Any, custom: Mapping[str, custom_io.PortFormat]) -> None:
+    requested = any(port_format.precision == "bfloat16" for port_format in custom.values())
+    if (requested or BFLOAT16 in value_types(graph).values()) and options.hw_version != "ai200":
         raise CompileError("bfloat16 is of ai200 only: use -aic-hw-version=ai200, or export the model in float32")
 
 
 def _compressed_state(ports: Sequence[io_bindings.Port], retained: Mapping[str, str]) -> list[str]:
-    """Returns the inputs whose state is in MXINT8."""
+    """Return the inputs whose retained state is compressed to MXINT8."""
     names = [port.name for port in ports if port.scaled and port.scaled.precision == "mxint8"]
     if stray := set(names) - {*retained, *retained.values()}:
         raise CompileError(
@@ -186,16 +189,16 @@ def _devices(options: Options, graph: Any) -> tuple[int, int]:
 
 
 def _assignments(options: Options, graph: Any) -> list[Symbols]:
-    given = read_specializations(options.specializations) if options.specializations else [{}]
+    entries = read_specializations(options.specializations) if options.specializations else [{}]
     known = symbols_of(graph)
-    if unused := sorted({symbol for entry in [*given, options.symbols] for symbol in entry} - known):
+    if unused := sorted({symbol for entry in [*entries, options.symbols] for symbol in entry} - known):
         _warn(f"no input has the symbolic dim {', '.join(unused)}")
-    return [{**options.symbols, **entry} for entry in given]
+    return [{**options.symbols, **entry} for entry in entries]
 
 
-def _custom_io(path: Path | None) -> dict[str, custom_io.Wanted]:
+def _custom_io(path: Path | None) -> dict[str, custom_io.PortFormat]:
     if path is None:
         return {}
-    found, warnings = custom_io.read(path)
+    formats, warnings = custom_io.read(path)
     _warn(*warnings)
-    return found
+    return formats

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated `qaic-exec`, the compiler's old manner of being called (card-contract §1.2).
+"""The simulated `qaic-exec`, the compiler's command before SDK 1.21 (card-contract §1.2).
 
-It has the hardware version 2.0, and would run the program after compiling it unless `-compile-only` is given. What the
-compiler itself takes in goes by the SDK's version, see `release`.
+Its hardware version is 2.0, and without `-compile-only` it would run the program after compilation. The features of the
+compiler depend on the SDK's version, see `release`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _STOPS = ("-h", "-usage", "-version", "-operators-supported", "-dump-custom-IO-c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the compiler and returns its exit code: 0, or 255 for every failure."""
+    """Run the compiler and return its exit code: 0, or 255 for every failure.
+
+    Args:
+        argv: command line without the program's name; None: ``sys.argv``.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = {argument.partition("=")[0] for argument in arguments}
     if not names & {"-compile-only", *_STOPS}:

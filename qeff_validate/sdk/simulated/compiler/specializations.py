@@ -21,7 +21,13 @@ Symbols = dict[str, int]
 
 
 def read_specializations(path: Path) -> list[Symbols]:
-    """Reads the flat form, `{"batch_size": "1", …}`, and the named, `{"name": "Prefill", "symbols": {…}}`."""
+    """Read the values of the symbols, one mapping per specialization (card-contract §6.2).
+
+    The entries have the flat form, `{"batch_size": "1", …}`, or the named one, `{"name": "Prefill", "symbols": {…}}`.
+
+    Raises:
+        CompileError: the file is missing, or has another form.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["specializations"]
     except FileNotFoundError as error:
@@ -33,7 +39,7 @@ def read_specializations(path: Path) -> list[Symbols]:
     names = [entry["name"] for entry in entries if "symbols" in entry and "name" in entry]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise CompileError(f"{path}: the specialization name {repeated[0]} is not unique")
-    # A compiler that does not know the named form takes its object for the value of a symbol.
+    # An older compiler takes the object of the named form for the value of a symbol.
     named = at_least(1, 22)
     return [_symbols(entry.get("symbols", entry) if named else entry, path) for entry in entries]
 
@@ -57,7 +63,11 @@ def _symbols(entry: Any, path: Path) -> Symbols:
 
 
 def positive(value: Any, what: str) -> int:
-    """Returns a positive int given as such or as text, or refuses it."""
+    """Parse a positive integer, a number or a text.
+
+    Raises:
+        CompileError: it is neither.
+    """
     text = "" if isinstance(value, bool) else str(value).strip()
     if not text.isdecimal() or int(text) < 1:
         raise CompileError(f"{what} must be a positive whole number, not {value!r}")
@@ -65,10 +75,15 @@ def positive(value: Any, what: str) -> int:
 
 
 def concrete_shapes(model: Any, assignments: Sequence[Symbols], batch: int | None) -> list[list[Dims]]:
-    """Returns, for each assignment of symbols, the dims of every input and then of every output.
+    """Return, for each assignment of symbols, the dims of every input and then of every output.
+
+    Args:
+        model: ModelProto without functions.
+        assignments: the values of the symbols, one mapping per specialization.
+        batch: the size of leading dims without another value; None if not set.
 
     Raises:
-        CompileError: A dim is left over, or two assignments can not be told apart by the inputs.
+        CompileError: a dim has no value or depends on data, or two assignments give the same input shapes.
     """
     shapes = []
     for symbols in assignments:
@@ -88,7 +103,7 @@ def concrete_shapes(model: Any, assignments: Sequence[Symbols], batch: int | Non
 
 
 def symbols_of(graph: Any) -> set[str]:
-    """Returns the names of the symbolic dims of a graph's inputs."""
+    """Return the names of the symbolic dims of a graph's inputs."""
     return {dim.dim_param for info in graph.input for dim in info.type.tensor_type.shape.dim if dim.dim_param}
 
 
@@ -113,20 +128,20 @@ def _input_dims(info: Any, symbols: Mapping[str, int], batch: int | None) -> Dim
 def _output_dims(model: Any, inferred: Any, symbols: Mapping[str, int], inputs: Sequence[Dims]) -> list[Dims]:
     results = []
     for info, computed in zip(model.graph.output, inferred.graph.output, strict=True):
-        ours, theirs = _substituted(info, symbols), _substituted(computed, {})
-        if ours is None or theirs is None or len(ours) != len(theirs):
-            dims = theirs if ours is None else ours
+        declared, inferred_dims = _substituted(info, symbols), _substituted(computed, {})
+        if declared is None or inferred_dims is None or len(declared) != len(inferred_dims):
+            dims = inferred_dims if declared is None else declared
         else:
-            dims = [b if a is None else a for a, b in zip(ours, theirs, strict=True)]
+            dims = [b if a is None else a for a, b in zip(declared, inferred_dims, strict=True)]
         if dims is None or None in dims:
-            left = {d.dim_param for d in info.type.tensor_type.shape.dim if d.dim_param} - set(symbols)
+            unresolved = {d.dim_param for d in info.type.tensor_type.shape.dim if d.dim_param} - set(symbols)
             raise CompileError(
                 f"All dims must be static: output '{info.name}' is {dims} for the input shapes "
                 f"{[list(d) for d in inputs]}, by shape inference and by its symbols; "
-                f"{f'symbol {min(left)} has no value' if left else 'name its dims'}"
+                f"{f'symbol {min(unresolved)} has no value' if unresolved else 'name its dims'}"
             )
-        if theirs is not None and any(b not in (None, a) for a, b in zip(dims, theirs, strict=True)):
-            raise CompileError(f"Output '{info.name}' is declared as {dims}, but computed as {theirs}")
+        if inferred_dims is not None and any(b not in (None, a) for a, b in zip(dims, inferred_dims, strict=True)):
+            raise CompileError(f"Output '{info.name}' is declared as {dims}, but computed as {inferred_dims}")
         results.append(tuple(int(dim) for dim in dims if dim is not None))
     return results
 
@@ -141,7 +156,7 @@ def _substituted(info: Any, symbols: Mapping[str, int]) -> list[int | None] | No
 def _infer(model: Any, inputs: Sequence[Dims]) -> Any:
     static = onnx.ModelProto()
     static.CopyFrom(model)
-    # These were inferred for symbolic dims; the concrete ones are inferred afresh.
+    # These are for symbolic dims; inference for the concrete ones starts without them.
     del static.graph.value_info[:]
     for info, dims in zip(static.graph.input, inputs, strict=True):
         for dim, value in zip(info.type.tensor_type.shape.dim, dims, strict=True):

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half precision on a CPU: each value a node hands on is an fp16 value, computed in fp32 (card-contract §7).
+"""Half precision on a CPU: the outputs of each node are fp16 values, computed in fp32 (card-contract §7).
 
 The graph stays a float32 graph, so ONNX Runtime has a kernel for every node. Rounding is made explicit:
 
 * **Constants** (initializers, Constant and ConstantOfShape values) are clipped to ±65504 and rounded when the
   model is compiled. Clipping turns mask constants such as -3.4e38, and infinities, into finite values, as
   QEfficient does before it compiles for a card. NaN stays NaN: a damaged weight must show.
-* **Computed values** go through Cast(float16), Cast(float) after each node with a float32 output. This rounds
-  to nearest-even, keeps subnormals, and overflows to infinity: nothing is clipped, so overflow shows too.
+* **Computed values** go through Cast(float16), Cast(float) after each node with a float32 output. This rounds to
+  nearest-even, keeps subnormals, and overflows to infinity: nothing is clipped, so overflow shows as well.
 * **Moved values** (Reshape, Gather, Where, Max, …: each output element is an input element, or exact as Neg's is)
   need none.
-* **Inputs** of type float are rounded at entry, by `boundary.py`. Outputs keep their type, with fp16 values.
-* **Nodes in float32** (`precision.py` says which) read what is not rounded, where there is such a thing: inputs,
-  constants, and what other nodes in float32 hand on. All others read the rounded value next to it.
+* **Inputs** of type float are rounded at entry (`compiler/io_bindings.py`). Outputs keep their type, with fp16 values.
+* **Nodes in float32** (see `node_precision.py`) read unrounded values where they exist: inputs, constants, and
+  outputs of other nodes in float32. All other nodes read the rounded value.
 
 Attributes (an epsilon) are not rounded. A model exported in fp16, or in bf16 for a card that has it, computes in fp32
 and rounds each value to its type, whatever the flags. Values of other types, float64 included, are left as they are.
 
-What is not known of the card, and so may differ: the width of its accumulators (fp32 is assumed), whether it
+Unknown properties of the card, which may differ: the width of its accumulators (fp32 is assumed), whether it
 flushes subnormals, which nodes it fuses and thus does not round between, its approximations of exp, erf, tanh
 and the like, and the precision inside LayerNormalization and Softmax (fp32 inside, rounded once, is assumed).
 """
@@ -41,8 +41,8 @@ from .node_precision import Plan
 
 FP16_MAX = 65504.0
 
-# Each element of an output is an element of an input, or exact in fp16 if that is, so it is rounded already.
-# Control flow hands on what its subgraphs, which are rounded themselves, hand out.
+# Each output element is an input element, or exact in fp16 if the input is, so it needs no rounding.
+# Control flow returns the outputs of its subgraphs, which are rounded themselves.
 _MOVES = frozenset(
     {
         "Abs", "Ceil", "Clip", "Compress", "Concat", "ConcatFromSequence", "DepthToSpace", "Expand", "Flatten",
@@ -51,7 +51,7 @@ _MOVES = frozenset(
         "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
     }
 )  # fmt: skip
-# Operators whose types their attributes or other inputs decide about.
+# Operators whose output type is determined by an attribute or another input.
 _TYPED = frozenset(
     {
         "Bernoulli", "Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Multinomial", "RandomNormal",
@@ -61,12 +61,12 @@ _TYPED = frozenset(
 
 
 def clip_and_round(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns the fp16 values of a constant, still as float32: clipped to ±65504, NaN kept."""
+    """Return a constant clipped to ±65504 and rounded to fp16, as float32; NaN stays NaN."""
     return np.clip(values, -FP16_MAX, FP16_MAX).astype(np.float16).astype(np.float32)
 
 
 def round_weight(weight: Weight) -> Weight:
-    """Returns the weight with its float32 values rounded on the way; others pass as they are."""
+    """Return the weight with its float32 values rounded as they are read; other types are unchanged."""
     if weight.data_type != FLOAT:
         return weight
 
@@ -77,51 +77,51 @@ def round_weight(weight: Weight) -> Weight:
     return replace(weight, chunks=chunks)
 
 
-def exact(name: str) -> str:
-    """Returns the name under which the value before its rounding is known."""
+def unrounded(name: str) -> str:
+    """Return the name of a value before its rounding."""
     return f"{name}/sim.exact"
 
 
 def round_graph(graph: Any, types: Mapping[str, int], plan: Plan | None = None) -> None:
-    """Makes a float32 graph round like fp16, in place and with its subgraphs; stubs of weights are left.
+    """Insert fp16 rounding into a float32 graph and its subgraphs, in place; stubs of weights are unchanged.
 
     Args:
         graph: GraphProto.
-        types: Element type of every value that is visible in the graph, as `value_types` returns it.
-        plan: Which nodes compute in float32; by default none.
+        types: element type of every value that is visible in the graph, as `graph.value_types` returns it.
+        plan: the nodes that compute in float32; by default none.
     """
     plan = plan or Plan()
-    kept = {name for name in plan.kept(graph) if types.get(name) == FLOAT}
+    unrounded_values = {name for name in plan.unrounded_values(graph) if types.get(name) == FLOAT}
     _round(graph, types, plan, plan.readable(graph))
-    # An output is what its node hands on.
-    for name in kept & {info.name for info in graph.output}:
-        rename(graph, {name: f"{name}/sim.rounded", exact(name): name})
+    # an output of the graph is unrounded if its node's output is
+    for name in unrounded_values & {info.name for info in graph.output}:
+        rename(graph, {name: f"{name}/sim.rounded", unrounded(name): name})
 
 
 def _round(graph: Any, types: Mapping[str, int], plan: Plan, readable: AbstractSet[str]) -> None:
     for tensor in list(graph.initializer):
         if tensor.name in readable and tensor.data_type == FLOAT:
             graph.initializer.add().CopyFrom(tensor)
-            graph.initializer[-1].name = exact(tensor.name)
+            graph.initializer[-1].name = unrounded(tensor.name)
         _round_tensor(tensor)
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        wide = plan.is_wide(node)
-        if wide:
-            node.input[:] = [exact(n) if n in readable and types.get(n) == FLOAT else n for n in node.input]
+        in_float32 = plan.computes_in_float32(node)
+        if in_float32:
+            node.input[:] = [unrounded(n) if n in readable and types.get(n) == FLOAT else n for n in node.input]
         for subgraph in subgraphs(node):
             _round(subgraph, value_types(subgraph, types), plan, readable)
         if node.op_type in ("Constant", "ConstantOfShape"):
             graph.node.extend(_constants(node, readable))
-        elif not wide and moves(node):
+        elif not in_float32 and moves(node):
             graph.node.append(node)
         else:
             graph.node.extend(_rounded(node, types))
 
 
 def moves(node: Any) -> bool:
-    """Tells whether all that a node hands on is rounded already if its inputs are."""
+    """Return True if the outputs of a node need no rounding, provided that its inputs are rounded."""
     if node.domain not in STANDARD:
         return False
     if node.op_type in ("ScatterElements", "ScatterND"):
@@ -133,53 +133,58 @@ def _constants(node: Any, readable: AbstractSet[str]) -> Iterator[Any]:
     if node.output[0] in readable:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        copy.output[0] = exact(node.output[0])
+        copy.output[0] = unrounded(node.output[0])
         yield copy
     _round_constant(node)
     yield node
 
 
 def compute_halves_in_float(graph: Any, types: Mapping[str, int]) -> None:
-    """Makes nodes of a graph in fp16 or bf16 compute in fp32 and round what they hand on, in place.
+    """Insert casts so that nodes in fp16 or bf16 compute in fp32 and round their outputs, in place.
 
-    ONNX Runtime has few kernels for fp16. It runs chains of such nodes in fp32 and rounds at the end of the chain. For
-    bf16 it has hardly any, not even to move values.
+    ONNX Runtime has few kernels for fp16: it runs chains of such nodes in fp32 and rounds at the end of the chain. It
+    has hardly any for bf16, not even for operators that only move values.
     """
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
         for subgraph in subgraphs(node):
             compute_halves_in_float(subgraph, value_types(subgraph, types))
-        narrow = {name: types[name] for name in (*node.input, *node.output) if types.get(name) in (FLOAT16, BFLOAT16)}
-        if not _computes(node, narrow):
+        halves = {name: types[name] for name in (*node.input, *node.output) if types.get(name) in (FLOAT16, BFLOAT16)}
+        if not _needs_float32(node, halves):
             graph.node.append(node)
             continue
         end = f"/sim.float.{next(name for name in node.output if name)}"
-        inputs = {name: name + end for name in dict.fromkeys(node.input) if name in narrow}
-        halves = [name for name in node.output if name in narrow]
+        inputs = {name: name + end for name in dict.fromkeys(node.input) if name in halves}
+        outputs = [name for name in node.output if name in halves]
         graph.node.extend(cast(name, wide, FLOAT) for name, wide in inputs.items())
         node.input[:] = [inputs.get(name, name) for name in node.input]
-        node.output[:] = [exact(name) if name in halves else name for name in node.output]
+        node.output[:] = [unrounded(name) if name in outputs else name for name in node.output]
         graph.node.append(node)
-        graph.node.extend(cast(exact(name), name, narrow[name]) for name in halves)
+        graph.node.extend(cast(unrounded(name), name, halves[name]) for name in outputs)
 
 
-def _computes(node: Any, narrow: Mapping[str, int]) -> bool:
-    """Tells whether a node needs float32 kernels for its values in fp16 and bf16."""
+def _needs_float32(node: Any, halves: Mapping[str, int]) -> bool:
+    """Return True if a node must compute its values in fp16 and bf16 with float32 kernels.
+
+    Args:
+        node: NodeProto.
+        halves: element types of its fp16 and bf16 inputs and outputs.
+    """
     if node.domain not in STANDARD or node.op_type in _TYPED or subgraphs(node):
         return False
-    if BFLOAT16 in narrow.values():
+    if BFLOAT16 in halves.values():
         return True
-    return any(name in narrow for name in node.output) and not moves(node)
+    return any(name in halves for name in node.output) and not moves(node)
 
 
 def cast(source: str, target: str, to: int) -> Any:
-    """Returns a Cast node."""
+    """Return a Cast node."""
     return helper.make_node("Cast", [source], [target], to=to, name=f"{source} -> {target}")
 
 
 def _rounded(node: Any, types: Mapping[str, int]) -> list[Any]:
-    """Returns the node and the casts after it; the rounded value takes the old name, for its consumers."""
+    """Return the node and the casts after it; the rounded value takes the original name, for its consumers."""
     casts = []
     for index, name in enumerate(node.output):
         if not name:
@@ -190,7 +195,7 @@ def _rounded(node: Any, types: Mapping[str, int]) -> list[Any]:
                 "is not known from shape inference, so it can not be rounded; give it a value_info"
             )
         if types[name] == FLOAT:
-            before, half = exact(name), f"{name}/sim.half"
+            before, half = unrounded(name), f"{name}/sim.half"
             node.output[index] = before
             casts += [cast(before, half, FLOAT16), cast(half, name, FLOAT)]
     return [node, *casts]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Microscaling formats, OCP MX v1.0: blocks of 32 numbers that share one power of two (card-contract §7).
+"""Microscaling formats, OCP MX v1.0: blocks of 32 values that share one power of two (card-contract §7).
 
 A block's scale is 2^(floor(log2(greatest magnitude)) − emax), where emax is the exponent of the element type's greatest
-number. Each number is divided by it, rounded half to even to an element, and saturated. Everything but the rounding to
-an element is exact, so what is computed here are the very numbers that such a block stands for.
+value. Each value is divided by the scale, rounded half to even to an element, and saturated. Everything else is exact,
+so the results here are exactly the decompressed values of such a block.
 
 * **MXFP6**: E2M3 elements, emax 2: multiples of 1/8 below 2, of 1/4 below 4, of 1/2 up to 7.5. For weights.
-* **MXINT8**: multiples of 1/64 up to ±127/64, emax 0. For keys and values. Made of ONNX operators, to run in the graph.
+* **MXINT8**: multiples of 1/64 up to ±127/64, emax 0. For keys and values. Also as ONNX nodes, which run in the graph.
 
 The last block of an axis may be shorter. A block that holds NaN or infinity becomes NaN.
 
-What is not known of the card, and so may differ: the axis that its blocks lie on, the rounding to an element, whether
-the scale is chosen by the greatest magnitude alone, and what is done with a short block.
+Unknown properties of the card, which may differ: the axis of its blocks, the rounding to an element, whether the scale
+depends on the greatest magnitude alone, and the treatment of a short block.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ INT8_STEP, INT8_MAX = 2.0**-6, 127 * 2.0**-6
 
 
 def mxfp6(values: Floats, axis: int) -> Floats:
-    """Returns what is left of float32 values in MXFP6, with blocks along an axis."""
+    """Round float32 values to MXFP6, with blocks along an axis; the result is float32."""
     return _in_blocks(values, axis, FP6_EMAX, _e2m3)
 
 
 def mxint8(values: Floats) -> Floats:
-    """Returns what is left of float32 values in MXINT8, with blocks along the last axis."""
+    """Round float32 values to MXINT8, with blocks along the last axis; the result is float32."""
     return _in_blocks(values, -1, 0, _int8)
 
 
@@ -52,6 +52,7 @@ def _int8(scaled: Floats) -> Floats:
 
 
 def _in_blocks(values: Floats, axis: int, emax: int, rounded: Any) -> Floats:
+    """Round values block by block; `rounded` maps scaled values to elements."""
     lines = np.moveaxis(values, axis, -1)
     length = lines.shape[-1]
     blocks = np.pad(lines, [(0, 0)] * (lines.ndim - 1) + [(0, -length % BLOCK)])
@@ -60,16 +61,21 @@ def _in_blocks(values: Floats, axis: int, emax: int, rounded: Any) -> Floats:
     finite = np.isfinite(greatest)
     # frexp's exponent is floor(log2) + 1; the scale is an E8M0 number
     scale = np.clip(np.frexp(np.where(finite, greatest, 0))[1] - 1 - emax, -127, 127)
-    found = np.where(finite, np.ldexp(rounded(np.ldexp(np.where(finite, blocks, 0), -scale)), scale), np.nan)
-    found = found.reshape(*lines.shape[:-1], -1)[..., :length]
-    return np.ascontiguousarray(np.moveaxis(found, -1, axis), dtype=np.float32)
+    values = np.where(finite, np.ldexp(rounded(np.ldexp(np.where(finite, blocks, 0), -scale)), scale), np.nan)
+    values = values.reshape(*lines.shape[:-1], -1)[..., :length]
+    return np.ascontiguousarray(np.moveaxis(values, -1, axis), dtype=np.float32)
 
 
 def mxint8_nodes(source: str, target: str, width: int) -> tuple[list[Any], list[Any]]:
-    """Returns nodes that compute `mxint8` of a float32 value whose last dim is `width`, and their constants.
+    """Return ONNX nodes that compute `mxint8` of a float32 value, and their constants.
+
+    Args:
+        source: name of the value.
+        target: name of the result.
+        width: last dim of the value.
 
     The power of two at or below the greatest magnitude m is fl(φm) − fl((1 − 2⁻²⁴)·fl(φm)) with φ = 2²³ + 1, exact in
-    float32 for all that fits into fp16. A logarithm would miss it just where m is a power of two.
+    float32 for all values of fp16. A logarithm would be wrong exactly where m is a power of two.
     """
     size = min(BLOCK, width)
     padding = -width % size

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes compute in float32, and which in fp16 (card-contract §6.1, §6.4).
+"""The precision of each node, float32 or fp16 (card-contract §6.1, §6.4).
 
-A node in float32 reads unrounded values where there are some, and hands its own on unrounded to others in
-float32; nodes in fp16 read the rounded value. Names of nodes decide before types of operators do, and both
-before `-convert-to-fp16`. A weight that is too large to stay in the graph is rounded as soon as one node in fp16
-reads it, and so is what a branch of an If or a Loop hands out.
+A node in float32 reads unrounded values where they exist, and its outputs are unrounded for other nodes in float32;
+nodes in fp16 read the rounded values. Names of nodes take precedence over types of operators, and both over
+`-convert-to-fp16`. A weight that is too large to stay in the graph is rounded if any node in fp16 reads it, and so is
+the output of a branch of an If or of a Loop.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ import yaml
 from ..errors import CompileError
 from ..graph import nodes_of
 
-# Values inside of CustomRMSNorm. The compiler knows it as one operator, so nothing is rounded in there.
-WIDE = "sim.wide:"
+FLOAT32_PREFIX = "sim.wide:"
+"""Prefix of values inside of CustomRMSNorm: the compiler treats it as one operator, so they are not rounded."""
 _KEYS = ("FP16NodeInstanceNames", "FP32NodeInstanceNames")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The choice: names are the first outputs of nodes, operators their types."""
+    """The nodes in fp16 and in float32.
+
+    Attributes:
+        fp16: ``-convert-to-fp16``: the precision of nodes that are not listed.
+        fp16_names: first outputs of nodes in fp16.
+        fp32_names: first outputs of nodes in float32.
+        fp16_ops: operator types in fp16.
+        fp32_ops: operator types in float32.
+    """
 
     fp16: bool = True
     fp16_names: frozenset[str] = frozenset()
@@ -36,51 +44,66 @@ class Plan:
 
     @property
     def rounds(self) -> bool:
-        """Whether any node is in fp16 at all."""
+        """True if any node is in fp16."""
         return self.fp16 or bool(self.fp16_names or self.fp16_ops)
 
-    def hands_on(self, node: Any) -> bool:
-        """Tells whether what a node computes in float32 is handed on without rounding."""
+    def has_unrounded_outputs(self, node: Any) -> bool:
+        """Return True if the outputs of a node are not rounded."""
         name = next((output for output in node.output if output), "")
-        if name.startswith(WIDE) or name in self.fp32_names:
+        if name.startswith(FLOAT32_PREFIX) or name in self.fp32_names:
             return True
         if name in self.fp16_names:
             return False
         return node.op_type in self.fp32_ops or not (self.fp16 or node.op_type in self.fp16_ops)
 
-    def keeps(self, node: Any) -> bool:
-        """Tells whether a node is in float32 because it is named, by itself or by its type."""
+    def is_listed_float32(self, node: Any) -> bool:
+        """Return True if a node is in float32 because its name or its type is listed."""
         name = next((output for output in node.output if output), "")
-        return self.hands_on(node) and (self.rounds or name in self.fp32_names or node.op_type in self.fp32_ops)
+        return self.has_unrounded_outputs(node) and (
+            self.rounds or name in self.fp32_names or node.op_type in self.fp32_ops
+        )
 
-    def is_wide(self, node: Any) -> bool:
-        """Tells whether a node computes in float32; the last node of CustomRMSNorm does, and rounds."""
-        return self.hands_on(node) or any(name.startswith(WIDE) for name in node.input)
+    def computes_in_float32(self, node: Any) -> bool:
+        """Return True if a node computes in float32; the last node of CustomRMSNorm does, and its output is rounded."""
+        return self.has_unrounded_outputs(node) or any(name.startswith(FLOAT32_PREFIX) for name in node.input)
 
-    def kept(self, graph: Any) -> set[str]:
-        """Returns the names of all values that nodes hand on without rounding."""
-        return {name for node in nodes_of(graph) if self.hands_on(node) and not _constant(node) for name in node.output}
+    def unrounded_values(self, graph: Any) -> set[str]:
+        """Return the names of all node outputs that are not rounded."""
+        return {
+            name
+            for node in nodes_of(graph)
+            if self.has_unrounded_outputs(node) and not _constant(node)
+            for name in node.output
+        }
 
     def readable(self, graph: Any) -> set[str]:
-        """Returns the names of all values that have an unrounded form, if they are float32, which some node reads."""
+        """Return the names of all values with an unrounded form that some node reads, if they are float32."""
         streamed = {tensor.name for tensor in graph.initializer if tensor.data_location}
-        there = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
-        there |= {name for node in graph.node if _constant(node) for name in node.output}
-        there |= self.kept(graph)
-        return (there - streamed) & {name for node in nodes_of(graph) if self.is_wide(node) for name in node.input}
+        available = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
+        available |= {name for node in graph.node if _constant(node) for name in node.output}
+        available |= self.unrounded_values(graph)
+        return (available - streamed) & {
+            name for node in nodes_of(graph) if self.computes_in_float32(node) for name in node.input
+        }
 
     def unrounded_weights(self, graph: Any) -> set[str]:
-        """Returns the names that no node in fp16 reads, so that a weight of this name is left as it is."""
+        """Return the names that no node in fp16 reads; a weight with such a name is not rounded."""
         nodes = list(nodes_of(graph))
-        narrow = {name for node in nodes if not self.is_wide(node) for name in node.input}
-        return {name for node in nodes for name in node.input} - narrow
+        in_fp16 = {name for node in nodes if not self.computes_in_float32(node) for name in node.input}
+        return {name for node in nodes for name in node.input} - in_fp16
 
 
 def plan(fp16: bool, path: Path | None, fp16_ops: Collection[str], fp32_ops: Collection[str]) -> Plan:
-    """Reads the node precision file, if there is one, and returns the choice.
+    """Return the precision of the nodes.
+
+    Args:
+        fp16: ``-convert-to-fp16``.
+        path: the node precision file; None if there is none.
+        fp16_ops: operator types in fp16.
+        fp32_ops: operator types in float32.
 
     Raises:
-        CompileError: The file is missing or not of the form of card-contract §6.4, or it contradicts itself.
+        CompileError: the file is missing or not of the form of card-contract §6.4, or it contradicts itself.
     """
     lists = dict.fromkeys(_KEYS, frozenset[str]()) if path is None else _read(path)
     fp16_names, fp32_names = (lists[key] for key in _KEYS)
@@ -89,13 +112,13 @@ def plan(fp16: bool, path: Path | None, fp16_ops: Collection[str], fp32_ops: Col
     return Plan(fp16, fp16_names, fp32_names, frozenset(fp16_ops), frozenset(fp32_ops))
 
 
-def unknown(choice: Plan, graph: Any) -> Iterator[str]:
-    """Yields a warning for the names and for the operators that the graph has no node for."""
+def unknown_names(plan: Plan, graph: Any) -> Iterator[str]:
+    """Yield a warning for listed names and one for listed operators that are not in the graph."""
     nodes = list(nodes_of(graph))
-    named = choice.fp16_names | choice.fp32_names
+    named = plan.fp16_names | plan.fp32_names
     if missing := sorted(named - {node.output[0] for node in nodes if node.output}):
         yield f"no node has the first output {', '.join(missing)}; the node precision info does not apply to it"
-    operators = choice.fp16_ops | choice.fp32_ops
+    operators = plan.fp16_ops | plan.fp32_ops
     if absent := sorted(operators - {node.op_type for node in nodes}):
         yield f"the model has no operator {', '.join(absent)}"
 
