@@ -21,6 +21,8 @@ RESERVED_FLAGS = frozenset({
 })  # fmt: skip
 """Flags that are set from other keys of a case, and so are refused in ``compile.flags``."""
 
+PARTITIONS = "mdp-load-partition-config"
+
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
@@ -88,7 +90,7 @@ def compiler_flags(
 
     Args:
         onnx: the model.
-        folder: receives ``node_precision.yaml``, ``custom_io.yaml`` and, from the compiler, ``qpc``.
+        folder: receives ``node_precision.yaml``, ``custom_io.yaml`` and ``partitions.json``; the compiler adds ``qpc``.
         facts: of the model.
         old: True for ``qaic-exec``, the compiler before SDK 1.21.
         options: cores, hardware version, further flags.
@@ -111,6 +113,7 @@ def compiler_flags(
         *(["-retained-state"] if facts.states else []),
         *_custom_io(facts.states, precision, folder),
         *_node_precision(facts.float32_nodes, options, precision, folder),
+        *_partitions(options, folder),
         f"-aic-binary-dir={folder / 'qpc'}",
         *_case_flags(options.flags),
     ]
@@ -153,6 +156,29 @@ def _custom_io(states: Mapping[str, bool], precision: Precision, folder: Path) -
     text = "\n".join(f" - IOName: {name}\n   Precision: {kind}" for name, kind in entries)
     path.write_text(f"{text}\n", encoding="utf-8")
     return [f"-custom-IO-list-file={path}"]
+
+
+def _partitions(options: Compile, folder: Path) -> list[str]:
+    """Slice tensors over several cards: one partition with all of them (card-contract §6.5).
+
+    Raises:
+        ConfigError: the case also brings a partition config of its own.
+    """
+    if options.num_devices == 1:
+        return []
+    if PARTITIONS in map(_flag_name, options.flags):
+        raise ConfigError(
+            f"compile.num_devices: {options.num_devices} and compile.flags.{PARTITIONS}: the partition config sets the"
+            " number of cards; leave out one of them"
+        )
+    devices = [{"deviceId": device, "numCores": options.num_cores} for device in range(options.num_devices)]
+    config = {
+        "connections": [{"devices": [device["deviceId"] for device in devices], "type": "p2p"}],
+        "partitions": [{"name": "Partition0", "devices": devices}],
+    }
+    path = folder / "partitions.json"
+    path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return [f"-{PARTITIONS}={path}"]
 
 
 def _case_flags(flags: Mapping[str, str | int | bool]) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A runtime in a process of its own: the same answers, the same errors, and an end to every crash and hang."""
+"""A runtime in a child process: equal outputs, equal errors, and an error for every crash and hang."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ExecObj(base.ExecObj):
         return status
 """
 )
-"""Bindings that write to the file descriptor of stderr, as native code does, and do what files beside them say."""
+"""Bindings that write to the file descriptor of stderr, as native code does; files beside them control them."""
 
 
 def sim(settings: Settings | None = None) -> IsolatedRuntime:
@@ -129,10 +129,10 @@ def test_retained_state_lives_in_the_child_as_it_does_here(decoder: Artifact) ->
 
 def test_arrays_cross_in_any_memory_order_and_results_are_our_own(counting: Artifact) -> None:
     with sim().open(counting) as session:
-        for given in (np.asfortranarray(X), X.astype(">f4"), np.stack([X, X], -1)[..., 0]):
-            found = session.run({"x": given, "total": np.zeros_like(X)})["y"]
-            np.testing.assert_array_equal(found, X)
-            found[:] = 7
+        for array in (np.asfortranarray(X), X.astype(">f4"), np.stack([X, X], -1)[..., 0]):
+            outputs = session.run({"x": array, "total": np.zeros_like(X)})["y"]
+            np.testing.assert_array_equal(outputs, X)
+            outputs[:] = 7
         np.testing.assert_array_equal(session.run({"x": X})["y"], 2 * X)
         assert session.run({"x": X}, fetch=[]) == {}
 

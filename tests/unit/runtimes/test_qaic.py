@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter when cards and bindings misbehave: what it says, what it releases, and that the next run works."""
+"""Failures of cards and bindings: the message, what is released, and that the next run works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEEDS = {"x": X, "total": np.zeros_like(X)}
 
 
 def on(rt: dict[str, Any], settings: Settings | None = None) -> QaicRuntime:
-    """The adapter on bindings of which some parts are replaced."""
+    """The runtime on bindings with some parts replaced."""
     bindings = SimpleNamespace(**{**vars(base), **rt}), QAicApi_pb2
     sdk: Any = SimpleNamespace(built_in=True, simulated=True, bindings=lambda: bindings, ready=simulated().ready)
     return QaicRuntime("sim", sdk, settings)
@@ -41,7 +41,7 @@ def free_cores(qid: int = 0) -> int:
 
 
 def recorded(calls: list[str], **changes: Callable[[Any], Any]) -> type[base.Program]:
-    """A Program that notes how it is released; ``changes`` replace a method's result."""
+    """A Program that records how it is released; ``changes`` replace a method's result."""
 
     class Program(base.Program):
         def deactivate(self) -> Any:
@@ -91,7 +91,7 @@ SHOWN = {
     "activate-nsp": "  | Device 0 activate failed: Memory resource exhausted: 4 NSPs are needed, 0 of 16 are free",
     "timeout@2": "  | failed to receive response from NW: Connection timed out (device 0)",
 }
-"""Faults that are tried in a child too, and what the runtime's own log, which is captured there, has of them."""
+"""Faults that are also tried in a child process, and their text in the runtime's own log, which is captured there."""
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_qpc_for_another_generation_of_cards_is_refused_at_load(counting: Artifa
 
 @pytest.fixture
 def pair(counting: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    """A QPC for two cards, of which nobody has noted for how many it is; there are three."""
+    """A QPC for two cards without provenance; there are three cards."""
     monkeypatch.setenv("QAIC_SIM_DEVICES", "3")
     return Artifact("qpc", Path(altered(str(counting.path), tmp_path / "pair", num_devices=2)), "0" * 64)
 
@@ -330,15 +330,15 @@ def test_input_in_the_other_byte_order_is_the_same_input(counting: Artifact) -> 
 
 
 def free(folder: Path) -> list[int]:
-    """Those of the cards 1 and 3 that nobody holds."""
-    found = []
+    """Return which of the cards 1 and 3 are not locked."""
+    qids = []
     for qid in (1, 3):
         try:
             with FileLock(folder / f"qeff-validate-card-{qid}.lock").acquire(timeout=0):
-                found.append(qid)
+                qids.append(qid)
         except Timeout:
             pass
-    return found
+    return qids
 
 
 def test_who_waits_for_a_card_says_so_and_gets_it(

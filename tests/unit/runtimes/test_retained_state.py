@@ -115,18 +115,18 @@ def test_a_reset_before_the_first_run_is_harmless(session: Session) -> None:
 def test_a_twin_is_returned_only_if_it_is_fetched_and_kept_all_the_same(
     session: Session, fetch: Any, names: list[str]
 ) -> None:
-    found = session.run({"x": X, "total": TOTAL, "w": W}, fetch=fetch)
-    assert sorted(found) == sorted(names)
-    wanted = {"y": (TOTAL + X) * W, "total_RetainedState": TOTAL + X, "w_RetainedState": W}
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, wanted[name])
+    outputs = session.run({"x": X, "total": TOTAL, "w": W}, fetch=fetch)
+    assert sorted(outputs) == sorted(names)
+    expected = {"y": (TOTAL + X) * W, "total_RetainedState": TOTAL + X, "w_RetainedState": W}
+    for name, array in outputs.items():
+        np.testing.assert_array_equal(array, expected[name])
     np.testing.assert_array_equal(y(session), (TOTAL + 2 * X) * W)
 
 
 def test_results_and_feeds_are_nobody_elses_memory(session: Session) -> None:
     total, w = TOTAL.copy(), W.copy()
-    found = session.run({"x": X, "total": total, "w": w})
-    for array in (*found.values(), total, w):
+    outputs = session.run({"x": X, "total": total, "w": w})
+    for array in (*outputs.values(), total, w):
         array[...] = -99  # must reach neither the state nor a later result
     np.testing.assert_array_equal(y(session), (TOTAL + 2 * X) * W)
     before = session.run({"x": X})

@@ -72,7 +72,7 @@ class Compiled:
 
 @pytest.fixture
 def compile_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Compiled]:
-    """Compiles a model in this process; `specs` and `custom_io` become the files that the flags name."""
+    """Compile a model in this process; `specs` and `custom_io` are written to the files that the flags name."""
 
     def run(
         proto: onnx.ModelProto | Path,

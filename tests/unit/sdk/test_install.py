@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated SDK as a tree: what is laid down, what is never overwritten, and what is taken away again."""
+"""Installation of the simulated SDK: what is written, what is never overwritten, and what is removed."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ EXPECTED = {  # where real clients look, card-contract §1.1
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path below a folder, with the digest of a file, the target of a link, or nothing for a folder."""
-    found = {}
+    """Return every path below a folder, with the digest of a file, the target of a link, or an empty text."""
+    entries = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            found[str(path.relative_to(folder))] = f"-> {path.readlink()}"
+            entries[str(path.relative_to(folder))] = f"-> {path.readlink()}"
         else:
             data = path.read_bytes() if path.is_file() else b""
-            found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest() if path.is_file() else ""
-    return found
+            entries[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest() if path.is_file() else ""
+    return entries
 
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
-    """A tree that was laid down."""
+    """The prefix of an installed tree."""
     install.install_tree(tmp_path / "sdk", PYTHON)
     return tmp_path / "sdk"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bfloat16 and the generation that has it; the oracle is ml_dtypes, rounded behind every node."""
+"""bfloat16 on ai200; the oracle is ml_dtypes, rounded after every node."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bf16(values: np.ndarray) -> np.ndarray:
 
 
 def bits(values: np.ndarray) -> np.ndarray:
-    """What a client writes: the bit patterns, in a container of two bytes."""
+    """Return a client's buffer: bfloat16 bit patterns as uint16."""
     return values.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
@@ -65,7 +65,7 @@ def model(kind: int) -> onnx.ModelProto:
 
 
 def rounded_by_node() -> dict[str, np.ndarray]:
-    """Each node by the reference evaluator in float32, on values that are rounded to bfloat16, and rounded again."""
+    """Run each node in the reference evaluator, in float32 on bfloat16 values, and round its outputs to bfloat16."""
     known = {"x": bf16(X), "W": bf16(WEIGHT), "b": bf16(BIAS), "zero": np.float32(0), "shape": np.array([4, 32])}
     for entry in NODES:
         infos = [
@@ -84,14 +84,14 @@ def rounded_by_node() -> dict[str, np.ndarray]:
 def test_each_node_rounds_to_bfloat16(compile_onnx, client):
     compiled = compile_onnx(model(BF), AI200)
     assert [(b.type, b.size) for b in compiled.desc.selected_set.bindings] == [(11, 512), (11, 256), (11, 256)]
-    got, want = client(compiled.directory).run(x=bits(X)), rounded_by_node()
+    actual, expected = client(compiled.directory).run(x=bits(X)), rounded_by_node()
     for name in ("y", "t"):
-        found = read(got[name])
+        values = read(actual[name])
         # sums in another order may fall on the other side of a tie: one step of bfloat16
-        one_step(found, want[name], rtol=2.0**-7)
-        within(np.mean(found != want[name]), 0.05)
+        one_step(values, expected[name], rtol=2.0**-7)
+        within(np.mean(values != expected[name]), 0.05)
     exact = ReferenceEvaluator(model(F)).run(["y"], {"x": X})[0]
-    assert np.abs(read(got["y"]) - exact).max() > 1e-3, "it is not float32"
+    assert np.abs(read(actual["y"]) - exact).max() > 1e-3, "it is not float32"
 
 
 @pytest.mark.numeric
@@ -99,23 +99,23 @@ def test_custom_io_in_bfloat16(compile_onnx, client):
     text = "- {IOName: x, Precision: bfloat16}\n- {IOName: y, Precision: bfloat16}"
     compiled = compile_onnx(model(F), AI200, custom_io=text)
     assert [b.type for b in compiled.desc.selected_set.bindings] == [11, 11, 0]
-    got = client(compiled.directory).run(x=bits(X))
-    want = ReferenceEvaluator(model(F)).run(["y"], {"x": bf16(X)})[0]
-    one_step(read(got["y"]), bf16(want), rtol=2.0**-7, atol=1e-7)
-    within(np.mean(read(got["y"]) != bf16(want)), 0.05, "rounded, not cut off:")
-    assert not np.array_equal(got["t"], bf16(got["t"])), "only what is listed"
+    actual = client(compiled.directory).run(x=bits(X))
+    expected = ReferenceEvaluator(model(F)).run(["y"], {"x": bf16(X)})[0]
+    one_step(read(actual["y"]), bf16(expected), rtol=2.0**-7, atol=1e-7)
+    within(np.mean(read(actual["y"]) != bf16(expected)), 0.05, "rounded, not cut off:")
+    assert not np.array_equal(actual["t"], bf16(actual["t"])), "only what is listed"
 
 
 def test_state_in_bfloat16(make_model, compile_onnx, client):
     nodes = [node("Add", ["total", "x"], ["total_RetainedState"])]
     m = make_model(nodes, {"x": (BF, [3]), "total": (BF, [3])}, {"total_RetainedState": (BF, [3])})
     run = client(compile_onnx(m, AI200, "-retained-state").directory)
-    got = run.run(x=bits(np.ones(3)), total=np.empty(0, np.uint16))["total_RetainedState"]
-    assert np.isnan(read(got)).all(), "content that nobody wrote"
-    got = run.run(x=bits(np.ones(3)), total=bits(np.array([1, 256, 3])))["total_RetainedState"]
-    assert read(got).tolist() == [2, 256, 4], "257 is no number in bfloat16"
-    got = run.run(x=bits(np.ones(3)), total=np.empty(0, np.uint16))["total_RetainedState"]
-    assert read(got).tolist() == [3, 256, 5]
+    actual = run.run(x=bits(np.ones(3)), total=np.empty(0, np.uint16))["total_RetainedState"]
+    assert np.isnan(read(actual)).all(), "content that nobody wrote"
+    actual = run.run(x=bits(np.ones(3)), total=bits(np.array([1, 256, 3])))["total_RetainedState"]
+    assert read(actual).tolist() == [2, 256, 4], "257 is no number in bfloat16"
+    actual = run.run(x=bits(np.ones(3)), total=np.empty(0, np.uint16))["total_RetainedState"]
+    assert read(actual).tolist() == [3, 256, 5]
 
 
 def test_mxfp6_of_weights_in_bfloat16(compile_onnx, client):
@@ -126,8 +126,8 @@ def test_mxfp6_of_weights_in_bfloat16(compile_onnx, client):
     tensor = numpy_helper.from_array(weight.astype(ml_dtypes.bfloat16), "W")
     graph = helper.make_graph([node("MatMul", ["x", "W"], ["y"])], "g", infos[:1], infos[1:], [tensor])
     m = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    got = client(compile_onnx(m, AI200, "-mxfp6-matmul").directory).run(x=bits(np.eye(64, dtype=np.float32)))["y"]
-    assert np.array_equal(read(got), mxfp6(bf16(weight), 0))
+    actual = client(compile_onnx(m, AI200, "-mxfp6-matmul").directory).run(x=bits(np.eye(64, dtype=np.float32)))["y"]
+    assert np.array_equal(read(actual), mxfp6(bf16(weight), 0))
 
 
 def test_ai100_has_no_bfloat16(compile_onnx):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QPCs that somebody forged, with crcs that fit: refused by the bindings' own errors and statuses, with a word."""
+"""Forged QPCs with valid CRCs are refused by errors and statuses of the bindings that name the problem."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 class Parts:
-    """A QPC taken apart, to be put together again with crcs that fit."""
+    """The parts of a QPC, to be written again with valid CRCs."""
 
     def __init__(self, data: bytes) -> None:
         _, _, _, _, place, length = PREAMBLE.unpack(data[: PREAMBLE.size])
@@ -72,15 +72,15 @@ class Parts:
 
 
 def outcome(folder: Path, data: bytes) -> str:
-    """What becomes of a program: ``ran``, or the text of a refusal; anything else is raised."""
+    """Return ``ran``, or the text of a refusal; other exceptions are raised."""
     folder.mkdir(exist_ok=True)
     (folder / qpc.FILE_NAME).write_bytes(data)
     try:
         with runtime("sim").open(Artifact("qpc", folder, "0")) as session:
-            found = session.run({"x": X, "s": X}, fetch=["y"])
+            outputs = session.run({"x": X, "s": X}, fetch=["y"])
     except (RunError, Unavailable) as exc:
         return str(exc)
-    return "ran" if found["y"].shape == X.shape else "ran with other shapes"
+    return "ran" if outputs["y"].shape == X.shape else "ran with other shapes"
 
 
 def test_what_is_put_together_again_unchanged_runs(original: bytes, tmp_path: Path) -> None:
@@ -261,5 +261,5 @@ def test_any_bytes_in_a_file_are_refused(original: bytes, tmp_path: Path, at: in
 
 
 def touched(data: bytes, at: int, length: int) -> bool:
-    """Whether a change reaches anything but the rest of the first page."""
+    """Return True if a change affects more than the padding of the first page."""
     return at < PREAMBLE.size or at + length > 4096 or at + length > len(data)

@@ -63,8 +63,8 @@ def test_several_weights_each_on_a_page(make_model, compile_onnx, client):
     assert network.ir_version == 10
     offsets = [int(e.value) for t in network.graph.initializer for e in t.external_data if e.key == "offset"]
     assert offsets == [4096, 8192, 12288]
-    got = client(compiled.directory).run(x=np.zeros(1, np.float32))["y"]
-    assert np.array_equal(got, np.concatenate([[0], *weights.values()]).astype(np.float32))
+    actual = client(compiled.directory).run(x=np.zeros(1, np.float32))["y"]
+    assert np.array_equal(actual, np.concatenate([[0], *weights.values()]).astype(np.float32))
 
 
 def test_missing(tmp_path):
@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found_in_every_segment(compiled):
 
 
 def write(directory, compiled, **changes):
-    """Writes the network of a compiled program anew, with something changed."""
+    """Rewrite the network of a compiled program with a change."""
     program = qpc.read(compiled.directory)
     facts = {"num_cores": 4, "num_devices": 1, "hw_version": "ai100", "precision": "fp16", "sdk_version": "1"}
     arguments = {

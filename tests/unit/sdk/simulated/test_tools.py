@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def records(text: str) -> list[dict[str, str]]:
-    """Parses as real clients do: split on QID lines, then tab-indented `Key:Value`."""
+    """Parse as real clients do: split at QID lines, then tab-indented `Key:Value`."""
     blocks = re.split(r"^QID \d+$", text, flags=re.MULTILINE)[1:]
     return [dict(line[1:].split(":", 1) for line in block.splitlines() if line.startswith("\t")) for block in blocks]
 
@@ -77,7 +77,7 @@ def test_versions(image, capsys):
 
 
 def test_as_a_process_from_another_prefix(tmp_path):
-    """A copy of the package works alone, under another name, without the library."""
+    """A copy of the package works under another name, without the library."""
     shutil.copytree(Path(sim.__file__).parent, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "elsewhere.tools", "qaic-util", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True)

@@ -144,10 +144,10 @@ class TestRun:
         for b, s in [(1, 4), (3, 8), (1, 8), (3, 4), (1, 4)]:
             ids = rng.integers(0, 200, (b, s))
             c.set(y=np.zeros((b, s, 2), np.float32), z=np.zeros((b, s), np.int64))
-            got = c.run(ids=ids)
-            want = np.tile(np.arange(100, dtype=np.float32).reshape(50, 2) / 3, (4, 1))[ids]
-            assert np.array_equal(got["y"], want)
-            assert np.array_equal(got["z"], ids * 2)
+            actual = c.run(ids=ids)
+            expected = np.tile(np.arange(100, dtype=np.float32).reshape(50, 2) / 3, (4, 1))[ids]
+            assert np.array_equal(actual["y"], expected)
+            assert np.array_equal(actual["z"], ids * 2)
 
     @pytest.mark.parametrize(
         ("ids", "y"),
@@ -178,9 +178,9 @@ class TestRun:
     def test_skipped_outputs(self, buckets, client):
         c = client(buckets)
         c.set(y=np.array([]), z=np.zeros((3, 8), np.int64))
-        got = c.run(ids=np.ones((3, 8), np.int64))
-        assert list(got) == ["z"]
-        assert (got["z"] == 2).all()
+        actual = c.run(ids=np.ones((3, 8), np.int64))
+        assert list(actual) == ["z"]
+        assert (actual["z"] == 2).all()
         c.set(z=np.array([]))
         assert c.run(ids=np.ones((3, 8), np.int64)) == {}
 
@@ -201,9 +201,9 @@ class TestRun:
     def test_bool_inputs_and_outputs(self, make_model, compile_onnx, client):
         nodes = [helper.make_node("Not", ["x"], ["y"])]
         m = make_model(nodes, {"x": (TensorProto.BOOL, [3])}, {"y": (TensorProto.BOOL, [3])})
-        got = client(compile_onnx(m).directory).run(x=np.array([0, 1, 5], np.int8))["y"]
-        assert got.dtype == np.int8
-        assert got.tolist() == [1, 0, 0]
+        actual = client(compile_onnx(m).directory).run(x=np.array([0, 1, 5], np.int8))["y"]
+        assert actual.dtype == np.int8
+        assert actual.tolist() == [1, 0, 0]
 
     def test_a_failing_graph_is_a_status(self, buckets, client, capsys):
         c = client(buckets)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dims that onnx's shape inference leaves open because a value that shapes decide stands between."""
+"""Dims that depend on a value computed from shapes, which onnx's shape inference does not follow."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_range_over_a_shape_has_as_many_elements_as_the_shape_says(batch, rows, 
     done = compile_onnx(rows, specs=[{"batch_size": batch}])
     assert done.code == 0, done.err
     x = np.arange(4 * batch, dtype=np.float32).reshape(batch, 4)
-    got = client(done.directory).run(x=x, last=np.array([0]))
-    np.testing.assert_array_equal(got["y"], x[np.arange(batch)])
+    actual = client(done.directory).run(x=x, last=np.array([0]))
+    np.testing.assert_array_equal(actual["y"], x[np.arange(batch)])
 
 
 def test_each_specialization_has_its_own_dims(rows, compile_onnx):
@@ -41,7 +41,7 @@ def test_each_specialization_has_its_own_dims(rows, compile_onnx):
 
 
 def test_operands_of_range_with_one_element_are_taken_as_scalars(make_model, compile_onnx, client):
-    """QEfficient's CtxGatherCB has them; where the dims of its data are constants, ONNX Runtime refuses the graph."""
+    """QEfficient's CtxGatherCB has such dims; ONNX Runtime refuses the graph if the dims of its data are constants."""
     nodes = [
         helper.make_node("Constant", [], ["table"], value=numpy_helper.from_array(np.zeros((3, 1), np.float32))),
         helper.make_node("Constant", [], ["start"], value_ints=[0]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiler rows of the failure catalogue (card-contract §8), each by a process of its own."""
+"""The compiler's rows of the failure table (card-contract §8), each in a process of its own."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_shapes_in_sub_functions(operator, tmp_path, make_model, compile_process
 
 @pytest.mark.parametrize(("size", "code"), [("shape", 0), ("to", 255)])
 def test_function_that_a_sub_function_calls_belongs_to_it(size, code, tmp_path, make_model, compile_process):
-    """As in QEfficient's decoder layers: what their CtxGather expands to comes from a shape in the layer."""
+    """As in QEfficient's decoder layers: CtxGather expands to a shape that is computed in the layer."""
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("my.fn", 1)]
     inner = helper.make_function("my.fn", "Wide", ["a", "to"], ["r"], [node("Expand", ["a", "to"], ["r"])], opsets)
     nodes = [node("Shape", ["b"], ["shape"]), node("Wide", ["a", size], ["r"], domain="my.fn")]
@@ -189,7 +189,7 @@ def test_a_contrib_operator_is_named_with_what_made_it(
 
 
 def broken(kind, make_model):
-    """Returns a model with one fault, and what the simulator says of it."""
+    """Return a model with one fault, and the simulator's message about it."""
     if kind == "no operator of ONNX":
         nodes = [node("Foo", ["x"], ["y"], name="first")]
         return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "node 'first' (ai.onnx::Foo): unsupported operator"

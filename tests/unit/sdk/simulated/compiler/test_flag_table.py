@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of flags in docs/simulated-sdk.md says what the compiler does with each."""
+"""The table of flags in docs/simulated-sdk.md agrees with the compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT = (ROOT / "docs" / "simulated-sdk.md").read_text(encoding="utf-8")
 
 
 def documented() -> dict[str, str]:
-    """Flag to what its row says."""
+    """The text of each flag's row."""
     rows = re.findall(r"^\| (`-.*?) \| (.*?) \|$", TEXT, flags=re.MULTILINE)
     pairs = [(flag, text) for flags, text in rows for flag in re.findall(r"`-([\w-]+)`", flags)]
     assert len(pairs) == len(dict(pairs)), "a flag is in two rows"
@@ -29,7 +29,7 @@ def in_code() -> dict[str, str]:
     return {**dict.fromkeys(options.WITHOUT_EFFECT, "without effect"), **checked, **honoured, **missed}
 
 
-def test_the_table_of_flags_is_the_compiler_s():
+def test_table_lists_the_flags_of_the_compiler():
     code, docs = in_code(), documented()
     assert set(code) == set(docs)
     # The one flag that old compilers take and new ones refuse.
@@ -40,7 +40,7 @@ def test_the_table_of_flags_is_the_compiler_s():
 
 
 @pytest.mark.parametrize("flag", sorted(in_code()))
-def test_every_flag_is_read_as_the_table_says(flag, capsys):
+def test_every_flag_has_the_effect_in_the_table(flag, capsys):
     value = "1" if flag not in options.CHOICES else options.CHOICES[flag][0]
     value = str(options.RANGES[flag][0]) if flag in options.RANGES else value
     value = {"operators-supported": "onnx", "onnx-define-symbol": "a,1"}.get(flag, value)

@@ -53,15 +53,15 @@ def test_scatters_without_a_function(op, opset, dtype, run):
     heads = () if "3D" in op else (2,)
     rows = np.array([3, 1]) if "CB" in op else np.array([0, 1])
     cache, updates = values(4 if "CB" in op else 2, *heads, 5, 3), values(2, *heads, 3, 3)
-    want = cache.copy()
+    expected = cache.copy()
     for batch, seq in np.ndindex(2, 3):
         if POSITIONS[batch, seq] != NONE:
-            want[rows[batch], ..., POSITIONS[batch, seq], :] = updates[batch, ..., seq, :]
+            expected[rows[batch], ..., POSITIONS[batch, seq], :] = updates[batch, ..., seq, :]
     feeds = {"cache": cache}
     if "CB" in op:
         feeds["batch_index"] = rows.reshape(2, 1).astype(dtype)
     feeds |= {"position_ids": POSITIONS.astype(dtype), "updates": updates}
-    assert np.array_equal(run(op, feeds, opset=opset), want)
+    assert np.array_equal(run(op, feeds, opset=opset), expected)
 
 
 @pytest.mark.parametrize("op", ["CtxGather", "CtxGather3D", "CtxGatherCB", "CtxGatherCB3D"])
@@ -70,21 +70,21 @@ def test_gathers_without_a_function(op, comp_ctx_len, run):
     heads = () if "3D" in op else (2,)
     rows = np.array([3, 1]) if "CB" in op else np.array([0, 1])
     cache = values(4 if "CB" in op else 2, *heads, 5, 3)
-    wanted = np.array([[0, 1, 4, NONE], [3, NONE, NONE, 0]])
+    expected = np.array([[0, 1, 4, NONE], [3, NONE, NONE, 0]])
     feeds = {"cache": cache}
     if "CB" in op:
         feeds["batch_index"] = rows.reshape(2, 1)
-    feeds["ctx_indices"] = wanted if not heads else wanted[:, None]
+    feeds["ctx_indices"] = expected if not heads else expected[:, None]
     if comp_ctx_len:
         feeds["comp_ctx_len"] = np.array([4])
-    got = run(op, feeds)
-    assert got.shape == (2, *heads, 4, 3)
+    actual = run(op, feeds)
+    assert actual.shape == (2, *heads, 4, 3)
     for batch, seq in np.ndindex(2, 4):
-        read = got[batch, ..., seq, :]
-        if wanted[batch, seq] == NONE:
+        read = actual[batch, ..., seq, :]
+        if expected[batch, seq] == NONE:
             assert np.isfinite(read).all()
         else:
-            assert np.array_equal(read, cache[rows[batch], ..., wanted[batch, seq], :])
+            assert np.array_equal(read, cache[rows[batch], ..., expected[batch, seq], :])
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -96,7 +96,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
 @pytest.mark.parametrize("carried", [False, True])
 def test_rms_norm_is_one_operator(carried, opset, run):
-    """Its squares would overflow in fp16, and 1e-6 would be a subnormal; the card has a kernel for the whole."""
+    """In fp16 the squares would overflow and 1e-6 would be subnormal; the card has one kernel for the operator."""
     x, weight = values(3, 64) * 1000, values(64)
     eps = node("Constant", [], ["eps"])
     eps.attribute.add(name="value_float", ref_attr_name="epsilon", type=1)
@@ -111,18 +111,18 @@ def test_rms_norm_is_one_operator(carried, opset, run):
         AISW, "CustomRMSNorm", ["x", "w"], ["result"], body, opsets(opset)[:1], attributes=["epsilon"]
     )
     functions = [function] if carried else []
-    got = run("CustomRMSNorm", {"x": x, "w": weight}, AISW, opset, functions, epsilon=1e-6)
-    want = rms_norm(x, weight, 1e-6).astype(np.float16).astype(np.float32)
-    assert np.isfinite(got).all()
-    within(np.mean(got != want), 0.01, "rounded once, but for ties that fall the other way in float32:")
-    assert np.abs(got - want).max() <= np.spacing(np.abs(want).max().astype(np.float16))
+    actual = run("CustomRMSNorm", {"x": x, "w": weight}, AISW, opset, functions, epsilon=1e-6)
+    expected = rms_norm(x, weight, 1e-6).astype(np.float16).astype(np.float32)
+    assert np.isfinite(actual).all()
+    within(np.mean(actual != expected), 0.01, "rounded once, but for ties that fall the other way in float32:")
+    assert np.abs(actual - expected).max() <= np.spacing(np.abs(expected).max().astype(np.float16))
 
 
 def test_a_carried_function_wins_over_the_built_in_body(run):
     twice = helper.make_function(CLOUD, "CtxGather", ["a", "b"], ["r"], [node("Add", ["a", "a"], ["r"])], opsets()[:1])
     x = values(2, 2, 3, 1)
-    got = run("CtxGather", {"x": x, "i": np.zeros((2, 1, 3), np.int64)}, functions=[twice])
-    assert np.array_equal(got, 2 * x)
+    actual = run("CtxGather", {"x": x, "i": np.zeros((2, 1, 3), np.int64)}, functions=[twice])
+    assert np.array_equal(actual, 2 * x)
 
 
 @pytest.mark.numeric
@@ -140,11 +140,11 @@ def test_nested_functions_are_inlined(run):
     # The squares of s overflow in fp16, unless the norm is still known as one operator.
     x, weight = values(2, 64) * 16, values(64)
     feeds = {"x": x, "w": weight}
-    got = run("Layer", feeds, "my.fn", functions=[inner, outer])
+    actual = run("Layer", feeds, "my.fn", functions=[inner, outer])
     square = (x * x).astype(np.float16).astype(np.float32)
     norm = rms_norm(square, weight, 1e-5).astype(np.float16).astype(np.float32)
-    close(got, norm * norm, rtol=5e-3, atol=1e-6)
-    within(np.mean(got != (norm * norm).astype(np.float16)), 0.05)
+    close(actual, norm * norm, rtol=5e-3, atol=1e-6)
+    within(np.mean(actual != (norm * norm).astype(np.float16)), 0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT32_MAX as an index: writes are dropped, reads are harmless. The oracle is a loop over numpy arrays."""
+"""INT32_MAX as an index: writes are dropped, reads return slot 0. The oracle is a loop over numpy arrays."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scatter_elements(data, indices, updates, axis: int, how: str = "none") -> np
 
 @pytest.fixture
 def run(make_model, compile_onnx, client):
-    """Compiles and runs one node; indices are an input, or a constant, or computed from an input by Where."""
+    """Compile and run one node; indices are an input, a constant, or computed from an input by Where."""
 
     def run(op: str, data, indices, updates=None, source="input", opset=18, **attributes):
         kinds = {np.dtype(np.int32): I32, np.dtype(np.int64): I64, np.dtype(np.float32): F}
@@ -96,8 +96,8 @@ def test_nothing_is_written_if_all_rows_are_dropped(source, opset, run):
 def test_scatter_with_a_reduction(how, run):
     updates = np.array([[3, -2, 5], [1, 4, 2]], np.float32)
     elements = np.array([[1, NONE, 0], [1, 1, NONE]])
-    got = run("ScatterElements", DATA, elements, updates, "computed", axis=1, reduction=how)
-    assert np.array_equal(got, scatter_elements(DATA, elements, updates, 1, how))
+    actual = run("ScatterElements", DATA, elements, updates, "computed", axis=1, reduction=how)
+    assert np.array_equal(actual, scatter_elements(DATA, elements, updates, 1, how))
 
 
 @SOURCES
@@ -110,8 +110,8 @@ def test_scatter_elements_are_dropped_one_by_one(source, dtype, axis, run):
     indices = (np.indices(shape)[axis] + 1).astype(dtype)
     indices[0, 1, 0] = indices[1, 1, 2] = NONE
     updates = -np.arange(1, 13, dtype=np.float32).reshape(shape)
-    got = run("ScatterElements", data, indices, updates, source, axis=axis)
-    assert np.array_equal(got, scatter_elements(data, indices, updates, axis))
+    actual = run("ScatterElements", data, indices, updates, source, axis=axis)
+    assert np.array_equal(actual, scatter_elements(data, indices, updates, axis))
 
 
 @SOURCES
@@ -122,17 +122,17 @@ def test_scatter_elements_are_dropped_one_by_one(source, dtype, axis, run):
 )  # fmt: skip
 def test_gathers_read_something_finite(source, dtype, op, run):
     indices = np.array([[1, NONE], [NONE, 2], [0, 3]], dtype)
-    got = run(op, DATA, indices, None, source, **({} if op == "GatherND" else {"axis": 0}))
+    actual = run(op, DATA, indices, None, source, **({} if op == "GatherND" else {"axis": 0}))
     valid = indices != NONE
     if op == "Gather":
-        want = DATA[np.where(valid, indices, 0)]
+        expected = DATA[np.where(valid, indices, 0)]
     elif op == "GatherElements":
-        want = DATA[np.where(valid, indices, 0), np.arange(2)]
+        expected = DATA[np.where(valid, indices, 0), np.arange(2)]
     else:
-        valid, want = np.array([False, False, True]), DATA[tuple(np.where(valid, indices, 0).T)]
-    assert got.shape == want.shape
-    assert np.array_equal(got[valid], want[valid])
-    assert np.isin(got, DATA).all(), "what is read for INT32_MAX is content of the data"
+        valid, expected = np.array([False, False, True]), DATA[tuple(np.where(valid, indices, 0).T)]
+    assert actual.shape == expected.shape
+    assert np.array_equal(actual[valid], expected[valid])
+    assert np.isin(actual, DATA).all(), "what is read for INT32_MAX is content of the data"
 
 
 def test_negative_indices_are_left_alone(run):
@@ -182,11 +182,11 @@ def test_in_a_subgraph(make_model, compile_onnx, client):
         {"zeros": np.array([0, 0])},
     )  # fmt: skip
     x = np.array([5, 6, 7, 8], np.float32)
-    got = client(compile_onnx(m).directory).run(x=x, ids=np.array([NONE, 2]), flag=np.array([1], np.int8))["y"]
-    assert got[1] == 7
-    assert got[0] in x
+    actual = client(compile_onnx(m).directory).run(x=x, ids=np.array([NONE, 2]), flag=np.array([1], np.int8))["y"]
+    assert actual[1] == 7
+    assert actual[0] in x
 
 
 def test_a_single_row_of_indices(run):
-    """Indices with one dim are one row; they are left as they are."""
+    """Indices with one dim are one row; the node is not changed."""
     assert run("ScatterND", DATA, np.array([1]), np.full(6, -1, np.float32))[1].tolist() == [-1] * 6

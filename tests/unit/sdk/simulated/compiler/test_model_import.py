@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulated compiler takes in: opsets, external data, static dims, custom IO, flags with a meaning."""
+"""Inputs of the simulated compiler: opsets, external data, static dims, custom IO, flags with an effect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ir_versions_are_capped_not_refused(ir_version, make_linear, compile_onn
 
 
 def external(tensor, location: str, offset: int | str, length: int | None = None) -> None:
-    """Moves a tensor's data out of the model, by hand."""
+    """Move a tensor's data to an external file."""
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):
@@ -62,7 +62,7 @@ def external(tensor, location: str, offset: int | str, length: int | None = None
 
 @pytest.fixture
 def split(tmp_path, make_linear):
-    """A model whose two weights lie in two files, one of them behind an offset."""
+    """A model with two weights in two external files, one of them at an offset."""
     m = make_linear(2)
     w, b = (numpy_helper.to_array(tensor) for tensor in m.graph.initializer)
     (tmp_path / "data").mkdir()
@@ -76,8 +76,8 @@ def split(tmp_path, make_linear):
 def test_several_files_and_offsets(split, compile_onnx, client):
     m, w, b = split
     x = np.eye(2, 32, dtype=np.float32)
-    got = client(compile_onnx(m).directory).run(x=x)["y"]
-    assert np.array_equal(got, w[:2] + b)
+    actual = client(compile_onnx(m).directory).run(x=x)["y"]
+    assert np.array_equal(actual, w[:2] + b)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ sys.exit(code)
 
 @pytest.fixture
 def roomy(tmp_path):
-    """A folder for gigabytes that are read once: in memory, if there is room."""
+    """A folder for gigabytes that are read once: in memory, if it is large enough."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 6 * 2**30:
         yield tmp_path
@@ -131,7 +131,7 @@ def roomy(tmp_path):
 
 @pytest.mark.slow
 def test_weights_above_2_gb_are_streamed(roomy, make_model):
-    """Eight weights of 256 MiB, which share their data, and a small one; the compiler may hold a few pieces."""
+    """Eight weights of 256 MiB, which share their data, and a small one; the compiler may hold a few chunks."""
     names = [f"W{i}" for i in range(9)]
     nodes = [node("Gather", [name, "row"], [f"g{name}"]) for name in names]
     nodes.append(node("Sum", [f"g{name}" for name in names], ["y"]))
@@ -168,7 +168,7 @@ def test_weights_are_stored_once_whatever_the_specializations(count, tmp_path, m
 
 
 def test_constants_and_shapes_decide_about_dims(make_model, compile_onnx, client):
-    """Operands that are computed from shapes are known when the model is compiled, however long the way."""
+    """Operands that are computed from shapes are known at compile time, through any number of nodes."""
     nodes = [
         node("Shape", ["x"], ["s"], start=0, end=1),
         node("Squeeze", ["s"], ["n"]),
@@ -183,9 +183,9 @@ def test_constants_and_shapes_decide_about_dims(make_model, compile_onnx, client
     ]
     weights = {"zero": np.array(0), "one": np.array(1), "first": np.array([1])}
     m = make_model(nodes, {"x": (F, ["n"])}, {"y": (F, ["n", "n"]), "z": (F, [1, 2])}, weights)
-    got = client(compile_onnx(m, specs=[{"n": "3"}]).directory).run(x=np.zeros(3, np.float32))
-    assert np.array_equal(got["y"], np.tri(3, k=-1))
-    assert got["z"].tolist() == [[1, 2]]
+    actual = client(compile_onnx(m, specs=[{"n": "3"}]).directory).run(x=np.zeros(3, np.float32))
+    assert np.array_equal(actual["y"], np.tri(3, k=-1))
+    assert actual["z"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_inside_of_a_branch(make_model, compile_onnx):
 
 
 def test_a_left_over_symbol_of_an_output_is_named(make_model, compile_onnx):
-    """A Loop's number of turns is not followed, so the symbol of what it collects is all there is."""
+    """The number of iterations of a Loop is not inferred, so only the symbol of its output gives the size."""
     body = helper.make_graph(
         [node("Identity", ["go"], ["on"]), node("Identity", ["i"], ["seen"])], "b",
         [helper.make_tensor_value_info("i", I64, []), helper.make_tensor_value_info("go", TensorProto.BOOL, [])],
@@ -262,8 +262,8 @@ def test_float64_inside_is_a_warning(make_model, compile_onnx, client):
     m = make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}, {"k": np.array(1 / 3)})
     compiled = compile_onnx(m, "-convert-to-fp16")
     assert "3 values are float64, 'k' is the first" in compiled.err
-    got = client(compiled.directory).run(x=np.array([1, 3], np.float32))["y"]
-    assert np.array_equal(got, np.array([1 / 3, 1]).astype(np.float16).astype(np.float32))
+    actual = client(compiled.directory).run(x=np.array([1, 3], np.float32))["y"]
+    assert np.array_equal(actual, np.array([1 / 3, 1]).astype(np.float16).astype(np.float32))
 
 
 # Symbols
@@ -295,7 +295,7 @@ def cache_model(make_model):
 
 
 def test_custom_io_of_a_cache(make_model, compile_onnx, client):
-    """As QEfficient writes it: state in fp16 on both sides, the rest as it is."""
+    """As QEfficient writes it: state in fp16 on both sides, other ports unchanged."""
     names = [f"past_{kind}.0{side}" for kind in ("key", "value") for side in ("", "_RetainedState")]
     text = "".join(f" - IOName: {name}\n   Precision: float16\n\n" for name in names)
     compiled = compile_onnx(
@@ -311,16 +311,16 @@ def test_custom_io_of_a_cache(make_model, compile_onnx, client):
     ]
     state = np.random.default_rng(0).normal(size=(1, 2, 8, 4)).astype(np.float16)
     feeds = {"past_key.0": state, "past_value.0": -state}
-    got = client(compiled.directory).run(input_ids=np.full((1, 1, 1, 1), 3), **feeds)
-    assert np.array_equal(got["past_key.0_RetainedState"], state + np.float16(3))
-    assert np.array_equal(got["past_value.0_RetainedState"], np.float16(3) - state)
+    actual = client(compiled.directory).run(input_ids=np.full((1, 1, 1, 1), 3), **feeds)
+    assert np.array_equal(actual["past_key.0_RetainedState"], state + np.float16(3))
+    assert np.array_equal(actual["past_value.0_RetainedState"], np.float16(3) - state)
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("operator", ["ScatterND", "ScatterElements"])
 @pytest.mark.parametrize("flags", [("-convert-to-fp16",), ()], ids=["fp16", "fp32"])
 def test_a_cache_in_fp16_is_written_as_such(flags, operator, make_model, compile_onnx, client):
-    """In fp16 mode new slots go into the cache that the client sees; the sum must read them from there as well."""
+    """In fp16 mode new slots are written to the client's cache, and the sum must read them from there."""
     elements = operator == "ScatterElements"
     nodes = [
         node("Mul", ["new", "k"], ["updates"]),
@@ -338,13 +338,13 @@ def test_a_cache_in_fp16_is_written_as_such(flags, operator, make_model, compile
     past, new = rng.normal(size=(8, 4)).astype(np.float16), rng.normal(size=shape).astype(np.float32)
     slots = np.array([[5], [2**31 - 1]])
     c = client(compiled.directory)
-    got = c.run(new=new, past=past, slots=np.broadcast_to(slots, shape).copy() if elements else slots)
-    want = past.copy()
+    actual = c.run(new=new, past=past, slots=np.broadcast_to(slots, shape).copy() if elements else slots)
+    expected = past.copy()
     row = new[0].astype(np.float16).astype(np.float32) * np.float32(np.float16(1 / 3)) if flags else new[0] / 3
-    want[5] = row.astype(np.float16)
-    assert np.array_equal(got["past_RetainedState"], want)
-    close(got["y"], want.sum(dtype=np.float64), atol=1e-2)
-    close(got["before"], past.sum(dtype=np.float64), atol=1e-2)
+    expected[5] = row.astype(np.float16)
+    assert np.array_equal(actual["past_RetainedState"], expected)
+    close(actual["y"], expected.sum(dtype=np.float64), atol=1e-2)
+    close(actual["before"], past.sum(dtype=np.float64), atol=1e-2)
     graph = onnx.load_from_string(qpc.read(compiled.directory).network).graph
     (scatter,) = [entry for entry in graph.node if entry.op_type == "ScatterND"]
     straight = scatter.input[0] == "past" and scatter.output[0] == "past_RetainedState"
@@ -463,7 +463,7 @@ def test_weights_of_four_bits(make_model, compile_onnx, client):
     ]
     m = make_model(nodes, {"x": (F, ["n", 32])}, {"y": (F, ["n", 8])}, {"q": packed, "s": scales})
     x = rng.normal(size=(2, 32)).astype(np.float16).astype(np.float32)
-    got = client(compile_onnx(m, "-convert-to-fp16", specs=[{"n": "2"}]).directory).run(x=x)["y"]
-    want = -(x @ ((levels - 8) * scales[:, None]).T)
-    assert np.array_equal(got, got.astype(np.float16))
-    close(got, want, rtol=2e-3, atol=2e-3)
+    actual = client(compile_onnx(m, "-convert-to-fp16", specs=[{"n": "2"}]).directory).run(x=x)["y"]
+    expected = -(x @ ((levels - 8) * scales[:, None]).T)
+    assert np.array_equal(actual, actual.astype(np.float16))
+    close(actual, expected, rtol=2e-3, atol=2e-3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition files of several devices, and int8 inputs and outputs."""
+"""Partition configs for several devices, and int8 inputs and outputs."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_what_does_not_fit(partitions, connections, message, load):
 def test_a_dump_is_one_partition_of_all_named_nodes_and_loads_again(tmp_path, chain, compile_onnx):
     path = tmp_path / "dump.json"
     assert compile_onnx(chain, f"-mdp-dump-partition-config={path}", "-aic-num-cores=7").code == 0
-    (found,) = json.loads(path.read_text())["partitions"]
-    assert found["devices"] == [{"deviceId": 0, "numCores": 7}]
-    assert found["nodeList"] == ["first", "second", "third"]
+    (partition,) = json.loads(path.read_text())["partitions"]
+    assert partition["devices"] == [{"deviceId": 0, "numCores": 7}]
+    assert partition["nodeList"] == ["first", "second", "third"]
     again = compile_onnx(chain, f"-mdp-load-partition-config={path}", name="again")
     assert (again.code, again.err) == (0, "")
     assert qpc.read(again.directory).header["num_cores"] == 7
@@ -97,14 +97,14 @@ def test_int8_inputs_and_outputs(kind, flags, make_model, compile_onnx, client):
     bindings = compiled.desc.selected_set.bindings
     assert [(b.type, b.size, b.quant_scale, b.quant_offset) for b in bindings] == [(2, 7, 0.25, 3), (2, 7, 0.5, -5)]
     x = np.array([3, 4, 5, 6, -128, 127, 0], np.int8)
-    got = client(compiled.directory).run(x=x)["y"]
+    actual = client(compiled.directory).run(x=x)["y"]
     real = 3 * 0.25 * (x.astype(float) - 3)
-    want = [min(max(round(value / 0.5) - 5, -128), 127) for value in real.tolist()]
-    assert got.tolist() == want
+    expected = [min(max(round(value / 0.5) - 5, -128), 127) for value in real.tolist()]
+    assert actual.tolist() == expected
 
 
 def test_the_old_compiler(make_linear, tmp_path, capsys, monkeypatch):
-    """What exec/qaic-exec runs in a tree of an old version."""
+    """The command exec/qaic-exec of an old installation."""
     path = tmp_path / "m.onnx"
     path.write_bytes(make_linear("n").SerializeToString())
     named = tmp_path / "named.json"

@@ -297,21 +297,21 @@ def test_custom_io(make_linear, compile_onnx, client):
     compiled = compile_onnx(make_linear(2), "-convert-to-fp16", custom_io=yaml)
     assert [b.type for b in compiled.desc.selected_set.bindings] == [aicapi.FLOAT_16_TYPE] * 2
     x = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float16)
-    got = client(compiled.directory).run(x=x)["y"]
+    actual = client(compiled.directory).run(x=x)["y"]
     plain = client(compile_onnx(make_linear(2), "-convert-to-fp16", name="plain").directory)
-    assert got.dtype == np.float16
-    assert np.array_equal(got, plain.run(x=x.astype(np.float32))["y"])
+    assert actual.dtype == np.float16
+    assert np.array_equal(actual, plain.run(x=x.astype(np.float32))["y"])
 
 
 def test_custom_io_of_a_value_that_is_used_inside_too(make_model, compile_onnx, client):
     nodes = [node("Add", ["x", "x"], ["y"]), node("Mul", ["y", "x"], ["z"])]
     m = make_model(nodes, {"x": (F16, [4])}, {"y": (F16, [4]), "z": (F16, [4])})
     compiled = compile_onnx(m, custom_io="- {IOName: x, Precision: float}\n- {IOName: y, Precision: float}\n")
-    got = client(compiled.directory).run(x=np.full(4, 3, np.float32))
-    assert got["y"].dtype == np.float32
-    assert got["y"][0] == 6
-    assert got["z"].dtype == np.float16
-    assert got["z"][0] == 18
+    actual = client(compiled.directory).run(x=np.full(4, 3, np.float32))
+    assert actual["y"].dtype == np.float32
+    assert actual["y"][0] == 6
+    assert actual["z"].dtype == np.float16
+    assert actual["z"][0] == 18
 
 
 @pytest.mark.parametrize(
@@ -340,9 +340,9 @@ def test_truncated_models_are_refused(keep, tmp_path, make_linear, compile_onnx)
 def test_external_data(tmp_path, make_linear, compile_onnx, client):
     m = make_linear(2)
     x = np.eye(2, 32, dtype=np.float32)
-    want = x @ numpy_helper.to_array(m.graph.initializer[0]) + numpy_helper.to_array(m.graph.initializer[1])
+    expected = x @ numpy_helper.to_array(m.graph.initializer[0]) + numpy_helper.to_array(m.graph.initializer[1])
     onnx.save(m, tmp_path / "m.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
-    assert np.array_equal(client(compile_onnx(tmp_path / "m.onnx").directory).run(x=x)["y"], want)
+    assert np.array_equal(client(compile_onnx(tmp_path / "m.onnx").directory).run(x=x)["y"], expected)
     (tmp_path / "w.data").write_bytes((tmp_path / "w.data").read_bytes()[:-1])
     refused(compile_onnx(tmp_path / "m.onnx", name="short"), "w.data", "does not fit")
     (tmp_path / "w.data").unlink()
@@ -369,8 +369,8 @@ def test_typed_initializer_fields(make_model, compile_onnx, client):
     m = make_model([node("Add", ["x", "W"], ["y"])], {"x": (F, [1])}, {"y": (F, [300])})
     m.graph.initializer.append(helper.make_tensor("W", F, [300], np.arange(300, dtype=np.float32)))
     assert not m.graph.initializer[0].raw_data
-    got = client(compile_onnx(m).directory).run(x=np.ones(1, np.float32))["y"]
-    assert np.array_equal(got, np.arange(300) + 1)
+    actual = client(compile_onnx(m).directory).run(x=np.ones(1, np.float32))["y"]
+    assert np.array_equal(actual, np.arange(300) + 1)
 
 
 def test_importer_errors_name_the_operator(make_model, compile_onnx):
@@ -418,10 +418,10 @@ def test_local_functions_are_inlined(make_model, compile_onnx, client):
         {"x": (F, [32, 32])}, {"y": (F, [32, 32])}, {"W": w}, opsets=opsets, functions=[function],
     )  # fmt: skip
     x = np.full((32, 32), 0.3, np.float32)
-    got = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
+    actual = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
     product = (x.astype(np.float16).astype(np.float32) * w.astype(np.float16).astype(np.float32)).astype(np.float16)
-    want = (product.astype(np.float32) ** 2).astype(np.float16).astype(np.float32)
-    assert np.array_equal(got, want), "nodes inside of a function are rounded too"
+    expected = (product.astype(np.float32) ** 2).astype(np.float16).astype(np.float32)
+    assert np.array_equal(actual, expected), "nodes inside of a function are rounded too"
 
 
 def test_initializers_that_are_inputs_too_are_constants(make_linear, compile_onnx, client):

@@ -52,7 +52,7 @@ def reference(entry, opsets, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def everything(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns all values by the reference alone; here only their types and shapes matter."""
+    """Return all values from the reference evaluator; only their types and shapes matter here."""
     values = {tensor.name: constant(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer}
     values |= {name: half(value) for name, value in feeds.items()}
     for entry in model.graph.node:
@@ -63,7 +63,7 @@ def everything(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str
 
 @pytest.fixture
 def check(compile_onnx, client):
-    """Compares every node of a model, and returns all values of the simulator."""
+    """Compare the outputs of every node of a model, and return all values of the simulator."""
 
     def check(m: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         known = everything(m, feeds)
@@ -73,14 +73,14 @@ def check(compile_onnx, client):
             m.graph.output.append(helper.make_tensor_value_info(name, kind, list(known[name].shape)))
         compiled = compile_onnx(m, "-convert-to-fp16")
         assert compiled.code == 0
-        got = client(compiled.directory).run(**feeds)
-        got = {name: value.astype(known[name].dtype).reshape(known[name].shape) for name, value in got.items()}
-        values = {**known, **got}
+        actual = client(compiled.directory).run(**feeds)
+        actual = {name: value.astype(known[name].dtype).reshape(known[name].shape) for name, value in actual.items()}
+        values = {**known, **actual}
         for entry in m.graph.node:
             results = reference(entry, m.opset_import, {name: values[name] for name in entry.input if name})
             for name, result in zip(entry.output, results, strict=True):
                 compare(entry.op_type, name, values[name], half(result))
-        return got
+        return actual
 
     return check
 
@@ -170,22 +170,22 @@ def test_attention_node_by_node(attention, check):
     rng = np.random.default_rng(1)
     feeds = {"x": rng.normal(size=(1, S, H * D)).astype(np.float32), "position_ids": POSITIONS}
     feeds |= {name: rng.normal(size=(1, H, C, D)).astype(np.float32) for name in ("past_key", "past_value")}
-    got = check(attention, feeds)
-    assert got["masked"].min() == got["bias"].min() == -65504, "mask constants stay finite"
+    actual = check(attention, feeds)
+    assert actual["masked"].min() == actual["bias"].min() == -65504, "mask constants stay finite"
     for name in ("weight", "weight2"):
-        rows = got[name]
+        rows = actual[name]
         assert np.array_equal(rows[0, :, 4:], np.full((H, 2, C), np.float32(np.float16(1 / C)))), (
             "fully masked: uniform"
         )
         assert (rows[0, :, 0, 1:] == 0).all()
     untouched = [slot for slot in range(C) if slot not in POSITIONS]
-    assert np.array_equal(got["key"][:, :, untouched], half(feeds["past_key"])[:, :, untouched])
-    assert got["count"].tolist() == [[1, 2, 3, 4, 4, 4]]
+    assert np.array_equal(actual["key"][:, :, untouched], half(feeds["past_key"])[:, :, untouched])
+    assert actual["count"].tolist() == [[1, 2, 3, 4, 4, 4]]
 
 
 @pytest.mark.numeric
 def test_positions_beyond_2048_lose_bits(make_model, check):
-    """What a card does to rotary angles that are computed from float positions: fp16 has no 4097."""
+    """Rotary angles that are computed from float positions are wrong: fp16 cannot represent 4097."""
     m = make_model([node("Cast", ["p"], ["at"], to=F), node("Mul", ["at", "inv"], ["y"])], {"p": (I64, [3])},
                    {"y": (F, [3])}, {"inv": np.float32(0.01)})  # fmt: skip
     assert check(m, {"p": np.array([2047, 2049, 4097])})["at"].tolist() == [2047, 2048, 4096]
@@ -204,9 +204,9 @@ def test_rows_masked_by_computed_infinities_are_nan(make_model, check):
                    {"low": np.float32(-65504), "two": np.float32(2)})  # fmt: skip
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]], np.float32)
     # 0 * inf does not occur: the mask is multiplied in steps.
-    got = check(m, {"x": np.ones((2, 4), np.float32), "mask": mask})
-    assert got["y"][0].tolist() == [0.5, 0.5, 0, 0]
-    assert np.isnan(got["y"][1]).all()
+    actual = check(m, {"x": np.ones((2, 4), np.float32), "mask": mask})
+    assert actual["y"][0].tolist() == [0.5, 0.5, 0, 0]
+    assert np.isnan(actual["y"][1]).all()
 
 
 @pytest.mark.parametrize("reduction", ["none", "add"])
@@ -215,10 +215,10 @@ def test_scatter_nd_moves_unless_it_adds(reduction, make_model, compile_onnx, cl
     updates = np.random.default_rng(3).normal(size=(2, 8)).astype(np.float32)
     nodes = [node("ScatterND", ["x", "i", "u"], ["y"], reduction=reduction)]
     m = make_model(nodes, {"x": (F, [4, 8]), "i": (I64, [2, 1]), "u": (F, [2, 8])}, {"y": (F, [4, 8])})
-    got = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x, i=np.array([[2], [NONE]]), u=updates)["y"]
-    want = half(x)
-    want[2] = half(updates[0]) if reduction == "none" else half(want[2] + half(updates[0]))
-    assert np.array_equal(got, want)
+    actual = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x, i=np.array([[2], [NONE]]), u=updates)["y"]
+    expected = half(x)
+    expected[2] = half(updates[0]) if reduction == "none" else half(expected[2] + half(updates[0]))
+    assert np.array_equal(actual, expected)
 
 
 @pytest.mark.numeric
@@ -247,8 +247,8 @@ def test_gated_feed_forward_and_norm(make_model, check):
     ]
     weights |= {"low": np.float32(-0.3), "high": np.float32(0.3)}
     m = make_model(nodes, {"x": (F, [40, 32])}, {"y": (F, [40, 32])}, weights)
-    got = check(m, {"x": rng.normal(size=(40, 32)).astype(np.float32)})
-    assert np.array_equal(got["clipped"], half(got["clipped"]))
+    actual = check(m, {"x": rng.normal(size=(40, 32)).astype(np.float32)})
+    assert np.array_equal(actual["clipped"], half(actual["clipped"]))
 
 
 @pytest.mark.numeric
@@ -269,12 +269,12 @@ def test_models_in_half_precision_round_between_nodes(flags, make_model, compile
     m = make_model(nodes, {"x": (half_type, [4, 64])}, {"y": (half_type, [64, 4]), "z": (F, [64, 4])},
                    {"W": w, "one": np.float16(1)})  # fmt: skip
     compiled = compile_onnx(m, *flags)
-    got = client(compiled.directory).run(x=x)
+    actual = client(compiled.directory).run(x=x)
     product = half(x.astype(np.float32) @ w.astype(np.float32))
-    want = half(half(np.sqrt(half(np.exp(half(product * product))))) - 1).T
-    within(np.mean(got["y"] != want), 0.02)
-    assert np.array_equal(got["y"], got["z"])
+    expected = half(half(np.sqrt(half(np.exp(half(product * product))))) - 1).T
+    within(np.mean(actual["y"] != expected), 0.02)
+    assert np.array_equal(actual["y"], actual["z"])
     exact = half(np.sqrt(np.exp(product * product)) - 1).T
-    assert np.mean(exact != want) > 0.2, "rounding between nodes must matter"
+    assert np.mean(exact != expected) > 0.2, "rounding between nodes must matter"
     # A weight in half precision stays one in the file.
     assert compiled.file.stat().st_size < 1.1 * w.nbytes + 16384

@@ -22,7 +22,7 @@ def half(values: np.ndarray) -> np.ndarray:
 
 
 def oracle(model: onnx.ModelProto, feeds: dict[str, np.ndarray], *, rounded: bool = True) -> dict[str, np.ndarray]:
-    """Runs each node alone, on fp16 values held in float32, and rounds what comes out."""
+    """Run each node separately, on fp16 values stored as float32, and round its outputs."""
     rounding = half if rounded else np.asarray
 
     def constant(value: np.ndarray) -> np.ndarray:
@@ -83,20 +83,20 @@ def ulps(got: np.ndarray, want: np.ndarray) -> float:
 def test_mlp_rounds_as_the_oracle_does(mlp, compile_onnx, client):
     x = np.random.default_rng(2).normal(size=(3, 32)).astype(np.float32)
     compiled = compile_onnx(mlp, "-convert-to-fp16", "-onnx-define-symbol=n,3")
-    got = client(compiled.directory).run(x=x)
-    want, exact = oracle(mlp, {"x": x}), oracle(mlp, {"x": x}, rounded=False)
+    actual = client(compiled.directory).run(x=x)
+    expected, exact = oracle(mlp, {"x": x}), oracle(mlp, {"x": x}, rounded=False)
     for name in ("m2", "y"):
-        assert np.array_equal(got[name], half(got[name])), "outputs must be fp16 values"
-        assert got[name].dtype == np.float32
+        assert np.array_equal(actual[name], half(actual[name])), "outputs must be fp16 values"
+        assert actual[name].dtype == np.float32
         # fp32 sums in another order may tip a rounding or two; without rounding the distance is far larger.
-        within(np.mean(got[name] != want[name]), 0.1)
-        within(ulps(got[name], want[name]), 8)
-    assert np.mean(half(exact["m2"]) != want["m2"]) > 0.5
-    assert np.abs(exact["y"] - want["y"]).max() > 10 * np.abs(got["y"] - want["y"]).max()
+        within(np.mean(actual[name] != expected[name]), 0.1)
+        within(ulps(actual[name], expected[name]), 8)
+    assert np.mean(half(exact["m2"]) != expected["m2"]) > 0.5
+    assert np.abs(exact["y"] - expected["y"]).max() > 10 * np.abs(actual["y"] - expected["y"]).max()
 
 
 def test_exact_arithmetic_agrees_bit_for_bit(make_model, compile_onnx, client):
-    """Elementwise arithmetic has one right answer per node, so not a single bit may differ."""
+    """Elementwise arithmetic has one correct result per node, so no bit may differ."""
     nodes = [
         node("Mul", ["x", "k"], ["a"]),
         node("Add", ["a", "x"], ["b"]),
@@ -112,10 +112,10 @@ def test_exact_arithmetic_agrees_bit_for_bit(make_model, compile_onnx, client):
     m = make_model(nodes, {"x": (F, [64, 8])}, {"y": (F, ["rows"])}, weights)
     x = (np.random.default_rng(3).normal(size=(64, 8)) * np.logspace(-6, 2, 8)).astype(np.float32)
     compiled = compile_onnx(m, "-convert-to-fp16")
-    got, want = client(compiled.directory).run(x=x)["y"], oracle(m, {"x": x})["y"]
-    assert np.array_equal(got, want)
-    assert np.any((np.abs(want) < 6.1e-5) & (want != 0)), "subnormals must take part"
-    assert not np.array_equal(half(oracle(m, {"x": x}, rounded=False)["y"]), want), "rounding per node must matter"
+    actual, expected = client(compiled.directory).run(x=x)["y"], oracle(m, {"x": x})["y"]
+    assert np.array_equal(actual, expected)
+    assert np.any((np.abs(expected) < 6.1e-5) & (expected != 0)), "subnormals must take part"
+    assert not np.array_equal(half(oracle(m, {"x": x}, rounded=False)["y"]), expected), "rounding per node must matter"
 
 
 def test_mask_constants_are_clipped_and_stay_finite(make_model, compile_onnx, client):
@@ -133,10 +133,10 @@ def test_mask_constants_are_clipped_and_stay_finite(make_model, compile_onnx, cl
         {"one": np.float32(1), "low": lowest},
     )
     feeds = {"x": np.ones((2, 4), np.float32), "mask": np.array([[1, 1, 0, 0], [0, 0, 0, 0]], np.float32)}
-    got = client(compile_onnx(m, "-convert-to-fp16").directory).run(**feeds)
-    assert got["bias"].min() == -65504
-    assert np.array_equal(got["y"], oracle(m, feeds)["y"])
-    assert np.array_equal(got["y"][1], np.full(4, 0.25, np.float32)), "a fully masked row is uniform, not NaN"
+    actual = client(compile_onnx(m, "-convert-to-fp16").directory).run(**feeds)
+    assert actual["bias"].min() == -65504
+    assert np.array_equal(actual["y"], oracle(m, feeds)["y"])
+    assert np.array_equal(actual["y"][1], np.full(4, 0.25, np.float32)), "a fully masked row is uniform, not NaN"
     plain = client(compile_onnx(m, name="fp32").directory).run(**feeds)
     assert plain["bias"].min() == lowest, "without -convert-to-fp16 nothing is clipped"
 
@@ -182,16 +182,16 @@ def test_nan_and_infinity_propagate(make_linear, compile_onnx, client):
 
 
 def test_nan_weights_are_kept():
-    got = fp16_rounding.clip_and_round(np.array([np.nan, np.inf, -np.inf, 1e-9, 1 / 3], np.float32))
-    assert np.isnan(got[0])
-    assert got[1:].tolist() == [65504.0, -65504.0, 0.0, float(np.float16(1 / 3))]
+    actual = fp16_rounding.clip_and_round(np.array([np.nan, np.inf, -np.inf, 1e-9, 1 / 3], np.float32))
+    assert np.isnan(actual[0])
+    assert actual[1:].tolist() == [65504.0, -65504.0, 0.0, float(np.float16(1 / 3))]
 
 
 def test_large_weights_are_rounded_while_they_are_streamed(make_linear, compile_onnx, client):
     m = make_linear(4)
     x = np.eye(4, 32, dtype=np.float32)
-    got = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
-    assert np.array_equal(got, oracle(m, {"x": x})["y"])
+    actual = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
+    assert np.array_equal(actual, oracle(m, {"x": x})["y"])
 
 
 def test_subgraphs_are_rounded(make_model, compile_onnx, client):
@@ -219,8 +219,8 @@ def test_opsets(opset, make_model, compile_onnx, client):
         opset=opset,
     )
     x = np.linspace(0.1, 9, 8, dtype=np.float32)
-    got = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
-    assert np.array_equal(got, oracle(m, {"x": x})["y"])
+    actual = client(compile_onnx(m, "-convert-to-fp16").directory).run(x=x)["y"]
+    assert np.array_equal(actual, oracle(m, {"x": x})["y"])
 
 
 def test_unknown_types_are_refused(make_model, compile_onnx):

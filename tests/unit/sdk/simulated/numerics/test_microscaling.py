@@ -22,7 +22,7 @@ RNG = np.random.default_rng(3)
 
 
 def spread(*shape: int) -> np.ndarray:
-    """Numbers of very different size, ties and a block of zeros among them."""
+    """Values of very different magnitude, with ties and a block of zeros."""
     values = RNG.normal(size=shape) * np.exp2(RNG.integers(-6, 6, shape))
     values.reshape(-1)[::7] = np.round(values.reshape(-1)[::7] * 16) / 16
     values[..., 0] = 0
@@ -61,14 +61,14 @@ def test_the_scale_is_exact_at_powers_of_two(power):
 def test_a_block_that_is_damaged_is_nan_and_its_neighbours_are_not(bad):
     values = spread(3, 64)
     values[1, 40] = bad
-    for found in (microscaling.mxfp6(values, 1), microscaling.mxint8(values)):
-        assert np.isnan(found[1, 32:]).all()
-        assert np.isfinite(found).sum() == values.size - 32
+    for rounded in (microscaling.mxfp6(values, 1), microscaling.mxint8(values)):
+        assert np.isnan(rounded[1, 32:]).all()
+        assert np.isfinite(rounded).sum() == values.size - 32
 
 
 @pytest.mark.parametrize("width", [8, 32, 33, 64, 80])
 def test_mxint8_in_the_graph(width):
-    """Both the reference evaluator and numbers by hand; fp16 values, as they are in a graph in fp16."""
+    """Against the reference evaluator and against known values; fp16 values, as in a graph in fp16."""
     values = half(spread(2, 3, 4, width) * np.exp2(RNG.integers(-14, 10, (2, 3, 4, 1))))
     values[0, 0, 0] = 0
     values[0, 0, 1] = np.ldexp(1.0, -24)
@@ -78,11 +78,11 @@ def test_mxint8_in_the_graph(width):
     graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     onnx.checker.check_model(model)
-    (got,) = ReferenceEvaluator(model).run(None, {"x": values})
-    assert np.array_equal(got, mxint8(values))
+    (actual,) = ReferenceEvaluator(model).run(None, {"x": values})
+    assert np.array_equal(actual, mxint8(values))
     assert np.array_equal(microscaling.mxint8(values), mxint8(values))
-    assert np.array_equal(half(got), got), "fp16 holds what MXINT8 leaves of fp16 numbers"
-    assert np.array_equal(mxint8(got), got), "a second time changes nothing"
+    assert np.array_equal(half(actual), actual), "fp16 holds what MXINT8 leaves of fp16 numbers"
+    assert np.array_equal(mxint8(actual), actual), "a second time changes nothing"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -94,8 +94,8 @@ def test_a_damaged_number_shows_in_the_graph_wherever_it_stands(bad):
     infos = [helper.make_tensor_value_info(name, F, [64, 64]) for name in "xy"]
     graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    (got,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": values})
-    for row, blocks in enumerate(got.reshape(64, 2, 32)):
+    (actual,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": values})
+    for row, blocks in enumerate(actual.reshape(64, 2, 32)):
         assert np.isnan(blocks[row // 32]).all()
         assert np.isfinite(blocks[1 - row // 32]).all()
 
@@ -119,12 +119,12 @@ def test_a_weight_is_compressed_along_what_is_summed_over(small, flags, make_mod
     model = make_model(
         [node("MatMul", ["x", "W"], ["y"])], {"x": (F, [4, 64])}, {"y": (F, [4, columns])}, {"W": weight}
     )
-    got = products(compile_onnx, client, model, *flags)["y"]
+    actual = products(compile_onnx, client, model, *flags)["y"]
     x, w = (half(X), half(mxfp6(weight, 0))) if flags else (X, mxfp6(weight, 0))
-    want = x.astype(np.float64) @ w.astype(np.float64)
-    close(got, want, rtol=2e-3 if flags else 1e-5, atol=3e-2 if flags else 2e-4)
+    expected = x.astype(np.float64) @ w.astype(np.float64)
+    close(actual, expected, rtol=2e-3 if flags else 1e-5, atol=3e-2 if flags else 2e-4)
     other = x.astype(np.float64) @ (half(mxfp6(weight, 1)) if flags else mxfp6(weight, 1)).astype(np.float64)
-    assert np.abs(got - other).max() > 0.1, "blocks along the other axis are others"
+    assert np.abs(actual - other).max() > 0.1, "blocks along the other axis are others"
 
 
 IDENTITY = np.eye(64, dtype=np.float32)
@@ -146,8 +146,8 @@ IDENTITY = np.eye(64, dtype=np.float32)
 def test_which_axis(nodes, shape, axis, read, make_model, compile_onnx, client):
     weight = spread(*shape)
     model = make_model(nodes, {"x": (F, [64, 64])}, {"y": (F, [64, 40])}, {"W": weight})
-    got = products(compile_onnx, client, model, x=IDENTITY)["y"]
-    assert np.array_equal(got, read(mxfp6(weight, axis))), "a unit matrix reads the weight itself"
+    actual = products(compile_onnx, client, model, x=IDENTITY)["y"]
+    assert np.array_equal(actual, read(mxfp6(weight, axis))), "a unit matrix reads the weight itself"
 
 
 def test_a_weight_on_the_left(make_model, compile_onnx, client):
@@ -161,8 +161,8 @@ def test_half_precision_weights(make_model, compile_onnx, client):
     model = make_model(
         [node("MatMul", ["x", "W"], ["y"])], {"x": (F16, [64, 64])}, {"y": (F16, [64, 40])}, {"W": weight}
     )
-    got = products(compile_onnx, client, model, x=IDENTITY.astype(np.float16))["y"]
-    assert np.array_equal(got, mxfp6(weight.astype(np.float32), 0))
+    actual = products(compile_onnx, client, model, x=IDENTITY.astype(np.float16))["y"]
+    assert np.array_equal(actual, mxfp6(weight.astype(np.float32), 0))
 
 
 @pytest.mark.numeric
@@ -182,14 +182,14 @@ def test_others_read_the_weight_as_it_is(make_model, compile_onnx, client):
     model = make_model(nodes, inputs, outputs, {"W": table, "rows": np.array([0, 5, 39]), "K": kernel})
     compiled = compile_onnx(model, "-mxfp6-matmul")
     signal = spread(1, 2, 8)
-    got = client(compiled.directory).run(x=IDENTITY, c=signal)
-    assert np.array_equal(got["e"], table[[0, 5, 39]])
-    assert np.array_equal(got["y"], mxfp6(table, 1).T)
-    assert np.array_equal(got["u"], 2 * table.T)
+    actual = client(compiled.directory).run(x=IDENTITY, c=signal)
+    assert np.array_equal(actual["e"], table[[0, 5, 39]])
+    assert np.array_equal(actual["y"], mxfp6(table, 1).T)
+    assert np.array_equal(actual["u"], 2 * table.T)
     (conv,) = ReferenceEvaluator(make_model([nodes[-1]], {"c": inputs["c"]}, {"v": outputs["v"]}, {"K": kernel})).run(
         None, {"c": signal}
     )
-    close(got["v"], conv, rtol=1e-4, atol=1e-4, what="only MatMul and Gemm are compressed:")
+    close(actual["v"], conv, rtol=1e-4, atol=1e-4, what="only MatMul and Gemm are compressed:")
 
 
 def test_a_weight_is_stored_once(make_model, compile_onnx):
@@ -212,10 +212,10 @@ def test_nodes_that_are_named_to_be_in_float32_keep_their_weights(make_model, co
         compiled = compile_onnx(
             model, "-mxfp6-matmul", f"-node-precision-info={tmp_path / 'npi.yaml'}", *flags, name=f"q{len(flags)}"
         )
-        got = client(compiled.directory).run(x=IDENTITY)
-        assert np.array_equal(got["y"], mxfp6(weight, 0))
+        actual = client(compiled.directory).run(x=IDENTITY)
+        assert np.array_equal(actual["y"], mxfp6(weight, 0))
         # a weight of this size is in one form for all who read it, so fp16 rounds it here
-        assert np.array_equal(got["z"], weight)
+        assert np.array_equal(actual["z"], weight)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_nodes_that_are_named_to_be_in_float32_keep_their_weights(make_model, co
 )
 @pytest.mark.parametrize("chunk", [64, 4096, 1 << 20])
 def test_streaming_in_pieces_changes_nothing(dims, axis, chunk, monkeypatch):
-    """The chunks that arrive are no whole blocks, and pieces may be smaller than a row of the weight."""
+    """Chunks do not end at block borders, and pieces may be smaller than a row of the weight."""
     values = spread(*dims)
     data = values.tobytes()
     monkeypatch.setattr(mxfp6_weights, "CHUNK", chunk)
@@ -242,7 +242,7 @@ PAIR = """
 
 
 def cached(make_model, operator: str, *, kind: int = F, between: bool = False):
-    """A cache of six rows, written at `at`, and what is read from it in the same run."""
+    """A cache of six rows, written at `at`, and read in the same run."""
     rows = {"ScatterND": ["past0", "at", "new"], "Add": ["past0", "new"]}[operator]
     nodes = [
         node(
@@ -255,8 +255,8 @@ def cached(make_model, operator: str, *, kind: int = F, between: bool = False):
     inputs = {"past": (kind, STATE), "new": (kind, (1, 2, 1, 40) if operator == "ScatterND" else STATE)}
     inputs |= {"at": (TensorProto.INT64, (1, 2, 1, 3))} if operator == "ScatterND" else {}
     outputs = {"past_RetainedState": (kind, STATE), "y": (kind, STATE)}
-    one = np.array(1, np.float16 if kind == F16 else np.float32)
-    return make_model(nodes, inputs, outputs, {"one": one})
+    scalar = np.array(1, np.float16 if kind == F16 else np.float32)
+    return make_model(nodes, inputs, outputs, {"one": scalar})
 
 
 @pytest.mark.parametrize("kind", [F, F16])
@@ -269,13 +269,13 @@ def test_new_rows_of_a_cache_are_compressed_when_written(kind, between, make_mod
     past, new = spread(*STATE).astype(np.float16), half(spread(1, 2, 1, 40))
     at = np.array([[[0, h, 4]] for h in (0, 1)]).reshape(1, 2, 1, 3)
     run = client(compiled.directory)
-    got = run.run(past=past, new=new.astype(np.float16 if kind == F16 else np.float32), at=at)
-    want = mxint8(past.astype(np.float32))
-    want[:, :, 4] = mxint8(new)[:, :, 0]
-    assert np.array_equal(got["past_RetainedState"], want), "what a client writes is compressed as well"
-    assert np.array_equal(got["y"], want), "and is read so in the same run"
-    later = run.run(past=np.empty(0, np.float16), new=np.zeros_like(new).astype(got["y"].dtype), at=at)
-    assert np.array_equal(later["past_RetainedState"][:, :, :4], want[:, :, :4]), "what is kept is kept as it is"
+    actual = run.run(past=past, new=new.astype(np.float16 if kind == F16 else np.float32), at=at)
+    expected = mxint8(past.astype(np.float32))
+    expected[:, :, 4] = mxint8(new)[:, :, 0]
+    assert np.array_equal(actual["past_RetainedState"], expected), "what a client writes is compressed as well"
+    assert np.array_equal(actual["y"], expected), "and is read so in the same run"
+    later = run.run(past=np.empty(0, np.float16), new=np.zeros_like(new).astype(actual["y"].dtype), at=at)
+    assert np.array_equal(later["past_RetainedState"][:, :, :4], expected[:, :, :4]), "what is kept is kept as it is"
     graph = onnx.load_from_string(qpc.read(compiled.directory).network).graph
     (at,) = [entry for entry in graph.node if entry.op_type == "Round"]
     assert "sim.rows" in at.name, "only what is new is compressed"
@@ -284,10 +284,10 @@ def test_new_rows_of_a_cache_are_compressed_when_written(kind, between, make_mod
 def test_a_state_that_is_computed_is_compressed_whole(make_model, compile_onnx, client):
     compiled = compile_onnx(cached(make_model, "Add"), "-retained-state", "-convert-to-fp16", custom_io=PAIR)
     past, new = spread(*STATE).astype(np.float16), half(spread(*STATE))
-    got = client(compiled.directory).run(past=past, new=new)
-    want = mxint8(half(mxint8(past.astype(np.float32)) + new))
-    assert np.array_equal(got["past_RetainedState"], want)
-    assert np.array_equal(got["y"], want)
+    actual = client(compiled.directory).run(past=past, new=new)
+    expected = mxint8(half(mxint8(past.astype(np.float32)) + new))
+    assert np.array_equal(actual["past_RetainedState"], expected)
+    assert np.array_equal(actual["y"], expected)
     graph = onnx.load_from_string(qpc.read(compiled.directory).network).graph
     assert sum(entry.op_type == "Round" for entry in graph.node) == 1
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes in float32 amid fp16, and the reverse; the oracle is numpy, rounded where the rules say so."""
+"""Nodes in float32 between nodes in fp16, and the reverse; the oracle is numpy with the same rounding rules."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ CHAIN = [node("Mul", ["x", "k"], ["a"]), node("Mul", ["a", "k"], ["b"]), node("M
 
 
 def test_neighbours_in_float32_round_nothing_between(run):
-    got = run(CHAIN, ["y"], {"k": K}, fp32_names=["a", "b", "y"])["y"]
-    assert np.array_equal(got, X * K * K * X), "inputs and constants are not rounded either"
-    assert not np.array_equal(got, half(got))
+    actual = run(CHAIN, ["y"], {"k": K}, fp32_names=["a", "b", "y"])["y"]
+    assert np.array_equal(actual, X * K * K * X), "inputs and constants are not rounded either"
+    assert not np.array_equal(actual, half(actual))
 
 
 def test_a_node_in_fp16_reads_the_rounded_value(run):
-    got = run(CHAIN, ["a", "b", "y"], {"k": K}, fp32_names=["a", "b"])
+    actual = run(CHAIN, ["a", "b", "y"], {"k": K}, fp32_names=["a", "b"])
     b = X * K * K
-    assert np.array_equal(got["a"], X * K), "as an output it is what its node hands on"
-    assert np.array_equal(got["b"], b)
-    assert np.array_equal(got["y"], half(half(b) * half(X)))
+    assert np.array_equal(actual["a"], X * K), "as an output it is what its node hands on"
+    assert np.array_equal(actual["b"], b)
+    assert np.array_equal(actual["y"], half(half(b) * half(X)))
 
 
 def test_a_node_in_float32_reads_rounded_values_of_nodes_in_fp16(run):
-    got = run(CHAIN, ["y"], {"k": K}, fp32_names=["b"])["y"]
+    actual = run(CHAIN, ["y"], {"k": K}, fp32_names=["b"])["y"]
     b = half(half(X) * half(K)) * K
-    assert np.array_equal(got, half(half(b) * half(X)))
+    assert np.array_equal(actual, half(half(b) * half(X)))
 
 
 def test_moves_between_are_nodes_in_fp16_unless_named(run):
@@ -70,7 +70,7 @@ def test_moves_between_are_nodes_in_fp16_unless_named(run):
 
 
 def test_large_squares_survive_in_float32(run):
-    """What the list is for: a norm whose squares overflow."""
+    """The purpose of the list: a norm whose squares overflow in fp16."""
     nodes = [node("Mul", ["x", "x"], ["s"]), node("Sqrt", ["s"], ["r"]), node("Div", ["x", "r"], ["y"])]
     x = np.full((1, 4), 300, np.float32)
     assert np.array_equal(run(nodes, ["y"], {}, x=x)["y"], np.zeros((1, 4), np.float32))
@@ -82,28 +82,28 @@ def test_streamed_weights_stay_exact_if_only_float32_reads_them(named, run):
     weight = RNG.normal(size=(64, 64)).astype(np.float32)
     nodes = [node("Add", ["x", "W"], ["h"]), node("Mul", ["h", "W"], ["y"])]
     x = RNG.normal(size=(64, 64)).astype(np.float32)
-    got = run(nodes, ["y"], {"W": weight}, fp32_names=named, x=x)["y"]
+    actual = run(nodes, ["y"], {"W": weight}, fp32_names=named, x=x)["y"]
     shared = named == ["y"]  # the other reader, h, is in fp16, so the weight is rounded for both
-    want = half(half(x) + half(weight)) * half(weight) if shared else (x + weight) * weight
-    assert np.array_equal(got, want)
+    expected = half(half(x) + half(weight)) * half(weight) if shared else (x + weight) * weight
+    assert np.array_equal(actual, expected)
 
 
 def test_unknown_names_are_warnings(run):
-    got = run(CHAIN, ["y"], {"k": K}, fp32_names=["nowhere"], warns="nowhere")["y"]
-    assert np.array_equal(got, half(half(half(half(X) * half(K)) * half(K)) * half(X)))
+    actual = run(CHAIN, ["y"], {"k": K}, fp32_names=["nowhere"], warns="nowhere")["y"]
+    assert np.array_equal(actual, half(half(half(half(X) * half(K)) * half(K)) * half(X)))
     run(CHAIN, ["y"], {"k": K}, "-keep-original-precision-for-nodes=Gelu", warns="no operator Gelu")
 
 
 def test_operators_by_type(run):
     nodes = [node("Mul", ["x", "k"], ["a"]), node("Add", ["a", "k"], ["y"])]
-    got = run(nodes, ["y"], {"k": K}, "-keep-original-precision-for-nodes=Mul,Add")["y"]
-    assert np.array_equal(got, X * K + K)
-    got = run(nodes, ["y"], {"k": K}, "-execute-nodes-in-fp16=Mul", fp16=False)["y"]
-    assert np.array_equal(got, half(half(X) * half(K)) + K)
-    got = run(nodes, ["y"], {"k": K}, fp16=False, fp16_names=["y"])["y"]
-    assert np.array_equal(got, half(half(X * K) + half(K)))
-    got = run(nodes, ["y"], {"k": K}, "-keep-original-precision-for-nodes=Mul,Add", fp16_names=["y"])["y"]
-    assert np.array_equal(got, half(half(X * K) + half(K))), "a name decides before an operator"
+    actual = run(nodes, ["y"], {"k": K}, "-keep-original-precision-for-nodes=Mul,Add")["y"]
+    assert np.array_equal(actual, X * K + K)
+    actual = run(nodes, ["y"], {"k": K}, "-execute-nodes-in-fp16=Mul", fp16=False)["y"]
+    assert np.array_equal(actual, half(half(X) * half(K)) + K)
+    actual = run(nodes, ["y"], {"k": K}, fp16=False, fp16_names=["y"])["y"]
+    assert np.array_equal(actual, half(half(X * K) + half(K)))
+    actual = run(nodes, ["y"], {"k": K}, "-keep-original-precision-for-nodes=Mul,Add", fp16_names=["y"])["y"]
+    assert np.array_equal(actual, half(half(X * K) + half(K))), "a name decides before an operator"
 
 
 def test_nodes_of_subgraphs(make_model, compile_onnx, client, tmp_path):
