@@ -91,7 +91,7 @@ def export_errors() -> Iterator[None]:
     """Raise a BuildError with the reason for any exception of an exporter; errors of a full store pass."""
     try:
         yield
-    except Exception as exc:  # an exporter passes on whatever its tracer meets
+    except Exception as exc:  # an exporter raises any exception of its tracer
         if isinstance(exc, OSError) and exc.errno in NO_ROOM:
             raise
         raise BuildError(f"torch.onnx.export failed: {_place(exc)}{reason(exc)}") from exc

@@ -37,7 +37,7 @@ MAX_PROVENANCE_BYTES = 64 << 20
 NO_ROOM = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
 )  # fmt: skip
-"""Errors of the file system that concern the store, whatever was written there."""
+"""Errors of the file system that are caused by the store's location, not by the content."""
 
 _KEY = re.compile(r"[0-9a-f]{40}")
 """Name of an entry; a directory with another name is not the store's and is never deleted."""
