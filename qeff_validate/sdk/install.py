@@ -9,7 +9,6 @@ file, lists every file with its digest: only listed files are replaced or delete
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -17,18 +16,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from qeff_validate.errors import ConfigError
+from qeff_validate.sdk.install_manifest import MANIFEST, PARTIAL, Manifest, read_manifest, write_file, write_manifest
 from qeff_validate.sdk.locate import SIMULATED, Sdk
 
-MANIFEST = "simulated-sdk.json"
 OLD_VERSION = "1.20.0.0"
 """Version of a tree whose compiler is ``qaic-exec`` (card-contract §1.2)."""
-_PARTIAL = ".partial"
 
 _BINDINGS = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -57,19 +55,6 @@ here=$(dirname "$(readlink -f "$0")")
 exec {python} -E "$here/../dev/lib/{machine}/qaicrt" {name} "$@"
 """
 _NEEDED = "import sys, google.protobuf, numpy, onnx, onnxruntime, yaml; sys.exit(sys.version_info < (3, 10))"
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The installed files.
-
-    Attributes:
-        files: the digests that each file may have, by its path relative to the prefix.
-        folders: the directories that were created for them.
-    """
-
-    files: Mapping[str, tuple[str, ...]]
-    folders: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +118,12 @@ def install_tree(prefix: Path, python: Path, *, old: bool = False) -> list[str]:
     both = {name: (*installed.files.get(name, ()), *digests.get(name, ())) for name in {*installed.files, *digests}}
     try:
         prefix.mkdir(exist_ok=True)
-        _write_manifest(prefix, Manifest(both, tuple(folders)))
+        write_manifest(prefix, Manifest(both, tuple(folders)))
         for name, data in files.items():
-            _write(prefix / name, data, executable=name.startswith(("exec/", "tools/")))
+            write_file(prefix / name, data, executable=name.startswith(("exec/", "tools/")))
         for name in installed.files.keys() - files.keys():
             _unlink(prefix / name)
-        _write_manifest(prefix, Manifest(digests, tuple(folders)))
+        write_manifest(prefix, Manifest(digests, tuple(folders)))
         _remove_empty(prefix, folders)
     except OSError as exc:
         raise ConfigError(f"cannot write {exc.filename or prefix}: {exc.strerror}") from exc
@@ -154,8 +139,8 @@ def remove_tree(prefix: Path) -> Removed:
     Raises:
         ConfigError: there is no installation, or it cannot be deleted.
     """
-    manifest = _read_manifest(prefix)
-    unfinished = prefix / (MANIFEST + _PARTIAL)
+    manifest = read_manifest(prefix)
+    unfinished = prefix / (MANIFEST + PARTIAL)
     if manifest is None and unfinished.is_file():
         manifest = Manifest({}, ())
     if manifest is None:
@@ -170,7 +155,7 @@ def remove_tree(prefix: Path) -> Removed:
             elif os.path.lexists(path):
                 kept.append(f"{name} (changed)")
             if _is_inside(prefix, name):
-                path.with_name(path.name + _PARTIAL).unlink(missing_ok=True)
+                path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
         unfinished.unlink(missing_ok=True)
         (prefix / MANIFEST).unlink(missing_ok=True)
         _remove_empty(prefix, manifest.folders)
@@ -215,9 +200,9 @@ def _replaceable(prefix: Path, files: Iterable[str]) -> Manifest:
         raise ConfigError(f"{prefix} is no directory")
     if not prefix.parent.is_dir():
         raise ConfigError(f"{prefix.parent} does not exist; make it first")
-    installed = _read_manifest(prefix)
+    installed = read_manifest(prefix)
     if installed is None:
-        if prefix.is_dir() and {path.name for path in prefix.iterdir()} - {MANIFEST + _PARTIAL}:
+        if prefix.is_dir() and {path.name for path in prefix.iterdir()} - {MANIFEST + PARTIAL}:
             raise ConfigError(f"{prefix} {_description(prefix)}; nothing was written")
         return Manifest({}, () if prefix.is_dir() else (".",))
     foreign = [
@@ -261,15 +246,6 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write(path: Path, data: bytes, *, executable: bool = False) -> None:
-    """Write a file; it gets its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.write_bytes(data)
-    partial.chmod(0o755 if executable else 0o644)
-    os.replace(partial, path)
-
-
 def _unlink(path: Path) -> None:
     """Delete a file and its compiled byte code."""
     path.unlink(missing_ok=True)
@@ -298,24 +274,3 @@ def _all_files(prefix: Path) -> list[str]:
     return sorted(
         (Path(folder) / name).relative_to(prefix).as_posix() for folder, _, names in os.walk(prefix) for name in names
     )
-
-
-def _write_manifest(prefix: Path, manifest: Manifest) -> None:
-    plain = {"format": 1, "simulated": True, "folders": manifest.folders, "files": manifest.files}
-    _write(prefix / MANIFEST, (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _read_manifest(prefix: Path) -> Manifest | None:
-    path = prefix / MANIFEST
-    try:
-        plain = json.loads(path.read_bytes())
-        files = {str(name): tuple(map(str, digests)) for name, digests in plain["files"].items()}
-        manifest = Manifest(files, tuple(map(str, plain["folders"])))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ConfigError(f"{path} cannot be read ({exc}): delete the tree by hand") from exc
-    for name in (*manifest.files, *manifest.folders):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ConfigError(f"{path} names {name}, which is outside of {prefix}: delete the tree by hand")
-    return manifest
