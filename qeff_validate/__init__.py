@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from qeff_validate.models.adapters.config import generate_peft_config
     from qeff_validate.models.embedding.pooling import PooledModel
     from qeff_validate.protocols import Settings, runtime
-    from qeff_validate.report.result import Report, Result
+    from qeff_validate.report.report import Report
+    from qeff_validate.report.result import Result
     from qeff_validate.suites.checks import check_embed_model_pytorch_vs_onnx_vs_ai100
     from qeff_validate.tensors import TensorSpec
 
@@ -42,7 +43,7 @@ _HOMES = {
     "ConfigError": "errors",
     "IncomparableError": "errors",
     "PooledModel": "models.embedding.pooling",
-    "Report": "report.result",
+    "Report": "report.report",
     "Result": "report.result",
     "RunError": "errors",
     "Settings": "protocols",

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.builders.store import Store
 from qeff_validate.comparison.bounds import check_tolerance
+from qeff_validate.comparison.metric import most_bounds
 from qeff_validate.config.case import Artifacts, Case, Inputs
 from qeff_validate.config.explain import explain
 from qeff_validate.config.loader import load_cases
@@ -26,8 +27,10 @@ from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Progress, Silent
-from qeff_validate.protocols import Model, Runtime, Settings, capabilities, model_kind, registered, runtime
-from qeff_validate.report.result import Report, Result
+from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
+from qeff_validate.registry import registered
+from qeff_validate.report.report import Report
+from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
@@ -66,17 +69,17 @@ def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = (
     Raises:
         ConfigError: an option is no KEY=VALUE, or wrong.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in options:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"option {text!r}: wanted KEY=VALUE, e.g. pooling=cls")
-        given[key] = parse_yaml(value, f"option {key}")
+        values[key] = parse_yaml(value, f"option {key}")
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.rpartition(":")[2].rstrip("/").rpartition("/")[2]).strip("-._+")[
         :100
     ]
     try:
-        case = Case(name=name or "model", model=kind, source=source, options=given)
+        case = Case(name=name or "model", model=kind, source=source, options=values)
     except ValidationError as exc:
         raise ConfigError(explain(exc, "--model")) from exc
     check(case)
@@ -89,8 +92,8 @@ def check(case: Case) -> Any:
     Raises:
         ConfigError: an option, a runtime or the model kind is wrong.
     """
-    own = case.tolerance if isinstance(case.tolerance, dict) else {}
-    for name in (*case.runtimes, *own, *(item.runtime for item in case.expect)):
+    tolerances = case.tolerance if isinstance(case.tolerance, dict) else {}
+    for name in (*case.runtimes, *tolerances, *(item.runtime for item in case.expect)):
         if name not in registered("runtimes"):
             raise ConfigError(
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
@@ -101,8 +104,13 @@ def check(case: Case) -> Any:
             raise ConfigError(
                 f"case {case.name!r}: marks: {mark!r} is the mark of the tests on that runtime: choose another name"
             )
-    for name, bounds in own.items():
-        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, kind.bounds)
+    for name, bounds in tolerances.items():
+        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, most_bounds(kind.metrics))
+    if case.exporter not in kind.exporters:
+        raise ConfigError(
+            f"case {case.name!r}: exporter {case.exporter} cannot export the model kind {case.model!r}: leave exporter"
+            f" out, or say {' or '.join(kind.exporters)}"
+        )
     try:
         return kind.options.model_validate(case.options)
     except ValidationError as exc:
@@ -150,7 +158,7 @@ def validate(
     planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
     for item, name in planned:
         check(item)
-        runner.adapter(name)
+        runner.runtime(name)
     installed(runner.settings.sdk)  # the report asks it in the end
     if record is not None:
         check_writable(record, "--record")
@@ -198,9 +206,9 @@ def bundle(
     from qeff_validate.builders.bundle import check_new, write_bundle
 
     runner = Runner(store=store, settings=settings, progress=progress)
-    adapter = runner.adapter(name)
-    if adapter.kind != "qpc":
-        raise ConfigError(f"a bundle holds QPCs, and {name} opens {adapter.kind}: name ai100 or sim")
+    qpc_runtime = runner.runtime(name)
+    if qpc_runtime.kind != "qpc":
+        raise ConfigError(f"a bundle holds QPCs, and {name} opens {qpc_runtime.kind}: name ai100 or sim")
     check_new(folder)
     for case in cases:
         check(case)
@@ -209,7 +217,7 @@ def bundle(
         for case in cases:
             pipeline = runner.pipeline(case)
             recorded = pipeline.record(records)
-            qpc = pipeline.artifact("qpc", capabilities(adapter).sdk).path
+            qpc = pipeline.artifact("qpc", capabilities(qpc_runtime).sdk).path
             assert qpc is not None
             members.append((_with_texts(case, pipeline.model()), qpc, recorded))
         return write_bundle(folder, members, runtime=name, environment=environment(runner.settings))
@@ -219,7 +227,7 @@ def _with_texts(case: Case, model: Any) -> Case:
     """Return a case that holds its texts instead of naming their file, which another host need not have."""
     if case.inputs.texts_file is None:
         return case
-    texts = model.asked()["texts"] if hasattr(model, "asked") else None
+    texts = model.asked()["texts"] if isinstance(model, Prechecked) else None
     return case.model_copy(update={"inputs": Inputs(texts=texts)})
 
 
@@ -238,19 +246,19 @@ class Runner:
         self.settings = settings or Settings()
         self._store, self._progress = Store(store), progress or Silent()
         self._model, self._tokenizer = model, tokenizer
-        self._adapters: dict[str, Runtime] = {}
+        self._runtimes: dict[str, Runtime] = {}
         self._pipeline: Pipeline | None = None
 
-    def adapter(self, name: str) -> Runtime:
-        """Return the runtime adapter of this name, made once; what opens files may do so in a child process."""
-        if name not in self._adapters:
-            made = runtime(name, self.settings)
-            self._adapters[name] = IsolatedRuntime(made, name, self.settings) if made.kind != "module" else made
-        return self._adapters[name]
+    def runtime(self, name: str) -> Runtime:
+        """Return the runtime of this name, created once; what opens files may do so in a child process."""
+        if name not in self._runtimes:
+            direct = runtime(name, self.settings)
+            self._runtimes[name] = IsolatedRuntime(direct, name, self.settings) if direct.kind != "module" else direct
+        return self._runtimes[name]
 
     def result(self, case: Case, name: str) -> Result:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
-        return self.pipeline(case).result(self.adapter(name))
+        return self.pipeline(case).result(self.runtime(name))
 
     def pipeline(self, case: Case) -> Pipeline:
         """Return the case's pipeline, the same one as long as the case stays the same."""

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from qeff_validate.registry import is_built_in, registered
 from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOutcome, Target
 
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case
     from qeff_validate.engine import Runner
     from qeff_validate.protocols import Session
+    from qeff_validate.report.report import Report
     from qeff_validate.report.result import Result
 
 pytest.register_assert_rewrite("qeff_validate.suites")
@@ -54,7 +56,7 @@ OPTIONS = {
 _CASES: pytest.StashKey[Any] = pytest.StashKey()
 _RESULT: pytest.StashKey[Any] = pytest.StashKey()
 _OUTCOME: pytest.StashKey[SessionOutcome] = pytest.StashKey()
-_REPORT: pytest.StashKey[Mapping[str, Any]] = pytest.StashKey()
+_REPORT: pytest.StashKey[Report] = pytest.StashKey()
 _PROBLEMS: pytest.StashKey[list[str]] = pytest.StashKey()
 _REMOVED: pytest.StashKey[bool] = pytest.StashKey()
 
@@ -82,9 +84,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _plugin_markers() -> dict[str, str]:
     """Return a marker for each registered runtime, and for the suite of each model kind of a plug-in."""
-    markers = {entry.name: f"runs on {entry.name}" for entry in entry_points(group="qeff_validate.runtimes")}
-    for entry in entry_points(group="qeff_validate.models"):
-        if not entry.value.startswith("qeff_validate."):  # nothing of ours is loaded for unrelated tests
+    markers = {name: f"runs on {name}" for name in registered("runtimes")}
+    for entry in registered("models").values():
+        if not is_built_in(entry):  # nothing of ours is loaded for unrelated tests
             with suppress(Exception):  # a plug-in that cannot be imported is told where a case names it
                 markers[entry.load().suite] = f"validates a model of the kind {entry.name}"
     return markers
@@ -124,7 +126,6 @@ def _configs(config: pytest.Config) -> list[Path]:
 def _cases(config: pytest.Config) -> Sequence[Case]:
     from qeff_validate.engine import case_for, load
     from qeff_validate.errors import ConfigError, suggest
-    from qeff_validate.protocols import registered
 
     if _CASES not in config.stash:
         try:
@@ -268,8 +269,8 @@ def qv_relation(
 ) -> Callable[[str], Result]:
     """A function that judges a metamorphic relation by its name; skips as `qv_result` does."""
     case, name = qv_target
-    adapter = qv_runner.adapter(name)
-    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(adapter, relation))
+    runtime = qv_runner.runtime(name)
+    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(runtime, relation))
 
 
 @pytest.fixture
@@ -278,13 +279,13 @@ def qv_session(
 ) -> Generator[Session, None, None]:
     """What a runtime opens for a case; skips with the reason if the runtime is not usable here."""
     case, name = qv_target
-    adapter = qv_runner.adapter(name)
-    missing = adapter.probe()
+    runtime = qv_runner.runtime(name)
+    missing = runtime.probe()
     if missing:
         if name in _listed(request.config, "require"):
             pytest.fail(f"{name} is required and did not run: {missing}", pytrace=False)
         pytest.skip(missing)
-    with qv_runner.pipeline(case).session(adapter) as session:
+    with qv_runner.pipeline(case).session(runtime) as session:
         yield session
 
 
@@ -359,7 +360,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Note what a worker is about to run."""
     outcome = node.config.stash[_OUTCOME]
-    runtimes = [entry.name for entry in entry_points(group="qeff_validate.runtimes")]
+    runtimes = [*registered("runtimes")]
     if any(f"-{name}" in test for test in ids for name in runtimes):  # else leave the engine alone
         cases, chosen = _cases(node.config), _listed(node.config, "runtimes")
         targets = {f"{case.name}-{name}": (case.name, name) for case in cases for name in _runtimes(case, chosen)}
@@ -389,14 +390,13 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.engine import environment
     from qeff_validate.errors import ValidateError
     from qeff_validate.protocols import Settings
-    from qeff_validate.report.result import merged
-    from qeff_validate.report.writers import write_reports
+    from qeff_validate.report.report import Report
 
-    config.stash[_REPORT] = merged(outcome.plain_results(), environment(Settings(sdk=option(config, "sdk"))))
+    config.stash[_REPORT] = Report(tuple(outcome.all_results()), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
     try:
         if path is not None:
-            write_reports(config.stash[_REPORT], path)
+            config.stash[_REPORT].write(path)
     except ValidateError as exc:
         return [str(exc)]
     return []
@@ -433,16 +433,17 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print what was compared and proved, and why the session is no success."""
-    plain, problems = config.stash.get(_REPORT, None), config.stash.get(_PROBLEMS, [])
-    if plain is None and not problems:
+    report, problems = config.stash.get(_REPORT, None), config.stash.get(_PROBLEMS, [])
+    if report is None and not problems:
         return
     terminalreporter.section("qeff_validate")
-    if plain is not None:
-        from qeff_validate.report.text import MARKS, closing
+    if report is not None:
+        from qeff_validate.report.text import MARKS
 
-        counts = ", ".join(f"{plain['summary'][name]} {name}" for name in MARKS)
-        terminalreporter.write_line(f"{plain['summary']['rows_compared']} rows compared: {counts}")
-        for line in closing(plain):
+        statuses = Counter(str(result.status) for result in report.results)
+        counts = ", ".join(f"{statuses[name]} {name}" for name in MARKS)
+        terminalreporter.write_line(f"{report.rows_compared} rows compared: {counts}")
+        for line in report.closing():
             terminalreporter.write_line(line)
         path = _place(config, "report")
         if path is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contracts between the parts, and the registry of runtimes and model kinds.
+"""The contracts between the parts: what a session, a runtime and a model kind are.
 
 Protocols, so that a plug-in needs no base class of ours. Keep this page short: a convenience is a function
 elsewhere, and a method that is added here must be written by everybody who ever made a runtime or a model.
@@ -7,15 +7,20 @@ elsewhere, and a method that is added here must be written by everybody who ever
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.artifact import Artifact, Kind
-from qeff_validate.errors import ConfigError, Unavailable, suggest
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
+from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
+from qeff_validate.errors import ConfigError
+from qeff_validate.registry import load_entry
+from qeff_validate.tensors import Shapes, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -198,78 +203,11 @@ class Change(Protocol):
 
 
 Share: TypeAlias = "Callable[[str, Any, Callable[[], Tensors]], Tensors]"
-"""Called with what is run, the inputs and how to run it: returns what an equal body gave for equal inputs before."""
-
-
-class Measured(Protocol):
-    """What a model wrapper may offer besides, so that bounds are measured and not taken from a table."""
-
-    def ensemble(self, inputs: Any, reference: Tensors, precision: Precision) -> Iterator[Tensors]:
-        """Run the original model in a precision, in several legitimate ways; outputs as those of `Model.infer`.
-
-        Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
-        """
-
-    def faulty_runs(
-        self, inputs: Any, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
-    ) -> Iterator[tuple[str, Tensors]]:
-        """Run the original model with each of some faults; those that do not apply are left out."""
-
-    def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
-        """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""
-
-    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
-        """Return the systematic parts of outputs' errors against what the precision gives on average."""
-
-    def sensitivity(self, inputs: Any, reference: Tensors) -> Sequence[float]:
-        """Return how much rounding is expected to move each text, as far as the reference tells; the order counts."""
-
-    def subset(self, inputs: Any, reference: Tensors, texts: Sequence[int]) -> tuple[Any, Tensors, Array]:
-        """Return inputs and reference of some texts alone, and which rows of an output are theirs, int64."""
-
-
-class Prechecked(Protocol):
-    """What a model wrapper may offer besides, so that a difference of what is fed or made from is found as such.
-
-    Its inputs then have ``ids``, ``texts``, ``pad`` and ``tables`` as those of ``embedding``.
-    """
-
-    def settings(self) -> Mapping[str, Any]:
-        """Return `Model.fingerprint` without ``body``: options that shape the graph; ``head``, ``adapters`` if any."""
-
-    def asked(self) -> Mapping[str, Any]:
-        """Return what is to be tokenized (``texts``, ``prompt``), and how far; plain data."""
-
-    def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return plain data that changes with the tokenizer."""
-
-    def rows(self) -> Any:
-        """Return ``ids``, ``texts`` and ``pad`` as the tokenizer makes them now; loads no model."""
-
-    def reach(self, inputs: Any) -> int:
-        """Return how many positions the graph must have."""
-
-    def published(self) -> Mapping[str, Any]:
-        """Return what files beside the weights say that the case decides: pooling, normalize, max_seq_length."""
-
-
-class Filled(Protocol):
-    """What a model wrapper may offer besides whose batches may hold rows without a token."""
-
-    def reached(self, session: Session, inputs: Any, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
-        """Run batches with a token-less row once more with a real row in its place.
-
-        Returns:
-            The rows that only the token-less row changes, and findings.
-        """
+"""Called with the name of a computation, its inputs and the computation: returns its stored result if there is one."""
 
 
 class Model(Protocol):
     """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
-
-    @property
-    def graph(self) -> Graph:
-        """The interface of the exported graph."""
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return plain data that changes with everything a graph depends on: weights, config, options."""
@@ -282,6 +220,9 @@ class Model(Protocol):
 
     def inputs(self, stored: Tensors) -> Inputs:
         """Return the inputs from their stored form."""
+
+    def interface(self, inputs: Any) -> Graph:
+        """Return the interface of the exported graph for inputs from `inputs`."""
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the torch module to export, in eval mode, and example inputs."""
@@ -310,6 +251,111 @@ class Model(Protocol):
         """
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """Optional part of a `Model`: bounds come from a measured noise floor instead of a table."""
+
+    @abstractmethod
+    def ensemble(self, inputs: Any, reference: Tensors, precision: Precision) -> Iterator[Tensors]:
+        """Run the original model in a precision, in several legitimate ways; outputs as those of `Model.infer`.
+
+        Shares no code with an exporter, a compiler or a simulator. Of the reference, a language model uses the tokens.
+        """
+
+    @abstractmethod
+    def measure(self, exact: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+        """Return the worst value of each metric that gets a measured bound; ``exact`` is the float64 reference."""
+
+    @abstractmethod
+    def systematic_errors(self, center: Tensors, outputs: Tensors, inputs: Any) -> Mapping[str, float]:
+        """Return the systematic parts of outputs' errors against what the precision gives on average."""
+
+    @abstractmethod
+    def sensitivity(self, inputs: Any, reference: Tensors) -> Sequence[float]:
+        """Return how much rounding is expected to move each text, as far as the reference tells; the order counts."""
+
+    @abstractmethod
+    def subset(self, inputs: Any, reference: Tensors, texts: Sequence[int]) -> tuple[Any, Tensors, NDArray[np.int64]]:
+        """Return inputs and reference of some texts alone, and the indices of their rows in an output, int64."""
+
+
+@runtime_checkable
+class FaultTested(Measured, Protocol):
+    """Optional part of a `Model`: faults are tried on the original model, so that a verdict knows its power."""
+
+    @abstractmethod
+    def faulty_runs(
+        self, inputs: Any, reference: Tensors, changes: Iterable[Change], dtype: str = "float32"
+    ) -> Iterator[tuple[str, Tensors]]:
+        """Run the original model with each of some faults; those that do not apply are left out."""
+
+
+@runtime_checkable
+class Prechecked(Protocol):
+    """Optional part of a `Model`: a difference in feeds or provenance is found before outputs are compared.
+
+    Its inputs then have ``ids``, ``texts``, ``pad`` and ``tables`` as those of ``embedding``.
+    """
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """Return `Model.fingerprint` without ``body``: options that shape the graph; ``head``, ``adapters`` if any."""
+
+    @abstractmethod
+    def asked(self) -> Mapping[str, Any]:
+        """Return what is to be tokenized (``texts``, ``prompt``) and the length limits; plain data."""
+
+    @abstractmethod
+    def tokenizer_key(self) -> Mapping[str, Any]:
+        """Return plain data that changes with the tokenizer."""
+
+    @abstractmethod
+    def rows(self) -> Any:
+        """Return ``ids``, ``texts`` and ``pad`` as the tokenizer makes them now; loads no model."""
+
+    @abstractmethod
+    def reach(self, inputs: Any) -> int:
+        """Return how many positions the graph must have."""
+
+    @abstractmethod
+    def published(self) -> Mapping[str, Any]:
+        """Return what files beside the weights say that the case decides: pooling, normalize, max_seq_length."""
+
+
+@runtime_checkable
+class FillerChecked(Protocol):
+    """Optional part of a `Model` whose batches may hold rows without a token."""
+
+    @abstractmethod
+    def reached(self, session: Session, inputs: Any, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
+        """Run batches with a token-less row once more with a real row in its place.
+
+        Returns:
+            The rows that only the token-less row changes, and findings.
+        """
+
+
+@runtime_checkable
+class RecordingChecked(Protocol):
+    """Optional part of a `Model`: recorded reference outputs are checked against the inputs before they are used."""
+
+    @abstractmethod
+    def check_recorded(self, reference: Tensors, inputs: Any) -> None:
+        """Refuse recorded outputs that do not fit the inputs.
+
+        Raises:
+            IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
+        """
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """Optional part of a `Model` that has results in common with other cases, such as hidden states of one body."""
+
+    share: Share
+    """Set by the pipeline before the first run."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelKind:
     """What an entry point in ``qeff_validate.models`` names: the options class, and how to get the wrapper.
@@ -318,38 +364,21 @@ class ModelKind:
         options: pydantic class of the case's ``options``; importing it loads no framework.
         create: makes the wrapper from a case, validated options and an in-memory model or None.
         suite: the pytest mark of its cases.
-        bounds: the metrics that a case's tolerance may bound, with what a bound must stay below.
+        metrics: the metrics that its verdicts gate, which a case's tolerance may bound.
         relations: names for `Model.relate`.
         mutants: tables of `mutation.mutant.Mutant`, as ``package.module:NAME``.
+        exporters: the exporters that can export it; the first is the default.
+        stateful: its sessions keep state from run to run, as a decode loop does.
     """
 
     options: type[BaseModel]
     create: Callable[..., Model]
     suite: str
-    bounds: Mapping[str, float]
+    metrics: tuple[MetricSpec, ...] = VECTOR_METRICS
     relations: tuple[str, ...] = ()
     mutants: tuple[str, ...] = ()
-
-
-def registered(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of ``qeff_validate.<group>`` by name."""
-    return {entry.name: entry for entry in entry_points(group=f"qeff_validate.{group}")}
-
-
-def load_entry(group: str, name: str) -> Any:
-    """Load one entry point.
-
-    Raises:
-        ConfigError: no such name.
-        Unavailable: its import failed.
-    """
-    entries = registered(group)
-    if name not in entries:
-        raise ConfigError(f"no {group.removesuffix('s')} is called {name!r}.{suggest(name, entries)}")
-    try:
-        return entries[name].load()
-    except ImportError as exc:
-        raise Unavailable(f"{group.removesuffix('s')} {name!r} cannot be imported: {exc}") from exc
+    exporters: tuple[str, ...] = ("dynamo", "torchscript")
+    stateful: bool = False
 
 
 def runtime(name: str, settings: Settings | None = None) -> Runtime:
@@ -365,8 +394,8 @@ def runtime(name: str, settings: Settings | None = None) -> Runtime:
         Traceback (most recent call last):
         qeff_validate.errors.ConfigError: no runtime is called 'otr'. Did you mean 'ort'?
     """
-    made: Runtime = load_entry("runtimes", name)(settings or Settings())
-    return made
+    create: Callable[[Settings], Runtime] = load_entry("runtimes", name)
+    return create(settings or Settings())
 
 
 def model_kind(case: Case) -> ModelKind:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qeff_validate.report.result import Result
 
 Target = tuple[str, str]
 """The names of a case and a runtime."""
@@ -73,13 +76,14 @@ class SessionOutcome:
         if report.outcome == "failed" and test in self.planned:
             self.failures.setdefault(test, _reason(report))
 
-    def plain_results(self) -> list[Mapping[str, Any]]:
+    def all_results(self) -> list[Result]:
         """Return the results of all tests, an error for each one that failed without a result or never reported."""
-        reported = [plain for of_test in self.results.values() for plain in of_test]
-        every = [*reported, *self._errors()]
-        return sorted(every, key=lambda plain: (plain["case"], plain["runtime"]))
+        from qeff_validate.report.result import Result
 
-    def _errors(self) -> Iterable[Mapping[str, Any]]:
+        reported = [Result.from_plain(plain) for of_test in self.results.values() for plain in of_test]
+        return sorted([*reported, *self._errors()], key=lambda result: (result.case, result.runtime))
+
+    def _errors(self) -> Iterable[Result]:
         from qeff_validate.report.result import Result
 
         early = f" ({self.stopped})" if self.stopped else ""
@@ -93,7 +97,7 @@ class SessionOutcome:
                 reason = f"{test} failed: {self.failures[test]}"
             else:
                 continue
-            yield Result(case, runtime, "error", reason, stage="pytest").plain()
+            yield Result(case, runtime, "error", reason, stage="pytest")
 
     def problems(self, required: Sequence[str], *, asked: bool) -> list[str]:
         """Return why the session must not end green.

@@ -12,7 +12,8 @@ def doctor(sdk: SdkPrefix = None, store: StoreDir = None) -> None:
     """Show what is installed, which runtimes can be used here, and why the others cannot."""
     from qeff_validate.builders.store import Store
     from qeff_validate.engine import environment
-    from qeff_validate.protocols import Settings, registered, runtime
+    from qeff_validate.protocols import Settings, runtime
+    from qeff_validate.registry import registered
     from qeff_validate.sdk.locate import installed
 
     settings = Settings(sdk=sdk)

@@ -65,7 +65,7 @@ def required_runtimes(text: str) -> list[str]:
     Raises:
         ConfigError: an item is not the name of a registered runtime.
     """
-    from qeff_validate.protocols import registered
+    from qeff_validate.registry import registered
 
     known, names = registered("runtimes"), split_list(text)
     for name in names:

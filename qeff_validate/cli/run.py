@@ -19,10 +19,10 @@ from qeff_validate.cli.options import (
 )
 from qeff_validate.cli.progress import TerminalProgress, console, print_text
 from qeff_validate.errors import ConfigError, ValidateError
-from qeff_validate.report.result import DEFAULT_DIR
+from qeff_validate.report.report import DEFAULT_DIR
 
 if TYPE_CHECKING:
-    from qeff_validate.report.result import Report
+    from qeff_validate.report.report import Report
 
 
 def run(
@@ -112,8 +112,6 @@ def _write(results: Report, folder: Path) -> ValidateError | None:
 
 
 def _print(results: Report) -> None:
-    from qeff_validate.report.text import problems
-
     console().print(results.table())
-    for text in problems(results.plain()):
+    for text in results.problems():
         print_text(f"\n{text}" if "\n" in text else text)

@@ -11,7 +11,7 @@ import typer
 from qeff_validate.cli.options import CaseNames, Configs, select_cases, split_list
 from qeff_validate.cli.progress import console, print_text
 from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.report.result import DEFAULT_DIR
+from qeff_validate.report.report import DEFAULT_DIR
 
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case

@@ -11,28 +11,31 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qeff_validate.comparison.metric import (
+    SYSTEMATIC_METRICS,
+    VECTOR_METRICS,
+    least_bounds,
+    most_bounds,
+    table_bounds,
+)
 from qeff_validate.comparison.noise_floor import Floor, factor, limit
 from qeff_validate.errors import ConfigError, IncomparableError, suggest
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Compute precisions of the table. The noise of compressed weights and state is measured by emulation."""
+
 FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "fp32": {"rel_l2": 5e-5, "cosine": 1e-9, "norm_ratio": 1e-5, "max_abs_rms": 5e-5},
-        "fp16": {"rel_l2": 1e-2, "cosine": 5e-5, "norm_ratio": 2e-3, "max_abs_rms": 3e-2},
-        "bf16": {"rel_l2": 5e-2, "cosine": 1e-3, "norm_ratio": 1e-2, "max_abs_rms": 1.5e-1},
-    }
+    {precision: table_bounds(VECTOR_METRICS, precision) for precision in PRECISIONS}
 )
-"""Bounds by precision: in fp32 at least 5 times the worst row of correct artifacts under the kernels of several
-processors, in fp16 twice (``make calibrate``; numbers in docs/power.md). Compressed weights and state have no entry:
-their noise is measured by emulation."""
+"""Bounds of vectors by precision."""
 
+LEAST: Mapping[str, float] = MappingProxyType(least_bounds(VECTOR_METRICS))
+"""Lower limits of measured bounds of vectors."""
 
-LEAST: Mapping[str, float] = MappingProxyType(
-    {"rel_l2": 1e-6, "cosine": 1e-12, "norm_ratio": 1e-6, "max_abs_rms": 1e-5}
-)
-"""Lower limits of measured bounds: eight units in the last place of float32, and what follows from that."""
+MOST: Mapping[str, float] = MappingProxyType(most_bounds(VECTOR_METRICS))
+"""Exclusive upper limits of the bounds of vectors."""
 
-
-SYSTEMATIC_ERRORS: Mapping[str, float] = MappingProxyType({"mean_signed": 1e-5, "mean_norm": 1e-6})
+SYSTEMATIC_ERRORS: Mapping[str, float] = MappingProxyType(least_bounds(SYSTEMATIC_METRICS))
 """Metrics of systematic errors, with the lower limit of their bounds."""
 
 
@@ -52,10 +55,6 @@ A model that draws random numbers would otherwise widen the bound that it is jud
 
 NOISE_SHARE = 5.0
 """Ratio of a bound of the table to typical noise (1e-2 to 2e-3 in fp16); used where no floor was measured."""
-
-
-MOST = {"rel_l2": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "max_abs_rms": 10.0, "neighbour_order": 1.0}
-"""A bound of at least this accepts unrelated or missing vectors (zeros have rel_l2 1), so it is refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,38 +17,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import NOISE_SHARE, Bound, gate_bounds, overridden
+from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, gate_bounds, overridden
+from qeff_validate.comparison.metric import (
+    LOGIT_METRICS,
+    TIERS,
+    Metric,
+    least_bounds,
+    most_bounds,
+    names,
+    table_bounds,
+)
 from qeff_validate.comparison.noise_floor import Floor
-from qeff_validate.comparison.vector_metrics import Floats, Metric, systematic_metrics, worst_row
+from qeff_validate.comparison.vector_metrics import Floats, systematic_metrics, worst_row
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.tensors import Array
 
-TIERS = (1, 5, 50, 1000)
-"""Sizes of the tiers of most likely reference tokens whose log-probabilities are bounded; ``all`` is the last tier."""
-
 ERRORS = (*(f"top{k}_error" for k in TIERS), "all_error")
 
-LOGIT_GATES = ("kl_p99", "kl_max", *ERRORS, "flips", "tie_flips")
+LOGIT_GATES = names(LOGIT_METRICS)
 """Metrics of logits that need a bound; those of adapters come on top."""
 
 FALLBACK: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "fp32": {"kl_p99": 1e-9, "kl_max": 1e-8, **dict(zip(ERRORS, (1e-4, 2.5e-4, 3e-4, 4e-4, 5e-4), strict=True))},
-        "fp16": {"kl_p99": 1e-3, "kl_max": 1e-2, **dict(zip(ERRORS, (0.03, 0.1, 0.2, 0.25, 0.5), strict=True))},
-        "bf16": {"kl_p99": 5e-3, "kl_max": 5e-2, **dict(zip(ERRORS, (0.07, 0.25, 0.5, 0.6, 1.2), strict=True))},
-    }
+    {precision: table_bounds(LOGIT_METRICS, precision) for precision in PRECISIONS}
 )
-"""Bounds by precision: in fp32 at least 5 times the worst row of correct artifacts under the kernels of several
-processors, in fp16 twice (``make calibrate``; numbers in docs/power.md). The tiers of bf16 are those of fp16,
-scaled by √KL."""
+"""Bounds of logits by precision."""
 
-MOST = {"kl_p99": 0.1, "kl_max": 1.0, **dict.fromkeys(ERRORS, 5.0), "flips": 1.0, "tie_flips": 1e6}
-"""A bound of at least this accepts another distribution, so it is refused; a flip beyond a tie is never accepted."""
+MOST: Mapping[str, float] = MappingProxyType(most_bounds(LOGIT_METRICS))
+"""Exclusive upper limits of the bounds of logits; a flip beyond a tie is never accepted."""
 
-LEAST: Mapping[str, float] = MappingProxyType(
-    {"kl_p99": 1e-12, "kl_max": 1e-11, **dict(zip(ERRORS, (2e-6, 2e-6, 5e-6, 5e-6, 1e-5), strict=True))}
-)
-"""Lower limits of measured bounds: some units in the last place of a float32 logit of size 10."""
+LEAST: Mapping[str, float] = MappingProxyType(least_bounds(LOGIT_METRICS))
+"""Lower limits of measured bounds of logits."""
 
 SIGMAS = 4.0
 """A reference margin of at most this many standard deviations of logit noise is a tie (validation-methods §12.4)."""

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_validate.comparison.metric import METRICS, names
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import IncomparableError
 from qeff_validate.json_tensor import text_of
@@ -45,11 +46,11 @@ with ties away from zero, and from fp16 weights were off by 0.64 to 1.55 times a
 embeddings and three language models with 33 to 60 rows; truncation, which is not to the nearest, by up to 7.8 times.
 """
 
-SQUARES = ("cosine", "kl_p99", "kl_max", "delta_cosine")
+SQUARES = names(spec for spec in METRICS if spec.squared)
 """Suffixes of metrics that grow as the square of an error: the factor is squared."""
 
-ROUND_ZERO = ("mean_norm", "delta_norm")
-"""Suffixes of metrics that are the magnitude of a value centred at zero: some runs have almost no error by chance."""
+ROUND_ZERO = names(spec for spec in METRICS if spec.centred)
+"""Suffixes of metrics that are the magnitude of a value centred at zero."""
 
 HALF_NORMAL = 3.36
 """The 95/95 limit of eight such errors, in multiples of their root mean square: 1.96 · sqrt(8 / 2.733), from normal and

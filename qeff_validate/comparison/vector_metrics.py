@@ -8,13 +8,13 @@ Formulas: validation-methods §14.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_validate.comparison.metric import VECTOR_METRICS, Metric, names
 from qeff_validate.errors import IncomparableError
 from qeff_validate.tensors import Array
 
@@ -26,16 +26,8 @@ BLOCK = 1 << 17
 PAIR_ROWS = 2000
 """Maximum number of rows in pairwise metrics, drawn with a fixed seed."""
 
-GATES = ("rel_l2", "cosine", "norm_ratio", "max_abs_rms", "neighbour_order")
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One measurement: its name, its worst value, and the position of the worst value."""
-
-    name: str
-    value: float
-    worst: Mapping[str, Any] = field(default_factory=dict)
+GATES = names(VECTOR_METRICS)
+"""Metrics of vectors that need a bound."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
     GATES,
-    Metric,
     neighbour_metrics,
     row_errors,
     systematic_metrics,

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.bounds import MOST
-from qeff_validate.comparison.logit_metrics import MOST as LOGIT_MOST
+from qeff_validate.comparison.metric import LOGIT_METRICS
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
@@ -35,7 +34,6 @@ EMBEDDING = ModelKind(
     options=EmbeddingOptions,
     create=_embedding,
     suite="embedding",
-    bounds=MOST,
     relations=("duplicates", "garbage_in_padding", "greater_bucket", "padding_sides", "permutation", "single_row"),
     mutants=(
         "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
@@ -54,11 +52,6 @@ def _causal(case: Case, options: PeftCausalLMOptions, given: Any = None, tokeniz
             f"case {case.name!r}: mixed_batch: each row of a batch chooses an adapter, and there is none: give adapters"
             " ({name: directory}) or peft_method: lora, or leave mixed_batch out"
         )
-    if case.exporter == "torchscript":
-        raise ConfigError(
-            f"case {case.name!r}: exporter torchscript cannot trace weights that are inputs: leave exporter out, or"
-            " say dynamo"
-        )
     return PeftCausalLM(case, options, given=given, tokenizer=tokenizer)
 
 
@@ -66,7 +59,7 @@ PEFT_CAUSAL_LM = ModelKind(
     options=PeftCausalLMOptions,
     create=_causal,
     suite="peft",
-    bounds=LOGIT_MOST,
+    metrics=LOGIT_METRICS,
     relations=(
         *("kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state"),
         *("row_alone", "scaled"),
@@ -76,4 +69,6 @@ PEFT_CAUSAL_LM = ModelKind(
         "qeff_validate.mutation.causal_lm_mutants:CAUSAL_LM_MUTANTS",
         "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
+    exporters=("dynamo",),  # TorchScript's cannot trace weights that are inputs
+    stateful=True,
 )

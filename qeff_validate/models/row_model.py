@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qeff_validate.artifact import digest_file
-from qeff_validate.comparison.bounds import Bound, bounds_for, overridden
+from qeff_validate.comparison.bounds import Bound, bounds_for, missing_bounds_reason, overridden
+from qeff_validate.comparison.metric import MetricSpec, names, table_bounds
 from qeff_validate.comparison.vector_metrics import Floats, worst_row
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, sentence
 from qeff_validate.config.case import Case
@@ -44,8 +45,8 @@ class RowModel:
         tokenizer: the tokenizer of ``given``, or None.
     """
 
-    tolerances: ClassVar[Mapping[str, Mapping[str, float]]] = {}
-    """Bounds of the kind's own metrics (`own_errors`) by precision: ``{"fp32": {"margin": 1e-4}, "fp16": {…}}``."""
+    metrics: ClassVar[tuple[MetricSpec, ...]] = ()
+    """The kind's own metrics; `own_errors` returns their errors."""
 
     graph: Graph
 
@@ -87,6 +88,10 @@ class RowModel:
         count = len(next(iter(stored.values())))
         return ArrayRows(stored, [f"row {row}" for row in range(count)])
 
+    def interface(self, inputs: Any) -> Graph:  # noqa: ARG002
+        """Return ``graph``."""
+        return self.graph
+
     def infer(self, session: Session, inputs: Any, reference: Tensors) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the first bucket's size; the last is filled up with copies of its last row."""
         batch = next(iter(self.graph.buckets[0].values()))
@@ -101,11 +106,13 @@ class RowModel:
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare outputs as vectors, and each of the kind's own metrics with its bound; the worst row decides."""
+        own_names = names(self.metrics)
         own_bounds = {
-            name: Bound(value, "fallback", "the kind's table") for name, value in self._table(context).items()
+            name: Bound(value, "fallback", f"{context.precision} profile")
+            for name, value in table_bounds(self.metrics, context.precision).items()
         }
-        own_bounds |= {name: bound for name, bound in overridden(context.override).items() if name in own_bounds}
-        override = {name: value for name, value in context.override.items() if name not in own_bounds}
+        own_bounds |= {name: bound for name, bound in overridden(context.override).items() if name in own_names}
+        override = {name: value for name, value in context.override.items() if name not in own_names}
         bounds = bounds_for(context.precision, override=override)
         rows = Rows(inputs.labels)
         verdict = compare(reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision)
@@ -118,11 +125,17 @@ class RowModel:
             labelled_metric = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
             results.append(GateResult(labelled_metric, own_bounds.get(name)))
         failed = [item for item in results if not item.passed]
-        metrics = (*verdict.metrics, *results)
-        if not failed:
-            return replace(verdict, metrics=metrics)
-        reason = "; ".join(filter(None, (verdict.reason, *map(sentence, failed))))
-        return replace(verdict, status="fail", reason=reason, metrics=metrics)
+        measured = {item.metric.name for item in results if item.bound is not None}
+        missing = [name for name in own_names if name not in measured]
+        verdict = replace(verdict, metrics=(*verdict.metrics, *results))
+        if failed:
+            reasons = (verdict.reason if verdict.status == "fail" else "", *map(sentence, failed))
+            return replace(verdict, status="fail", reason="; ".join(filter(None, reasons)))
+        if missing and verdict.status == "pass":
+            return replace(
+                verdict, status="inconclusive", reason=missing_bounds_reason(missing, None, context.precision)
+            )
+        return verdict
 
     def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:  # noqa: ARG002
         """Refuse: the kind declares no relations.
@@ -131,6 +144,3 @@ class RowModel:
             IncomparableError: always.
         """
         raise IncomparableError(f"the model kind {self.case.model!r} has no relation {name!r}")
-
-    def _table(self, context: ComparisonContext) -> Mapping[str, float]:
-        return self.tolerances.get(context.precision.partition("+")[0], {})

@@ -33,6 +33,7 @@ from qeff_validate.prechecks.fingerprint_diff import (
 )
 from qeff_validate.prechecks.graph_positions import GraphPositions, graph_positions
 from qeff_validate.prechecks.weights_in_graph import WeightMatches, find_weights
+from qeff_validate.protocols import Prechecked
 from qeff_validate.report.result import Precheck, Result
 from qeff_validate.tensors import Tensors
 
@@ -84,7 +85,7 @@ def run_prechecks(
         evidence: what the case's own artifacts tell.
         body_key: returns what identifies the weights that the case asks for.
     """
-    if not hasattr(model, "settings"):
+    if not isinstance(model, Prechecked):
         reason = "this kind of model does not say what it is made from"
         return tuple(Precheck(name, "unknown", reason) for name in PRECHECKS)
     ours: Any = "the model is not on this host"
@@ -144,7 +145,7 @@ def collect_evidence(case: Case, kind: Kind, model: Any, recorded: Tensors | Non
     local = in_memory or recorded is None or kind_of_source in LOCAL_SOURCES or Path(rest or case.source).is_dir()
     folder = (
         value_or_reason(lambda: getattr(getattr(model, "source", None), "path", None))
-        if local and hasattr(model, "settings")
+        if local and isinstance(model, Prechecked)
         else None
     )
     has_files = isinstance(folder, Path) and folder.is_dir()

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+from qeff_validate.report.result import Result
 from qeff_validate.report.text import HEAD, closing, problems, row_cells
 
 
-def markdown(plain: Mapping[str, Any]) -> str:
-    """Return the report for a GitHub step summary."""
+def markdown(results: Sequence[Result], unwritten: Sequence[str] = ()) -> str:
+    """Return results, and why recordings could not be written, for a GitHub step summary."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    rows = [line(row_cells(result)) for result in plain["results"]]
+    rows = [line(row_cells(result)) for result in results]
     parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
-    found = problems(plain)
-    if found:
+    texts = [*problems(results), *unwritten]
+    if texts:
         parts += ["## What did not pass, findings and notes", ""]
-        parts += [f"- {text.splitlines()[0]}" + "".join(f"\n  {x}" for x in text.splitlines()[1:]) for text in found]
+        parts += [f"- {text.splitlines()[0]}" + "".join(f"\n  {x}" for x in text.splitlines()[1:]) for text in texts]
         parts.append("")
-    parts += [*(f"{text}\n" for text in closing(plain))]
+    parts += [*(f"{text}\n" for text in closing(results))]
     return "\n".join(parts)

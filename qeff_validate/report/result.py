@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of cases on runtimes, and the report that holds them."""
+"""The result of a case on a runtime, and its plain form in report.json."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
+from qeff_validate.comparison.bounds import Bound
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power, Status
-
-if TYPE_CHECKING:
-    from rich.table import Table
-from qeff_validate.report.text import closing, row_cells, table
-from qeff_validate.report.writers import write_reports
-
-SCHEMA = 1
-
-
-DEFAULT_DIR = "qv-report"
+from qeff_validate.errors import IncomparableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +62,7 @@ class Result:
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
-        made: dict[str, Any] = {
+        plain: dict[str, Any] = {
             "case": self.case,
             "runtime": self.runtime,
             "reference": self.reference,
@@ -93,7 +84,38 @@ class Result:
                 for precheck in self.prechecks
             ],
         }
-        return {key: finite(value) for key, value in made.items()}
+        return {key: finite(value) for key, value in plain.items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Result:
+        """Return the result that `plain` describes; names of gross faults and suspect prechecks are not kept.
+
+        Raises:
+            IncomparableError: a value is missing or of another type.
+        """
+        try:
+            same = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}
+            if plain["status"] not in get_args(Status):
+                raise ValueError(f"status {plain['status']!r}")
+            power = plain["power"]
+            return cls(
+                **{
+                    **same,
+                    **plain["coverage"],
+                    "metrics": tuple(map(_gate_result, plain["metrics"])),
+                    "notes": tuple(plain["notes"]),
+                    "findings": tuple(plain["findings"]),
+                    "power": None if power is None else Power(power["tried"], tuple(power["missed"])),
+                    "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise IncomparableError(f"no result of report.json: {type(exc).__name__}: {exc}") from exc
+
+    @property
+    def gates(self) -> tuple[GateResult, ...]:
+        """The metrics with a bound."""
+        return tuple(item for item in self.metrics if item.bound is not None)
 
 
 def _power(power: Power) -> dict[str, Any]:
@@ -118,93 +140,12 @@ def _metric(item: GateResult) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Results and the environment they were made in.
-
-    Examples:
-        >>> Report((Result("small", "ort", "pass", planned=3, compared=3),)).exit_code()
-        0
-        >>> Report(()).exit_code()  # nothing was compared
-        3
-    """
-
-    results: tuple[Result, ...]
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    unwritten: tuple[str, ...] = ()
-    """Why recordings could not be written; no verdict depends on them."""
-
-    @property
-    def passed(self) -> bool:
-        """True if something was compared and nothing failed."""
-        return self.exit_code() == 0
-
-    def exit_code(self, *, require: Iterable[str] = (), allow_inconclusive: bool = False) -> int:
-        """Return 2 for a wrong config, 1 for a mismatch or inconclusive, 3 for an error or nothing compared, else 0.
-
-        A recording that could not be written counts as an error.
-
-        Args:
-            require: runtimes whose ``not_run`` counts as an error.
-            allow_inconclusive: do not count inconclusive results as failures.
-        """
-        counted = [result for result in self.results if result.expected is None]
-        statuses = Counter(result.status for result in counted)
-        required = set(require)
-        unmet = required - {result.runtime for result in self.results}
-        unmet |= {result.runtime for result in self.results if result.status == "not_run"} & required
-        if any(result.status == "error" and result.stage == "config" for result in counted):
-            return 2
-        if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
-            return 1
-        compared = any(result.compared for result in self.results)
-        return 3 if statuses["error"] or unmet or not compared or self.unwritten else 0
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as report.json holds it; non-finite numbers are strings."""
-        return merged([result.plain() for result in self.results], self.environment, unwritten=self.unwritten)
-
-    def write(self, folder: Path) -> None:
-        """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
-
-        Raises:
-            ValidateError: they cannot be written.
-        """
-        write_reports(self.plain(), folder)
-
-    def table(self) -> Table:
-        """Return a table for a terminal or a notebook."""
-        return table(self.plain())
-
-    def closing(self) -> list[str]:
-        """Return sentences that say what was proved and what was not."""
-        return closing(self.plain())
-
-    def __rich__(self) -> Table:
-        return self.table()
-
-    def __str__(self) -> str:
-        return "\n".join("  ".join(row_cells(result)) for result in self.plain()["results"])
-
-    def _repr_html_(self) -> str:
-        import io
-
-        from rich.console import Console
-
-        console = Console(record=True, file=io.StringIO(), width=140)
-        console.print(self.table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-
-def merged(
-    plains: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], *, unwritten: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Return the plain form of a report from the plain results of several processes."""
-    counts = Counter(result["status"] for result in plains)
-    rows = sum(result["coverage"]["compared"] for result in plains)
-    summary = {**{status: counts[status] for status in get_args(Status)}, "results": len(plains), "rows_compared": rows}
-    beside = {"unwritten": list(unwritten), "summary": summary}
-    return {"schema": SCHEMA, "environment": dict(environment), "results": list(plains), **beside}
+def _gate_result(plain: Mapping[str, Any]) -> GateResult:
+    bound = None
+    if plain["bound"] is not None:
+        floor = None if plain["floor"] is None else float(plain["floor"])
+        bound = Bound(float(plain["bound"]), plain["source"], plain["why"], floor)
+    return GateResult(Metric(plain["name"], float(plain["value"]), plain["worst"]), bound)
 
 
 def finite(value: Any) -> Any:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from qeff_validate.comparison.verdict import GateResult
+from qeff_validate.report.result import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,118 +22,116 @@ MARKS: Mapping[str, str] = {
 }
 
 
-def _number(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
+def _number(value: float) -> str:
+    return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
 
 
 HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
 
 
-def row_cells(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the cells of a plain result under `HEAD`."""
-    gates = [m for m in result["metrics"] if m["bound"] or not m["passed"]]
-    worst = max(gates, key=nearness, default=None)
-    times, power = result["timings_s"], result["power"]
-    name = result["runtime"] + (" (simulated)" if result["simulated"] else "")
-    coverage = result["coverage"]
+def row_cells(result: Result) -> tuple[str, ...]:
+    """Return the cells of a result under `HEAD`."""
+    gates = [item for item in result.gates if item.bound is not None and (item.bound.value or not item.passed)]
+    nearest = max(gates, key=nearness, default=None)
+    times, power = result.timings_s, result.power
     return (
-        result["case"],
-        name,
-        result["precision"] or "",
-        result["status"],
-        _beside_bound(worst) if worst else "",
-        _place(worst["worst"]) if worst else "",
-        f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] else "",
-        f"{power['caught']}/{power['tried']}" if power else "",
+        result.case,
+        result.runtime + (" (simulated)" if result.simulated else ""),
+        result.precision or "",
+        result.status,
+        _beside_bound(nearest) if nearest else "",
+        _place(nearest.metric.worst) if nearest else "",
+        f"{result.compared}/{result.planned}" if result.planned else "",
+        f"{power.tried - len(power.missed)}/{power.tried}" if power else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
     )
 
 
-def nearness(metric: Mapping[str, Any]) -> tuple[bool, float]:
-    """Return what sorts a gate of a plain result by: gates that failed come last, then by value over bound."""
-    value, bound = float(metric["value"]), float(metric["bound"])
+def nearness(item: GateResult) -> tuple[bool, float]:
+    """Return what a gate is sorted by: those that failed come last, then by value over bound."""
+    value, bound = item.metric.value, item.bound.value if item.bound else math.inf
     ratio = value / bound if bound else math.inf if value else 0.0
-    return not metric["passed"], math.inf if math.isnan(ratio) else ratio
+    return not item.passed, math.inf if math.isnan(ratio) else ratio
 
 
-def _beside_bound(metric: Mapping[str, Any]) -> str:
-    """Say of a gate: value, bound, and what is usual where that was measured."""
-    text = f"{metric['name'].rpartition('.')[2]} {_number(metric['value'])} of {_number(metric['bound'])}"
-    return f"{text} (floor {_number(metric['floor'])})" if metric["floor"] else text
+def _beside_bound(item: GateResult) -> str:
+    """Return value, bound, and the floor where it was measured."""
+    assert item.bound is not None
+    text = f"{item.metric.name.rpartition('.')[2]} {_number(item.metric.value)} of {_number(item.bound.value)}"
+    return f"{text} (floor {_number(item.bound.floor)})" if item.bound.floor else text
 
 
 def _place(worst: Mapping[str, Any]) -> str:
     return f"{worst['row']}: {worst['text'][:24]!r}" if "row" in worst else "all rows"
 
 
-def table(plain: Mapping[str, Any]) -> Table:
+def table(results: Sequence[Result]) -> Table:
     """Return a rich table of the results."""
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
-    for result in plain["results"]:
+    rows = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
+    for result in results:
         cells = [escape(cell) for cell in row_cells(result)]
-        cells[3] = f"[{MARKS[result['status']]}]{cells[3]}[/]"
-        made.add_row(*cells)
-    return made
+        cells[3] = f"[{MARKS[result.status]}]{cells[3]}[/]"
+        rows.add_row(*cells)
+    return rows
 
 
-def problems(plain: Mapping[str, Any]) -> list[str]:
+def problems(results: Sequence[Result]) -> list[str]:
     """Return a line for every result that did not pass, with its reason, and for every finding and note."""
     lines = []
-    for result in plain["results"]:
-        head = f"{result['case']}-{result['runtime']}"
-        if result["status"] != "pass":
-            stage = f" at {result['stage']}" if result["stage"] else ""
-            known = f" (expected: {result['expected']})" if result["expected"] else ""
-            lines.append(f"{head}: {result['status']}{stage}{known}: {result['reason']}")
-        lines += [f"{head}: finding: {finding}" for finding in result.get("findings", ())]
-        lines += [f"{head}: note: {note}" for note in result["notes"]]
-    return lines + list(plain.get("unwritten", ()))
+    for result in results:
+        head = f"{result.case}-{result.runtime}"
+        if result.status != "pass":
+            stage = f" at {result.stage}" if result.stage else ""
+            known = f" (expected: {result.expected})" if result.expected else ""
+            lines.append(f"{head}: {result.status}{stage}{known}: {result.reason}")
+        lines += [f"{head}: finding: {finding}" for finding in result.findings]
+        lines += [f"{head}: note: {note}" for note in result.notes]
+    return lines
 
 
-def closing(plain: Mapping[str, Any]) -> list[str]:
+def closing(results: Sequence[Result]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
-    results = plain["results"]
-    unsettled = {(result["case"], result["runtime"]) for result in results if result["status"] == "error"}
+    unsettled = {(result.case, result.runtime) for result in results if result.status == "error"}
     lines = []
     for (runtime, simulated), group in _groups(results).items():
-        passed = [result for result in group if result["status"] == "pass"]
-        held = [result for result in passed if result["reference"] == "itself"]
+        passed = [result for result in group if result.status == "pass"]
+        held = [result for result in passed if result.reference == "itself"]
         if held:
             lines.append(f"Held: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
-        good = [result for result in passed if result["reference"] != "itself"]
-        good = [result for result in good if (result["case"], result["runtime"]) not in unsettled]
+        good = [result for result in passed if result.reference != "itself"]
+        good = [result for result in good if (result.case, result.runtime) not in unsettled]
         if not good:
             continue
-        rows = sum(result["coverage"]["compared"] for result in good)
+        rows = sum(result.compared for result in good)
         where = f"{runtime}, a simulated AI 100," if simulated else runtime
-        precisions = "/".join(sorted({result["precision"] for result in good}))
-        cases = ", ".join(result["case"] for result in good)
+        precisions = "/".join(dict.fromkeys(str(result.precision) for result in good))
+        cases = ", ".join(result.case for result in good)
         lines.append(f"Proved: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
-    bad = [r for r in results if r["status"] in ("fail", "inconclusive", "error")]
+    bad = [result for result in results if result.status in ("fail", "inconclusive", "error")]
     if bad:
         names = ", ".join(
-            f"{r['case']}-{r['runtime']} ({'expected ' if r['expected'] else ''}{r['status']})" for r in bad
+            f"{result.case}-{result.runtime} ({'expected ' if result.expected else ''}{result.status})"
+            for result in bad
         )
         lines.append(f"Not proved: {names}.")
-    real = [r for r in results if r["runtime"] == "ai100" and r["status"] == "pass"]
-    if not real:
+    if not any(result.runtime == "ai100" and result.status == "pass" for result in results):
         lines.append(
             "Not proved: anything on a real AI 100 card; none took part."
-            + (" The simulator rounds to the card's precision on a CPU; it is no card." if _simulated(results) else "")
+            + (
+                " The simulator rounds to the card's precision on a CPU; it is no card."
+                if any(result.simulated for result in results)
+                else ""
+            )
         )
     return lines
 
 
-def _simulated(results: Iterable[Mapping[str, Any]]) -> bool:
-    return any(result["simulated"] for result in results)
-
-
-def _groups(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, bool], list[Mapping[str, Any]]]:
-    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+def _groups(results: Iterable[Result]) -> dict[tuple[str, bool], list[Result]]:
+    groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
-        groups.setdefault((result["runtime"], result["simulated"]), []).append(result)
+        groups.setdefault((result.runtime, result.simulated), []).append(result)
     return groups

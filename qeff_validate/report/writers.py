@@ -3,48 +3,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.files import temporary_beside
-
-WRITERS = "qeff_validate.writers"
-"""The group of entry points."""
+from qeff_validate.registry import is_built_in, registered
 
 
-def write_reports(plain: Mapping[str, Any], folder: Path) -> None:
+def write_reports(report: object, folder: Path) -> None:
     """Write a report in every registered form: ``report.json``, ``report.md``, and ``report.NAME`` of plug-ins.
 
-    A form is an entry point of the group ``qeff_validate.writers``: a function from the report's plain form
-    (`Report.plain`) to text. The built-in ones are written first.
+    A form is an entry point of the group ``qeff_validate.writers``: a function from a
+    `report.Report` to text. The built-in ones are written first.
 
     Raises:
         ValidateError: a file cannot be written, or a plug-in's function failed; all other files are written.
     """
-    own, others = dict[str, str](), dict[str, str]()
+    built_in_texts, plugin_texts = dict[str, str](), dict[str, str]()
     problems = []
-    for entry in entry_points(group=WRITERS):
-        built_in = entry.value.startswith("qeff_validate.")
+    for entry in registered("writers").values():
+        built_in = is_built_in(entry)
         try:
-            (own if built_in else others)[f"report.{entry.name}"] = entry.load()(plain)
-        except Exception as exc:  # somebody else's function must lose no verdict
+            (built_in_texts if built_in else plugin_texts)[f"report.{entry.name}"] = entry.load()(report)
+        except Exception as exc:  # a plug-in's failure must lose no verdict
             if built_in:
                 raise
             problems.append(f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}")
-    write_texts(folder, {**own, **others})
+    write_texts(folder, {**built_in_texts, **plugin_texts})
     if problems:
         raise ValidateError("; ".join(problems))
-
-
-def json_text(plain: Mapping[str, Any]) -> str:
-    """Return the report as JSON."""
-    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
@@ -63,9 +53,9 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 def remove_reports(folder: Path) -> None:
     """Remove the report of an earlier run, so that nobody takes it for that of a run that ends without one."""
-    for entry in entry_points(group=WRITERS):
+    for name in registered("writers"):
         with suppress(OSError):
-            (folder / f"report.{entry.name}").unlink()
+            (folder / f"report.{name}").unlink()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -34,7 +34,7 @@ from qeff_validate.mutation.mutant import (
     mutants,
 )
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
-from qeff_validate.protocols import Session, runtime
+from qeff_validate.protocols import Session, model_kind, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.session_wrapper import SessionWrapper
 from qeff_validate.selftest.baseline_checkers import EMBEDDING_CHECKERS, LOGIT_CHECKERS
@@ -132,7 +132,7 @@ class CaseUnderTest:
             self._healthy.model(), self._healthy.inputs(), self._healthy.reference(), self._healthy.exact()
         )  # fmt: skip
         # session mutants of a language model change a decode loop, which the original model does not have
-        stateful = self.case.model != "embedding"
+        stateful = model_kind(self.case).stateful
         applicable = [
             mutant
             for mutant in mutants(self.case.model)
@@ -151,7 +151,7 @@ class CaseUnderTest:
         if mutant.name not in self._graph_effects:
             model, graph = self._healthy.model(), onnx.load(str(self._healthy.onnx().path))
             mutant.change(graph)
-            session = Float64Session(graph, model.graph.buckets)
+            session = Float64Session(graph, self._healthy.graph().buckets)
             outputs = model.infer(session, self._healthy.inputs(), self._healthy.reference())
             self._graph_effects[mutant.name] = self._size(self._healthy.exact(), outputs)
         return self._graph_effects[mutant.name]
@@ -214,7 +214,7 @@ class CaseUnderTest:
     def _in_session(self, mutant: AdapterMutant | SessionMutant, name: str) -> tuple[Result, Tensors]:
         errors: list[Inapplicable] = []
         fault: Callable[..., Any] = mutant.change
-        if self.case.model != "embedding":
+        if model_kind(self.case).stateful:
             from qeff_validate.mutation.causal_lm_mutants import serving
 
             fault = serving(mutant, self._healthy.inputs().adapters)
@@ -241,10 +241,10 @@ class CaseUnderTest:
     def _exported(self, mutant: Mutant, path: Path) -> None:
         with self._in_module(mutant) as module:
             examples = self._torch.loaded()[1]
-            exporters: tuple[Any, ...] = ("torchscript", "dynamo") if self.case.model == "embedding" else ("dynamo",)
+            exporters: tuple[Any, ...] = model_kind(self.case).exporters[::-1]  # TorchScript's is faster
             for exporter in exporters:
                 try:
-                    export_onnx(module, examples, self._torch.model().graph, path.parent, exporter)
+                    export_onnx(module, examples, self._torch.graph(), path.parent, exporter)
                 except ValidateError:
                     if exporter == exporters[-1]:
                         raise
@@ -294,13 +294,13 @@ class InapplicableRecorder(SessionWrapper):
 
 def baseline_verdicts(pipeline: Any, actual: Tensors, profile: str) -> dict[str, bool]:
     """Return for each other checker whether it passes a pipeline's outputs."""
-    name, inputs = pipeline.model().graph.outputs[0].name, pipeline.inputs()
+    name, inputs = pipeline.graph().outputs[0].name, pipeline.inputs()
     expected, outputs = pipeline.reference()[name], actual[name]
     if len(outputs) == len(expected) and expected.ndim == 2:
         with_tokens = [row for row in range(len(expected)) if row not in inputs.tokenless]
         expected, outputs = expected[with_tokens], outputs[with_tokens]
     passed = {}
-    for title, check in (EMBEDDING_CHECKERS if pipeline.case.model == "embedding" else LOGIT_CHECKERS).items():
+    for title, check in (LOGIT_CHECKERS if name == "logits" else EMBEDDING_CHECKERS).items():
         try:
             passed[title] = bool(check(expected, outputs, profile))
         except (ValueError, IndexError):

@@ -11,8 +11,7 @@ from qeff_validate.config.case import Case
 from qeff_validate.engine import validate
 from qeff_validate.errors import ConfigError
 from qeff_validate.protocols import Settings
-from qeff_validate.report.result import Report
-from qeff_validate.report.text import problems
+from qeff_validate.report.report import Report
 
 
 def check_embed_model_pytorch_vs_onnx_vs_ai100(
@@ -53,7 +52,7 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
     case = Case(name="model", source=model if given is None else "memory", options=options, runtimes=list(runtimes))
     report = validate(case, model=given, tokenizer=tokenizer, store=store, settings=settings)
     if report.exit_code() == 2:
-        raise ConfigError("\n".join(problems(report.plain())))
+        raise ConfigError("\n".join(report.problems()))
     if not report.passed:
-        raise AssertionError("\n".join(["the model does not validate:", *problems(report.plain())]))
+        raise AssertionError("\n".join(["the model does not validate:", *report.problems()]))
     return report

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qeff_validate.protocols import load_entry
+from qeff_validate.registry import load_entry
 from qeff_validate.report.result import Result
 
 RELATIONS = load_entry("models", "embedding").relations

@@ -23,7 +23,8 @@ from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import POOLINGS
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
-from qeff_validate.protocols import Runtime, Session, Settings, capabilities, registered, runtime
+from qeff_validate.protocols import Runtime, Session, Settings, capabilities, runtime
+from qeff_validate.registry import registered
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 
 UNUSABLE = {name: reason for name in sorted(registered("runtimes")) if (reason := runtime(name).probe())}

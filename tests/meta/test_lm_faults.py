@@ -357,7 +357,7 @@ def sdpa(module: Any) -> Any:
 def test_module_that_computes_otherwise_passes(change: Any, fixture: str, request: pytest.FixtureRequest) -> None:
     made: Pipeline = request.getfixturevalue(fixture)
     module, _ = made.module().payload
-    changed = Artifact("module", None, "0" * 64, payload=(change(copy.deepcopy(module)), made.model().graph))
+    changed = Artifact("module", None, "0" * 64, payload=(change(copy.deepcopy(module)), made.graph()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "module", lambda: changed)
         result = made.result(runtime("torch"))

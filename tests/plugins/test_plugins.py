@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two packages of outsiders, installed into an environment of their own: a runtime, and a model kind with its metric.
+"""Packages of outsiders, installed into an environment of their own: a runtime, the least model kind, and a full one.
 
-Neither changes a line of ours. The environment sees this one's packages; only the two plug-ins are installed into it.
+None changes a line of ours. The environment sees this one's packages; only the plug-ins are installed into it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PLUGINS = ("openvino_runtime", "scorer_kind")
+PLUGINS = ("openvino_runtime", "projection_kind", "scorer_kind")
 CONFIG = """
 defaults: {runtimes: [ort, openvino, openvino_fp16]}
 cases:
@@ -27,6 +27,7 @@ cases:
     runtimes: [torch, ort, sim, openvino, openvino_fp16]
     tolerance:
       ort: {margin: 1.0e-5, why: one kernel}
+  - {name: projected, model: projection, source: 'random:projection', runtimes: [torch, ort, sim]}
   - {name: bert, source: 'random:bert'}
   - name: llama
     model: peft-causal-lm
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with both plug-ins."""
+    """The interpreter of an environment with the plug-ins."""
     folder = tmp_path_factory.mktemp("plugins")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
     made = folder / "env" / "bin" / "python"
@@ -75,7 +76,7 @@ def config(folder: Path, text: str = CONFIG) -> str:
 
 def test_suites_collect_and_pass_plugins_with_their_marks_relations_and_report(python: Path, tmp_path: Path) -> None:
     suites = ["pytest", "-q", "--qv-config", config(tmp_path), "--qv-report", "report"]
-    selected = ["-m", "openvino or openvino_fp16 or scorer", "--pyargs", "qeff_validate.suites"]
+    selected = ["-m", "openvino or openvino_fp16 or scorer or projection", "--pyargs", "qeff_validate.suites"]
     run(python, tmp_path, *suites, *selected)
     results = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     verdicts = [r for r in results if r["reference"] != "itself" and r["runtime"] != "ai100"]
@@ -84,6 +85,7 @@ def test_suites_collect_and_pass_plugins_with_their_marks_relations_and_report(p
         (case, name): "pass"
         for case, names in {
             "score": ("torch", "ort", "sim", "openvino", "openvino_fp16"),
+            "projected": ("torch", "ort", "sim"),
             "bert": ("openvino", "openvino_fp16"),
             "llama": ("openvino", "openvino_fp16"),
         }.items()
@@ -117,6 +119,11 @@ def test_list_and_doctor_show_plugins(python: Path, tmp_path: Path) -> None:
     assert "openvino_fp16   usable" in run(python, tmp_path, "qeff_validate.cli", "doctor")
 
 
+def test_least_model_kind_is_short() -> None:
+    source = (HERE / "projection_kind" / "projection_kind.py").read_text()
+    assert len(source.splitlines()) <= 60
+
+
 def test_mutants_of_a_plugin_are_those_it_declares(python: Path, tmp_path: Path) -> None:
     code = "from qeff_validate.mutation.mutant import mutants; print([m.name for m in mutants('scorer')])"
     found = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -125,7 +132,7 @@ def test_mutants_of_a_plugin_are_those_it_declares(python: Path, tmp_path: Path)
 
 def test_runtime_of_a_plugin_passes_the_contract(python: Path, tmp_path: Path) -> None:
     """But for one sentence of it: what reads all of its inputs in float16 hands state out rounded."""
-    chosen = "openvino and not scorer and not (openvino_fp16 and fed_state_becomes_the_state)"
+    chosen = "openvino and not scorer and not projection and not (openvino_fp16 and fed_state_becomes_the_state)"
     options = ["-n", "0", "-p", "no:cacheprovider", "--rootdir", str(HERE.parents[1]), "-k", chosen]
     said = run(python, tmp_path, "pytest", "-q", *options, str(HERE.parent / "contract" / "test_runtimes.py"))
     assert "passed" in said

@@ -121,7 +121,7 @@ def test_an_embedding_has_no_keys_and_values_to_keep(runner: Runner) -> None:
 
 @pytest.mark.slow
 def test_relations_hold_and_merging_is_left_out(runner: Runner) -> None:
-    pipeline, adapter = runner.pipeline(LLAMA), runner.adapter("sim")
+    pipeline, adapter = runner.pipeline(LLAMA), runner.runtime("sim")
     for name in ("other_chunks", "row_alone", "poisoned_state"):
         result = pipeline.relation(adapter, name)
         assert (result.status, result.reason) == ("pass", ""), name

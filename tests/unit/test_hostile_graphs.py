@@ -94,7 +94,7 @@ def test_chain_of_functions_beyond_the_stack_is_counted(tmp_path: Path) -> None:
 def test_answers_of_a_graph_in_a_process_of_its_own_are_those_of_one_in_ours(tmp_path: Path) -> None:
     path = hostile_graphs.doubling(tmp_path / "m.onnx", 3)
     feeds: dict[str, Any] = {"input_ids": np.arange(6).reshape(2, 3), "attention_mask": np.ones((2, 3), np.int64)}
-    runtime, found = Runner(store=tmp_path / "s").adapter("ort"), []
+    runtime, found = Runner(store=tmp_path / "s").runtime("ort"), []
     for untrusted in (False, True):
         with runtime.open(Artifact("onnx", path, "0", untrusted=untrusted)) as session:
             assert hasattr(session, "_child") is untrusted

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"selftest"},
     {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"protocols"},
-    {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"},
+    {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"}, {"registry"},
     {"files", "folders"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""

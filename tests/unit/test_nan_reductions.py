@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from qeff_validate.comparison.bounds import SYSTEMATIC_ERRORS, Bound, bounds_for, nan_max, systematic_bounds
 from qeff_validate.comparison.logit_metrics import LEAST, logit_bounds, logit_errors
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.noise_floor import limit, tolerance_limit
-from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import GateResult, Rows, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.mutation.power import FaultEffects
 from qeff_validate.report.result import Result
@@ -97,9 +97,9 @@ def test_the_gate_that_failed_is_the_one_that_a_report_shows(
     worst: tuple[float, float], wanted: str, order: tuple[int, ...]
 ) -> None:
     some = (judged(8e-4, 1e-3), judged(0.0, 0.0), judged(*worst))
-    result = Result("c", "ort", "fail", metrics=tuple(some[at] for at in order)).plain()
-    assert wanted in row_cells({**result, "coverage": {"planned": 1, "compared": 1}})[4]
-    assert max(result["metrics"], key=nearness)["value"] == result["metrics"][order.index(2)]["value"]
+    result = Result("c", "ort", "fail", metrics=tuple(some[at] for at in order), planned=1, compared=1)
+    assert wanted in row_cells(result)[4]
+    assert max(result.metrics, key=nearness) is result.metrics[order.index(2)]
 
 
 @pytest.mark.parametrize("order", list(permutations((math.nan, 1e-4, 9e-4))))

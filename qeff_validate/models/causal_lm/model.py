@@ -35,11 +35,18 @@ from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
-from qeff_validate.protocols import Change, ComparisonContext, Graph, Session
+from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, RecordingChecked, Session
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
 """The greatest finite fp16 number, and half of the smallest: beyond them values round to infinity and to zero."""
+
+
+class Interface(BaseModel):
+    """Number of heads and head size of each layer's keys and values, and the vocabulary size."""
+
+    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
+    vocab: PositiveInt
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class Prompts:
         pad: id of the padding token.
         eos: token ids that end a text.
         adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
+        interface: sizes of the model that shape the graph.
         notes: notes for the report.
         tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
     """
@@ -61,6 +69,7 @@ class Prompts:
     pad: int
     eos: frozenset[int]
     adapters: Mapping[str, Tensors]
+    interface: Interface
     notes: tuple[str, ...] = ()
     tables: Mapping[str, int] = field(default_factory=dict)
 
@@ -75,7 +84,7 @@ class Prompts:
         return frozenset()
 
 
-class PeftCausalLM:
+class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
     """The model kind ``peft-causal-lm`` (graph interface: design §3).
 
     Args:
@@ -88,21 +97,12 @@ class PeftCausalLM:
     def __init__(self, case: Case, options: PeftCausalLMOptions, *, given: Any = None, tokenizer: Any = None) -> None:
         self.case, self.options = case, options
         self._in_memory = None if given is None else InMemory(given, tokenizer)
-        self._graph: Graph | None = None
         self._loaded: Any = None
 
     @cached_property
     def source(self) -> Source:
         """The source of weights and tokenizer."""
         return self._in_memory or resolve(self.case)
-
-    @property
-    def graph(self) -> Graph:
-        """The interface of the exported graph; the model is loaded for it if inputs have not been read before."""
-        if self._graph is None:
-            self._loaded = self._attach_adapters().base_model()
-        assert self._graph is not None
-        return self._graph
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the graph depends on; adapter weights are inputs, so only the adapters' options are included."""
@@ -223,9 +223,15 @@ class PeftCausalLM:
         about = parse_json_tensor(stored, "texts", PromptsText)
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
-        self._graph = _graph(about.interface.model_dump(), self._served_tensors(adapters), self.options)
         texts, notes = tuple(about.texts), tuple(about.notes)
-        return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, notes, about.tables)
+        return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, about.interface, notes, about.tables)
+
+    def interface(self, inputs: Prompts) -> Graph:
+        """Return the interface of the graph that serves the adapters of the inputs."""
+        return self._graph(inputs.interface, inputs.adapters)
+
+    def _graph(self, interface: Interface, adapters: Mapping[str, Tensors]) -> Graph:
+        return _graph(interface, self._served_tensors(adapters), self.options)
 
     def check_recorded(self, reference: Tensors, inputs: Prompts) -> None:
         """Refuse recorded outputs that do not fit the prompts.
@@ -235,8 +241,8 @@ class PeftCausalLM:
         """
         from qeff_validate.models.causal_lm.verdict import check_continuations
 
-        vocabulary = self.graph.outputs[0].shape[-1]
-        check_continuations(reference, len(inputs.ids) * len(inputs.adapters), self.options.max_new_tokens, vocabulary)
+        texts = len(inputs.ids) * len(inputs.adapters)
+        check_continuations(reference, texts, self.options.max_new_tokens, inputs.interface.vocab)
 
     def _take_model(self) -> Any:
         """Return the model without adapters; the caller puts it back into `_loaded`, because loading is slow."""
@@ -244,12 +250,10 @@ class PeftCausalLM:
         return model
 
     def _attach_adapters(self) -> Any:
-        """Attach an adapter without effect to the model, and set the graph."""
+        """Attach an adapter without effect to the model."""
         from qeff_validate.models.causal_lm.attach_adapters import attach
 
-        adapted = attach(self._take_model(), self.options.named())
-        self._graph = _graph(adapted.interface(), self._served_tensors(adapted.adapters), self.options)
-        return adapted
+        return attach(self._take_model(), self.options.named())
 
     def _served_tensors(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
         """Return the adapter inputs of the graph: the tensors of one adapter, or the stack of all."""
@@ -263,7 +267,8 @@ class PeftCausalLM:
         module = Decoder(
             adapted.model, len(adapted.dims), adapted.parameter_names, mixed=self.options.mixed_batch
         ).eval()
-        return module, decoder_examples(self.graph, self._served_tensors(adapted.adapters))
+        graph = self._graph(Interface.model_validate(adapted.interface()), adapted.adapters)
+        return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
         """Continue each prompt greedily, alone, with the original model and each adapter, applied by PEFT.
@@ -388,13 +393,6 @@ class PeftCausalLM:
         return run(self.source.causal_lm(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
 
 
-class Interface(BaseModel):
-    """Number of heads and head size of each layer's keys and values, and the vocabulary size."""
-
-    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
-    vocab: PositiveInt
-
-
 class PromptsText(RowsText):
     """Content of the tensor ``texts``."""
 
@@ -428,11 +426,11 @@ def _split(values: Array, steps: Array) -> list[Array]:
     return np.split(values, np.cumsum(steps)[:-1])
 
 
-def _graph(interface: Mapping[str, Any], adapter: Tensors, options: PeftCausalLMOptions) -> Graph:
+def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions) -> Graph:
     tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
     state = [
         TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
-        for layer, pair in enumerate(interface["dims"])
+        for layer, pair in enumerate(interface.dims)
         for name, (heads, size) in zip(("key", "value"), pair, strict=True)
     ]
     if options.mixed_batch:
@@ -443,7 +441,7 @@ def _graph(interface: Mapping[str, Any], adapter: Tensors, options: PeftCausalLM
     lengths = dict.fromkeys((options.prefill_seq_len, 1))
     return Graph(
         inputs=(*tokens, *state, *weights),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface["vocab"])), *twins),
+        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab)), *twins),
         buckets=tuple({"seq_len": length, **sizes} for length in lengths),
     )
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.logit_metrics import log_softmax, noise_level
-from qeff_validate.comparison.vector_metrics import Floats, Metric
+from qeff_validate.comparison.metric import Metric
+from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids

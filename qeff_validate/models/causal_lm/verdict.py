@@ -20,8 +20,8 @@ from qeff_validate.comparison.logit_metrics import (
     rows_beyond,
     systematic_logit_metrics,
 )
+from qeff_validate.comparison.metric import ADAPTER_METRICS, Metric, least_bounds, most_bounds
 from qeff_validate.comparison.noise_floor import Floor
-from qeff_validate.comparison.vector_metrics import Metric
 from qeff_validate.comparison.verdict import (
     GateResult,
     Rows,
@@ -47,11 +47,8 @@ MIN_EFFECT_MEASURED = 5.0
 DELTAS = {"delta_cosine": 0.01, "delta_norm": 0.05}
 """The change that an adapter makes has the reference's direction (cosine ≥ 0.99) and size (within 5 %), §14.2."""
 
-LEAST_DELTAS = {"delta_cosine": 1e-8, "delta_norm": 1e-5}
-"""Lower limits of their measured bounds."""
-
-MOST_DELTAS = {"delta_cosine": 0.5, "delta_norm": 0.5}
-"""A bound of at least this accepts another adapter, so it is refused."""
+LEAST_DELTAS, MOST_DELTAS = least_bounds(ADAPTER_METRICS), most_bounds(ADAPTER_METRICS)
+"""Limits of their measured bounds."""
 
 MOST_DESCRIBED = 3
 """Maximum number of failed gates that are described; the others are named, and the report has their numbers."""

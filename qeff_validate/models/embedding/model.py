@@ -32,7 +32,17 @@ from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
-from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share
+from qeff_validate.protocols import (
+    Change,
+    ComparisonContext,
+    FaultTested,
+    FillerChecked,
+    Graph,
+    Prechecked,
+    Session,
+    Share,
+    Sharing,
+)
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 MOST_BYTES = 64 << 20
@@ -51,7 +61,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding:
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -174,6 +184,10 @@ class PooledEmbedding:
     def inputs(self, stored: Tensors) -> TokenRows:
         """Return the rows from their stored form."""
         return TokenRows.from_stored(stored, per_token=self.options.pooling == "none")
+
+    def interface(self, inputs: TokenRows) -> Graph:  # noqa: ARG002
+        """Return the interface of the exported graph, which depends on the options only."""
+        return self.graph
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the body and wrap it with the pooling; the example shapes differ from every bucket on purpose."""
@@ -367,7 +381,7 @@ class PooledEmbedding:
         return replace(verdict, reason=f"{hint}; {verdict.reason}") if hint else verdict
 
     def reached(self, session: Session, inputs: TokenRows, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
-        """See `protocols.Filled`."""
+        """See `protocols.FillerChecked`."""
         from qeff_validate.models.embedding.filler_rows import rows_reached
 
         if inputs.per_token or any(len(array) != len(inputs.ids) for array in actual.values()):

@@ -9,16 +9,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qeff_validate.comparison.bounds import MOST, bounds_for
+from qeff_validate.comparison.bounds import bounds_for
+from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
 from qeff_validate.config.case import Strict
 from qeff_validate.models.row_model import RowModel
 from qeff_validate.mutation.mutant import ModuleMutant, Patch
 from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
+from qeff_validate.report.report import Report
 from qeff_validate.tensors import Tensors, TensorSpec
 
 FEATURES, CLASSES = 16, 8
+
+
+MARGIN = MetricSpec("margin", "|Δ (best score − next score)|", 1.0, {"fp32": 1e-4, "fp16": 2e-2})
 
 
 class ScorerOptions(Strict):
@@ -31,7 +36,7 @@ class ScorerOptions(Strict):
 class Scorer(RowModel):
     """Two linear layers with a GELU between them; rows are drawn from the case's seed."""
 
-    tolerances: ClassVar = {"fp32": {"margin": 1e-4}, "fp16": {"margin": 2e-2}}
+    metrics: ClassVar = (MARGIN,)
 
     @property
     def graph(self) -> Graph:
@@ -98,13 +103,13 @@ SCORER = ModelKind(
     options=ScorerOptions,
     create=Scorer,
     suite="scorer",
-    bounds={**MOST, "margin": 1.0},
+    metrics=(*VECTOR_METRICS, MARGIN),
     relations=("opposite_order",),
     mutants=("scorer_kind:MUTANTS",),
 )
 
 
-def csv_report(plain: Mapping[str, Any]) -> str:
+def csv_report(report: Report) -> str:
     """Return a report as CSV: case, runtime, status."""
-    rows = [f"{result['case']},{result['runtime']},{result['status']}" for result in plain["results"]]
+    rows = [f"{result.case},{result.runtime},{result.status}" for result in report.results]
     return "\n".join(["case,runtime,status", *rows]) + "\n"

@@ -10,7 +10,7 @@ import pytest
 from floors import EVEN, made_floor
 
 from qeff_validate.comparison.bounds import Bound
-from qeff_validate.comparison.vector_metrics import Metric
+from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power, Verdict
 from qeff_validate.mutation.mutant import mutants
 from qeff_validate.mutation.power import FaultEffects, ceiling_mutants

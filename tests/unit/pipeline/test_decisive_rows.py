@@ -53,7 +53,7 @@ def test_the_limit_from_some_rows_is_near_that_of_all(store: Path, monkeypatch: 
     """Held-out rows: those that were not measured; the factor of a bound in float32 is 3."""
     some = pipeline(case(texts=MANY), store).floor(FP32)
     monkeypatch.setattr("qeff_validate.comparison.decisive_rows.MOST", 10**6)
-    monkeypatch.setattr("qeff_validate.pipeline.case_pipeline.MOST", 10**6)
+    monkeypatch.setattr("qeff_validate.pipeline.case_artifacts.MOST", 10**6)
     monkeypatch.setattr("qeff_validate.comparison.decisive_rows.decisive_rows.__defaults__", (10**6,))
     every = pipeline(case(texts=MANY), store).floor(FP32)
     assert some is not None

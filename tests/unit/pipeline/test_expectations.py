@@ -14,8 +14,8 @@ import qeff_validate as qv
 from qeff_validate.config.case import Expect
 from qeff_validate.engine import load
 from qeff_validate.pipeline.expectations import with_expectation
-from qeff_validate.report.result import Report, Result
-from qeff_validate.report.text import closing
+from qeff_validate.report.report import Report
+from qeff_validate.report.result import Result
 
 LAST = date(2026, 12, 31)
 
@@ -31,7 +31,7 @@ def test_an_expected_failure_is_kept_visible_and_does_not_fail_the_run() -> None
     assert (result.status, result.expected) == ("fail", "upstream bug 7, until 2026-12-31")
     report = Report((result,))
     assert report.exit_code() == 0
-    assert "expected fail" in " ".join(closing(report.plain()))
+    assert "expected fail" in " ".join(report.closing())
 
 
 def test_an_unexpected_pass_is_a_failure_that_says_what_to_do() -> None:

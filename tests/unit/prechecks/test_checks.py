@@ -474,10 +474,10 @@ def test_the_report_holds_every_rung_and_prints_those_that_differ() -> None:
     prechecks = with_feed_prechecks(
         (Precheck("mask", "unknown", "not yet"), Precheck("pooling", "differs", "x")), [Precheck("mask", "same")]
     )
-    plain = with_prechecks(Result("c", "ort", "pass", prechecks=prechecks, precision="fp32")).plain()
+    result = with_prechecks(Result("c", "ort", "pass", prechecks=prechecks, precision="fp32"))
     said = [{"name": "mask", "state": "same", "detail": ""}, {"name": "pooling", "state": "differs", "detail": "x"}]
-    assert plain["prechecks"] == said
-    (line,) = problems({"results": [plain]})
+    assert result.plain()["prechecks"] == said
+    (line,) = problems((result,))
     assert line.startswith("c-ort: fail at precheck: pooling: x")
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from qeff_validate.comparison.bounds import Bound
-from qeff_validate.comparison.vector_metrics import Metric
-from qeff_validate.comparison.verdict import GateResult
-from qeff_validate.report.result import Report, Result, finite, merged
-from qeff_validate.report.text import closing
+from qeff_validate.comparison.metric import Metric
+from qeff_validate.comparison.verdict import GateResult, Power
+from qeff_validate.errors import IncomparableError
+from qeff_validate.report.report import Report
+from qeff_validate.report.result import Precheck, Result, finite
 
 
 def result(status: Any = "pass", runtime: str = "ort", **more: Any) -> Result:
@@ -95,25 +96,57 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     text = Report((result(metrics=(judged(1e-4),)),))
     from qeff_validate.report.markdown import markdown
 
-    lines = markdown(text.plain()).splitlines()
+    lines = markdown(text.results).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 
 
 def test_the_closing_says_what_was_proved_and_what_was_not() -> None:
     report = Report((result(), result("pass", "sim", simulated=True), result("fail", "torch")))
-    text = " ".join(closing(report.plain()))
+    text = " ".join(report.closing())
     assert "Proved: ort agrees" in text
     assert "a simulated AI 100" in text
     assert "Not proved: c-torch (fail)" in text
     assert "Not proved: anything on a real AI 100 card" in text
     real = Report((result("pass", "ai100"),))
-    assert "Not proved" not in " ".join(closing(real.plain()))
+    assert "Not proved" not in " ".join(real.closing())
 
 
-def test_merged_results_of_processes_are_counted() -> None:
-    made = merged([result().plain(), result("not_run").plain()], {})
-    assert (made["summary"]["pass"], made["summary"]["not_run"], made["summary"]["rows_compared"]) == (1, 1, 3)
+def test_statuses_and_rows_are_counted() -> None:
+    summary = Report((result(), result("not_run"))).plain()["summary"]
+    assert (summary["pass"], summary["not_run"], summary["rows_compared"]) == (1, 1, 3)
+
+
+def full_report() -> Report:
+    floor = Bound(1e-3, "floor", "3 x 3e-4", 2e-4)
+    metrics = (judged(math.nan), judged(0.5, None), GateResult(Metric("output.cosine", 1e-4, {"row": 1}), floor))
+    one = result(
+        "fail", metrics=metrics, power=Power(4, ("small",)), reason="r", stage="compare", notes=("n",), findings=("f",),
+        prechecks=(Precheck("weights", "same"),), timings_s={"load": 0.5}, artifact={"kind": "onnx"}, expected="known",
+    )  # fmt: skip
+    return Report((one, result("not_run", "ai100", reason="no card")), {"seed": 0}, ("not recorded",))
+
+
+def test_plain_form_is_read_back() -> None:
+    plain = json.loads(json.dumps(full_report().plain()))
+    assert Report.from_plain(plain).plain() == plain
+    assert math.isnan(Report.from_plain(plain).results[0].metrics[0].metric.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plain: plain.update(schema=2),
+        lambda plain: plain["results"][0].pop("coverage"),
+        lambda plain: plain["results"][0].update(status="good"),
+        lambda plain: plain["results"][0]["metrics"][0].update(value="many"),
+    ],
+)
+def test_plain_form_of_something_else_is_refused(damage: Any) -> None:
+    plain = full_report().plain()
+    damage(plain)
+    with pytest.raises(IncomparableError):
+        Report.from_plain(plain)
 
 
 def test_a_notebook_gets_a_table() -> None:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: results and the environment that they were made in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from qeff_validate.comparison.verdict import Status
+from qeff_validate.errors import IncomparableError
+from qeff_validate.report.markdown import markdown
+from qeff_validate.report.result import Result
+from qeff_validate.report.text import closing, problems, row_cells, table
+from qeff_validate.report.writers import write_reports
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+
+DEFAULT_DIR = "qv-report"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Results and the environment they were made in.
+
+    Examples:
+        >>> Report((Result("small", "ort", "pass", planned=3, compared=3),)).exit_code()
+        0
+        >>> Report(()).exit_code()  # nothing was compared
+        3
+    """
+
+    results: tuple[Result, ...]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    unwritten: tuple[str, ...] = ()
+    """Why recordings could not be written; no verdict depends on them."""
+
+    @property
+    def passed(self) -> bool:
+        """True if something was compared and nothing failed."""
+        return self.exit_code() == 0
+
+    def exit_code(self, *, require: Iterable[str] = (), allow_inconclusive: bool = False) -> int:
+        """Return 2 for a wrong config, 1 for a mismatch or inconclusive, 3 for an error or nothing compared, else 0.
+
+        A recording that could not be written counts as an error.
+
+        Args:
+            require: runtimes whose ``not_run`` counts as an error.
+            allow_inconclusive: do not count inconclusive results as failures.
+        """
+        counted = [result for result in self.results if result.expected is None]
+        statuses = Counter(result.status for result in counted)
+        required = set(require)
+        unmet = required - {result.runtime for result in self.results}
+        unmet |= {result.runtime for result in self.results if result.status == "not_run"} & required
+        if any(result.status == "error" and result.stage == "config" for result in counted):
+            return 2
+        if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
+            return 1
+        compared = any(result.compared for result in self.results)
+        return 3 if statuses["error"] or unmet or not compared or self.unwritten else 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the report as report.json holds it; non-finite numbers are strings."""
+        counts = Counter(result.status for result in self.results)
+        return {
+            "schema": SCHEMA,
+            "environment": dict(self.environment),
+            "results": [result.plain() for result in self.results],
+            "unwritten": list(self.unwritten),
+            "summary": {
+                **{status: counts[status] for status in get_args(Status)},
+                "results": len(self.results),
+                "rows_compared": self.rows_compared,
+            },
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Report:
+        """Return the report that `plain` describes.
+
+        Raises:
+            IncomparableError: it is of another schema, or a value is missing or of another type.
+        """
+        if plain.get("schema") != SCHEMA:
+            raise IncomparableError(f"a report has schema {SCHEMA}, this has {plain.get('schema')!r}: make it anew")
+        results = tuple(map(Result.from_plain, plain.get("results", ())))
+        return cls(results, plain.get("environment", {}), tuple(plain.get("unwritten", ())))
+
+    @property
+    def rows_compared(self) -> int:
+        """The number of rows that were compared, over all results."""
+        return sum(result.compared for result in self.results)
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
+
+        Raises:
+            ValidateError: they cannot be written.
+        """
+        write_reports(self, folder)
+
+    def table(self) -> Table:
+        """Return a table for a terminal or a notebook."""
+        return table(self.results)
+
+    def closing(self) -> list[str]:
+        """Return sentences that say what was proved and what was not."""
+        return closing(self.results)
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return "\n".join("  ".join(row_cells(result)) for result in self.results)
+
+    def _repr_html_(self) -> str:
+        import io
+
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=140)
+        console.print(self.table())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def problems(self) -> list[str]:
+        """Return a line for every result that did not pass, every finding, note and recording that was not written."""
+        return [*problems(self.results), *self.unwritten]
+
+
+def json_report(report: Report) -> str:
+    """Return the content of report.json."""
+    return json.dumps(report.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def markdown_report(report: Report) -> str:
+    """Return the content of report.md."""
+    return markdown(report.results, report.unwritten)
