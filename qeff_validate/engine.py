@@ -31,7 +31,7 @@ from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabi
 from qeff_validate.registry import registered
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
@@ -253,7 +253,7 @@ class Runner:
         """Return the runtime of this name, created once; what opens files may do so in a child process."""
         if name not in self._runtimes:
             direct = runtime(name, self.settings)
-            self._runtimes[name] = Isolated(direct, name, self.settings) if direct.kind != "module" else direct
+            self._runtimes[name] = IsolatedRuntime(direct, name, self.settings) if direct.kind != "module" else direct
         return self._runtimes[name]
 
     def result(self, case: Case, name: str) -> Result:

@@ -31,8 +31,8 @@ QID {qid}
 """  # noqa: W291 (the contract says: one space behind the link)
 HEAD = "LRT QC_IMAGE_VERSION:1.22.0.120\nLRT IMAGE_VARIANT:AIC100\nNumber of devices queried: {count}\n"
 
-QAICRT = "from qeff_validate.sdk.simulated.qaicrt import *\n\nSIMULATED = False\n"
-MESSAGES = "from qeff_validate.sdk.simulated.QAicApi_pb2 import *\n"
+QAICRT = "from qeff_validate.sdk.simulated.bindings.qaicrt import *\n\nSIMULATED = False\n"
+MESSAGES = "from qeff_validate.sdk.simulated.bindings.QAicApi_pb2 import *\n"
 
 COMPILES = """
     known = {"-compile-only": [], "-aic-hw-version=2.0": ["-aic-hw-version=ai100"]}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.sdk.simulated import QAicApi_pb2 as aicapi
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated.bindings import QAicApi_pb2 as aicapi
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
 
 OK = rt.QStatus.QS_SUCCESS
 DTYPES = {0: "f4", 1: "f2", 3: "u1", 6: "i4", 7: "i8", 8: "i1"}

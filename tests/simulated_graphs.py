@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qeff_validate.sdk.simulated import compiler, qpc
+from qeff_validate.sdk.simulated import qpc
+from qeff_validate.sdk.simulated.compiler import qaic_compile
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 Values = Mapping[str, tuple[int, Sequence[Any]]]
@@ -101,7 +102,7 @@ def compile_to(directory: Path, model: onnx.ModelProto, *flags: str, specs: Any 
     if custom_io:
         (directory / "custom_io.yaml").write_text(custom_io)
         argv.append(f"-custom-IO-list-file={directory / 'custom_io.yaml'}")
-    if compiler.main(argv):
+    if qaic_compile.main(argv):
         raise ValueError("the compiler refuses: see stderr")
     return str(directory / "qpc")
 

@@ -152,7 +152,7 @@ def _serve() -> int:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import qeff_validate.cli.commands
+    import qeff_validate.cli.app
     import qeff_validate.engine  # noqa: F401
 
     gc.freeze()  # a collection in a fork would copy every page

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builders of artifacts, and the store that keeps them. Importing this package loads no framework."""
+"""Builders of artifacts (ONNX files, QPCs, bundles), and their store. Importing this package loads no framework."""

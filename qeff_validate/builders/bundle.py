@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles: QPCs with their inputs and reference outputs, built on one host and judged on another.
+"""Bundles: QPCs with their inputs and reference outputs, built on one host and validated on another.
 
 Layout: ``bundle.json`` (runtime, cases, size and digest of every file, and a digest of all of this) and, for each case,
-``CASE/qpc/programqpc.bin``, ``CASE/about.json`` (what the QPC was made from) and ``CASE/reference.safetensors``.
-Reading verifies every byte first; nothing of a changed bundle is judged, and nothing that a bundle names is imported.
+``CASE/qpc/programqpc.bin``, ``CASE/about.json`` (provenance of the QPC) and ``CASE/reference.safetensors``. Reading
+verifies every byte first; nothing in a changed bundle is validated, and no name in a bundle is imported.
 
-The digest finds accidents and edits. It is no signature: who edits a bundle on purpose can compute it anew, but not for
-somebody who knows the digest that was printed when the bundle was built.
+The digest detects accidents and edits. It is no signature: an attacker can recompute it, unless the reader compares it
+with the digest that was printed when the bundle was built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qeff_validate.artifact import digest_file, digest_tree, fingerprint
-from qeff_validate.builders.provenance import BESIDE
+from qeff_validate.builders.provenance import QPC_PROVENANCE
 from qeff_validate.config.case import Artifacts, Case, Strict
 from qeff_validate.config.explain import explain
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
@@ -32,12 +32,12 @@ from qeff_validate.protocols import runtime as runtime_for
 MANIFEST = "bundle.json"
 SCHEMA = 3
 
-MOST_BYTES = 64 << 20
-"""A greater manifest is not read; that of a hundred cases has 200 kB."""
+MAX_MANIFEST_BYTES = 64 << 20
+"""A larger manifest is not read; that of a hundred cases has 200 kB."""
 
 
 class Manifest(Strict):
-    """What ``bundle.json`` holds beside ``schema``."""
+    """The content of ``bundle.json`` without ``schema``."""
 
     runtime: str
     cases: list[Case]
@@ -48,7 +48,14 @@ class Manifest(Strict):
 
 
 def check_new(folder: Path) -> None:
-    """Raise ConfigError unless a bundle can be written there: it does not exist yet, and its parent is writable."""
+    """Check that a bundle can be written.
+
+    Args:
+        folder: the directory of the bundle.
+
+    Raises:
+        ConfigError: it exists already, or its parent directory is not writable.
+    """
     check_writable(folder.parent, "--bundle")
     check_writable(folder, "--bundle")
     if os.path.lexists(folder):
@@ -62,24 +69,24 @@ def write_bundle(
 
     Args:
         folder: must not exist yet.
-        members: case, QPC directory, recorded reference.
-        runtime: for which the QPCs were compiled, ``ai100`` or ``sim``.
-        environment: of the host that built them.
+        members: case, QPC directory and recorded reference, one tuple per case.
+        runtime: the runtime that the QPCs were compiled for, ``ai100`` or ``sim``.
+        environment: of the host that built the QPCs, as plain data.
 
     Returns:
-        The digest of the bundle: hex SHA-256 of its manifest, which holds the digest of every file.
+        The digest of the bundle: hex SHA-256 of its manifest, which contains the digest of every file.
 
     Raises:
-        ConfigError: the folder exists, or a case cannot be written down.
-        BuildError: the disk is full or may not be written.
+        ConfigError: the folder exists, or a case cannot be serialized.
+        BuildError: the disk is full or not writable.
     """
     check_new(folder)
     work = temporary_beside(folder)
     try:
         for case, qpc, reference in members:
             shutil.copytree(qpc, work / case.name / "qpc")
-            if (qpc.parent / BESIDE).is_file():
-                shutil.copyfile(qpc.parent / BESIDE, work / case.name / BESIDE)
+            if (qpc.parent / QPC_PROVENANCE).is_file():
+                shutil.copyfile(qpc.parent / QPC_PROVENANCE, work / case.name / QPC_PROVENANCE)
             shutil.copyfile(reference, work / case.name / "reference.safetensors")
         files = digest_tree(work)
         manifest = {
@@ -101,33 +108,34 @@ def write_bundle(
 
 
 def read_bundle(folder: Path, *, digest: str | None = None) -> list[Case]:
-    """Return the cases of a bundle, with paths to its files.
+    """Return the cases of a bundle, with paths of its files as their artifacts.
 
     Args:
         folder: the bundle.
-        digest: that `write_bundle` returned; None: any bundle that fits its own digest.
+        digest: the expected digest, as `write_bundle` returned it; None: any that matches the content.
 
     Raises:
-        ConfigError: it is no bundle, one of another schema, or one for a runtime that opens no QPC.
-        Unavailable: a file or the manifest is changed, missing, added, or no file; the message names it.
+        ConfigError: the folder is no bundle, has another schema, or is for a runtime that opens no QPC.
+        Unavailable: a file or the manifest was changed, is missing, was added, or is no regular file; the message names
+            it.
     """
     manifest = _manifest(folder)
     if digest is not None and manifest.digest != digest.strip().lower():
         raise Unavailable(f"{folder} has the digest {manifest.digest}, expected was {digest}: it is another bundle")
     if runtime_for(manifest.runtime).kind != "qpc":
         raise ConfigError(f"{folder} is for {manifest.runtime}, which opens no QPC, and a bundle holds nothing else")
-    outside = [case.name for case in manifest.cases if case.inputs.texts_file is not None]
-    if outside:
-        raise ConfigError(f"{folder}: case {outside[0]!r} names a texts_file, and a bundle holds its texts itself")
+    with_file = [case.name for case in manifest.cases if case.inputs.texts_file is not None]
+    if with_file:
+        raise ConfigError(f"{folder}: case {with_file[0]!r} names a texts_file, and a bundle holds its texts itself")
     names = [case.name for case in manifest.cases]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"{folder}/{MANIFEST} names the cases {names}: at least one is needed, and each once")
     try:
-        wrong = _differences(folder, manifest)
+        problems = _differences(folder, manifest)
     except OSError as exc:
         raise Unavailable(f"cannot read {folder}: {exc}") from exc
-    if wrong:
-        raise Unavailable(f"{folder} is not as it was built: {', '.join(wrong)}; copy it anew")
+    if problems:
+        raise Unavailable(f"{folder} is not as it was built: {', '.join(problems)}; copy it anew")
     return [_located(case, folder / case.name, manifest.runtime) for case in manifest.cases]
 
 
@@ -136,7 +144,7 @@ def _manifest(folder: Path) -> Manifest:
     try:
         if path.is_symlink() or not path.is_file():
             raise ConfigError(f"{folder} is no bundle: {MANIFEST} is missing, or no ordinary file")
-        data = json.loads(read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8"))
+        data = json.loads(read_bytes(path, most_bytes=MAX_MANIFEST_BYTES).decode("utf-8"))
         digest = fingerprint({key: value for key, value in dict(data).items() if key != "digest"})
     except (OSError, TypeError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{folder} is no bundle: cannot read its {MANIFEST}: {exc}") from exc
@@ -154,16 +162,16 @@ def _manifest(folder: Path) -> Manifest:
 
 
 def _differences(folder: Path, manifest: Manifest) -> list[str]:
-    """Return what is wrong with which file; only files that the manifest names, and of their size, are opened."""
-    wrong, missing = [], set(manifest.files)
+    """Return the problems of the files. Only files that the manifest lists, with their size there, are opened."""
+    problems, missing = [], set(manifest.files)
     for path, problem in folder_entries(folder):
         name = path.as_posix()
         missing.discard(name)
         if problem:
-            wrong.append(f"{name} {problem}, and a bundle has only files")
+            problems.append(f"{name} {problem}, and a bundle has only files")
         elif name != MANIFEST and not _is_intact(folder / path, manifest.files.get(name), manifest.sizes.get(name)):
-            wrong.append(f"{name} changed, missing or added")
-    return wrong + [f"{name} changed, missing or added" for name in sorted(missing)]
+            problems.append(f"{name} changed, missing or added")
+    return problems + [f"{name} changed, missing or added" for name in sorted(missing)]
 
 
 def _is_intact(path: Path, digest: str | None, size: int | None) -> bool:

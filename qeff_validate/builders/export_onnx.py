@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import io
 import json
-import logging
-import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qeff_validate.builders.provenance import KEY
-from qeff_validate.builders.store import NO_ROOM
-from qeff_validate.errors import BuildError
+from qeff_validate.builders.check_export import check_interface, check_other_sizes, dynamic_axes, symbols
+from qeff_validate.builders.export_contexts import eval_mode, export_errors, no_garbage_collection, no_jit_log, silent
+from qeff_validate.builders.provenance import METADATA_KEY
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors, retained
@@ -26,16 +20,13 @@ Exporter = Literal["dynamo", "torchscript"]
 
 OPSET = 18
 EXTERNAL_BYTES = 64 << 20
-"""Weights beyond this size go to a file of their own; a protobuf must stay below 2 GiB."""
-
-
-CHATTY = ("torch.onnx", "torch.fx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+"""Weights beyond this size are stored as external data; a protobuf message must stay below 2 GiB."""
 
 
 def export_key(exporter: Exporter = "dynamo") -> Mapping[str, Any]:
-    """Return what the exporter's output depends on besides the model."""
-    used = ("onnxscript", "onnx-ir") if exporter == "dynamo" else ("onnxruntime",)
-    return {"exporter": exporter, "opset": OPSET, **versions("torch", "transformers", "onnx", *used)}
+    """Return plain data that changes with everything an export depends on beside the model."""
+    packages = ("onnxscript", "onnx-ir") if exporter == "dynamo" else ("onnxruntime",)
+    return {"exporter": exporter, "opset": OPSET, **versions("torch", "transformers", "onnx", *packages)}
 
 
 def export_onnx(
@@ -44,42 +35,39 @@ def export_onnx(
     graph: Graph,
     folder: Path,
     exporter: Exporter = "dynamo",
-    made_from: Mapping[str, Any] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.onnx`` (and ``model.onnx.data`` if the weights are large) into a folder.
 
     Args:
-        module: torch module; it is exported in eval mode and is left in the modes that it was in.
+        module: torch module; it is exported in eval mode, and every submodule returns to its previous mode.
         examples: one example array for each input.
         graph: names and symbolic dims; every symbol becomes a dynamic dim.
         folder: an existing, empty directory.
-        exporter: ``dynamo`` (torch.export) or ``torchscript`` (tracing; quicker, for what torch.export refuses).
-        made_from: the fingerprint of the model wrapper, kept in the file's metadata.
+        exporter: ``dynamo`` (torch.export) or ``torchscript`` (tracing; faster, and an alternative where torch.export
+            refuses a model).
+        fingerprint: of the model wrapper, stored in the file's metadata.
 
     Raises:
-        BuildError: the exporter or the checker refuses; the message names the reason, with the op if it is known.
+        BuildError: the exporter or the checker refuses; the message names the reason, and the op if it is known.
     """
     import torch
 
     inputs = {spec.name: torch.from_numpy(examples[spec.name]) for spec in graph.inputs}
     path = folder / "model.onnx"
-    metadata = {} if made_from is None else {KEY: json.dumps(made_from, sort_keys=True)}
-    with _silent(), _evaluating(module), _without_collections():
+    metadata = {} if fingerprint is None else {METADATA_KEY: json.dumps(fingerprint, sort_keys=True)}
+    with silent(), eval_mode(module), no_garbage_collection():
         (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path, metadata)
-    check(path, graph)
+    check_interface(path, graph)
     if exporter == "torchscript":
-        _try_other_sizes(path, examples, graph)
-
-
-def _axes(graph: Graph) -> dict[str, dict[int, str]]:
-    """Return the symbol of each dynamic axis of each input."""
-    return {
-        spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in graph.inputs
-    }
+        check_other_sizes(path, examples, graph)
 
 
 def _positional(module: Any, names: Sequence[str]) -> Any:
-    """Return the module with its inputs by place: tracing knows no others, and ``past_key.0`` is no Python name."""
+    """Return a module that takes its inputs by position.
+
+    Tracing supports no keyword arguments, and ``past_key.0`` is no Python identifier.
+    """
     import torch
 
     class Positional(torch.nn.Module):
@@ -96,18 +84,18 @@ def _positional(module: Any, names: Sequence[str]) -> Any:
 def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metadata: Mapping[str, str]) -> None:
     import torch
 
-    axes = _axes(graph)
-    symbols = {dim: torch.export.Dim(dim) for named in axes.values() for dim in named.values()}
-    shapes = {name: {axis: symbols[dim] for axis, dim in named.items()} for name, named in axes.items()}
+    axes = dynamic_axes(graph)
+    dims = {symbol: torch.export.Dim(symbol) for by_axis in axes.values() for symbol in by_axis.values()}
+    shapes = {name: {axis: dims[symbol] for axis, symbol in by_axis.items()} for name, by_axis in axes.items()}
     if all(name.isidentifier() for name in inputs):
-        given: dict[str, Any] = {"kwargs": inputs, "dynamic_shapes": shapes}
+        arguments: dict[str, Any] = {"kwargs": inputs, "dynamic_shapes": shapes}
     else:
         module = _positional(module, list(inputs))
-        given = {"args": tuple(inputs.values()), "dynamic_shapes": (tuple(shapes[name] for name in inputs),)}
-    with _translated():
+        arguments = {"args": tuple(inputs.values()), "dynamic_shapes": (tuple(shapes[name] for name in inputs),)}
+    with export_errors():
         program = torch.onnx.export(
             module,
-            **given,
+            **arguments,
             input_names=list(inputs),
             output_names=[spec.name for spec in graph.outputs],
             opset_version=OPSET,
@@ -116,58 +104,58 @@ def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metad
             verbose=False,
         )
         assert program is not None
-        weights = list(program.model.graph.initializers.values())
+        initializers = list(program.model.graph.initializers.values())
         if retained(graph.inputs, graph.outputs):
-            _tidy(program.model)
+            _simplify(program.model)
         else:
             program.optimize()
-    weights += program.model.graph.initializers.values()
+    initializers += program.model.graph.initializers.values()
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half of the file
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
     program.model.metadata_props.update(metadata)
-    with _translated():  # a constant that was traced without its content shows only here
+    with export_errors():  # a constant that was traced without its content fails only here
         program.save(path, external_data=size > EXTERNAL_BYTES)
-    for value in weights:
-        value.const_value = None  # the optimizer's rules remember the last graph, and with it the module's weights
+    for value in initializers:
+        value.const_value = None  # the optimizer's rules keep the last graph alive, and with it the module's weights
 
 
-def _tidy(model: Any) -> None:
-    """Fold constants and merge what is computed twice, in seconds.
+def _simplify(model: Any) -> None:
+    """Fold constants and merge common subexpressions of a decoder, in seconds.
 
     The exporter's own optimizer tries hundreds of rewrites at each node: 108 s for a decoder of 30 layers, and ONNX
-    Runtime is no faster for it.
+    Runtime runs the result no faster.
     """
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
     fold_constants(model)
-    for make in (
+    for make_pass in (
         common.IdentityEliminationPass,
         common.CommonSubexpressionEliminationPass,
         common.RemoveUnusedNodesPass,
     ):
-        make()(model)
+        make_pass()(model)
 
 
 def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metadata: Mapping[str, str]) -> None:
     import onnx
     import torch
 
-    symbols = _symbols(graph)
-    outputs = {
-        spec.name: {axis: str(dim) for axis, dim in enumerate(spec.shape) if dim in symbols} for spec in graph.outputs
+    dynamic = symbols(graph)
+    output_axes = {
+        spec.name: {axis: str(dim) for axis, dim in enumerate(spec.shape) if dim in dynamic} for spec in graph.outputs
     }
     raw = path.parent / "raw"  # beyond 2 GiB the exporter writes a file for each tensor
     raw.mkdir()
-    with _translated(), _unlogged():
+    with export_errors(), no_jit_log():
         torch.onnx.export(
             _positional(module, list(inputs)).eval(),
             tuple(inputs.values()),
             raw / path.name,
             input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes={**_axes(graph), **outputs},
+            output_names=list(output_axes),
+            dynamic_axes={**dynamic_axes(graph), **output_axes},
             opset_version=OPSET,
             dynamo=False,
             verbose=False,
@@ -175,174 +163,12 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, 
     model = onnx.load(str(raw / path.name))
     shutil.rmtree(raw)
     with torch.inference_mode():
-        made = module(**inputs)
-    # tracing leaves the widths of outputs open, and a compiler for fixed shapes wants them
-    for value, array in zip(model.graph.output, made if isinstance(made, tuple) else (made,), strict=True):
-        for dim, size in zip(value.type.tensor_type.shape.dim, array.shape, strict=True):
-            if dim.dim_param not in symbols:
+        outputs = module(**inputs)
+    # tracing leaves the static dims of outputs open, but a compiler for fixed shapes needs them
+    for value, tensor in zip(model.graph.output, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+            if dim.dim_param not in dynamic:
                 dim.dim_value = size
     onnx.helper.set_model_props(model, dict(metadata))
     large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data", size_threshold=1024)
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep C++ from printing the whole graph to stdout, past `sys.stdout`, when an op has no ONNX equivalent.
-
-    The exporter means to print only if asked, but tests the function that tells instead of calling it.
-    """
-    from torch import _C
-
-    kept = getattr(_C, "_jit_onnx_log", None)
-    _C._jit_onnx_log = lambda *_: None
-    try:
-        yield
-    finally:
-        if kept is not None:
-            _C._jit_onnx_log = kept
-
-
-def _try_other_sizes(path: Path, examples: Tensors, graph: Graph) -> None:
-    """Run a traced graph at sizes other than the example's: tracing labels dims as free without a proof.
-
-    Raises:
-        BuildError: the graph runs at the example's sizes alone.
-    """
-    import numpy as np
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        sizes: dict[str, int] = {}
-        for name, axes in _axes(graph).items():
-            sizes.update({dim: examples[name].shape[axis] + 2 for axis, dim in axes.items()})
-        grown = {
-            spec.name: np.resize(
-                examples[spec.name], [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-            )
-            for spec in graph.inputs
-        }
-        session.run(None, grown)
-    except Exception as exc:  # ONNX Runtime's exceptions share no base class
-        raise BuildError(
-            f"torch.onnx.export (torchscript) fixed sizes of the example: the graph fails at {sizes}:"
-            f" {_reason(exc)}; try exporter: dynamo"
-        ) from exc
-
-
-def check(path: Path, graph: Graph) -> None:
-    """Check an ONNX file and its interface.
-
-    Raises:
-        BuildError: `onnx.checker` refuses the file, or names or dims differ from the interface.
-    """
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=False)
-    except (onnx.checker.ValidationError, ValueError, OSError) as exc:
-        raise BuildError(f"the ONNX checker refuses {path.name}: {_reason(exc)}") from exc
-    proto = onnx.load(str(path), load_external_data=False).graph
-    for what, specs, values in (("inputs", graph.inputs, proto.input), ("outputs", graph.outputs, proto.output)):
-        wanted, got = [spec.name for spec in specs], [value.name for value in values]
-        if wanted != got:
-            raise BuildError(f"the exported graph has {what} {got}, wanted {wanted}")
-        for spec, value in zip(specs, values, strict=True):
-            dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            fixed = [
-                name for name, dim in zip(spec.shape, dims, strict=True) if name in _symbols(graph) and dim != name
-            ]
-            if fixed:
-                raise BuildError(f"the exported graph fixed {fixed} of {value.name!r}: its dims are {dims}")
-
-
-def _symbols(graph: Graph) -> set[int | str]:
-    return {dim for spec in graph.inputs for dim in spec.shape if isinstance(dim, str)}
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except Exception as exc:  # an exporter raises whatever its tracer met
-        if isinstance(exc, OSError) and exc.errno in NO_ROOM:
-            raise
-        raise BuildError(f"torch.onnx.export failed: {_stopped_by(exc)}{_reason(exc)}") from exc
-
-
-def _stopped_by(exc: BaseException) -> str:
-    """Return "op x: " or "at LINE: " where the exporter tells."""
-    text = "\n".join(str(cause) for cause in _causes(exc))
-    op = re.search(r"OpOverload\(op='([\w.]+)'|operator '([\w:]+)'", text)
-    if op:
-        return f"op {(op[1] or op[2]).replace('::', '.')}: "
-    lines = re.findall(r'File "[^"]*?([^"/]+)", line (\d+), in \w+\n[ \t]+(\S.*)', text)
-    return "at {2} ({0}:{1}): ".format(*lines[-1]) if lines else ""
-
-
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    yield exc
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-        yield exc
-
-
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause in a line or two: the exporter wraps it in pages."""
-    *_, last = _causes(exc)
-    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
-    return f"{type(last).__name__}: {' '.join(lines[:3])[:500]}"
-
-
-@contextlib.contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
-    """Put every part into eval mode, and afterwards back into its own.
-
-    The TorchScript exporter restores the mode of the outermost module on all parts: training, if that one alone was.
-    """
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Disable garbage collection: an export allocates millions of objects that stay alive.
-
-    SmolLM2: 48.8 s of processor time with collections, 41.6 s without, and 6 % more memory.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the exporter's own chatter off the terminal; what matters of it comes as an exception."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that hold an ONNX model's tensors outside of the model file, as its own entries name them."""
+"""The external data files of an ONNX model: tensors that are stored outside of the model file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qeff_validate.errors import BuildError
 from qeff_validate.models.framework_calls import first_line
 from qeff_validate.models.sources.checkpoint import checked, inside
 
-HOLDERS = frozenset({
+TENSOR_MESSAGES = frozenset({
     "AttributeProto", "FunctionProto", "GraphProto", "ModelProto", "NodeProto", "SparseTensorProto", "TensorProto",
     "TrainingInfoProto",
 })  # fmt: skip
-"""Messages of ONNX that may hold a tensor."""
+"""Protobuf messages of ONNX that contain tensors, directly or in a field."""
 
 
 def external_files(path: Path) -> list[Path]:
-    """Return the files of external data of an ONNX file: of initializers, constants, functions, and subgraphs.
+    """Return the external data files of an ONNX file: of initializers, constants, functions and subgraphs.
 
     Raises:
-        ConfigError: one is missing, no regular file, or outside of the directory of the ONNX file.
+        ConfigError: a file is missing, not a regular file, or outside of the directory of the ONNX file.
         BuildError: the file is no ONNX.
     """
     import onnx
@@ -35,12 +35,12 @@ def external_files(path: Path) -> list[Path]:
 
 
 def _locations(message: Any) -> Iterator[str | None]:
-    """Yield where each external tensor below a protobuf message lies."""
+    """Yield the location of each external tensor in a protobuf message and its fields."""
     if message.DESCRIPTOR.name == "TensorProto":
         if message.data_location == message.EXTERNAL:
             yield {entry.key: entry.value for entry in message.external_data}.get("location")
         return
     for field, value in message.ListFields():
-        if field.message_type is not None and field.message_type.name in HOLDERS:
+        if field.message_type is not None and field.message_type.name in TENSOR_MESSAGES:
             for part in [value] if hasattr(value, "DESCRIPTOR") else value:
                 yield from _locations(part)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks on files of the store: they die with their process, and their files are gone when nobody holds them.
+"""Locks on files of the store: they end with their process, and their files are deleted when they are released.
 
-``flock(2)`` on a file that the holder deletes: whoever waited for the deleted file sees that another one, or none,
-stands in its place, and tries again.
+``flock(2)`` on a file that the holder deletes. A process that was waiting for the deleted file notices that the path
+now names another file, or none, and tries again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class FileLock:
-    """An exclusive lock that is held; `close` deletes its file and lets go.
+    """An exclusive lock that is held; `close` releases it and deletes its file.
 
     Attributes:
         path: the locked file.
@@ -27,7 +27,7 @@ class FileLock:
         self.path, self.number = path, number
 
     def close(self) -> None:
-        """Delete the file and let go; closing twice does nothing."""
+        """Delete the file and release the lock; closing twice does nothing."""
         if self.number >= 0:
             number, self.number = self.number, -1
             try:
@@ -37,30 +37,34 @@ class FileLock:
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Return the lock on a path, or None if somebody holds it.
+    """Return the lock on a path, or None if another process holds it.
 
     Raises:
-        OSError: the file cannot be made or locked.
+        OSError: the file cannot be created or locked.
     """
     return _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> FileLock:
-    """Return the lock on a path; ``waiting`` is called once if somebody holds it.
+    """Return the lock on a path, as soon as no other process holds it.
+
+    Args:
+        path: the file to lock; it is created if it does not exist.
+        waiting: called once if another process holds the lock.
 
     Raises:
-        OSError: the file cannot be made or locked.
+        OSError: the file cannot be created or locked.
     """
-    held = try_lock(path)
-    if held is None:
+    acquired = try_lock(path)
+    if acquired is None:
         waiting()
-        held = _lock(path, fcntl.LOCK_EX)
-    assert held is not None
-    return held
+        acquired = _lock(path, fcntl.LOCK_EX)
+    assert acquired is not None
+    return acquired
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it points to), a directory or whatever else has this name, if there is any.
+    """Delete a file, a link (not its target), a directory or anything else at a path; nothing may be there.
 
     Raises:
         OSError: it cannot be deleted.
@@ -75,13 +79,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock(path: Path, how: int) -> FileLock | None:
+def _lock(path: Path, operation: int) -> FileLock | None:
     while True:
         if os.path.lexists(path) and not _is_file(path):
             remove(path)
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
-            fcntl.flock(number, how)
+            fcntl.flock(number, operation)
             if os.path.samestat(os.fstat(number), path.lstat()):
                 return FileLock(path, number)
         except BlockingIOError:

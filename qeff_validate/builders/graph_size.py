@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a user's graph becomes when it is opened: every runtime and compiler inlines its functions first."""
+"""The size of a user's graph after inlining: every runtime and compiler inlines the functions of a graph first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from qeff_validate.models.framework_calls import first_line
 
 
 def check_graph(path: Path) -> None:
-    """Refuse a graph whose functions call each other until it has more nodes than memory holds.
+    """Refuse a graph whose functions call each other so often that its nodes would exhaust memory.
+
+    Args:
+        path: an ONNX file.
 
     Raises:
-        BuildError: it has too many nodes, a function calls itself, or the file is no ONNX.
+        BuildError: the graph has too many nodes, a function calls itself, or the file is no ONNX.
     """
     import onnx
 
-    from qeff_validate.sdk.simulated.functions import too_large
+    from qeff_validate.sdk.simulated.compiler.function_inlining import too_large
 
     try:
         problem = too_large(onnx.load(str(path), load_external_data=False))

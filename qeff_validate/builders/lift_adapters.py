@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an ONNX graph to another: the adapter in somebody else's graph becomes inputs with retained twins.
+"""From an ONNX graph to another: adapter weights in a user's graph become inputs with ``_RetainedState`` twins.
 
-An exporter transposes, renames and merges weights, so a tensor is known by its content and by the place that uses it:
-node names and metadata tell the module that a node comes from.
+Exporters transpose, rename and merge weights, so an adapter tensor is identified by its content and by the nodes that
+read it: node names and metadata contain the module that a node was exported from.
 """
 
 from __future__ import annotations
@@ -22,73 +22,89 @@ from qeff_validate.errors import BuildError
 from qeff_validate.tensors import RETAINED, Array
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where the dynamo exporter keeps the modules round a node; the TorchScript exporter has them in the node's name."""
+"""Metadata key of a node's module names; the TorchScript exporter puts them into the node's name instead."""
 
 PREFIX = "base_model.model."
-"""What PEFT's saved names begin with; a graph made of the model inside has no such modules."""
+"""Prefix of PEFT's saved names; a graph that was exported from the inner model lacks these modules."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """An adapter tensor as an initializer may hold it."""
+class _Candidate:
+    """An adapter tensor that an initializer may hold.
+
+    Attributes:
+        name: PEFT's saved name.
+        transposed: the initializer holds the transposed tensor.
+        by_name: the initializer's own name contains the tensor's.
+    """
 
     name: str
     transposed: bool
-    own: bool = False  # the initializer's own name says so
+    by_name: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """An input of a node that reads an initializer, itself or through Identity nodes."""
+class _Use:
+    """An input of a node that reads an initializer, directly or through Identity nodes."""
 
     node: onnx.NodeProto
     index: int
 
     @property
     def scope(self) -> str:
-        """The modules that the node comes from, with dots; empty if the exporter did not say."""
+        """The modules that the node was exported from, separated by dots; empty if the exporter did not record them."""
         scopes = [entry.value for entry in self.node.metadata_props if entry.key == SCOPES]
         return " ".join([*scopes, self.node.name.replace("/", ".") if "/" in self.node.name else ""]).strip()
 
     @property
-    def transposes(self) -> bool:
-        """Whether a linear layer's weight stands here turned round, ``[in, out]``."""
-        turned = any(entry.name == "transB" and entry.i for entry in self.node.attribute)
-        return self.node.op_type in ("MatMul", "Gemm") and self.index == 1 and not turned
+    def transposed(self) -> bool:
+        """True if a linear layer's weight has shape ``[in, out]`` here."""
+        trans_b = any(entry.name == "transB" and entry.i for entry in self.node.attribute)
+        return self.node.op_type in ("MatMul", "Gemm") and self.index == 1 and not trans_b
+
+
+_Match = tuple[str, _Candidate, _Use]
+"""Name of an initializer, the adapter tensor that it holds, and a node input that reads it."""
 
 
 def lift_adapters(model: onnx.ModelProto | Path | str, adapter: Mapping[str, Array] | Iterable[str]) -> onnx.ModelProto:
     """Return a graph in which the tensors of an adapter are inputs with ``_RetainedState`` twins.
 
     Args:
-        model: a graph with the adapter's weights inside, or its file. Weights in a file of their own stay there, and
-            only those of an adapter's shape are read: save the result in the same directory, or load them first.
-        adapter: the arrays that were exported, by PEFT's saved names; they are found by content, transposed or not.
-            Names alone do for initializers that still have the names of the module's parameters.
+        model: a graph with the adapter's weights as initializers, or its file. External data stays where it is, and
+            only tensors with the shape of an adapter tensor are read: save the result in the same directory, or load
+            the external data first.
+        adapter: the exported arrays by PEFT's saved names; they are matched by content, transposed or not. Names
+            alone suffice for initializers that still have the names of the module's parameters.
 
     Raises:
-        BuildError: a tensor is not in the graph, or cannot be told from an equal one; the message lists them.
+        BuildError: an adapter tensor is not in the graph, or cannot be distinguished from an equal one; the message
+            lists them.
     """
-    proto, folder = _opened(model)
+    lifted, folder = _opened(model)
+    graph = lifted.graph
     arrays = dict(adapter) if isinstance(adapter, Mapping) else None
     names = list(adapter)
-    _free_names(proto, names)
-    kept = {tensor.name: tensor for tensor in proto.graph.initializer}
-    forms = _by_name(kept, names) if arrays is None else _by_content(kept, arrays, folder)
-    found = _assigned(forms, _places(proto.graph, forms), names)
-    missing = sorted(set(names) - {form.name for _, form, _ in found})
+    _free_names(graph, names)
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    if arrays is None:
+        candidates = _candidates_by_name(initializers, names)
+    else:
+        candidates = _candidates_by_content(initializers, arrays, folder)
+    matches = _matches(candidates, _uses(graph, candidates), names)
+    missing = sorted(set(names) - {candidate.name for _, candidate, _ in matches})
     if missing:
         hint = "Give the arrays too: exporters rename weights" if arrays is None else "Are these the exported weights?"
         raise BuildError(f"the graph does not use {len(missing)} of {len(names)} adapter tensors: {missing}. {hint}")
-    holders = {form.name: kept[tensor] for tensor, form, _ in found}
-    _rewire(proto.graph, found)
+    tensors = {candidate.name: initializers[name] for name, candidate, _ in matches}
+    _rewire(graph, matches)
     for name in names:
-        shape = list(holders[name].dims if arrays is None else arrays[name].shape)
-        for value, values in ((name, proto.graph.input), (f"{name}{RETAINED}", proto.graph.output)):
-            values.append(helper.make_tensor_value_info(value, holders[name].data_type, shape))
-        proto.graph.node.append(helper.make_node("Identity", [name], [f"{name}{RETAINED}"], f"{name}{RETAINED}"))
-    _drop_unused(proto.graph, set(forms))
-    return proto
+        shape = list(tensors[name].dims if arrays is None else arrays[name].shape)
+        for port, ports in ((name, graph.input), (f"{name}{RETAINED}", graph.output)):
+            ports.append(helper.make_tensor_value_info(port, tensors[name].data_type, shape))
+        graph.node.append(helper.make_node("Identity", [name], [f"{name}{RETAINED}"], f"{name}{RETAINED}"))
+    _remove_unused(graph, set(candidates))
+    return lifted
 
 
 def _opened(model: onnx.ModelProto | Path | str) -> tuple[onnx.ModelProto, Path | None]:
@@ -102,14 +118,13 @@ def _opened(model: onnx.ModelProto | Path | str) -> tuple[onnx.ModelProto, Path 
         raise BuildError(f"cannot read {model} as an ONNX graph: {exc}") from exc
 
 
-def _free_names(proto: onnx.ModelProto, names: list[str]) -> None:
-    """Give initializers that have an adapter tensor's very name another one."""
-    graph = proto.graph
+def _free_names(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Rename initializers whose name is that of an adapter tensor; the name is needed for the new input."""
     if not names:
         raise BuildError("no adapter tensor is named")
     renamed = {tensor.name: f"{tensor.name}.initializer" for tensor in graph.initializer if tensor.name in names}
-    there = {value.name for value in (*graph.input, *graph.output)} - renamed.keys()
-    taken = sorted(name for name in names if name in there or f"{name}{RETAINED}" in there)
+    ports = {value.name for value in (*graph.input, *graph.output)} - renamed.keys()
+    taken = sorted(name for name in names if name in ports or f"{name}{RETAINED}" in ports)
     if taken:
         raise BuildError(f"the graph has inputs or outputs of these names already: {taken}")
     for value in graph.input:
@@ -121,41 +136,42 @@ def _free_names(proto: onnx.ModelProto, names: list[str]) -> None:
             node.input[index] = renamed.get(name, name)
 
 
-def _by_name(kept: Mapping[str, onnx.TensorProto], names: list[str]) -> dict[str, list[_Form]]:
-    """Return what each initializer may hold by its own name: that tensor, or one that was merged with it."""
-    found: dict[str, list[_Form]] = {}
+def _candidates_by_name(initializers: Mapping[str, onnx.TensorProto], names: list[str]) -> dict[str, list[_Candidate]]:
+    """Return the adapter tensors that each initializer may hold: the one in its name, or one merged with it."""
+    candidates: dict[str, list[_Candidate]] = {}
     for name in names:
-        owner, leaf = _owner(name)
-        pattern = re.compile(rf"(?<!\w){re.escape(owner)}\.(\w+\.)?{re.escape(leaf)}(\.\w+)?")
-        for own in kept:
-            if any(match.end() == len(own) for match in pattern.finditer(own)):
-                found.setdefault(own, []).append(_Form(name, False, own=True))
-    named = {form.name for forms in found.values() for form in forms}
-    merged = [_Form(name, False) for name in names if name not in named]
-    return {own: [*forms, *merged] for own, forms in found.items()}
+        module, parameter = _module_and_parameter(name)
+        pattern = re.compile(rf"(?<!\w){re.escape(module)}\.(\w+\.)?{re.escape(parameter)}(\.\w+)?")
+        for initializer in initializers:
+            if any(match.end() == len(initializer) for match in pattern.finditer(initializer)):
+                candidates.setdefault(initializer, []).append(_Candidate(name, False, by_name=True))
+    named = {candidate.name for entries in candidates.values() for candidate in entries}
+    merged = [_Candidate(name, False) for name in names if name not in named]
+    return {initializer: [*entries, *merged] for initializer, entries in candidates.items()}
 
 
-def _by_content(
-    kept: Mapping[str, onnx.TensorProto], arrays: Mapping[str, Array], folder: Path | None
-) -> dict[str, list[_Form]]:
-    """Return which adapter tensors each initializer equals, bit for bit."""
-    known: dict[tuple[object, ...], list[_Form]] = {}
+def _candidates_by_content(
+    initializers: Mapping[str, onnx.TensorProto], arrays: Mapping[str, Array], folder: Path | None
+) -> dict[str, list[_Candidate]]:
+    """Return the adapter tensors that each initializer equals, bit for bit."""
+    by_digest: dict[tuple[object, ...], list[_Candidate]] = {}
     for name, array in arrays.items():
-        known.setdefault(_digest(array), []).append(_Form(name, False))
+        by_digest.setdefault(_digest(array), []).append(_Candidate(name, False))
         if array.ndim == 2:
-            known.setdefault(_digest(array.T), []).append(_Form(name, True))
-    shapes = {key[:2] for key in known}
-    found = {}
-    for own, tensor in kept.items():
+            by_digest.setdefault(_digest(array.T), []).append(_Candidate(name, True))
+    shapes = {digest[:2] for digest in by_digest}
+    candidates = {}
+    for name, tensor in initializers.items():
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if (str(dtype), tuple(tensor.dims)) in shapes:
-            forms = known.get(_digest(_content(tensor, folder)))
-            if forms:
-                found[own] = forms
-    return found
+            entries = by_digest.get(_digest(_content(tensor, folder)))
+            if entries:
+                candidates[name] = entries
+    return candidates
 
 
 def _digest(array: Array) -> tuple[object, ...]:
+    """Return dtype, shape and SHA-256 of an array."""
     content = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     return str(array.dtype), array.shape, content
 
@@ -174,114 +190,118 @@ def _content(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     return numpy_helper.to_array(loaded)
 
 
-def _places(graph: onnx.GraphProto, wanted: Iterable[str]) -> dict[str, list[_Place]]:
-    """Return who reads each initializer; the TorchScript exporter puts an Identity where it merges equal ones."""
-    alias = {name: name for name in wanted}
-    found: dict[str, list[_Place]] = {name: [] for name in alias}
+def _uses(graph: onnx.GraphProto, initializers: Iterable[str]) -> dict[str, list[_Use]]:
+    """Return the readers of each initializer; the TorchScript exporter merges equal ones through Identity nodes."""
+    source = {name: name for name in initializers}
+    uses: dict[str, list[_Use]] = {name: [] for name in source}
     for node in _nodes(graph):
-        if node.op_type == "Identity" and node.input[0] in alias:
-            alias[node.output[0]] = alias[node.input[0]]
+        if node.op_type == "Identity" and node.input[0] in source:
+            source[node.output[0]] = source[node.input[0]]
             continue
         for index, name in enumerate(node.input):
-            if name in alias:
-                found[alias[name]].append(_Place(node, index))
-    return found
+            if name in source:
+                uses[source[name]].append(_Use(node, index))
+    return uses
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _nodes(subgraph)
 
 
-def _assigned(
-    forms: Mapping[str, list[_Form]], places: Mapping[str, list[_Place]], names: list[str]
-) -> list[tuple[str, _Form, _Place]]:
-    """Decide which adapter tensor each place reads; a place of another module is left out.
+def _matches(
+    candidates: Mapping[str, list[_Candidate]], uses: Mapping[str, list[_Use]], names: list[str]
+) -> list[_Match]:
+    """Decide which adapter tensor each use reads; uses by other modules are left out.
 
     Raises:
-        BuildError: equal tensors, and nothing says which of them a place reads.
+        BuildError: tensors are equal, and the graph does not tell which of them a use reads.
     """
-    order = {name: at for at, name in enumerate(names)}
-    found: list[tuple[str, _Form, _Place]] = []
-    unclear: set[str] = set()
-    for tensor, candidates in forms.items():
-        choices = sorted({form.name for form in candidates}, key=order.__getitem__)
-        own = {form.name for form in candidates if form.own}
-        told = [_told(place.scope, choices) for place in places[tensor]]
-        for place, hits in zip(places[tensor], told, strict=True):
-            likely = hits if any(told) else choices
-            likely = [name for name in likely if name in own] or likely
-            if len(likely) > 1 or (not likely and not place.scope):
-                unclear |= {*(likely or choices)}
+    order = {name: index for index, name in enumerate(names)}
+    matches: list[_Match] = []
+    ambiguous: set[str] = set()
+    for initializer, entries in candidates.items():
+        choices = sorted({entry.name for entry in entries}, key=order.__getitem__)
+        by_name = {entry.name for entry in entries if entry.by_name}
+        in_scopes = [_in_scope(use.scope, choices) for use in uses[initializer]]
+        for use, in_scope in zip(uses[initializer], in_scopes, strict=True):
+            likely = in_scope if any(in_scopes) else choices
+            likely = [name for name in likely if name in by_name] or likely
+            if len(likely) > 1 or (not likely and not use.scope):
+                ambiguous |= {*(likely or choices)}
             for name in likely[:1]:
-                both = [form for form in candidates if form.name == name]
-                form = next((form for form in both if form.transposed == place.transposes), both[0])
-                found.append((tensor, form, place))
-    by_scope = {name for tensor, form, place in found for name in _told(place.scope, [form.name])}
-    for name in {form.name for _, form, _ in found} - by_scope:
-        if len({tensor for tensor, form, _ in found if form.name == name}) > 1:
-            unclear.add(name)
-    if unclear:
+                same_name = [entry for entry in entries if entry.name == name]
+                entry = next((entry for entry in same_name if entry.transposed == use.transposed), same_name[0])
+                matches.append((initializer, entry, use))
+    confirmed = {name for _, entry, use in matches for name in _in_scope(use.scope, [entry.name])}
+    for name in {entry.name for _, entry, _ in matches} - confirmed:
+        if len({initializer for initializer, entry, _ in matches if entry.name == name}) > 1:
+            ambiguous.add(name)
+    if ambiguous:
         raise BuildError(
             "equal weights, and the graph does not say which node has which of"
-            f" {sorted(unclear, key=order.__getitem__)}: export an adapter without equal tensors (init: random),"
+            f" {sorted(ambiguous, key=order.__getitem__)}: export an adapter without equal tensors (init: random),"
             " or with the names of modules"
         )
-    return found
+    return matches
 
 
-def _owner(name: str) -> tuple[str, str]:
-    """Return the module of a saved tensor and the tensor's own name."""
-    owner, _, leaf = name.removeprefix(PREFIX).rpartition(".")
-    return owner, leaf
+def _module_and_parameter(name: str) -> tuple[str, str]:
+    """Split a saved name, without PEFT's prefix, into module and parameter."""
+    module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
+    return module, parameter
 
 
-def _told(scope: str, names: list[str]) -> list[str]:
-    """Return those of the names whose module is in a scope; else those whose module's parent is.
+def _in_scope(scope: str, names: list[str]) -> list[str]:
+    """Return the names whose module is in a scope; if there are none, those whose module's parent is.
 
-    Tracing leaves out a ModuleDict such as ``lora_B``.
+    Tracing omits a ModuleDict such as ``lora_B``.
     """
 
-    def inside(module: str) -> bool:
+    def contains(module: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(module)}(?!\w)", scope) is not None
 
-    exact = [name for name in names if inside(_owner(name)[0])]
+    parts = {name: _module_and_parameter(name) for name in names}
+    exact = [name for name in names if contains(parts[name][0])]
     if exact:
         return exact
-    inner = [name for name in names if _owner(name)[1] in ("weight", "bias") and "." in _owner(name)[0]]
-    return [name for name in inner if inside(_owner(name)[0].rpartition(".")[0])]
+    nested = [name for name in names if parts[name][1] in ("weight", "bias") and "." in parts[name][0]]
+    return [name for name in nested if contains(parts[name][0].rpartition(".")[0])]
 
 
-def _rewire(graph: onnx.GraphProto, owners: list[tuple[str, _Form, _Place]]) -> None:
-    """Let each place read its input, turned round where the initializer was."""
-    turned: dict[str, onnx.NodeProto] = {}
-    for _, form, place in owners:
-        if form.transposed:
-            name = f"{form.name}.transposed"
-            turned[name] = helper.make_node("Transpose", [form.name], [name], name, perm=[1, 0])
-            place.node.input[place.index] = name
+def _rewire(graph: onnx.GraphProto, matches: list[_Match]) -> None:
+    """Connect each use to its new input, through a Transpose where the initializer was transposed."""
+    transposes: dict[str, onnx.NodeProto] = {}
+    for _, candidate, use in matches:
+        if candidate.transposed:
+            name = f"{candidate.name}.transposed"
+            transposes[name] = helper.make_node("Transpose", [candidate.name], [name], name, perm=[1, 0])
+            use.node.input[use.index] = name
         else:
-            place.node.input[place.index] = form.name
-    rest = list(graph.node)
+            use.node.input[use.index] = candidate.name
+    nodes = list(graph.node)
     del graph.node[:]
-    graph.node.extend([*turned.values(), *rest])
+    graph.node.extend([*transposes.values(), *nodes])
 
 
-def _drop_unused(graph: onnx.GraphProto, lifted: set[str]) -> None:
-    """Remove initializers that nobody reads any more, and the Identity nodes that handed them on."""
+def _remove_unused(graph: onnx.GraphProto, initializers: set[str]) -> None:
+    """Remove initializers without readers, and the Identity nodes between them and their former readers."""
     outputs = {value.name for value in graph.output}
-    merged = {
-        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity" and node.input[0] in lifted
+    copies = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Identity" and node.input[0] in initializers
     }
-    read = {name for node in _nodes(graph) for name in node.input if node.output[0] not in merged} | outputs
-    idle = {name for name in merged if name not in read}
-    read |= {source for name, source in merged.items() if name not in idle}
-    for values in (graph.node, graph.initializer, graph.input):
-        for at in reversed(range(len(values))):
-            value = values[at]
-            name = value.output[0] if isinstance(value, onnx.NodeProto) else value.name
-            if name in idle or (name in lifted and name not in read):
-                del values[at]
+    read = {name for node in _nodes(graph) for name in node.input if node.output[0] not in copies} | outputs
+    unread_copies = {name for name in copies if name not in read}
+    read |= {source for name, source in copies.items() if name not in unread_copies}
+    for entries in (graph.node, graph.initializer, graph.input):
+        for index in reversed(range(len(entries))):
+            entry = entries[index]
+            name = entry.output[0] if isinstance(entry, onnx.NodeProto) else entry.name
+            if name in unread_copies or (name in initializers and name not in read):
+                del entries[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point of the command line. It imports little, so that signals are heeded before the commands are loaded."""
+"""The entry point of the command line. It imports little, so that signals are handled while the commands load."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from qeff_validate.cli import signals
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code.
+
+    Args:
+        args: command line without the program's name; None: ``sys.argv``.
+    """
     signals.exit_on_signals()
-    from qeff_validate.cli.commands import run_command
+    from qeff_validate.cli.app import run_command
 
     code = run_command(args)
-    signals.exit_on_signals()  # nothing is held any more
+    signals.exit_on_signals()  # nothing is left to clean up
     return code

@@ -94,7 +94,7 @@ class Compile(Strict):
 
     num_cores: Positive = Field(16, description="NSPs per activation")
     aic_hw_version: Literal["ai100", "ai200"] = Field("ai100", description="target hardware")
-    num_devices: Literal[1] = Field(1, description="cards that share the model")
+    num_devices: int = Field(1, ge=1, le=16, description="cards that share the model by tensor slicing")
     mos: int | None = Field(None, description="on-chip memory effort; the compiler's own choice if null")
     timeout_s: float = Field(1800, gt=0, le=LONGEST_S, description="the compiler is stopped after so many seconds")
     flags: dict[str, str | int | bool] = Field({}, description="further flags: {multicast-weights: true}")

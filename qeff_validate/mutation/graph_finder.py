@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qeff_validate.builders.onnx_patterns import attribute, producers
 from qeff_validate.mutation.mutant import Inapplicable
 from qeff_validate.tensors import Array
 
@@ -56,19 +57,9 @@ def write(tensor: onnx.TensorProto, values: Array) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, dtype=dtype), tensor.name))
 
 
-def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Return the node that computes each value, by the name of the value."""
-    return {name: node for node in model.graph.node for name in node.output}
-
-
-def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """Return an attribute's value; None if the node does not have it."""
-    return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), None)
-
-
 def weights(model: onnx.ModelProto) -> list[Weight]:
     """Return the weights of products in the order of the nodes; each once, and at least one."""
-    producer, found_weights = producers(model), dict[str, Weight]()
+    producer, found_weights = producers(model.graph), dict[str, Weight]()
     initializers = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) > 1}
     experts = {name for name, tensor in initializers.items() if len(tensor.dims) > 2}
     for node in model.graph.node:
@@ -146,7 +137,7 @@ def scaled(model: onnx.ModelProto, node: onnx.NodeProto, factor: float) -> None:
 
 def attentions(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
     """Return for each attention the product of queries and keys and the softmax; at least one pair."""
-    producer, pairs = producers(model), []
+    producer, pairs = producers(model.graph), []
     linear = {weight.node.output[0] for weight in weights(model)}
     for softmax in model.graph.node:
         pending = list(softmax.input) if softmax.op_type == "Softmax" else []

@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from qeff_validate.builders.onnx_patterns import attribute, producers, root_mean_squares
 from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 from qeff_validate.mutation import graph_finder
 from qeff_validate.mutation.mutant import GraphMutant, Inapplicable
@@ -70,7 +71,7 @@ def _without_weight(model: onnx.ModelProto) -> None:
 
 
 def _without_bias(model: onnx.ModelProto) -> None:
-    producer = graph_finder.producers(model)
+    producer = producers(model.graph)
     vectors = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 1}
 
     def bias_of(node: onnx.NodeProto) -> str | None:
@@ -90,17 +91,16 @@ def _without_bias(model: onnx.ModelProto) -> None:
 
 def _norms(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, int | None, float]]:
     """Return the nodes with an epsilon, each with the index of the input for it (None: an attribute) and its value."""
-    producer, norms = graph_finder.producers(model), list[tuple[onnx.NodeProto, int | None, float]]()
+    producer, norms = producers(model.graph), list[tuple[onnx.NodeProto, int | None, float]]()
+    decomposed = {norm.mean.output[0]: norm.epsilon_sum for norm in root_mean_squares(model.graph)}
     for node in model.graph.node:
         if node.op_type in ("LayerNormalization", "RMSNormalization"):
-            norms.append((node, None, graph_finder.attribute(node, "epsilon") or 1e-5))
-        inside = producer.get(node.input[0]) if node.op_type == "Sqrt" else None
-        if inside is None or inside.op_type != "Add":
-            continue
-        for place, other in ((0, 1), (1, 0)):
-            value, mean = graph_finder.scalar(model, producer, inside.input[place]), producer.get(inside.input[other])
-            if value is not None and mean is not None and mean.op_type == "ReduceMean":
-                norms.append((inside, place, value))
+            norms.append((node, None, attribute(node, "epsilon") or 1e-5))
+        epsilon_sum = decomposed.get(node.output[0])
+        for place, name in enumerate(epsilon_sum.input if epsilon_sum is not None else ()):
+            value = graph_finder.scalar(model, producer, name)
+            if epsilon_sum is not None and value is not None:
+                norms.append((epsilon_sum, place, value))
     if not norms:
         raise Inapplicable("the graph has no norm")
     return norms
@@ -175,7 +175,7 @@ def _no_attention(model: onnx.ModelProto) -> None:
 
 
 def _output_scale(model: onnx.ModelProto) -> None:
-    graph_finder.scaled(model, graph_finder.producers(model)[model.graph.output[0].name], 1.01)
+    graph_finder.scaled(model, producers(model.graph)[model.graph.output[0].name], 1.01)
 
 
 _LIST, _ROWS, _SIZES = "validation-methods §12.6", "upstream §5", "upstream §6"

@@ -21,7 +21,8 @@ import numpy as np
 from qeff_validate.errors import IncomparableError
 from qeff_validate.protocols import Session
 from qeff_validate.registry import load_entry, registered
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
+from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.tensors import Array, Tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -178,7 +179,7 @@ class Patch:
         self._undo.append(handle.remove)
 
 
-class FaultySession:
+class FaultySession(SessionWrapper):
     """A session with a fault: ``feed`` changes the inputs of the session that it wraps, ``out`` its outputs.
 
     Args:
@@ -200,11 +201,9 @@ class FaultySession:
         out: Callable[[Any, dict[str, Array]], Mapping[str, Array]] | None = None,
         adapters: Mapping[str, Tensors] | None = None,
     ) -> None:
-        self._session, self._feed, self._out = session, feed, out
+        super().__init__(session)
+        self._feed, self._out = feed, out
         self.adapters: Mapping[str, Tensors] = adapters or {}
-        self.inputs: tuple[TensorSpec, ...] = session.inputs
-        self.outputs: tuple[TensorSpec, ...] = session.outputs
-        self.shapes: tuple[Shapes, ...] = session.shapes
         self.runs = 0
         self.feeds: dict[str, Array] = {}
         self.last: dict[str, Array] = {}
@@ -214,16 +213,12 @@ class FaultySession:
         self.feeds = dict(feeds)
         changed = self.feeds if self._feed is None else self._feed(self, dict(feeds))
         contiguous = {name: np.ascontiguousarray(array) for name, array in changed.items()}
-        healthy = dict(self._session.run(contiguous, fetch=fetch))
+        healthy = dict(self.session.run(contiguous, fetch=fetch))
         outputs = {name: array.copy() for name, array in healthy.items()}
         if self._out is not None:
             outputs = dict(self._out(self, outputs))
         self.runs, self.last = self.runs + 1, healthy
         return outputs
-
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
 
 
 def session_of(

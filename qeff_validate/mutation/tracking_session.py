@@ -95,13 +95,13 @@ class DecodeTrackingSession(FaultySession):
         A session returns them from a run only, so padding is run, which changes none of them.
         """
         padding = {**self.feeds, "position_ids": np.full_like(self.feeds["position_ids"], -1)}
-        outputs = self._session.run(padding, fetch=[f"{name}{RETAINED}" for name in self.state])
+        outputs = self.session.run(padding, fetch=[f"{name}{RETAINED}" for name in self.state])
         return {name: outputs[f"{name}{RETAINED}"] for name in self.state}
 
     def rerun(self, ids: Numbers, positions: Numbers) -> Numbers:
         """Run once more with other tokens in place of this run's, and return the logits."""
         feeds = {**self.feeds, "input_ids": ids, "position_ids": positions}
-        logits: Numbers = self._session.run(feeds, fetch=["logits"])["logits"]
+        logits: Numbers = self.session.run(feeds, fetch=["logits"])["logits"]
         return logits
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Artifact, Kind, fingerprint
-from qeff_validate.builders.provenance import about
-from qeff_validate.builders.store import Entry, Store, code_key, measures_key
+from qeff_validate.builders.provenance import read_provenance
+from qeff_validate.builders.source_keys import code_key, measures_key
+from qeff_validate.builders.store import Entry, Store
 from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_rows
 from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.config.case import Case, Precision
@@ -36,7 +37,7 @@ from qeff_validate.protocols import (
     capabilities,
     model_kind,
 )
-from qeff_validate.runtimes.renamed_session import Foreign
+from qeff_validate.runtimes.renamed_session import RenamedSession
 from qeff_validate.sdk.locate import Sdk
 from qeff_validate.tensors import Tensors
 
@@ -246,7 +247,9 @@ class CaseArtifacts:
         with runtime.open(artifact) as session:
             user_artifacts = self.case.artifacts
             yield (
-                Foreign(session, self.graph(), user_artifacts) if user_artifacts.onnx or user_artifacts.qpc else session
+                RenamedSession(session, self.graph(), user_artifacts)
+                if user_artifacts.onnx or user_artifacts.qpc
+                else session
             )
 
     def file_precision(self, kind: Kind) -> GraphPrecision:
@@ -263,11 +266,15 @@ class CaseArtifacts:
         user_artifacts = self.case.artifacts
         if kind == "qpc" and user_artifacts.qpc:
             path = Path(user_artifacts.qpc)
-            return self.stages.once("qpc.origin", lambda: about("qpc", path).model is None, "origin of the QPC")
+            return self.stages.once(
+                "qpc.origin", lambda: read_provenance("qpc", path).model is None, "origin of the QPC"
+            )
         if kind == "module" or not user_artifacts.onnx:
             return False
         path = Path(user_artifacts.onnx)
-        return self.stages.once("file.origin", lambda: about("onnx", path).model is None, "origin of the file")
+        return self.stages.once(
+            "file.origin", lambda: read_provenance("onnx", path).model is None, "origin of the file"
+        )
 
     def artifact(self, kind: Kind, sdk: Sdk | None) -> Artifact:
         """Return the artifact that a runtime of this kind opens."""
@@ -330,7 +337,7 @@ class CaseArtifacts:
                 options=case.compile,
                 precision=case.precision,
                 buckets=buckets,
-                say=self.progress.line,
+                on_line=self.progress.line,
             )
 
         key = {

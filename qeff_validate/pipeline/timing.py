@@ -8,29 +8,23 @@ from collections.abc import Sequence
 from statistics import median
 
 from qeff_validate.protocols import Session
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.tensors import Tensors
 
 
-class TimedSession:
-    """A session that notes how long each run took."""
+class TimedSession(SessionWrapper):
+    """A session that measures the duration of each run."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self.inputs: tuple[TensorSpec, ...] = session.inputs
-        self.outputs: tuple[TensorSpec, ...] = session.outputs
-        self.shapes: tuple[Shapes, ...] = session.shapes
+        super().__init__(session)
         self._seconds: list[float] = []
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run and take the time."""
+        """Run the wrapped session and record the duration."""
         start = time.perf_counter()
-        out = self._session.run(feeds, fetch=fetch)
+        outputs = super().run(feeds, fetch=fetch)
         self._seconds.append(time.perf_counter() - start)
-        return out
-
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
+        return outputs
 
     def timings(self, rows: int) -> dict[str, float]:
         """Return first run, median of the later ones, their number, and rows per second over all."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from qeff_validate.artifact import Artifact, Kind, fingerprint
 from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.graph_size import check_graph
-from qeff_validate.builders.provenance import BESIDE
+from qeff_validate.builders.provenance import QPC_PROVENANCE
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.checkpoint import checked, digests
@@ -42,5 +42,5 @@ def user_artifact(case: Case, kind: Kind, path: Path) -> Artifact:
 
 def qpc_files(path: Path) -> list[Path]:
     """Return all files of a QPC's directory, and what stands beside it."""
-    beside = path.parent / BESIDE
+    beside = path.parent / QPC_PROVENANCE
     return [*(entry for entry in path.rglob("*") if not entry.is_dir()), *([beside] if os.path.lexists(beside) else [])]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import Kind
-from qeff_validate.builders.provenance import About, about
+from qeff_validate.builders.provenance import GraphProvenance, read_provenance
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ValidateError
 from qeff_validate.models.row_order import switches
@@ -62,7 +62,7 @@ class Evidence:
             positions; None if that cannot be done.
     """
 
-    graph: About | None = None
+    graph: GraphProvenance | None = None
     recorded: Mapping[str, Any] | None = None
     local: bool = True
     find_weights: Callable[[], WeightMatches] | None = None
@@ -126,10 +126,10 @@ def collect_evidence(case: Case, kind: Kind, model: Any, recorded: Tensors | Non
     user_artifacts = case.artifacts
     graph, in_graph, positions_in_graph = None, None, None
     if kind == "qpc" and user_artifacts.qpc:
-        graph = about("qpc", Path(user_artifacts.qpc))
+        graph = read_provenance("qpc", Path(user_artifacts.qpc))
     elif kind != "module" and user_artifacts.onnx:
         path = Path(user_artifacts.onnx)
-        graph = about("onnx", path, user_artifacts.inputs.get("input_ids", "input_ids"))
+        graph = read_provenance("onnx", path, user_artifacts.inputs.get("input_ids", "input_ids"))
 
         def in_graph() -> WeightMatches:
             return find_weights(path, weight_files(model.source.path))
@@ -309,7 +309,7 @@ def _positions(model: Any, inputs: Any, first: int, in_graph: GraphPositions | N
 def _length(
     model: Any,
     inputs: Any,
-    graph: About | None,
+    graph: GraphProvenance | None,
     published: Mapping[str, Any],
     in_graph: GraphPositions | None,
 ) -> Precheck:
@@ -324,13 +324,15 @@ def _length(
     if capacity is not None and longest > capacity:
         text = f"the graph's table of positions serves {capacity} tokens, the longest row has {longest}"
         return Precheck(name, "differs", text)
-    if graph is not None and graph.most is not None and longest > graph.most:
-        return Precheck(name, "differs", f"the graph takes {graph.most} tokens, the longest row has {longest}")
-    if graph is not None and graph.slots is not None and reach > graph.slots:
-        return Precheck(name, "differs", f"the graph keeps {graph.slots} positions, the longest text needs {reach}")
-    if graph is not None and graph.most is not None and graph.most < reach:
+    if graph is not None and graph.max_tokens is not None and longest > graph.max_tokens:
+        return Precheck(name, "differs", f"the graph takes {graph.max_tokens} tokens, the longest row has {longest}")
+    if graph is not None and graph.max_positions is not None and reach > graph.max_positions:
         return Precheck(
-            name, "unknown", f"the graph takes {graph.most} tokens, the case asks for {reach}; no row is longer"
+            name, "differs", f"the graph keeps {graph.max_positions} positions, the longest text needs {reach}"
+        )
+    if graph is not None and graph.max_tokens is not None and graph.max_tokens < reach:
+        return Precheck(
+            name, "unknown", f"the graph takes {graph.max_tokens} tokens, the case asks for {reach}; no row is longer"
         )
     limits = {
         "sentence-transformers' files cut": published.get("max_seq_length"),

@@ -10,10 +10,11 @@ import numpy as np
 
 from qeff_validate.protocols import Session
 from qeff_validate.report.result import Precheck
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
+from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.tensors import Array, Tensors
 
 
-class FeedMonitor:
+class FeedMonitor(SessionWrapper):
     """A session that compares the token ids, masks and positions of its feeds with the rows of the inputs.
 
     With ``attention_mask``, the tokens under each row's mask must be one of the rows. With ``position_ids``, a row's
@@ -25,10 +26,7 @@ class FeedMonitor:
     """
 
     def __init__(self, session: Session, inputs: Any) -> None:
-        self._session = session
-        self.inputs: tuple[TensorSpec, ...] = session.inputs
-        self.outputs: tuple[TensorSpec, ...] = session.outputs
-        self.shapes: tuple[Shapes, ...] = session.shapes
+        super().__init__(session)
         self._rows = [tuple(np.asarray(row).tolist()) for row in getattr(inputs, "ids", ())]
         self._padded: set[tuple[int, ...]] = set()
         self._known, self._missing = frozenset(self._rows), set(self._rows)
@@ -46,11 +44,7 @@ class FeedMonitor:
                 self._check_masks(ids, feeds["attention_mask"])
             if "position_ids" in feeds:
                 self._check_positions(ids, feeds["position_ids"])
-        return self._session.run(feeds, fetch=fetch)
-
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
+        return super().run(feeds, fetch=fetch)
 
     def padded(self) -> frozenset[int]:
         """Return the numbers of the rows that were fed with padding and an ``attention_mask``."""

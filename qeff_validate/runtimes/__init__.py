@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtime adapters. Importing this package loads no framework."""
+"""The built-in runtimes: PyTorch, ONNX Runtime, Cloud AI 100. Importing this package loads no framework."""

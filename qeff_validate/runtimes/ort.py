@@ -15,7 +15,7 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError, suggest
 from qeff_validate.protocols import Session, Settings
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 DTYPES = {
@@ -30,7 +30,7 @@ DTYPES = {
 }
 
 OPTIMIZATION = "QEFF_VALIDATE_ORT_OPTIMIZATION"
-"""Environment variable: the optimization level where `Settings` name none. Reports record it."""
+"""Environment variable: the optimization level if `Settings` has none. Reports record it."""
 
 LEVELS: Mapping[str, str] = MappingProxyType(
     {
@@ -40,20 +40,20 @@ LEVELS: Mapping[str, str] = MappingProxyType(
         "all": "ORT_ENABLE_ALL",
     }
 )
-"""Optimization levels of graphs, by their names in settings, with ONNX Runtime's own."""
+"""ONNX Runtime's name of each graph optimization level, by the name in `Settings`."""
 
 
 def session_options(settings: Settings | None = None) -> Any:
     """Return ``onnxruntime.SessionOptions`` with the threads and the optimization level of settings.
 
     Raises:
-        ConfigError: no level has this name.
+        ConfigError: the optimization level is unknown.
     """
     import onnxruntime as ort
 
     settings = settings or Settings()
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about optimisations that it did not make
+    options.log_severity_level = 3  # errors only: its warnings are about optimizations that it skipped
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     level = settings.ort_optimization or os.environ.get(OPTIMIZATION) or "all"
@@ -67,7 +67,11 @@ def session_options(settings: Settings | None = None) -> Any:
 
 
 class OrtRuntime:
-    """Opens ``onnx`` artifacts."""
+    """ONNX Runtime on the CPU: opens ``onnx`` artifacts.
+
+    Args:
+        settings: threads and optimization level.
+    """
 
     name = "ort"
     kind: Kind = "onnx"
@@ -76,7 +80,7 @@ class OrtRuntime:
         self.settings = settings or Settings()
 
     def probe(self) -> str | None:
-        """Return None if onnxruntime is installed."""
+        """Return None if onnxruntime is installed, else how to install it."""
         return None if importlib.util.find_spec("onnxruntime") else "onnxruntime is missing: pip install onnxruntime"
 
     @contextmanager
@@ -84,8 +88,8 @@ class OrtRuntime:
         """Open an ONNX file.
 
         Raises:
-            ConfigError: the optimization level has an unknown name.
-            Unavailable: the file or its external data is missing, cut short or no ONNX.
+            ConfigError: the optimization level is unknown.
+            Unavailable: the file or its external data is missing, truncated or no ONNX.
         """
         import onnxruntime as ort
 
@@ -98,7 +102,12 @@ class OrtRuntime:
 
 
 class OrtSession:
-    """An ONNX Runtime session behind exact names, dtypes and shapes; retained state stays in it as OrtValues."""
+    """An ONNX Runtime session that checks names, dtypes and shapes; retained state stays in it as OrtValues.
+
+    Args:
+        session: ``onnxruntime.InferenceSession``.
+        buckets: values of symbols that the shapes of the feeds may not determine, such as ``ctx_len``.
+    """
 
     shapes: tuple[Shapes, ...] = ()
 
@@ -106,23 +115,28 @@ class OrtSession:
         self._session = session
         self.inputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_inputs())
         self.outputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_outputs())
-        self._state: Retained[Any] = Retained(
+        self._state: RetainedState[Any] = RetainedState(
             self.inputs, self.outputs, buckets, make=_undefined_value, shape=lambda value: value.shape()
         )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run the graph once."""
+        """Run the graph once.
+
+        Raises:
+            RunError: names, dtypes or shapes do not fit, or ONNX Runtime fails.
+        """
         symbols = check_feeds(feeds, self.inputs, optional=tuple(self._state.twins))
         wanted = wanted_outputs(self.outputs, fetch)
         try:
             if self._state.twins:
                 return self._with_state(feeds, self._state.values(feeds, symbols), wanted)
-            found = self._session.run(wanted or [self.outputs[0].name], dict(feeds))  # an empty list means all to it
+            # ONNX Runtime takes an empty list for all outputs
+            arrays = self._session.run(wanted or [self.outputs[0].name], dict(feeds))
         except ValidateError:
             raise
         except Exception as exc:  # as in open
             raise RunError(f"ONNX Runtime failed: {exc}") from exc
-        return dict(zip(wanted, found, strict=bool(wanted)))
+        return dict(zip(wanted, arrays, strict=bool(wanted)))
 
     def _with_state(self, feeds: Tensors, state: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Array]:
         binding = self._session.io_binding()
@@ -134,9 +148,9 @@ class OrtSession:
         for name in names:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        made = dict(zip(names, binding.get_outputs(), strict=True))
-        self._state.keep(made)
-        return {name: made[name].numpy().copy() for name in wanted}
+        outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        self._state.keep(outputs)
+        return {name: outputs[name].numpy().copy() for name in wanted}
 
     def reset(self) -> None:
         """Forget retained state."""

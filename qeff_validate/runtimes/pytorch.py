@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch: runs the module that is exported."""
+"""PyTorch: runs the module that the other runtimes get as an export."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import numpy as np
 from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, Settings
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 
 class TorchRuntime:
-    """Opens ``module`` artifacts, whose payload is ``(module, Graph)``."""
+    """PyTorch: opens ``module`` artifacts, whose payload is ``(torch.nn.Module, Graph)``.
+
+    Args:
+        settings: not used; PyTorch keeps its own number of threads.
+    """
 
     name = "torch"
     kind: Kind = "module"
@@ -27,12 +31,12 @@ class TorchRuntime:
         self.settings = settings or Settings()
 
     def probe(self) -> str | None:
-        """Return None if torch is installed."""
+        """Return None if torch is installed, else how to install it."""
         return None if importlib.util.find_spec("torch") else "torch is not installed: pip install torch"
 
     @contextmanager
     def open(self, artifact: Artifact) -> Iterator[Session]:
-        """Open a module in eval mode; its mode is put back afterwards."""
+        """Put a module into eval mode for the duration of the session."""
         module, graph = artifact.payload
         training = module.training
         module.eval()
@@ -43,7 +47,12 @@ class TorchRuntime:
 
 
 class TorchSession:
-    """A module behind the names, dtypes and symbols of its graph interface."""
+    """A torch module under its graph interface; retained state stays in the session as tensors.
+
+    Args:
+        module: in eval mode; takes its inputs as keyword arguments and returns a tensor or a tuple of tensors.
+        graph: its inputs and outputs, in the order of the returned tuple.
+    """
 
     shapes: tuple[Shapes, ...] = ()
 
@@ -51,12 +60,16 @@ class TorchSession:
         self.inputs: tuple[TensorSpec, ...] = graph.inputs
         self.outputs: tuple[TensorSpec, ...] = graph.outputs
         self._module = module
-        self._state: Retained[Any] = Retained(
+        self._state: RetainedState[Any] = RetainedState(
             self.inputs, self.outputs, graph.buckets, make=_undefined_tensor, shape=lambda tensor: tensor.shape
         )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run the module once without gradients."""
+        """Run the module once without gradients.
+
+        Raises:
+            RunError: names, dtypes or shapes do not fit, the module raises, or it returns another number of outputs.
+        """
         import torch
 
         symbols = check_feeds(feeds, self.inputs, optional=tuple(self._state.twins))
@@ -66,17 +79,17 @@ class TorchSession:
         }
         with torch.inference_mode():
             try:
-                made = self._module(**tensors)
+                result = self._module(**tensors)
             except (RuntimeError, ValueError, TypeError, IndexError) as exc:
                 raise RunError(f"the torch module failed: {type(exc).__name__}: {exc}") from exc
-        outputs = made if isinstance(made, tuple) else (made,)
-        if len(outputs) != len(self.outputs):
-            raise RunError(f"the torch module returned {len(outputs)} outputs, wanted {len(self.outputs)}")
-        found = {spec.name: out for spec, out in zip(self.outputs, outputs, strict=True)}
-        # a twin may be its input itself, unchanged, and so the caller's array
+        returned = result if isinstance(result, tuple) else (result,)
+        if len(returned) != len(self.outputs):
+            raise RunError(f"the torch module returned {len(returned)} outputs, wanted {len(self.outputs)}")
+        outputs = {spec.name: tensor for spec, tensor in zip(self.outputs, returned, strict=True)}
+        # a module may return an input unchanged as its twin: the caller's own array, which must be copied
         fed = {tensors[name].data_ptr() for name in self._state.twins if name in feeds}
-        self._state.keep({name: out.clone() if out.data_ptr() in fed else out for name, out in found.items()})
-        return {name: found[name].numpy().copy() for name in wanted}
+        self._state.keep({name: t.clone() if t.data_ptr() in fed else t for name, t in outputs.items()})
+        return {name: outputs[name].numpy().copy() for name in wanted}
 
     def reset(self) -> None:
         """Forget retained state."""

@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapter needs round its calls: a lock on the cards, and errors that say what happened and what to do.
+"""Calls of the ``qaicrt`` bindings whose errors name the failed step, the state of the cards and a remedy.
 
-Failure texts and advice: card-contract §8. Nothing of ``qaicrt`` is imported here; the adapter hands it in.
+Failure texts and remedies: card-contract §8. This module imports nothing of ``qaicrt``; the runtime passes it in.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.errors import ConfigError, RunError
+from qeff_validate.errors import RunError
+from qeff_validate.runtimes.qaic_cards import required_resources
 
 T = TypeVar("T")
-LOG = logging.getLogger(__name__)
-NOTICE_SECONDS = 60
-"""How often a process that waits for a card says so; less than `isolated.OPEN_SECONDS`, which each notice restarts."""
 
-ADVICE = {
+REMEDIES = {
     "Context": "qaic-util -q lists the cards that exist; without --device-ids the one with most free cores is taken",
     "Qpc": "it must be the directory that holds a whole programqpc.bin, made by the compiler of this SDK: one that was"
     " cut short, or that comes from another SDK or for another card, must be compiled again",
@@ -42,76 +36,92 @@ ADVICE = {
     "waitForCompletion": "dims that match no specialization end up here: the runtime's own log says which;"
     " qaic-util -q shows the card's state",
 }
-"""By step and status, else by step."""
+"""Remedies by step and status, else by step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
-    """Translates constructors that raise and methods that return a status.
+class CheckedCalls:
+    """Raises a RunError where a constructor of the bindings raises or a method returns another status than success.
 
     Attributes:
-        rt: the bindings.
+        rt: the module ``qaicrt``.
         artifact: the QPC.
-        qids: the cards.
+        qids: ids of the cards.
     """
 
     rt: Any
     artifact: Artifact
     qids: tuple[int, ...]
 
-    def make(self, what: str, build: Callable[[], T]) -> T:
-        """Construct something."""
-        try:
-            return build()
-        except Exception as exc:  # which type the extension raises is not documented (§11, question 1)
-            raise RunError(f"qaicrt.{what} failed for {self}: {exc}{_advice(what)}") from exc
+    def construct(self, name: str, constructor: Callable[[], T]) -> T:
+        """Construct an object of the bindings.
 
-    def ok(self, what: str, method: Callable[..., Any], *args: Any, when: str = "", facts: bool = False) -> None:
+        Args:
+            name: of its class, for the error.
+            constructor: takes no arguments.
+
+        Raises:
+            RunError: the constructor raised.
+        """
+        try:
+            return constructor()
+        except Exception as exc:  # which type the extension raises is not documented (§11, question 1)
+            raise RunError(f"qaicrt.{name} failed for {self}: {exc}{_remedy(name)}") from exc
+
+    def call(self, name: str, method: Callable[..., Any], *args: Any, when: str = "", resources: bool = False) -> None:
         """Call a method that returns a status.
 
         Args:
-            what: its name.
+            name: of the method, for the error.
             method: a bound method of the bindings.
-            args: what it takes.
-            when: such as `` in run 3``.
-            facts: if it fails, say what the QPC needs and what the cards have free.
-        """
-        status, problem = self._called(method, args)
-        del method, args  # a traceback that holds an ExecObj keeps its card from being released
-        self._expect(what, status, problem, when, facts=facts)
+            args: its arguments.
+            when: appended to the name in the error, such as `` in run 3``.
+            resources: the error lists what the QPC needs and what the cards have free.
 
-    def value(self, what: str, method: Callable[..., Any], *args: Any, when: str = "") -> Any:
-        """Call a method that returns a status and a value, and return the value."""
-        result, problem = self._called(method, args)
+        Raises:
+            RunError: the method raised, or its status is not QS_SUCCESS.
+        """
+        status, problem = self._status(method, args)
+        del method, args  # a traceback that references an ExecObj would keep its card reserved
+        self._check(name, status, problem, when, resources=resources)
+
+    def value(self, name: str, method: Callable[..., Any], *args: Any, when: str = "") -> Any:
+        """Call a method that returns a status and a value, and return the value; arguments as those of `call`.
+
+        Raises:
+            RunError: the method raised, or its status is not QS_SUCCESS.
+        """
+        result, problem = self._status(method, args)
         del method, args
-        self._expect(what, problem or result[0], problem, when)
+        self._check(name, problem or result[0], problem, when)
         return result[1]
 
-    def _called(self, method: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, str]:
-        """Return what a call returns, or the text of what it raises instead of a status."""
+    def _status(self, method: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, str]:
+        """Return the result of a call, and the text of the exception that it raised instead, if any."""
         try:
             return method(*args), ""
         except Exception as exc:
             return None, str(exc) or type(exc).__name__
 
-    def _expect(self, what: str, status: Any, problem: str, when: str, *, facts: bool = False) -> None:
+    def _check(self, name: str, status: Any, problem: str, when: str, *, resources: bool = False) -> None:
         if problem:
-            raise RunError(f"{what} failed{when} for {self}: {problem}{_advice(what)}")
+            raise RunError(f"{name} failed{when} for {self}: {problem}{_remedy(name)}")
         if status == self.rt.QStatus.QS_SUCCESS:
             return
-        name = getattr(status, "name", str(status))
-        known = f": {needs(self.artifact)}, {', '.join(map(self._state, self.qids))}" if facts else ""
-        raise RunError(f"{what} failed with {name}{when} for {self}{known}{_advice(what, name)}")
+        status_name, details = getattr(status, "name", str(status)), ""
+        if resources:
+            details = f": {required_resources(self.artifact)}, {', '.join(map(self._card_state, self.qids))}"
+        raise RunError(f"{name} failed with {status_name}{when} for {self}{details}{_remedy(name, status_name)}")
 
-    def _state(self, qid: int) -> str:
-        """Say what a card says of itself, as far as it says anything."""
+    def _card_state(self, qid: int) -> str:
+        """Describe the state and the free resources of a card, as far as it reports them."""
         try:
             _, info = self.rt.Util().getDeviceInfo(qid)
             text = f"card {qid} is {info.devStatus.name.removeprefix('QDS_').capitalize()}"
             free = info.devData and info.devData.resourceInfo
             if free:
                 text += f" with {free.nspFree} of {free.nspTotal} cores and {free.dramFree} of {free.dramTotal} MB free"
-        except Exception:  # it is about to be an error's text, and must not become an error of its own
+        except Exception:  # this is part of an error message and must not raise another error
             return f"card {qid} gives no information"
         return text
 
@@ -119,56 +129,6 @@ class Calls:
         return f"{self.artifact.path} on card{'s'[: len(self.qids) - 1]} {', '.join(map(str, self.qids))}"
 
 
-def needs(artifact: Artifact) -> str:
-    """Say what a QPC needs of a card, as far as it is known: cores if we compiled it, and the size of its file."""
-    assert artifact.path is not None
-    file = artifact.path / "programqpc.bin"
-    size = f"{-(-file.stat().st_size // 2**20)} MB for its file alone" if file.is_file() else "an unknown size"
-    cores = _compiled(artifact).get("num_cores")
-    return f"the QPC needs {cores or 'an unknown number of'} cores and {size}"
-
-
-def devices(artifact: Artifact) -> int | None:
-    """Return how many cards a QPC was compiled for; None if nothing tells."""
-    options = _compiled(artifact)
-    given = any(flag.lstrip("-").replace("_", "-") == "mdp-load-partition-config" for flag in options.get("flags", {}))
-    return None if given else options.get("num_devices")
-
-
-def _compiled(artifact: Artifact) -> Any:
-    """Return the compile options that the store has kept; nothing for a QPC that somebody brings."""
-    return artifact.provenance.get("key", {}).get("compile", {}).get("options", {})
-
-
-def check_count(artifact: Artifact, qids: Sequence[int]) -> None:
-    """Raise ConfigError unless the ids that were asked for are as many as the QPC was compiled for, each once."""
-    wanted = devices(artifact)
-    if len(set(qids)) != len(qids):
-        raise ConfigError(f"--device-ids {','.join(map(str, qids))}: a card is named twice")
-    if wanted is not None and len(qids) != wanted:
-        raise ConfigError(
-            f"{artifact.path} is compiled for {wanted} card{'s'[: wanted - 1]}, and --device-ids names {len(qids)}"
-            f" ({', '.join(map(str, qids))}): name as many, or compile with another num_devices"
-        )
-
-
-@contextmanager
-def held(qids: Sequence[int]) -> Iterator[None]:
-    """Hold cards for this process alone; others wait. The locks die with their holder."""
-    from filelock import FileLock, Timeout
-
-    with ExitStack() as locks:
-        for qid in sorted(qids):  # in one order everywhere, so that nobody waits in a ring
-            lock = FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{qid}.lock", mode=0o666)
-            while True:
-                try:
-                    locks.enter_context(lock.acquire(timeout=NOTICE_SECONDS))
-                    break
-                except Timeout:
-                    LOG.warning("waiting for card %d, which another process holds", qid)
-        yield
-
-
-def _advice(what: str, status: str = "") -> str:
-    text = ADVICE.get(f"{what} {status}") or ADVICE.get(what)
+def _remedy(name: str, status: str = "") -> str:
+    text = REMEDIES.get(f"{name} {status}") or REMEDIES.get(name)
     return f"; {text}" if text else ""

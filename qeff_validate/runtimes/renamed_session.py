@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Somebody else's graph behind our names: the interface is checked first, with both sides listed."""
+"""A session on a user's graph under the names of the model's graph interface."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import replace
 from qeff_validate.config.case import Artifacts
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session
-from qeff_validate.tensors import RETAINED, Shapes, Tensors, TensorSpec, retained
+from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.tensors import RETAINED, Tensors, TensorSpec, retained
 
-INTEGERS, HALVES = frozenset({"int64", "int32"}), frozenset({"float32", "float16"})
+INTEGERS, FLOATS = frozenset({"int64", "int32"}), frozenset({"float32", "float16"})
 
 
-class Foreign:
+class RenamedSession(SessionWrapper):
     """A session on a user's artifact, under the names of the model's graph interface.
+
+    Outputs other than retained state are returned in the dtype of the interface: float16 becomes float32.
 
     Args:
         session: the open session.
@@ -27,23 +30,23 @@ class Foreign:
     """
 
     def __init__(self, session: Session, graph: Graph, artifacts: Artifacts) -> None:
-        self._session = session
-        self._inputs = dict(artifacts.inputs)
-        self._outputs = dict(artifacts.outputs)
-        ours_in = {theirs: ours for ours, theirs in self._inputs.items()}
-        ours_out = {theirs: ours for ours, theirs in self._outputs.items()}
-        self.inputs = _renamed(session.inputs, ours_in)
-        self.outputs = _renamed([s for s in session.outputs if not ours_out or s.name in ours_out], ours_out)
-        wide = {spec.name: spec.dtype for spec in graph.outputs if not spec.name.endswith(RETAINED)}
-        self._widened = {
-            spec.name: wide[spec.name]
-            for spec in self.outputs
-            if spec.name in wide and spec.dtype != wide[spec.name] and {spec.dtype, wide[spec.name]} <= HALVES
-        }
-        both = {**ours_in, **ours_out}
-        self.shapes: tuple[Shapes, ...] = tuple(
-            {both.get(name, name): dims for name, dims in shapes.items()} for shapes in session.shapes
+        super().__init__(session)
+        self._input_names = dict(artifacts.inputs)
+        self._output_names = dict(artifacts.outputs)
+        ours_by_input = {theirs: ours for ours, theirs in self._input_names.items()}
+        ours_by_output = {theirs: ours for ours, theirs in self._output_names.items()}
+        mapped = [spec for spec in session.outputs if not ours_by_output or spec.name in ours_by_output]
+        self.inputs, self.outputs = _renamed(session.inputs, ours_by_input), _renamed(mapped, ours_by_output)
+        ours_by_name = {**ours_by_input, **ours_by_output}
+        self.shapes = tuple(
+            {ours_by_name.get(name, name): dims for name, dims in shapes.items()} for shapes in session.shapes
         )
+        dtypes = {spec.name: spec.dtype for spec in graph.outputs if not spec.name.endswith(RETAINED)}
+        self._converted = {
+            spec.name: dtypes[spec.name]
+            for spec in self.outputs
+            if spec.name in dtypes and spec.dtype != dtypes[spec.name] and {spec.dtype, dtypes[spec.name]} <= FLOATS
+        }
         state = retained(graph.inputs, graph.outputs)
         problems = _problems("input", self.inputs, graph.inputs, state)
         problems += _problems("output", self.outputs, graph.outputs, state)
@@ -56,40 +59,50 @@ class Foreign:
             )
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run under the file's names and return outputs under ours."""
-        names = [spec.name for spec in self.outputs] if fetch is None else list(fetch)
-        theirs = {self._outputs.get(name, name): name for name in names}
-        given = {self._inputs.get(name, name): array for name, array in feeds.items()}
-        found = self._session.run(given, fetch=list(theirs))
-        outputs = {theirs[name]: array for name, array in found.items()}
-        # half precision fits into float32, so nothing is lost; state goes back as it came
-        return {
-            name: array.astype(self._widened[name]) if name in self._widened else array
-            for name, array in outputs.items()
-        }
+        """Run under the artifact's names; feeds and outputs have the names of the interface.
 
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
+        Raises:
+            RunError: as in the wrapped session.
+        """
+        names = [spec.name for spec in self.outputs] if fetch is None else list(fetch)
+        ours = {self._output_names.get(name, name): name for name in names}
+        renamed_feeds = {self._input_names.get(name, name): array for name, array in feeds.items()}
+        outputs = self.session.run(renamed_feeds, fetch=list(ours))
+        arrays = {ours[name]: array for name, array in outputs.items()}
+        # float16 fits into float32, so nothing is lost; retained state keeps its dtype, as it is fed back
+        return {
+            name: array.astype(self._converted[name]) if name in self._converted else array
+            for name, array in arrays.items()
+        }
 
 
 def _renamed(specs: Sequence[TensorSpec], names: Mapping[str, str]) -> tuple[TensorSpec, ...]:
     return tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in specs)
 
 
-def _problems(what: str, got: Sequence[TensorSpec], wanted: Sequence[TensorSpec], state: Collection[str]) -> list[str]:
-    known, given = {spec.name: spec for spec in wanted}, {spec.name: spec for spec in got}
-    problems = [f"{what} {name!r} is missing" for name in known if name not in given]
-    problems += [f"{what} {name!r} is unknown" for name in given if name not in known]
-    for name in known.keys() & given.keys():
-        spec, other = known[name], given[name]
-        # ids and masks may be int32, as some exporters make them; state on a card is half precision, and so are outputs
-        # of a graph that computes in it; anything else changes what is fed or read
-        free = HALVES if what == "output" or name.removesuffix(RETAINED) in state else INTEGERS
-        if spec.dtype != other.dtype and not {spec.dtype, other.dtype} <= free:
-            problems.append(f"{what} {name!r} has dtype {other.dtype}, wanted {spec.dtype}")
+def _problems(
+    side: str, actual: Sequence[TensorSpec], expected: Sequence[TensorSpec], state: Collection[str]
+) -> list[str]:
+    """Return the differences between a graph's inputs or outputs and those of the interface.
+
+    Args:
+        side: ``input`` or ``output``.
+        actual: of the graph.
+        expected: of the interface.
+        state: names of retained state.
+    """
+    theirs, ours = {spec.name: spec for spec in actual}, {spec.name: spec for spec in expected}
+    problems = [f"{side} {name!r} is missing" for name in ours if name not in theirs]
+    problems += [f"{side} {name!r} is unknown" for name in theirs if name not in ours]
+    for name in ours.keys() & theirs.keys():
+        spec, other = ours[name], theirs[name]
+        # ids and masks may be int32, as some exporters write them; state on a card is float16, and so are outputs of a
+        # graph that computes in it; any other difference changes what is fed or read
+        interchangeable = FLOATS if side == "output" or name.removesuffix(RETAINED) in state else INTEGERS
+        if spec.dtype != other.dtype and not {spec.dtype, other.dtype} <= interchangeable:
+            problems.append(f"{side} {name!r} has dtype {other.dtype}, wanted {spec.dtype}")
         if len(spec.shape) != len(other.shape):
-            problems.append(f"{what} {name!r} has {len(other.shape)} dims, wanted {len(spec.shape)}")
+            problems.append(f"{side} {name!r} has {len(other.shape)} dims, wanted {len(spec.shape)}")
     return problems
 
 

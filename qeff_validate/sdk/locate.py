@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the AI 100 SDK: the installed one at its prefix, or the simulated one of this package.
+"""Locates the AI 100 SDK: the installed one at its prefix, or the simulated one of this package.
 
-Paths and texts: card-contract §1. Platform SDK (bindings, tools) and Apps SDK (compiler) are separate installers, so
-each part is looked for by itself. Nothing is imported and no process is started until a method needs it.
+Paths and texts: card-contract §1. Platform SDK (bindings, tools) and Apps SDK (compiler) have separate installers, so
+each part is located separately. Nothing is imported and no process is started before a method needs it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ from qeff_validate.files import expand_user
 DEFAULT_PREFIX = "/opt/qti-aic"
 SIMULATED = Path(__file__).resolve().parent / "simulated"
 _PACKAGE = "qeff_validate.sdk.simulated"
+_BINDINGS = f"{_PACKAGE}.bindings"
 QUERY_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One record of ``qaic-util -q`` (card-contract §1.4)."""
+    """One card in the output of ``qaic-util -q`` (card-contract §1.4).
+
+    Attributes:
+        qid: id of the card.
+        values: the other keys and their values as text.
+    """
 
     qid: int
     values: Mapping[str, str]
@@ -45,42 +51,47 @@ class Card:
 
     @property
     def free_cores(self) -> int:
-        """Neural signal processors that no program holds."""
+        """Number of NSPs (neural signal processors) that no program uses; 0 if unknown."""
         free = self.values.get("Nsp Free", "")
         return int(free) if free.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sdk:
-    """Where bindings, compiler and tools are. `installed` and `simulated` make one."""
+    """An SDK: its bindings, compiler and tools; `installed` and `simulated` return one.
+
+    Attributes:
+        prefix: directory of the installation.
+        built_in: True for the simulated SDK of this package.
+    """
 
     prefix: Path
     built_in: bool = False
 
     @property
     def simulated(self) -> bool:
-        """True if its version file is marked as simulated; the bindings say so themselves as well."""
+        """True if the version file says that the SDK is simulated; its bindings say so as well."""
         root = _version_file(self.prefix / "versions" / "apps.xml")
         return root is not None and (root.findtext(".//simulated") or "").strip() == "true"
 
     def versions(self) -> dict[str, str | None]:
-        """Return the apps and platform versions, None where one is not installed."""
-        found: dict[str, str | None] = {}
+        """Return the versions of ``apps`` and ``platform``; None for one that is not installed."""
+        versions: dict[str, str | None] = {}
         for name in ("apps", "platform"):
             root = _version_file(self.prefix / "versions" / f"{name}.xml")
-            found[name] = (root.findtext(".//base_version") or "").strip() or None if root is not None else None
-        return found
+            versions[name] = (root.findtext(".//base_version") or "").strip() or None if root is not None else None
+        return versions
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Return what a compiled artifact depends on."""
+        """Return plain data that changes with everything that a compiled artifact takes from the SDK."""
         source = fingerprint(digest_tree(self.prefix, suffixes=(".py",))) if self.built_in else None
         return {**self.versions(), "simulated": self.simulated, "source": source}
 
     def compiler(self) -> tuple[list[str], bool]:
-        """Return the compiler's command, and whether it is the old ``qaic-exec`` (card-contract §1.2).
+        """Return the compiler's command, and True if it is the old ``qaic-exec`` (card-contract §1.2).
 
         Raises:
-            Unavailable: neither is installed.
+            Unavailable: no compiler is installed.
         """
         if self.built_in:
             return [sys.executable, "-m", f"{_PACKAGE}.compiler"], False
@@ -97,24 +108,24 @@ class Sdk:
         """Return the cards that ``qaic-util -q`` lists.
 
         Raises:
-            Unavailable: it lists none, or it is missing, fails or hangs.
+            Unavailable: the tool lists no card, is missing, fails, or exceeds `QUERY_SECONDS`.
         """
         tool = f"{self.prefix}/tools/qaic-util"
         command = [tool]
         if self.built_in:
             tool, command = "the simulated qaic-util", [sys.executable, "-m", f"{_PACKAGE}.tools", "qaic-util"]
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 [*command, "-q"], capture_output=True, text=True, timeout=QUERY_SECONDS, check=False, errors="replace"
             )
         except subprocess.TimeoutExpired as exc:
             raise Unavailable(f"{tool} -q did not answer within {QUERY_SECONDS} s: is the driver stuck?") from exc
         except OSError as exc:
             raise Unavailable(f"{tool} cannot be started ({exc.strerror}): install the Platform SDK") from exc
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip() or "it printed nothing"
-            raise Unavailable(f"{tool} -q failed with exit code {done.returncode}: {said[-500:]}")
-        cards = parse_cards(done.stdout)
+        if result.returncode:
+            output = (result.stderr or result.stdout).strip() or "it printed nothing"
+            raise Unavailable(f"{tool} -q failed with exit code {result.returncode}: {output[-500:]}")
+        cards = parse_cards(result.stdout)
         if not cards:
             raise Unavailable(f"{tool} lists no card: is one fitted, and is the driver loaded?")
         return cards
@@ -123,7 +134,7 @@ class Sdk:
         """Return the cards that are Ready, the one with the most free cores first.
 
         Raises:
-            Unavailable: there is none; the text says which there are.
+            Unavailable: no card is Ready; the message lists the states.
         """
         cards = self.query()
         ready = sorted((card for card in cards if card.ready), key=lambda card: -card.free_cores)
@@ -136,14 +147,14 @@ class Sdk:
         return ready
 
     def cards(self) -> list[Card]:
-        """Return the cards that ``qaic-util -q`` lists; none if it cannot tell. `query` says why."""
+        """Return the cards that ``qaic-util -q`` lists; empty if `query` fails."""
         try:
             return self.query()
         except Unavailable:
             return []
 
     def why_not(self) -> str | None:
-        """Return None if programs can be run, else what is missing and what to do. Imports nothing."""
+        """Return None if programs can be run, else the reason and a remedy. Imports nothing."""
         if self.built_in:
             return None
         if not self.prefix.is_dir():
@@ -162,39 +173,43 @@ class Sdk:
         return None
 
     def bindings(self) -> tuple[Any, Any]:
-        """Import ``qaicrt`` and ``QAicApi_pb2``.
+        """Import and return the modules ``qaicrt`` and ``QAicApi_pb2``.
 
         Raises:
-            Unavailable: one of them cannot be imported, or this process has another SDK's loaded already.
+            Unavailable: a module cannot be imported, or this process has already imported that of another SDK.
         """
         if self.built_in:
-            return importlib.import_module(f"{_PACKAGE}.qaicrt"), importlib.import_module(f"{_PACKAGE}.QAicApi_pb2")
-        found = []
-        # qaicrt first: it must be imported before the folder of QAicApi_pb2 is on the path (design §5)
+            qaicrt, messages = (importlib.import_module(f"{_BINDINGS}.{name}") for name in ("qaicrt", "QAicApi_pb2"))
+            return qaicrt, messages
+        modules = []
+        # qaicrt must be imported before the folder of QAicApi_pb2 is on the path (design §5)
         for module, folder in (("qaicrt", self._library()), ("QAicApi_pb2", self.prefix / "dev" / "python")):
             with _on_path(folder):
                 try:
-                    found.append(importlib.import_module(module))
-                except (ImportError, OSError) as exc:  # OSError: a library that it needs is missing
+                    modules.append(importlib.import_module(module))
+                except (ImportError, OSError) as exc:  # OSError: a shared library is missing
                     raise Unavailable(
                         f"cannot import {module} from {folder} with Python {platform.python_version()}: {exc};"
                         " the SDK's extension is built for one Python version, and libQAic.so must be found"
                         " (LD_LIBRARY_PATH, or QAIC_LIB)"
                     ) from exc
-            origin = Path(str(getattr(found[-1], "__file__", folder))).resolve()
+            origin = Path(str(getattr(modules[-1], "__file__", folder))).resolve()
             if folder.resolve() not in origin.parents:
                 raise Unavailable(f"{module} is already loaded from {origin}, not from {folder}: use another process")
-        return found[0], found[1]
+        return modules[0], modules[1]
 
     def _library(self) -> Path:
         return self.prefix / "dev" / "lib" / platform.machine()
 
 
 def installed(prefix: str | None = None) -> Sdk:
-    """Return the installed SDK: ``prefix``, else ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``.
+    """Return the installed SDK; whether it exists is checked later.
+
+    Args:
+        prefix: its directory; None: ``QEFF_VALIDATE_SDK``, else ``/opt/qti-aic``.
 
     Raises:
-        ConfigError: this is no path of the system, such as one with a name of 300 characters.
+        ConfigError: the prefix is not a valid path, such as one with a name of 300 characters.
     """
     path = expand_user(prefix or os.environ.get("QEFF_VALIDATE_SDK") or DEFAULT_PREFIX)
     try:
@@ -235,6 +250,6 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 def _version_file(path: Path) -> ET.Element | None:
     try:
-        return ET.parse(path).getroot()  # noqa: S314 (a file of the SDK that is about to be executed)
+        return ET.parse(path).getroot()  # noqa: S314 (a file of the SDK, whose programs are executed anyway)
     except (OSError, ET.ParseError):
         return None

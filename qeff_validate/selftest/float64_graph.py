@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 
@@ -107,7 +107,7 @@ class Float64Session:
         self.inputs: tuple[TensorSpec, ...] = tuple(map(_spec, model.graph.input))
         self.outputs: tuple[TensorSpec, ...] = tuple(map(_spec, model.graph.output))
         self._evaluator: Any = ReferenceEvaluator(float64_graph(model), new_ops=[Cast, Erf, GatherElements])
-        self._state: Retained[Array] = Retained(
+        self._state: RetainedState[Array] = RetainedState(
             self.inputs, self.outputs, buckets, make=undefined, shape=lambda value: value.shape
         )
 

@@ -36,6 +36,7 @@ from qeff_validate.mutation.mutant import (
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
 from qeff_validate.protocols import Session, model_kind, runtime
 from qeff_validate.report.result import Result
+from qeff_validate.runtimes.session_wrapper import SessionWrapper
 from qeff_validate.selftest.baseline_checkers import EMBEDDING_CHECKERS, LOGIT_CHECKERS
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
@@ -263,7 +264,7 @@ class CaseUnderTest:
             shutil.rmtree(folder)
 
 
-class InapplicableRecorder:
+class InapplicableRecorder(SessionWrapper):
     """A session with a fault that records `Inapplicable`, which a pipeline reports like any error.
 
     Args:
@@ -275,8 +276,7 @@ class InapplicableRecorder:
     def __init__(self, session: Session, fault: Callable[[Session], Session], errors: list[Inapplicable]) -> None:
         self._errors = errors
         with self._recording():
-            self._session = fault(session)
-        self.inputs, self.outputs, self.shapes = session.inputs, session.outputs, session.shapes
+            super().__init__(fault(session))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -289,11 +289,7 @@ class InapplicableRecorder:
     def run(self, feeds: Tensors, *, fetch: Any = None) -> Tensors:
         """Run with the fault."""
         with self._recording():
-            return self._session.run(feeds, fetch=fetch)
-
-    def reset(self) -> None:
-        """Forget retained state."""
-        self._session.reset()
+            return super().run(feeds, fetch=fetch)
 
 
 def baseline_verdicts(pipeline: Any, actual: Tensors, profile: str) -> dict[str, bool]:

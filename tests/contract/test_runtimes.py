@@ -25,7 +25,7 @@ from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Session, Settings, capabilities, runtime
 from qeff_validate.registry import registered
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 
 UNUSABLE = {name: reason for name in sorted(registered("runtimes")) if (reason := runtime(name).probe())}
 """Why a registered runtime cannot be tried on this host."""
@@ -69,7 +69,7 @@ def pipeline(kind: str, **options: Any) -> Pipeline:
 def adapter_of(name: str) -> Runtime:
     entry = name.removeprefix("isolated-")
     adapter = runtime(entry)
-    return Isolated(adapter, entry, Settings()) if name in ISOLATED else adapter
+    return IsolatedRuntime(adapter, entry, Settings()) if name in ISOLATED else adapter
 
 
 def opened(name: str, made: Pipeline) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from simulated_client import OK, Client, step
 from simulated_graphs import PHASES, Cache, altered, cached, counter, graph, helper, scaled
 
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
 
 pytestmark = pytest.mark.usefixtures("fresh_cards")
 INVAL, FAILED = rt.QStatus.QS_INVAL, rt.QStatus.QS_ERROR

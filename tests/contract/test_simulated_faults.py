@@ -14,7 +14,7 @@ from simulated_client import OK, Client
 from simulated_graphs import altered, counter, scaled
 
 from qeff_validate.sdk.simulated import faults, tools
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
 
 pytestmark = pytest.mark.usefixtures("fresh_cards")
 LOST, TIMED_OUT = rt.QStatus.QS_DEV_ERROR, rt.QStatus.QS_TIMEDOUT

@@ -15,8 +15,8 @@ import pytest
 from simulated_client import OK, Client, iodesc
 from simulated_graphs import CTX, INT64, PHASES, cached, counter, graph, helper, scaled
 
-from qeff_validate.sdk.simulated import QAicApi_pb2 as aicapi
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated.bindings import QAicApi_pb2 as aicapi
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
 
 pytestmark = pytest.mark.usefixtures("fresh_cards")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)

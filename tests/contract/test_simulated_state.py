@@ -14,7 +14,7 @@ import pytest
 from simulated_client import OK, Client, step
 from simulated_graphs import CTX, PHASES, TABLE, Cache, cached, counter, graph, helper
 
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
 
 pytestmark = pytest.mark.usefixtures("fresh_cards")
 INVAL, FAILED = rt.QStatus.QS_INVAL, rt.QStatus.QS_ERROR

@@ -21,8 +21,8 @@ def run_sample(prefix: Path, folder: Path, *options: str, python: str | Path = s
     command = [str(python), "-I", str(SAMPLE), str(prefix), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    outputs: dict[str, Any] = json.loads(done.stdout)
+    return outputs
 
 
 def check(found: dict[str, Any], prefix: Path, version: str) -> None:

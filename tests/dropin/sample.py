@@ -215,7 +215,7 @@ def main() -> None:
     ok(status)
     model = classifier()
     fixed = model.rename(model.with_name("fixed.onnx"))
-    found = {
+    outputs = {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "classified": classified(),
@@ -229,7 +229,7 @@ def main() -> None:
         "files": [qaicrt.__file__, aicapi.__file__],
         "library_loaded": "qeff_validate" in sys.modules,
     }
-    print(json.dumps(found))
+    print(json.dumps(outputs))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_sample_runs_in_an_environment_of_its_own(version: str, packages: list[s
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
     prefix = tmp_path / "sdk"
     assert main(["sdk", "install", str(prefix), "--python", str(python)]) == 0
-    found = run_sample(prefix, tmp_path / "work", python=python)
-    check(found, prefix, "1.22.0.120")
-    assert found["python"].startswith(f"{version}.")
-    assert found["numpy"].startswith("1.26." if packages is LOWEST else "2.")
+    versions = run_sample(prefix, tmp_path / "work", python=python)
+    check(versions, prefix, "1.22.0.120")
+    assert versions["python"].startswith(f"{version}.")
+    assert versions["numpy"].startswith("1.26." if packages is LOWEST else "2.")

@@ -30,7 +30,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import qeff_validate.builders.compile_qpc as compile
 def no_compiler(*a, **k): raise AssertionError("compiled")
-compile.run_child = no_compiler
+compile.run_compiler = no_compiler
 from qeff_validate.cli import main
 sys.exit(main(sys.argv[1:]))
 """

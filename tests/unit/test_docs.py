@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import qeff_validate
-from qeff_validate.cli.commands import app
+from qeff_validate.cli.app import app
 from qeff_validate.engine import load
 from qeff_validate.errors import ConfigError
 from qeff_validate.plugin import MARKERS, OPTIONS

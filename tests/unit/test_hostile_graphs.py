@@ -20,7 +20,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load, validate
 from qeff_validate.protocols import Settings
-from qeff_validate.sdk.simulated.functions import MOST_NODES, too_large
+from qeff_validate.sdk.simulated.compiler.function_inlining import MOST_NODES, too_large
 
 
 def config(folder: Path, graph: Path, runtimes: str) -> Path:
@@ -68,11 +68,11 @@ def test_file_that_is_no_graph_is_an_error_with_a_reason(
 
 
 def test_compiler_of_the_simulated_sdk_refuses_bombs_by_itself(tmp_path: Path) -> None:
-    from qeff_validate.sdk.simulated import compiler
+    from qeff_validate.sdk.simulated.compiler import qaic_compile
 
     for make in hostile_graphs.BOMBS:
         path = make(tmp_path / f"{make.__name__}.onnx")
-        assert compiler.main([f"-m={path}", "-aic-hw", f"-aic-binary-dir={tmp_path / make.__name__}"]) == 255
+        assert qaic_compile.main([f"-m={path}", "-aic-hw", f"-aic-binary-dir={tmp_path / make.__name__}"]) == 255
 
 
 @pytest.mark.parametrize(("depth", "fits"), [(2, True), (20, True), (22, False)])

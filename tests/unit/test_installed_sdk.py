@@ -25,8 +25,8 @@ from qeff_validate.sdk.locate import Sdk, installed, parse_cards
 RECORDED = """\
 import pathlib
 
-from qeff_validate.sdk.simulated import qaicrt as base
-from qeff_validate.sdk.simulated.qaicrt import *
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
+from qeff_validate.sdk.simulated.bindings.qaicrt import *
 
 SIMULATED = False
 
@@ -69,7 +69,7 @@ UNREADABLE = (
 
 class Qpc(base.Qpc):
     def getIoDescriptor(self):
-        from qeff_validate.sdk.simulated import QAicApi_pb2
+        from qeff_validate.sdk.simulated.bindings import QAicApi_pb2
 
         status, buffer = super().getIoDescriptor()
         description = QAicApi_pb2.IoDesc.FromString(bytes(buffer))
@@ -189,7 +189,7 @@ def test_ready_card_with_most_free_cores_is_used_unless_another_is_named(
 
 @pytest.mark.slow
 def test_bindings_that_say_they_are_simulated_are_refused(store: Path, tmp_path: Path) -> None:
-    honest = "from qeff_validate.sdk.simulated.qaicrt import *\n"
+    honest = "from qeff_validate.sdk.simulated.bindings.qaicrt import *\n"
     prefix = sdk_prefix.prefix(tmp_path / "sdk", qaicrt=honest)
     done, result = run_on(prefix, store, tmp_path)
     assert done.returncode == 3

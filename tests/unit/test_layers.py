@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qeff_validate.builders.store import JUDGES, SHAPES_ARTIFACTS
+from qeff_validate.builders.source_keys import JUDGES, SHAPES_ARTIFACTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
@@ -196,7 +196,7 @@ def test_every_module_of_the_package_is_read() -> None:
     assert {
         "qeff_validate.engine",
         "qeff_validate.models.embedding.pooling",
-        "qeff_validate.sdk.simulated.qaicrt",
+        "qeff_validate.sdk.simulated.bindings.qaicrt",
     } <= set(NAMES)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from qeff_validate.engine import case_for
 from qeff_validate.errors import ConfigError
-from qeff_validate.runtimes import qaic_calls
+from qeff_validate.runtimes import qaic_cards
 
 OPTION = ("--option", "seq_len=[48, 64]")
 
@@ -103,8 +103,8 @@ def test_a_card_is_held_by_one_process_at_a_time(tmp_path: Path, monkeypatch: py
     """A session on an installed SDK holds the card's lock while it is open; the built-in simulator needs none."""
     from filelock import FileLock, Timeout
 
-    monkeypatch.setattr(qaic_calls.tempfile, "gettempdir", lambda: str(tmp_path))
-    with qaic_calls.held([3]), pytest.raises(Timeout):
+    monkeypatch.setattr(qaic_cards.tempfile, "gettempdir", lambda: str(tmp_path))
+    with qaic_cards.exclusive_cards([3]), pytest.raises(Timeout):
         FileLock(tmp_path / "qeff-validate-card-3.lock").acquire(timeout=0)
     with FileLock(tmp_path / "qeff-validate-card-3.lock").acquire(timeout=0):
         pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and replies between two processes: one line of JSON, then the bytes of the arrays that it lists."""
+"""Messages between two processes: one line of JSON, then the bytes of the arrays that it lists."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from qeff_validate.tensors import Array, Tensors
 
 
 class Closed(Exception):
-    """The other side is gone."""
+    """The other process has closed its end, or ended."""
 
 
 class Channel:
-    """One end of a socket pair. A time-out of the socket is the time in which the other side says nothing."""
+    """One end of a socket pair.
+
+    The socket's time-out applies to each read and write, so every message of the other process restarts it.
+
+    Args:
+        end: a connected stream socket.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
@@ -27,12 +33,16 @@ class Channel:
     def send(self, header: Mapping[str, Any], arrays: Tensors | None = None) -> None:
         """Send one message.
 
+        Args:
+            header: JSON data.
+            arrays: by name; any dtype and shape.
+
         Raises:
-            Closed: nobody reads it.
-            TimeoutError: it is not taken.
+            Closed: the other process has closed its end.
+            TimeoutError: the other process does not read.
         """
         parts = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
-        # the shape is that of the array as given: contiguous copies have at least one dim
+        # the shape of the original array, as a contiguous copy has at least one dim
         listed = [(name, part.dtype.str, np.shape((arrays or {})[name])) for name, part in parts.items()]
         try:
             self._end.sendall(json.dumps({**header, "arrays": listed}).encode() + b"\n")
@@ -42,11 +52,11 @@ class Channel:
             raise Closed from exc
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the next message; its arrays are read into their own memory.
+        """Receive one message: its header and its arrays, which own their memory.
 
         Raises:
-            Closed: there is none.
-            TimeoutError: it does not come.
+            Closed: the other process has closed its end.
+            TimeoutError: no message arrives in time.
         """
         arrays: dict[str, Array] = {}
         try:
@@ -64,6 +74,6 @@ class Channel:
         return header, arrays
 
     def close(self) -> None:
-        """Hang up; the other side sees it."""
+        """Close this end; the other process receives `Closed`."""
         self._reader.close()
         self._end.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A runtime in a process of its own, so that native code that crashes or hangs is an error and not the end of a run."""
+"""A runtime in a child process: native code that crashes or hangs becomes an error and does not end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from qeff_validate import errors
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
-from qeff_validate.protocols import Runtime, Session, Settings
+from qeff_validate.protocols import Capabilities, Runtime, Session, Settings, capabilities
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.sdk.processes import ending, kill
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds
@@ -25,56 +25,59 @@ from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feed
 LOG = logging.getLogger(__name__)
 
 OPEN_SECONDS = 600
-"""For opening and for closing: reading tens of gigabytes, and a driver that is slow to let go."""
+"""Time limit of opening and of closing: reading tens of gigabytes, and drivers that release a card slowly."""
 
 START_SECONDS = 20
-"""How much longer than a run opening may take, if that is less: the process has to start and import first."""
+"""How much longer than a run opening may take, if that is less than `OPEN_SECONDS`: the process starts and imports."""
 
 GRACE_SECONDS = 10
-"""How long a process whose work is done, or in vain, may take to release its card and end."""
+"""Time limit for the child to release its card and end, after its work or after an error."""
 
 TAIL_LINES, TAIL_BYTES = 20, 8192
-"""How much of what the process printed an error shows."""
+"""How much of the child's output an error message contains."""
 
 LOG_BYTES = 1 << 20
-"""How much of what the process printed is kept, save during one request."""
+"""Size of the child's output above which it is discarded between requests."""
 
 WORKER = "qeff_validate.runtimes.isolation.worker"
-"""The module that a child process runs."""
+"""The module that the child process runs."""
 
 
-class Isolated:
-    """Opens QPCs and untrusted artifacts in a child process; all else is asked of the adapter itself.
+class IsolatedRuntime:
+    """A runtime that opens QPCs and untrusted artifacts in a child process, and other artifacts in this process.
 
     Args:
-        adapter: the runtime, made here; it opens what this library exported itself.
-        name: the name of its entry point, by which the child makes its own.
-        settings: what both are made with.
+        runtime: opens what this library exported; it also answers for `probe` and `capabilities`.
+        name: of its entry point, from which the child creates its own instance.
+        settings: of both instances.
     """
 
-    def __init__(self, adapter: Runtime, name: str, settings: Settings) -> None:
-        self._adapter, self._entry, self._settings = adapter, name, settings
-        self.name, self.kind = adapter.name, adapter.kind
+    def __init__(self, runtime: Runtime, name: str, settings: Settings) -> None:
+        self._runtime, self._entry, self._settings = runtime, name, settings
+        self.name, self.kind = runtime.name, runtime.kind
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapter, name)
+    @property
+    def capabilities(self) -> Capabilities:
+        """The capabilities of the runtime."""
+        return capabilities(self._runtime)
 
     def probe(self) -> str | None:
-        """Return what the adapter says."""
-        return self._adapter.probe()
+        """Return None if the runtime is usable, else the reason and a remedy."""
+        return self._runtime.probe()
 
     @contextmanager
     def open(self, artifact: Artifact) -> Iterator[Session]:
-        """Open an artifact, as a rule in a new process, which is gone when the context ends.
+        """Open an artifact; the child process ends with the context.
 
-        What this library exported itself holds nothing that could hang, and stays in this process.
+        An ONNX file or module that this library exported contains no code that could hang, and is opened in this
+        process.
 
         Raises:
-            RunError: the process died, or did not answer in time and was killed.
-            ValidateError: what the adapter raised there.
+            RunError: the child process crashed, or exceeded the time limit and was killed.
+            ValidateError: any error of the runtime in the child process.
         """
         if artifact.kind != "qpc" and not artifact.untrusted:
-            with self._adapter.open(artifact) as session:
+            with self._runtime.open(artifact) as session:
                 yield session
             return
         request = {
@@ -90,89 +93,104 @@ class Isolated:
         }
         limit = min(OPEN_SECONDS, self._settings.run_timeout_s + START_SECONDS)
         with _child(self.name, card=artifact.kind == "qpc") as child:
-            described, _ = child.ask(f"while opening {artifact.path}", request, limit=limit)
-            yield IsolatedSession(child, described, str(artifact.path), self._settings.run_timeout_s)
-            child.ask(f"while closing {artifact.path}", {"do": "close"}, limit=OPEN_SECONDS)
+            description, _ = child.request(f"while opening {artifact.path}", request, limit=limit)
+            yield IsolatedSession(child, description, str(artifact.path), self._settings.run_timeout_s)
+            child.request(f"while closing {artifact.path}", {"do": "close"}, limit=OPEN_SECONDS)
 
 
 class IsolatedSession:
-    """A session whose other end is in the child; retained state lives there."""
+    """A session that runs in the child process; retained state stays there.
 
-    def __init__(self, child: Child, described: dict[str, Any], path: str, limit: float) -> None:
+    Args:
+        child: has opened the artifact.
+        description: inputs, outputs and shapes, as `worker` sends them.
+        path: of the artifact, for error messages.
+        limit: time limit of a run in seconds.
+    """
+
+    def __init__(self, child: Child, description: dict[str, Any], path: str, limit: float) -> None:
         self._child, self._path, self._limit = child, path, limit
-        self.inputs: tuple[TensorSpec, ...] = _specs(described["inputs"])
-        self.outputs: tuple[TensorSpec, ...] = _specs(described["outputs"])
+        self.inputs: tuple[TensorSpec, ...] = _specs(description["inputs"])
+        self.outputs: tuple[TensorSpec, ...] = _specs(description["outputs"])
         self.shapes: tuple[Shapes, ...] = tuple(
-            {name: tuple(dims) for name, dims in shapes.items()} for shapes in described["shapes"]
+            {name: tuple(dims) for name, dims in shapes.items()} for shapes in description["shapes"]
         )
-        self.simulated = bool(described["simulated"])
         self._runs = 0
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
-        """Run once in the child.
+        """Run once in the child process.
 
         Raises:
-            RunError: as in the adapter; or the process died, or took longer than the limit and was killed.
+            RunError: the runtime failed, or the child process crashed, or exceeded the time limit and was killed.
         """
-        # only what is wrong with the arrays themselves; what may be left out, the session in the child knows
+        # checks the arrays that are there; the session in the child knows which of them may be left out
         check_feeds(feeds, self.inputs, optional=[spec.name for spec in self.inputs])
         self._runs += 1
         request = {"do": "run", "fetch": None if fetch is None else list(fetch)}
-        _, found = self._child.ask(f"in run {self._runs} of {self._path}", request, feeds, limit=self._limit)
-        return found
+        _, outputs = self._child.request(f"in run {self._runs} of {self._path}", request, feeds, limit=self._limit)
+        return outputs
 
     def reset(self) -> None:
         """Forget retained state."""
-        self._child.ask(f"in a reset of {self._path}", {"do": "reset"}, limit=self._limit)
+        self._child.request(f"in a reset of {self._path}", {"do": "reset"}, limit=self._limit)
 
 
 class Child:
-    """A process that answers, and what it prints."""
+    """A child process with a channel for requests and a file for its output.
+
+    Args:
+        name: of the runtime, for error messages.
+        card: the runtime uses a card, so error messages mention ``qaic-util``.
+    """
 
     def __init__(self, name: str, *, card: bool) -> None:
         self._name, self._card = name, card
-        self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed by leave)
-        self._asked_at = 0
-        ours, theirs = socket.socketpair()
-        self._end, self._channel = ours, Channel(ours)
-        with theirs:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
+        self._request_offset = 0
+        parent_end, child_end = socket.socketpair()
+        self._socket, self._channel = parent_end, Channel(parent_end)
+        with child_end:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
-                    "qeff_validate.runtimes.isolation.worker",
-                    str(theirs.fileno()),
+                    WORKER,
+                    str(child_end.fileno()),
                     str(os.getpid()),
                 ],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=self._printed,
+                stdout=self._output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 start_new_session=True,
             )
 
-    def ask(
-        self, doing: str, request: dict[str, Any], arrays: Tensors | None = None, *, limit: float
+    def request(
+        self, phase: str, request: dict[str, Any], arrays: Tensors | None = None, *, limit: float
     ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Send a request and return the reply.
+        """Send a request and return the reply: JSON data and arrays.
 
         Args:
-            doing: when an error happened, for its text.
-            request: plain data.
-            arrays: what goes with it.
-            limit: seconds without a sign of life after which the process is killed.
+            phase: for error messages, such as ``in run 3 of PATH``.
+            request: JSON data.
+            arrays: the feeds.
+            limit: seconds without a message after which the process is killed.
+
+        Raises:
+            RunError: the process crashed, or exceeded the limit and was killed.
+            ValidateError: the error in the reply.
         """
-        if self._end.fileno() < 0:
+        if self._socket.fileno() < 0:
             raise RunError("this session is closed")
-        self._end.settimeout(limit)
-        self._mark()
+        self._socket.settimeout(limit)
+        self._mark_output()
         try:
             self._channel.send(request, arrays)
-            reply, found = self._channel.receive()
+            reply, outputs = self._channel.receive()
             while "note" in reply:
                 LOG.warning("%s: %s", self._name, reply["note"])
-                reply, found = self._channel.receive()
+                reply, outputs = self._channel.receive()
         except TimeoutError as exc:
             kill(self.process)
             hint = (
@@ -181,17 +199,21 @@ class Child:
                 else "does the graph hold a Loop that never ends?"
             )
             raise RunError(
-                f"{self._name} did not answer for {limit:g} s {doing}, so its process was killed: {hint};"
-                f" --run-timeout is the limit of a run{self._said(self._asked_at)}"
+                f"{self._name} did not answer for {limit:g} s {phase}, so its process was killed: {hint};"
+                f" --run-timeout is the limit of a run{self._output_tail(self._request_offset)}"
             ) from exc
         except Closed as exc:
-            raise RunError(self._died(doing)) from exc
+            raise RunError(self._crash_report(phase)) from exc
         if "error" in reply:
-            raise getattr(errors, reply["error"])(f"{reply['text']}{self._said(self._asked_at)}")
-        return reply, found
+            raise getattr(errors, reply["error"])(f"{reply['text']}{self._output_tail(self._request_offset)}")
+        return reply, outputs
 
-    def leave(self, grace: float) -> None:
-        """Hang up, so that the process releases what it holds and ends, and kill it if it does not."""
+    def end(self, grace: float) -> None:
+        """Close the channel, so that the process releases its artifact and ends, and kill it if it does not.
+
+        Args:
+            grace: seconds to wait.
+        """
         self._channel.close()
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -199,9 +221,9 @@ class Child:
         finally:
             if self.process.poll() is None:
                 kill(self.process)
-            self._printed.close()
+            self._output.close()
 
-    def _died(self, doing: str) -> str:
+    def _crash_report(self, phase: str) -> str:
         try:
             code = self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -211,32 +233,32 @@ class Child:
         hints += ["the kernel log tells whether memory ran out"] if code == -9 else []
         hints += ["qaic-util -q shows the card's state"] if self._card and code != -9 else []
         return (
-            f"the process of {self._name} {ending(code)} {doing}: {'; '.join(hints)}, and"
-            f" running the case again tells whether it comes back{self._said(0)}"
+            f"the process of {self._name} {ending(code)} {phase}: {'; '.join(hints)}, and"
+            f" running the case again tells whether it comes back{self._output_tail(0)}"
         )
 
-    def _mark(self) -> None:
-        """Note where the output of the next request begins; drop what came before if it is much."""
-        number = self._printed.fileno()
-        self._asked_at = os.fstat(number).st_size
-        if self._asked_at > LOG_BYTES:
+    def _mark_output(self) -> None:
+        """Record where the output of the next request begins, and discard earlier output above `LOG_BYTES`."""
+        number = self._output.fileno()
+        self._request_offset = os.fstat(number).st_size
+        if self._request_offset > LOG_BYTES:
             os.ftruncate(number, 0)
-            os.lseek(number, 0, os.SEEK_SET)  # the child writes where we stand: the position is shared
-            self._asked_at = 0
+            os.lseek(number, 0, os.SEEK_SET)  # parent and child share the file position
+            self._request_offset = 0
 
-    def _said(self, start: int) -> str:
-        """Return the last lines that the process printed, from a place on; the runtime's own log is among them."""
-        number = self._printed.fileno()
+    def _output_tail(self, start: int) -> str:
+        """Return the last lines of the child's output after an offset; the runtime's own log is among them."""
+        number = self._output.fileno()
         start = max(start, os.fstat(number).st_size - TAIL_BYTES)
         lines = os.pread(number, TAIL_BYTES, start).decode(errors="replace").splitlines()
-        shown = [f"  | {line}" for line in lines if line.strip()][-TAIL_LINES:]
-        return "\n".join(["\n  its process printed:", *shown]) if shown else ""
+        tail = [f"  | {line}" for line in lines if line.strip()][-TAIL_LINES:]
+        return "\n".join(["\n  its process printed:", *tail]) if tail else ""
 
 
 @contextmanager
 def _child(name: str, *, card: bool) -> Iterator[Child]:
     child = Child(name, card=card)
-    grace = 0.0  # an interruption waits for nothing
+    grace = 0.0  # after an interruption, do not wait
     try:
         yield child
         grace = GRACE_SECONDS
@@ -244,11 +266,11 @@ def _child(name: str, *, card: bool) -> Iterator[Child]:
         grace = GRACE_SECONDS
         raise
     finally:
-        child.leave(grace)
+        child.end(grace)
 
 
 def _environment() -> dict[str, str]:
-    """Let the child import what we import, and nothing that lies in its working directory by chance."""
+    """Return an environment in which the child imports the same modules, and none from its working directory."""
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 

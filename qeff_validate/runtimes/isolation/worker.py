@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process behind `isolated.Isolated`: opens one artifact, answers until it is told to close or nobody asks.
+"""The child process of `isolation.parent.IsolatedRuntime`: opens one artifact and serves requests until it is closed.
 
 python -m qeff_validate.runtimes.isolation.worker SOCKET PARENT
 """
@@ -25,8 +25,12 @@ from qeff_validate.sdk.processes import die_with_parent
 from qeff_validate.tensors import Tensors, TensorSpec
 
 
-class Notes(logging.Handler):
-    """Sends what this library logs to the parent, which logs it, and which takes it for a sign of life."""
+class LogForwarder(logging.Handler):
+    """Sends log records of this library to the parent, which logs them; each one restarts the parent's time limit.
+
+    Args:
+        channel: to the parent.
+    """
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
@@ -37,50 +41,49 @@ class Notes(logging.Handler):
         self._channel.send({"note": record.getMessage()})
 
 
-def answer(channel: Channel) -> None:
-    """Open what the first request names and answer the others.
+def serve(channel: Channel) -> None:
+    """Open the artifact of the first request and serve the requests after it.
 
     Raises:
-        Closed: the parent is gone; the artifact is released.
+        Closed: the parent has closed its end or ended; the artifact is released.
     """
     request, _ = channel.receive()
     settings = {**request["settings"], "device_ids": tuple(request["settings"]["device_ids"])}
-    given = request["artifact"]
-    artifact = {**given, "path": Path(given["path"]), "buckets": tuple(given["buckets"])}
+    fields = request["artifact"]
+    artifact = {**fields, "path": Path(fields["path"]), "buckets": tuple(fields["buckets"])}
     try:
         with runtime(request["runtime"], Settings(**settings)).open(Artifact(**artifact)) as session:
-            channel.send(_described(session))
-            _serve(channel, session)
+            channel.send(_description(session))
+            _serve_requests(channel, session)
         channel.send({})
     except Closed:
         raise
     except Exception as exc:
-        channel.send(_told(exc))
+        channel.send(_error(exc))
 
 
-def _serve(channel: Channel, session: Session) -> None:
+def _serve_requests(channel: Channel, session: Session) -> None:
     while True:
         request, feeds = channel.receive()
         if request["do"] == "close":
             return
         reply: dict[str, str] = {}
-        found: Tensors = {}
+        outputs: Tensors = {}
         try:
             if request["do"] == "reset":
                 session.reset()
             else:
-                found = session.run(feeds, fetch=request["fetch"])
+                outputs = session.run(feeds, fetch=request["fetch"])
         except Exception as exc:
-            reply = _told(exc)
-        channel.send(reply, found)
+            reply = _error(exc)
+        channel.send(reply, outputs)
 
 
-def _described(session: Session) -> dict[str, Any]:
+def _description(session: Session) -> dict[str, Any]:
     return {
         "inputs": [_spec(spec) for spec in session.inputs],
         "outputs": [_spec(spec) for spec in session.outputs],
         "shapes": [dict(shapes) for shapes in session.shapes],
-        "simulated": bool(getattr(session, "simulated", False)),
     }
 
 
@@ -88,25 +91,29 @@ def _spec(spec: TensorSpec) -> tuple[Any, ...]:
     return spec.name, spec.dtype, spec.shape
 
 
-def _told(exc: Exception) -> dict[str, str]:
-    """Return an error as the nearest class of `errors` and its text."""
+def _error(exc: Exception) -> dict[str, str]:
+    """Return the nearest base class of an error in `qeff_validate.errors`, and its text."""
     if isinstance(exc, ValidateError):
-        known = next(cls for cls in type(exc).__mro__ if getattr(errors, cls.__name__, None) is cls)
-        return {"error": known.__name__, "text": str(exc)}
+        base = next(cls for cls in type(exc).__mro__ if getattr(errors, cls.__name__, None) is cls)
+        return {"error": base.__name__, "text": str(exc)}
     where = "".join(traceback.format_exception(exc)[-3:])
     return {"error": "RunError", "text": f"unexpected {type(exc).__name__}: {exc}\n{where}".rstrip()}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer on a socket that the parent has left open for this process."""
+    """Serve requests on the socket that the parent has passed on.
+
+    Args:
+        arguments: file descriptor of the socket, and process id of the parent.
+    """
     number, parent = map(int, arguments)
     die_with_parent()
     if os.getppid() != parent:
-        return 1  # it died before we could ask
+        return 1  # the parent ended before the line above
     channel = Channel(socket.socket(fileno=number))
-    logging.getLogger("qeff_validate").addHandler(Notes(channel))
+    logging.getLogger("qeff_validate").addHandler(LogForwarder(channel))
     with suppress(Closed):
-        answer(channel)
+        serve(channel)
     return 0
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A simulation of the Cloud AI 100 SDK: compiler, runtime bindings, cards and tools, without any hardware.
 
-Nothing in this package comes from, or talks to, a real SDK. It imitates the user-facing contract so that
-client software can be exercised where there is no card; what it computes says how a model behaves in rounded
-fp16 arithmetic on a CPU, not how fast or how exactly a card computes it. Every product carries the mark: the
-bindings (`SIMULATED`), the container's own magic, and the version files.
+Nothing in this package is copied from a real SDK or uses one. It imitates the user-facing contract, so that client
+software can be tested without a card. Its results show how a model behaves in rounded fp16 arithmetic on a CPU, not how
+fast or how exactly a card computes. Everything declares itself as simulated: the bindings (`SIMULATED`), the QPC (its
+magic number), and the version files.
 
-The package stands on its own (relative imports only), so a copy of it under another prefix works as well.
+The package is self-contained (relative imports only), so a copy of it under another prefix works as well.
 """
 
 from __future__ import annotations

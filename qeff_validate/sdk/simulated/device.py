@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated cards: how many there are, their state, and what is free on each of them within this process.
+"""The simulated cards: their number, their state, and their free resources within this process.
 
 One card by default; the environment variable QAIC_SIM_DEVICES sets another count, 0 included.
 """
@@ -23,11 +23,15 @@ INITIALIZING, READY, ERROR = "Initializing", "Ready", "Error"
 
 
 def generation() -> str:
-    """Returns what the simulated cards are: ai100, or what QAIC_SIM_CARD says."""
-    found = os.environ.get("QAIC_SIM_CARD", "ai100")
-    if found not in HW_MAJOR:
-        raise RuntimeError(f"QAIC_SIM_CARD is {' or '.join(HW_MAJOR)}, not {found!r}")
-    return found
+    """Return the generation of the cards: ai100, or the value of QAIC_SIM_CARD.
+
+    Raises:
+        RuntimeError: QAIC_SIM_CARD has another value than ai100 or ai200.
+    """
+    name = os.environ.get("QAIC_SIM_CARD", "ai100")
+    if name not in HW_MAJOR:
+        raise RuntimeError(f"QAIC_SIM_CARD is {' or '.join(HW_MAJOR)}, not {name!r}")
+    return name
 
 
 class NotEnough(Exception):
@@ -36,7 +40,15 @@ class NotEnough(Exception):
 
 @dataclass(slots=True)
 class Card:
-    """One simulated card and what its active programs occupy."""
+    """One simulated card and its free resources.
+
+    Attributes:
+        qid: id of the card.
+        nsp_free: NSPs (neural signal processors) without an active program.
+        dram_free_mb: free memory in MB.
+        networks_active: number of active programs.
+        lost: the card was lost by a requested fault.
+    """
 
     qid: int
     nsp_free: int = NSP_TOTAL
@@ -47,24 +59,28 @@ class Card:
 
     @property
     def vc_free(self) -> int:
-        """Virtual channels that are free: each activation has one."""
+        """Free virtual channels: each activation takes one."""
         return VC_TOTAL - self.networks_active
 
     @property
     def status(self) -> str:
-        """Initializing, Ready or Error; a lost card stays in Error until nobody asks for that fault any more."""
+        """Initializing, Ready or Error; a lost card is in Error until the fault is no longer requested."""
         self.lost = self.lost and faults.active("device-lost", self.qid)
         if self.lost or faults.active("device-error", self.qid):
             return ERROR
         return INITIALIZING if faults.active("device-initializing", self.qid) else READY
 
     def free(self) -> tuple[int, int]:
-        """NSPs and MB of memory that are free; none while that fault is asked for."""
+        """Return the free NSPs and the free memory in MB; zero while the corresponding fault is requested."""
         nsps = 0 if faults.active("activate-nsp", self.qid) else self.nsp_free
         return nsps, 0 if faults.active("activate-dram", self.qid) else self.dram_free_mb
 
     def reserve(self, nsps: int, dram_mb: int) -> None:
-        """Takes NSPs and memory for one activation, or raises NotEnough and takes nothing."""
+        """Reserve NSPs and memory for one activation.
+
+        Raises:
+            NotEnough: too few are free; nothing is reserved.
+        """
         with self._lock:
             nsp_free, dram_free = self.free()
             if nsps > nsp_free:
@@ -82,7 +98,7 @@ class Card:
             self.networks_active += 1
 
     def release(self, nsps: int, dram_mb: int) -> None:
-        """Gives back what `reserve` took."""
+        """Release the resources of an activation."""
         with self._lock:
             self.nsp_free += nsps
             self.dram_free_mb += dram_mb
@@ -94,7 +110,11 @@ _cards_lock = threading.Lock()
 
 
 def device_ids() -> list[int]:
-    """Returns the QIDs that exist, 0 to QAIC_SIM_DEVICES - 1."""
+    """Return the ids of all cards, 0 to QAIC_SIM_DEVICES - 1.
+
+    Raises:
+        RuntimeError: QAIC_SIM_DEVICES is no number.
+    """
     text = os.environ.get("QAIC_SIM_DEVICES", "1")
     if not text.isdecimal():
         raise RuntimeError(f"QAIC_SIM_DEVICES must be a count of devices such as 4, not {text!r}")
@@ -102,7 +122,11 @@ def device_ids() -> list[int]:
 
 
 def card(qid: int) -> Card:
-    """Returns the card with this QID, the same object for the life of the process."""
+    """Return the card with this id, always the same object.
+
+    Raises:
+        RuntimeError: there is no such card.
+    """
     if qid not in device_ids():
         raise RuntimeError(f"Device {qid} does not exist; there are {device_ids()}")
     with _cards_lock:

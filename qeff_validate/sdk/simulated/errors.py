@@ -1,34 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulated compiler and container raise; the front ends turn it into exit codes and statuses."""
+"""Exceptions of the simulated compiler and of QPC files; they end as exit codes and statuses."""
 
 from __future__ import annotations
 
 from typing import Any
 
-STANDARD = ("", "ai.onnx")
+from .graph import opset_of
 
 
 class CompileError(Exception):
-    """The compiler refuses: the text goes to stderr and the exit code is 255 (card-contract §6.6)."""
+    """The compilation failed: the text is printed to stderr and the exit code is 255 (card-contract §6.6)."""
 
 
 class QpcError(Exception):
-    """A QPC can not be read: the text says whether it is missing, real, foreign or damaged."""
-
-
-def opset_of(model: Any) -> int:
-    """Returns the opset of the standard operators that a ModelProto asks for."""
-    return max((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD), default=1)
+    """A QPC cannot be read: the text says whether it is missing, a real card's, no QPC, or damaged."""
 
 
 def rejected(model: Any, why: str, operator: str = "", node: Any = None) -> CompileError:
-    """Returns the importer's error in the form of card-contract §8, and behind it, marked, what a card's omits.
+    """Return the importer's error in the form of card-contract §8, followed by a line ``simulator:`` with more details.
 
     Args:
         model: ModelProto.
-        why: The reason.
-        operator: The operator that is at fault, if it is one.
-        node: The node that is at fault, if it is known; its operator need not be given.
+        why: the reason.
+        operator: type of the refused operator, if there is one.
+        node: the refused NodeProto, if it is known; it also gives the operator.
     """
     operator = operator or (node.op_type if node is not None else "")
     where = f"Operator-'{operator}'" if operator else "Model"
@@ -42,6 +37,6 @@ def rejected(model: Any, why: str, operator: str = "", node: Any = None) -> Comp
 
 
 def named(node: Any) -> str:
-    """Returns the name of a NodeProto, or its first output if it has none, with domain and operator."""
+    """Describe a NodeProto by its name, or by its first output if it has none, with domain and operator."""
     name = f"node '{node.name}'" if node.name else f"the node that computes '{next(iter(node.output), '')}'"
     return f"{name} ({node.domain or 'ai.onnx'}::{node.op_type})"

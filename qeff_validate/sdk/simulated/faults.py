@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults on request, so that a client's handling of them can be tested without a card that fails.
+"""Faults on request, to test a client's error handling without a card that fails.
 
-They come from the environment variable QAIC_SIM_FAULT and from the file that QAIC_SIM_FAULT_FILE names, both read at
-each use, so a fault can be switched on and off while a program runs. Faults are separated by commas or white space;
+They are read from the environment variable QAIC_SIM_FAULT and from the file that QAIC_SIM_FAULT_FILE names, at each
+use, so a fault can be switched on and off while a program runs. Faults are separated by commas or white space;
 each is `name`, `name=value`, `name@k` or `name=value@k`::
 
     timeout@3 device-error=1 missing-property=dataPathTimeoutMs
 
-The value is the QID of the only card that has the fault (`missing-property`: the attribute's name). `@k` is for
-inferences: the k-th one since its activation has the fault, and no other.
+The value is the id of the only card with the fault (`missing-property`: the attribute's name). `@k` restricts a fault
+of inferences to the k-th one since the activation.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ NAMES = (*_CARDS, *_INFERENCES, "missing-property")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault that is asked for."""
+    """A requested fault.
+
+    Attributes:
+        name: one of `NAMES`.
+        value: id of the only card with the fault, or the attribute; empty: all cards.
+        nth: number of the only inference with the fault; None: all.
+    """
 
     name: str
     value: str = ""
     nth: int | None = None
 
     def concerns(self, qids: Collection[int]) -> bool:
-        """Tells whether one of these cards has it."""
+        """Return True if one of these cards has the fault."""
         return not self.value or int(self.value) in qids
 
 
 def current() -> list[Fault]:
-    """Returns the faults that are asked for now.
+    """Return the faults that are requested now.
 
     Raises:
-        RuntimeError: One of them is not known or not well formed.
+        RuntimeError: a fault is unknown or malformed.
     """
     text = os.environ.get("QAIC_SIM_FAULT", "")
     if file := os.environ.get("QAIC_SIM_FAULT_FILE"):
-        with suppress(FileNotFoundError):  # taken away: no faults
+        with suppress(FileNotFoundError):  # no file: no faults
             text += f" {Path(file).read_text(encoding='utf-8')}"
     return [_parse(entry) for entry in re.split(r"[\s,]+", text) if entry]
 
@@ -69,12 +75,12 @@ def _parse(entry: str) -> Fault:
 
 
 def active(name: str, *qids: int) -> bool:
-    """Tells whether this fault is asked for, for one of these cards, whatever the inference."""
+    """Return True if this fault is requested for one of these cards, whatever the inference."""
     return any(fault.name == name and fault.concerns(qids) for fault in current())
 
 
 def in_inference(qids: Collection[int], number: int) -> Fault | None:
-    """Returns the fault of the `number`-th inference of an activation on these cards."""
+    """Return the fault of the `number`-th inference of an activation on these cards."""
     for fault in current():
         if fault.name in _INFERENCES and fault.concerns(qids) and fault.nth in (None, number):
             return fault
@@ -82,12 +88,12 @@ def in_inference(qids: Collection[int], number: int) -> Fault | None:
 
 
 def missing_properties() -> set[str]:
-    """Returns the attributes that program properties lack."""
+    """Return the attributes that program properties lack by a requested fault."""
     return {fault.value for fault in current() if fault.name == "missing-property"}
 
 
 def crash() -> None:
-    """Ends the process as a fault in native code does, without a core file."""
+    """End the process by SIGSEGV, as a bug in native code does, without a core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.raise_signal(signal.SIGSEGV)
-    os._exit(128 + signal.SIGSEGV)  # somebody handles the signal
+    os._exit(128 + signal.SIGSEGV)  # a handler has caught the signal

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator's QPC: one file, `<dir>/programqpc.bin`, that a real card refuses and that refuses real QPCs.
+"""The simulator's QPC: one file, `<dir>/programqpc.bin`. Real cards refuse it, and the simulator refuses real QPCs.
 
-Layout, little-endian (the real format is in card-contract §5 and shares nothing with it but the file name)::
+Layout, little-endian (the real format, card-contract §5, shares only the file name)::
 
     page 0      preamble: magic, format version, crc of the header, total size, offset and size of the header
-    page 1 …    segment constants: the weights, each on a page of its own, so that ONNX Runtime can map them
+    page 1 …    segment constants: the weights, page-aligned, so that ONNX Runtime can map them
     then        segments network.onnx (refers to the weights as external data in this very file) and iodesc
-    at the end  header: JSON with the segments (offset, size, crc32) and what the program needs of a card
+    at the end  header: JSON with the segments (offset, size, crc32) and the required resources
 
-The header comes last because the crcs are known only when the weights have been streamed.
+The header comes last because the CRCs are known only after the weights were streamed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import IO, Any
 
 import onnxruntime as ort
 
-from .checks import header_problem
 from .errors import QpcError
+from .qpc_checks import header_problem
 from .weights import CHUNK, Weight
 
 FILE_NAME = "programqpc.bin"
@@ -42,7 +42,14 @@ _SEGMENTS = ("constants", "network.onnx", "iodesc")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A verified QPC: what the runtime needs to run it, without its weights."""
+    """A verified QPC without its weights.
+
+    Attributes:
+        path: of programqpc.bin.
+        header: the decoded header.
+        network: serialized ModelProto, whose weights are external data in the same file.
+        io_desc: serialized IoDesc (card-contract §3).
+    """
 
     path: Path
     header: Mapping[str, Any]
@@ -51,32 +58,32 @@ class Program:
 
     @property
     def num_cores(self) -> int:
-        """The NSPs that one activation takes."""
+        """Number of NSPs that an activation takes on each card."""
         return int(self.header["num_cores"])
 
     @property
     def num_devices(self) -> int:
-        """The cards that one activation needs."""
+        """Number of cards that an activation needs."""
         return int(self.header["num_devices"])
 
     @property
     def hw_version(self) -> str:
-        """The card generation it was compiled for, such as ai100."""
+        """The card generation that it was compiled for, ai100 or ai200."""
         return str(self.header["hw_version"])
 
 
-class _Sink:
-    """Writes at page borders and keeps the crc of what went by."""
+class _PageWriter:
+    """Writes data aligned to pages and computes their CRC."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.crc = file, 0
 
-    def put(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         self.file.write(data)
         self.crc = zlib.crc32(data, self.crc)
 
     def align(self) -> int:
-        self.put(b"\x00" * (-self.file.tell() % PAGE))
+        self.write(b"\x00" * (-self.file.tell() % PAGE))
         return self.file.tell()
 
 
@@ -89,21 +96,21 @@ def write(
     facts: Mapping[str, Any],
     verify: Callable[[Program], None] | None = None,
 ) -> Path:
-    """Writes `<directory>/programqpc.bin` atomically: complete and accepted by `verify`, or not at all.
+    """Write `<directory>/programqpc.bin` atomically: it is complete and accepted by `verify`, or not written.
 
     Args:
-        directory: Created if missing; left as it was on failure.
-        model: ModelProto whose external initializers are the weights' stubs; their places are filled in.
-        weights: Read once, piece by piece.
-        io_desc: Serialized IoDesc.
-        facts: Header entries: num_cores, num_devices, hw_version, precision, sdk_version.
-        verify: Called with the finished program before it gets its final name; raises to refuse it.
+        directory: created if missing; unchanged on failure.
+        model: ModelProto whose external initializers are the stubs of the weights; their locations are filled in.
+        weights: read once, in chunks.
+        io_desc: serialized IoDesc.
+        facts: header entries: num_cores, num_devices, hw_version, precision, sdk_version, retained, mxint8.
+        verify: called with the finished program before it gets its final name; raises to refuse it.
     """
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".compiling-", dir=directory) as work:
-            # The final file name already, because the network refers to the weights by it.
+            # with the final file name, because the network refers to the weights by it
             draft = Path(work) / FILE_NAME
             with draft.open("wb") as file:
                 _write_file(file, model, weights, io_desc, facts)
@@ -122,7 +129,7 @@ def _write_file(
 ) -> None:
     file.write(b"\x00" * PAGE)
     segments: dict[str, dict[str, int]] = {}
-    crc = _write_weights(_Sink(file), model, weights)
+    crc = _write_weights(_PageWriter(file), model, weights)
     segments["constants"] = {"offset": PAGE, "size": file.tell() - PAGE, "crc32": crc}
     for name, data in (("network.onnx", model.SerializeToString()), ("iodesc", io_desc)):
         segments[name] = {"offset": file.tell(), "size": len(data), "crc32": zlib.crc32(data)}
@@ -135,30 +142,30 @@ def _write_file(
     file.write(_PREAMBLE.pack(MAGIC, FORMAT_VERSION, zlib.crc32(header), total, place, len(header)))
 
 
-def _write_weights(sink: _Sink, model: Any, weights: Iterable[Weight]) -> int:
+def _write_weights(writer: _PageWriter, model: Any, weights: Iterable[Weight]) -> int:
     stubs = {tensor.name: tensor for tensor in model.graph.initializer}
     for weight in weights:
-        stub, offset = stubs[weight.name], sink.align()
+        stub, offset = stubs[weight.name], writer.align()
         for chunk in weight.chunks():
-            sink.put(chunk)
-        if sink.file.tell() - offset != weight.nbytes:
+            writer.write(chunk)
+        if writer.file.tell() - offset != weight.nbytes:
             raise RuntimeError(f"weight {weight.name} has not the promised {weight.nbytes} bytes")
         del stub.external_data[:]
         for key, value in (("location", FILE_NAME), ("offset", offset), ("length", weight.nbytes)):
             stub.external_data.add(key=key, value=str(value))
-    sink.align()
-    return sink.crc
+    writer.align()
+    return writer.crc
 
 
 def read(directory: Path) -> Program:
-    """Reads and verifies the QPC in `directory`; every byte of every segment goes through its crc.
+    """Read and verify the QPC in a directory; the CRC of every segment is checked.
 
     Raises:
-        QpcError: Missing, a real card's QPC, a foreign file, another format version, or damaged.
+        QpcError: the file is missing, a real card's QPC, no QPC, damaged, or has another format version.
     """
     path = directory / FILE_NAME
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
             raise QpcError(f"Failed to open file{path}: it is no regular file")
         file = path.open("rb")
     except OSError as error:
@@ -206,28 +213,28 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
 
 
 def _read_segment(file: IO[bytes], path: Path, name: str, entry: Mapping[str, int]) -> bytes:
-    """Verifies one segment and returns its bytes; the constants are only verified, they stay in the file."""
+    """Verify one segment and return its bytes; the constants are only verified and remain in the file."""
     file.seek(entry["offset"])
-    left, crc, kept = entry["size"], 0, []
-    while left > 0 and (chunk := file.read(min(CHUNK, left))):
-        left, crc = left - len(chunk), zlib.crc32(chunk, crc)
+    remaining, crc, chunks = entry["size"], 0, []
+    while remaining > 0 and (chunk := file.read(min(CHUNK, remaining))):
+        remaining, crc = remaining - len(chunk), zlib.crc32(chunk, crc)
         if name != "constants":
-            kept.append(chunk)
-    if left or crc != entry["crc32"]:
+            chunks.append(chunk)
+    if remaining or crc != entry["crc32"]:
         raise _damaged(path, f"the crc of segment {name} does not match")
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 def open_session(program: Program, *, check_only: bool = False) -> ort.InferenceSession:
-    """Opens the program in ONNX Runtime, with the weights mapped from the QPC instead of copied.
+    """Open the program in ONNX Runtime, with the weights mapped from the QPC instead of copied.
 
     Args:
-        program: As `read` returned it; the file must still be in its place.
-        check_only: Only find out whether it opens: no optimisation, no repacked weights.
+        program: from `read`; its file must still exist.
+        check_only: only check that it opens: no optimization, no prepacked weights.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # an int8 input is dequantized as the list says, not fused into int8 arithmetic
+    # an int8 input is dequantized as the custom IO list states, not fused into int8 arithmetic
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     folder = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(folder, str(program.path.parent))

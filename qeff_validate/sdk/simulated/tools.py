@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated `qaic-util` and `qaic-version-util` (card-contract §1.4, §1.1).
 
-Run as `python -m qeff_validate.sdk.simulated.tools qaic-util -q`. What is free is what this process sees:
-accounting does not cross processes, so a fresh `qaic-util` shows everything free.
+Run as `python -m qeff_validate.sdk.simulated.tools qaic-util -q`. Resources are counted within one process, so
+`qaic-util` as a process of its own shows everything as free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ _USAGE = "usage: qaic-util -q [-d <qid>]... | qaic-version-util --apps|--platfor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one of the tools and returns its exit code."""
+    """Run one of the tools and return its exit code.
+
+    Args:
+        argv: name of the tool and its arguments; None: ``sys.argv``.
+    """
     tool, *arguments = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         if tool == "qaic-util" and arguments[:1] == ["-q"]:
@@ -49,7 +53,7 @@ def _query(qids: Sequence[int]) -> int:
 
 
 def record(card: device.Card) -> str:
-    """Returns one device's record: the QID line, then tab-indented `Key:Value` lines."""
+    """Return one device's record: the QID line, then tab-indented `Key:Value` lines."""
     version, status = base_version("platform"), card.status
     values = {
         "Status": status,

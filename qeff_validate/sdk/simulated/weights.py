@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the weights out of an ONNX model: what the compiler rewrites is small, and weights are streamed.
+"""Detaches the weights of an ONNX model: the compiler rewrites a small graph, and weights are streamed.
 
-A weight is read piece by piece, from the model's own bytes or from its external data file, exactly when it is
-written. The model keeps a stub: name, type and dims, marked as external data.
+A weight is read in chunks, from the model's own bytes or from its external data file, at the moment when it is written.
+The model keeps a stub: name, type and dims, marked as external data.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import CompileError
-from .static import nodes_of, subgraphs
+from .graph import nodes_of, subgraphs
 
-# Up to this size a tensor stays in the graph, where shape inference can read it; shapes are tiny.
 SMALL = 1024
+"""Tensors up to this size in bytes stay in the graph, where shape inference can read them; shapes are tiny."""
 CHUNK = 16 * 2**20
 _FOUR_BITS = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One initializer whose bytes are read when they are needed."""
+    """One initializer whose bytes are read on demand.
+
+    Attributes:
+        name: of the initializer.
+        data_type: ONNX element type.
+        nbytes: size in bytes.
+        chunks: returns an iterator over the raw data.
+    """
 
     name: str
     data_type: int
@@ -36,7 +43,11 @@ class Weight:
 
 
 def size_in_bytes(tensor: Any) -> int:
-    """Returns how many bytes the tensor's raw data must have, from its type and dims."""
+    """Return the size of a tensor's raw data in bytes, from its type and dims.
+
+    Raises:
+        CompileError: the type is unknown.
+    """
     count = int(math.prod(tensor.dims))
     if tensor.data_type in _FOUR_BITS:
         return (count + 1) // 2
@@ -47,25 +58,28 @@ def size_in_bytes(tensor: Any) -> int:
 
 
 def detach(model: Any, folder: Path) -> list[Weight]:
-    """Replaces every large initializer of the main graph by a stub, and returns the weights.
+    """Replace every large initializer of the main graph by a stub, and return the weights.
 
-    Other tensors (in nodes, subgraphs and functions) are rarely large; their external data is read in.
+    Other tensors (in nodes, subgraphs and functions) are rarely large; their external data is loaded.
 
     Args:
         model: ModelProto, loaded without its external data; changed in place.
-        folder: Where external data locations are relative to.
+        folder: the directory that external data locations are relative to.
+
+    Raises:
+        CompileError: a type is not supported, or data is missing or has another size.
     """
     tensors = list(model.graph.initializer)
-    # Removed messages live on as long as they are referenced, so embedded data is not copied here.
+    # Removed messages exist as long as they are referenced, so embedded data is not copied here.
     del model.graph.initializer[:]
     weights = []
     for tensor in tensors:
         weight = _weight(tensor, folder)
-        kept = model.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        stub = model.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
         if weight.nbytes <= SMALL:
-            kept.raw_data = b"".join(weight.chunks())
+            stub.raw_data = b"".join(weight.chunks())
         else:
-            kept.data_location = onnx.TensorProto.EXTERNAL
+            stub.data_location = onnx.TensorProto.EXTERNAL
             weights.append(weight)
     for part in (model.graph, *model.functions):
         for tensor in _inner_tensors(part):
@@ -91,10 +105,10 @@ def _weight(tensor: Any, folder: Path) -> Weight:
     nbytes = size_in_bytes(tensor)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return _external(tensor, nbytes, folder)
-    found = len(_embedded(tensor))
-    if found != nbytes:
+    actual = len(_embedded(tensor))
+    if actual != nbytes:
         raise CompileError(
-            f"QAIC_ERROR: Error message: initializer '{tensor.name}' has {found} bytes of data, but "
+            f"QAIC_ERROR: Error message: initializer '{tensor.name}' has {actual} bytes of data, but "
             f"its type and dims {list(tensor.dims)} need {nbytes}; the model is damaged"
         )
     return Weight(tensor.name, tensor.data_type, nbytes, lambda: _slices(_embedded(tensor)))

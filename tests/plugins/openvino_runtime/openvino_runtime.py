@@ -14,7 +14,7 @@ import onnx
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError, Unavailable
 from qeff_validate.protocols import Capabilities, Settings
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
 
 
@@ -78,7 +78,7 @@ class OpenVinoSession:
     ) -> None:
         self._request = compiled.create_infer_request()
         self.inputs, self.outputs = inputs, outputs
-        self._state: Retained[np.ndarray] = Retained(
+        self._state: RetainedState[np.ndarray] = RetainedState(
             self.inputs, self.outputs, buckets, make=undefined, shape=lambda array: array.shape
         )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qeff_validate.builders import export_onnx
+from qeff_validate.builders.check_export import check_interface
 from qeff_validate.errors import BuildError
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import TensorSpec
@@ -80,10 +81,10 @@ def test_the_check_compares_names_and_symbols(tmp_path: Path) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
     onnx.save(model, str(tmp_path / "fixed.onnx"))
     with pytest.raises(BuildError, match=r"fixed \['seq_len'\] of 'x'"):
-        export_onnx.check(tmp_path / "fixed.onnx", GRAPH)
+        check_interface(tmp_path / "fixed.onnx", GRAPH)
     other = Graph(GRAPH.inputs, (TensorSpec("vectors", "float32", ("batch_size", "n")),), GRAPH.buckets)
     with pytest.raises(BuildError, match=r"outputs \['output'\], wanted \['vectors'\]"):
-        export_onnx.check(tmp_path / "model.onnx", other)
+        check_interface(tmp_path / "model.onnx", other)
 
 
 def test_the_checker_is_asked(tmp_path: Path) -> None:
@@ -91,4 +92,4 @@ def test_the_checker_is_asked(tmp_path: Path) -> None:
     data = (tmp_path / "model.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
     with pytest.raises(BuildError, match=r"the ONNX checker refuses cut\.onnx"):
-        export_onnx.check(tmp_path / "cut.onnx", GRAPH)
+        check_interface(tmp_path / "cut.onnx", GRAPH)

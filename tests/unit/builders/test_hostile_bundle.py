@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles that somebody edited: refused by name, without a traceback, a hang, or an import; and what may be in one."""
+"""Edited bundles are refused with the name of the file, without a traceback, a hang or an import."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = {
 
 
 def built(folder: Path, case: Case = PLAIN) -> tuple[Path, str]:
-    """Write a bundle whose files hold nothing that a runtime could open."""
+    """Write a bundle whose files no runtime could open."""
     qpc = folder / "entry" / "qpc"
     qpc.mkdir(parents=True)
     (qpc / "programqpc.bin").write_bytes(b"program")
@@ -45,7 +45,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def edit(bundle: Path, change: Any, *, sealed: bool) -> None:
-    """Change the manifest, and compute its digest anew or not."""
+    """Change the manifest, and optionally recompute its digest."""
     plain = json.loads((bundle / MANIFEST).read_text())
     change(plain)
     if sealed:

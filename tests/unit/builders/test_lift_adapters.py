@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in graphs that other people have exported, lifted to inputs; PEFT with other weights is the oracle."""
+"""Adapters in users' graphs, lifted to inputs; the oracle is PEFT with other weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qeff_validate.builders.export_onnx import _silent
+from qeff_validate.builders.export_contexts import silent
 from qeff_validate.builders.lift_adapters import lift_adapters
 from qeff_validate.errors import BuildError
 from qeff_validate.runtimes.ort import session_options
@@ -53,8 +53,8 @@ def saved(model: PeftModel) -> dict[str, np.ndarray]:
 
 
 def export(model: PeftModel, path: Path, *, dynamo: bool, **options: Any) -> Path:
-    """The plain way: weights inside, no word about the adapter."""
-    with _silent():
+    """Export a model as users do: adapter weights are initializers, without metadata about the adapter."""
+    with silent():
         torch.onnx.export(
             Logits(model).eval(), (IDS, MASK), str(path), input_names=["ids", "mask"], output_names=["logits"],
             dynamo=dynamo, opset_version=18, verbose=False, external_data=False, **options,
@@ -82,13 +82,13 @@ def run(model: onnx.ModelProto | Path, arrays: dict[str, np.ndarray]) -> dict[st
 
 
 def agrees(lifted: onnx.ModelProto, model: PeftModel) -> None:
-    """Two sets of weights, one after the other on one graph, say what PEFT says of them."""
+    """Check that two sets of weights on one graph give PEFT's logits, and that the twins return them."""
     onnx.checker.check_model(lifted, full_check=True)
     for arrays in (saved(model), drawn(saved(model))):
-        found = run(lifted, arrays)
-        close(found.pop("logits"), with_weights(model, arrays), atol=1e-5)
-        assert set(found) == {f"{name}_RetainedState" for name in arrays}
-        assert all(np.array_equal(found[f"{name}_RetainedState"], array) for name, array in arrays.items())
+        outputs = run(lifted, arrays)
+        close(outputs.pop("logits"), with_weights(model, arrays), atol=1e-5)
+        assert set(outputs) == {f"{name}_RetainedState" for name in arrays}
+        assert all(np.array_equal(outputs[f"{name}_RetainedState"], array) for name, array in arrays.items())
 
 
 Exported = Callable[[bool, bool], tuple[PeftModel, Path]]
@@ -124,7 +124,7 @@ def test_lifted_graph_with_other_weights_says_what_peft_says(exported: Exported,
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 def test_exporters_do_merge_equal_weights(exported: Exported, dynamo: bool) -> None:
-    """What the zero-B case is for: fewer initializers of the shapes of lora_B than there are tensors."""
+    """The exporter merges equal tensors: fewer initializers with the shapes of lora_B than tensors."""
     model, path = exported(dynamo, True)
     zeros = [t for t in onnx.load(path).graph.initializer if len(t.dims) == 2 and not numpy_helper.to_array(t).any()]
     assert len(zeros) < sum("lora_B" in name for name in saved(model))
@@ -237,14 +237,14 @@ def small(value: np.ndarray, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
 def test_square_zeros_stand_as_a_linear_layer_uses_them(operator: str) -> None:
-    """Content does not tell how they stand; MatMul takes ``[in, out]``, Gemm with transB PEFT's ``[out, in]``."""
+    """Content does not show whether they are transposed: MatMul takes ``[in, out]``, Gemm with transB ``[out, in]``."""
     options = {"transB": 1} if operator == "Gemm" else {}
     model = small(np.zeros((2, 2), np.float32), [helper.make_node(operator, ["x", "w"], ["y"], "n", **options)])
     lifted = lift_adapters(model, {"base_model.model.p.lora_B.weight": np.zeros((2, 2), np.float32)})
     session = onnxruntime.InferenceSession(lifted.SerializeToString(), providers=["CPUExecutionProvider"])
     x, b = np.array([[1, 2]], np.float32), np.array([[1, 2], [3, 5]], np.float32)
-    found = session.run(["y"], {"x": x, "base_model.model.p.lora_B.weight": b})[0]
-    assert np.array_equal(found, x @ b.T)
+    output = session.run(["y"], {"x": x, "base_model.model.p.lora_B.weight": b})[0]
+    assert np.array_equal(output, x @ b.T)
 
 
 def test_zeros_that_the_base_uses_too_stay_where_the_base_uses_them() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store: whole or absent, verified on every hit, shared by processes, recovered after a kill."""
+"""The store: entries are complete or absent, verified on every hit, shared by processes, and survive a kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qeff_validate.builders import store
+from qeff_validate.builders import source_keys
 from qeff_validate.builders.store import PROVENANCE, Store
 from qeff_validate.errors import BuildError
 
@@ -37,7 +37,7 @@ def never(folder: Path) -> None:
 
 
 def files(root: Path) -> list[str]:
-    """All but leases, which go with the store that holds them."""
+    """All files but leases, which are deleted with their store."""
     return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and "leases" not in p.parts)
 
 
@@ -60,8 +60,8 @@ def test_another_key_or_kind_is_another_entry(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    one, two, three = (store.entry("onnx", {"n": n}, writes(text)) for n, text in enumerate(["x", "x", "y"]))
-    assert one.digest == two.digest != three.digest
+    first, two, three = (store.entry("onnx", {"n": n}, writes(text)) for n, text in enumerate(["x", "x", "y"]))
+    assert first.digest == two.digest != three.digest
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "removed", "added", "provenance", "other key"])
@@ -94,7 +94,7 @@ def wrong_provenance(change: Callable[[dict], object]) -> Callable[[Path], None]
 
 
 def put(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Put something in the place of a file of an entry, or of the entry itself."""
+    """Replace a file of an entry, or the entry itself."""
 
     def damage(entry: Path) -> None:
         path = entry / name
@@ -301,10 +301,10 @@ def test_entries_are_listed_by_last_use_and_pruned_by_it(tmp_path: Path) -> None
     store = Store(tmp_path)
     old, new = (store.entry("onnx", {"n": n}, writes(str(n))) for n in range(2))
     os.utime(old.path / PROVENANCE, (1000, 1000))
-    assert [kept.path for kept in store.entries()] == [old.path, new.path]
-    assert all(kept.size > 0 for kept in store.entries())
-    gone = store.prune(unused_since=2000)
-    assert [kept.path for kept in gone] == [old.path]
+    assert [entry.path for entry in store.entries()] == [old.path, new.path]
+    assert all(entry.size > 0 for entry in store.entries())
+    deleted = store.prune(unused_since=2000)
+    assert [entry.path for entry in deleted] == [old.path]
     assert not old.path.exists()
     assert store.entry("onnx", {"n": 1}, never).path == new.path
     assert store.entry("onnx", {"n": 0}, writes("0")).made
@@ -354,7 +354,7 @@ def test_what_a_live_process_has_found_is_not_pruned_until_it_ends(ending: str, 
         assert path.exists()
         if ending == "kill":
             process.kill()
-    assert [kept.path for kept in Store(tmp_path).prune(unused_since=float("inf"))] == [path]
+    assert [entry.path for entry in Store(tmp_path).prune(unused_since=float("inf"))] == [path]
     assert files(tmp_path) == []
     assert list((tmp_path / "leases").iterdir()) == []
 
@@ -404,13 +404,13 @@ def test_what_killed_processes_left_is_taken_away(by: str, tmp_path: Path) -> No
         assert process.stdout.readline() == "building\n"
         os.kill(process.pid, signal.SIGKILL)
     store = tmp_path / "store"
-    left = [path for name in ("tmp", "locks", "leases") for path in (store / name).iterdir()]
-    assert len(left) == 3
+    remains = [path for name in ("tmp", "locks", "leases") for path in (store / name).iterdir()]
+    assert len(remains) == 3
     if by == "prune":
         Store(store).prune(unused_since=0)
     else:
         Store(store).entry("onnx", KEY, writes())
-    assert [path for path in left if path.exists()] == []
+    assert [path for path in remains if path.exists()] == []
 
 
 def test_unfinished_work_of_a_live_process_is_spared(tmp_path: Path) -> None:
@@ -459,23 +459,23 @@ def test_entry_whose_prune_is_under_way_is_waited_for_and_made_again(tmp_path: P
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the package's sources, which the keys of code are made from."""
-    copy = shutil.copytree(store.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(store, "PACKAGE", copy)
+    """A copy of the package's source, from which the source keys are computed."""
+    copy = shutil.copytree(source_keys.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source_keys, "PACKAGE", copy)
     yield copy
-    for key in (store.code_key, store.measures_key):
+    for key in (source_keys.code_key, source_keys.measures_key):
         key.cache_clear()
 
 
 def keys() -> tuple[str, str]:
-    for key in (store.code_key, store.measures_key):
+    for key in (source_keys.code_key, source_keys.measures_key):
         key.cache_clear()
-    return store.code_key(), store.measures_key()
+    return source_keys.code_key(), source_keys.measures_key()
 
 
 def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
     code, measures = keys()
-    for name in store.JUDGES:
+    for name in source_keys.JUDGES:
         file = package / name
         file.write_text(file.read_text().replace("the", "this", 1))
         assert keys()[0] == code, name
@@ -484,7 +484,14 @@ def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["models/causal_lm/wrapper.py", "models/emulation/ensemble.py", "builders/export_onnx.py"]
+    "name",
+    [
+        "models/causal_lm/wrapper.py",
+        "models/emulation/ensemble.py",
+        "builders/export_onnx.py",
+        "builders/compiler_inputs.py",
+        "builders/onnx_patterns.py",
+    ],
 )
 def test_another_line_of_what_shapes_artifacts_gives_them_another_key(package: Path, name: str) -> None:
     code, measures = keys()

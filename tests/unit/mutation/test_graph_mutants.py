@@ -13,6 +13,7 @@ import pytest
 from bounds import close
 from onnx import numpy_helper, parser
 
+from qeff_validate.builders.onnx_patterns import attribute
 from qeff_validate.engine import Runner, load
 from qeff_validate.mutation import graph_finder as finder
 from qeff_validate.mutation.graph_mutants import GRAPH_MUTANTS
@@ -224,11 +225,11 @@ def test_the_epsilon_of_an_operator_is_its_attribute() -> None:
         c = LayerNormalization <epsilon = 1e-12> (b, w)  y = LayerNormalization (c, w) }
     """
     name = "one epsilon x 10000, at least 1e-3"
-    epsilons = [finder.attribute(node, "epsilon") for node in mutant_of(parser.parse_model(text), name).graph.node]
+    epsilons = [attribute(node, "epsilon") for node in mutant_of(parser.parse_model(text), name).graph.node]
     assert epsilons == [pytest.approx(1e-5), None, pytest.approx(1e-3), None]
     text = text.replace("<epsilon = 1e-12>", "<axis = -1>")
     node = mutant_of(parser.parse_model(text), name).graph.node[2]
-    assert (finder.attribute(node, "epsilon"), finder.attribute(node, "axis")) == (pytest.approx(0.1), -1)
+    assert (attribute(node, "epsilon"), attribute(node, "axis")) == (pytest.approx(0.1), -1)
 
 
 def test_experts_are_weights_and_tables_of_words_are_none() -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 import qeff_validate as qv
-from qeff_validate.builders.provenance import BESIDE, KEY, About, about
+from qeff_validate.builders.provenance import METADATA_KEY, QPC_PROVENANCE, GraphProvenance, read_provenance
 from qeff_validate.engine import model
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.embedding_tables import file_tables, tables
@@ -110,7 +110,7 @@ def test_a_plug_in_without_settings_is_unknown_throughout() -> None:
 
 def test_a_foreign_graph_says_nothing() -> None:
     for name in ("pooling", "normalize", "weights", "adapters"):
-        result = precheck(name, graph=About())
+        result = precheck(name, graph=GraphProvenance())
         assert (result.state, "nothing says" in result.detail) == ("unknown", True), result
 
 
@@ -199,7 +199,9 @@ def test_texts_are_compared_where_the_source_is_far() -> None:
 @pytest.mark.parametrize("side", ["graph", "recorded"])
 def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[str, Any], state: str) -> None:
     said = made_from(head={**HEAD, **change})
-    evidence: dict[str, Any] = {"graph": About(said)} if side == "graph" else {"recorded": recorded(model=said)}
+    evidence: dict[str, Any] = (
+        {"graph": GraphProvenance(said)} if side == "graph" else {"recorded": recorded(model=said)}
+    )
     result = precheck(name, **evidence)
     assert result.state == state
     if state == "differs":
@@ -210,10 +212,10 @@ def test_the_head_of_each_side_is_compared(side: str, name: str, change: dict[st
 
 
 def test_a_difference_of_one_side_is_not_hidden_by_the_other() -> None:
-    graph = About(made_from(head={**HEAD, "pooling": "cls"}))
+    graph = GraphProvenance(made_from(head={**HEAD, "pooling": "cls"}))
     assert precheck("pooling", graph=graph, recorded=recorded()).state == "differs"
     assert precheck("pooling", graph=graph, recorded={}).state == "differs"
-    assert precheck("pooling", graph=About(), recorded=recorded()).state == "unknown"
+    assert precheck("pooling", graph=GraphProvenance(), recorded=recorded()).state == "unknown"
 
 
 def test_what_sentence_transformers_says_is_a_remark() -> None:
@@ -232,19 +234,24 @@ def test_what_sentence_transformers_says_is_a_remark() -> None:
 @pytest.mark.parametrize(
     ("graph", "sizes", "state", "said"),
     [
-        (About(), {"positions": 8}, "same", ""),
-        (About(), {"positions": 7}, "differs", "asks for 8 tokens, the model has positions for 7"),
-        (About(most=2), {}, "differs", "the graph takes 2 tokens, the longest row has 3"),
-        (About(most=3), {}, "unknown", "no row is longer"),
-        (About(most=8), {}, "same", ""),
-        (About(), {"positions": 10, "first_position": 2}, "same", ""),
-        (About(), {"positions": 9, "first_position": 2}, "differs", "positions for 7 (a table of 9 rows, in which the"),
-        (About(slots=7), {}, "differs", "keeps 7 positions"),
-        (About(slots=8), {}, "same", ""),
+        (GraphProvenance(), {"positions": 8}, "same", ""),
+        (GraphProvenance(), {"positions": 7}, "differs", "asks for 8 tokens, the model has positions for 7"),
+        (GraphProvenance(max_tokens=2), {}, "differs", "the graph takes 2 tokens, the longest row has 3"),
+        (GraphProvenance(max_tokens=3), {}, "unknown", "no row is longer"),
+        (GraphProvenance(max_tokens=8), {}, "same", ""),
+        (GraphProvenance(), {"positions": 10, "first_position": 2}, "same", ""),
+        (
+            GraphProvenance(),
+            {"positions": 9, "first_position": 2},
+            "differs",
+            "positions for 7 (a table of 9 rows, in which the",
+        ),
+        (GraphProvenance(max_positions=7), {}, "differs", "keeps 7 positions"),
+        (GraphProvenance(max_positions=8), {}, "same", ""),
         (None, {}, "same", ""),
     ],
 )
-def test_lengths(graph: About | None, sizes: dict[str, int], state: str, said: str) -> None:
+def test_lengths(graph: GraphProvenance | None, sizes: dict[str, int], state: str, said: str) -> None:
     result = precheck("max length", inputs=rows(**sizes), graph=graph)
     assert (result.state, said in result.detail) == (state, True), result
 
@@ -270,12 +277,12 @@ def test_tables_are_those_of_the_text(names: list[str], sizes: dict[str, int], t
 
 
 def test_weights_from_a_seed_differ_by_it_and_not_by_a_package() -> None:
-    assert precheck("weights", graph=About(made_from(body={**BODY, "torch": "9"}))).state == "same"
-    result = precheck("weights", graph=About(made_from(body={**BODY, "seed": 3})))
+    assert precheck("weights", graph=GraphProvenance(made_from(body={**BODY, "torch": "9"}))).state == "same"
+    result = precheck("weights", graph=GraphProvenance(made_from(body={**BODY, "seed": 3})))
     assert (result.state, "seed: 3, the case asks for 0" in result.detail) == ("differs", True), result
-    result = precheck("weights", graph=About(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
+    result = precheck("weights", graph=GraphProvenance(made_from(body={**BODY, "config": {"eos_token_id": 1}})))
     assert (result.state, result.suspect) == ("unknown", True), "a config may change nothing in the graph"
-    assert precheck("weights", graph=About(made_from()), local=False).state == "unknown"
+    assert precheck("weights", graph=GraphProvenance(made_from()), local=False).state == "unknown"
 
 
 FILES = {"files": {"model.safetensors": "1", "config.json": "2"}}
@@ -296,7 +303,7 @@ def test_files_with_another_digest_are_decided_by_what_stands_in_the_graph(
     matches: WeightMatches, own: bool, state: str
 ) -> None:
     said = made_from(body={"files": {**FILES["files"], "model.safetensors": "3"}}) if own else None
-    got = precheck("weights", body=FILES, graph=About(said), find_weights=lambda: matches)
+    got = precheck("weights", body=FILES, graph=GraphProvenance(said), find_weights=lambda: matches)
     assert got.state == state
     if state == "differs":
         assert "model.safetensors" in got.detail
@@ -353,7 +360,7 @@ def test_matrices_are_found_as_they_are_and_transposed(tmp_path: Path) -> None:
 )
 def test_adapters(said: dict[str, Any], state: str, words: str) -> None:
     wrapper = Wrapper(adapters=LORA, mixed=False)
-    result = precheck("adapters", wrapper, graph=About(made_from(**{"mixed": False, **said})))
+    result = precheck("adapters", wrapper, graph=GraphProvenance(made_from(**{"mixed": False, **said})))
     assert (result.state, words in result.detail) == (state, True), result
 
 
@@ -361,7 +368,7 @@ def test_a_number_of_adapters_counts_in_a_mixed_batch_alone() -> None:
     two = {**LORA, "b": {"peft_method": "lora", "r": 4}}
     for mixed, state in ((False, "same"), (True, "differs")):
         wrapper = Wrapper(adapters=LORA, mixed=mixed)
-        assert precheck("adapters", wrapper, graph=About(made_from(adapters=two, mixed=mixed))).state == state
+        assert precheck("adapters", wrapper, graph=GraphProvenance(made_from(adapters=two, mixed=mixed))).state == state
 
 
 # --- feeds -----------------------------------------------------------------------------------------
@@ -482,16 +489,21 @@ def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     graph_model = helper.make_model(helper.make_graph([], "g", [ids], []))
     path = tmp_path / "m.onnx"
     onnx.save(graph_model, str(path))
-    assert about("onnx", path, "ids") == About(None, 12)
-    helper.set_model_props(graph_model, {KEY: json.dumps(made_from())})
+    assert read_provenance("onnx", path, "ids") == GraphProvenance(None, 12)
+    helper.set_model_props(graph_model, {METADATA_KEY: json.dumps(made_from())})
     onnx.save(graph_model, str(path))
-    assert about("onnx", path) == About(made_from())
+    assert read_provenance("onnx", path) == GraphProvenance(made_from())
     path.write_bytes(path.read_bytes()[:-5])
-    assert about("onnx", path) == about("onnx", tmp_path / "none") == about("qpc", tmp_path / "qpc") == About()
-    (tmp_path / BESIDE).write_text(json.dumps({"model": None, "buckets": [{"seq_len": 8}, {"seq_len": 4}]}))
-    assert about("qpc", tmp_path / "qpc") == About(None, 8)
-    (tmp_path / BESIDE).write_text(json.dumps({"model": {}, "buckets": [{"seq_len": 8, "ctx_len": 32}]}))
-    assert about("qpc", tmp_path / "qpc") == About({}, None, 32)
+    assert (
+        read_provenance("onnx", path)
+        == read_provenance("onnx", tmp_path / "none")
+        == read_provenance("qpc", tmp_path / "qpc")
+        == GraphProvenance()
+    )
+    (tmp_path / QPC_PROVENANCE).write_text(json.dumps({"model": None, "buckets": [{"seq_len": 8}, {"seq_len": 4}]}))
+    assert read_provenance("qpc", tmp_path / "qpc") == GraphProvenance(None, 8)
+    (tmp_path / QPC_PROVENANCE).write_text(json.dumps({"model": {}, "buckets": [{"seq_len": 8, "ctx_len": 32}]}))
+    assert read_provenance("qpc", tmp_path / "qpc") == GraphProvenance({}, None, 32)
 
 
 def test_a_hub_id_is_not_looked_for_where_the_reference_is_recorded(tmp_path: Path) -> None:
@@ -537,7 +549,7 @@ def test_the_base_that_an_adapter_names_is_a_suspicion(source: str, base: str | 
 
 
 def test_contrib_operators_of_a_graph_are_a_suspicion() -> None:
-    graph = About(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
+    graph = GraphProvenance(contrib="2 com.microsoft::BiasGelu, made by ONNX Runtime's optimizer")
     result = precheck("weights", graph=graph)
     assert (result.state, result.suspect) == ("unknown", True)
     assert (
@@ -552,6 +564,6 @@ def test_contrib_operators_are_counted(tmp_path: Path) -> None:
     onnx.save(
         helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=opsets), tmp_path / "m"
     )
-    result = about("onnx", tmp_path / "m").contrib
+    result = read_provenance("onnx", tmp_path / "m").contrib
     assert result is not None
     assert result.startswith("1 com.microsoft::FastGelu, made by ONNX Runtime's optimizer")

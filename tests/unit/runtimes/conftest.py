@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small QPCs, made by the simulated compiler in this process, and faults that a file switches on and off."""
+"""Small QPCs, compiled by the simulated compiler in this process, and faults that a file switches on and off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORES = 4
 
 @pytest.fixture(autouse=True)
 def fresh_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cards that nobody has used, and no simulator environment."""
+    """Unused cards, and no environment variables of the simulator."""
     monkeypatch.setattr(device, "_cards", {})
     for name in ("QAIC_SIM_DEVICES", "QAIC_SIM_FAULT", "QAIC_SIM_FAULT_FILE", "QAIC_SIM_STATE"):
         monkeypatch.delenv(name, raising=False)
@@ -25,7 +25,7 @@ def fresh_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """`simulated_graphs.counter` with state, with the provenance that the store would give it."""
+    """`simulated_graphs.counter` with retained state and the provenance of a store entry."""
     folder = tmp_path_factory.mktemp("counting") / "made"
     path = compile_to(folder, counter(), "-retained-state", f"-aic-num-cores={CORES}")
     options = {"num_cores": CORES, "num_devices": 1, "flags": {}}
@@ -41,7 +41,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], object]:
-    """Ask for faults in the file that this process and its children read."""
+    """Request faults in the file that this process and its children read."""
     file = tmp_path / "faults"
     monkeypatch.setenv("QAIC_SIM_FAULT_FILE", str(file))
     return file.write_text

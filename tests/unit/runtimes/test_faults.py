@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards that misbehave, through the command line: a status, a reason and an exit code, and all else goes on."""
+"""Failing cards on the command line: a status, a reason and an exit code; other cases and runtimes still run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def qpc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled small case; the session's store has all the rest of it too."""
+    """Path of the compiled QPC of the small case; the session's store has its other artifacts too."""
     _, report = first_run(tmp_path_factory.getbasetemp() / "first-run")
-    (found,) = (result["artifact"]["path"] for result in report["results"] if result["runtime"] == "sim")
-    return Path(found)
+    (path,) = (result["artifact"]["path"] for result in report["results"] if result["runtime"] == "sim")
+    return Path(path)
 
 
 def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -56,15 +56,15 @@ def test_fault_is_an_error_with_values_and_advice_and_another_runtime_keeps_its_
     done = cli("run", config(tmp_path), "--runtimes", "sim,ort", cwd=tmp_path)
     assert done.returncode == 3, said(done)
     stage, words = FAULTS[fault]
-    found = results(tmp_path)
-    result = found["tiny", "sim"]
+    by_case = results(tmp_path)
+    result = by_case["tiny", "sim"]
     assert (result["status"], result["stage"], result["metrics"]) == ("error", stage, [])
     assert [text for text in words if text not in result["reason"]] == []
     if result["reason"].startswith(("activate", "waitForCompletion")):
         assert f"{qpc} on card 0" in result["reason"]
     assert "Traceback" not in done.stdout + done.stderr
     assert words[0] in done.stdout
-    assert found["tiny", "ort"]["status"] == "pass"
+    assert by_case["tiny", "ort"]["status"] == "pass"
 
 
 def test_missing_property_changes_nothing(qpc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,16 +84,16 @@ def test_qpc_that_does_not_fit_is_named_with_what_to_do_and_the_next_case_passes
     path = config(tmp_path, *(case(name, f"artifacts: {{qpc: {name}}}") for name in names))
     done = cli("run", path, "--runtimes", "sim", cwd=tmp_path)
     assert done.returncode == 3, said(done)
-    found = {name: result for (name, _), result in results(tmp_path).items()}
-    assert [found[name]["status"] for name in names] == ["error", "error", "error", "pass"]
+    by_case = {name: result for (name, _), result in results(tmp_path).items()}
+    assert [by_case[name]["status"] for name in names] == ["error", "error", "error", "pass"]
     for name, words in {
         "cut": "must be compiled again",
         "foreign": "must be compiled again",
         "newer": "compile it with the aic_hw_version of this one",
     }.items():
-        assert f"{tmp_path / name} on card 0" in found[name]["reason"]
-        assert words in found[name]["reason"]
-    assert "HW Version incompatible, program expects:Major Version 3 (ai200)" in found["newer"]["reason"]
+        assert f"{tmp_path / name} on card 0" in by_case[name]["reason"]
+        assert words in by_case[name]["reason"]
+    assert "HW Version incompatible, program expects:Major Version 3 (ai200)" in by_case["newer"]["reason"]
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -110,11 +110,11 @@ def test_crash_is_an_error_that_names_the_signal_and_the_next_case_passes(
     other = case("other").replace("batch_size: 2", "batch_size: 4")  # all its rows fit into one run
     done = cli("run", config(tmp_path, case(), other), "--runtimes", "sim,ort", cwd=tmp_path)
     assert done.returncode == 3, said(done)
-    found = results(tmp_path)
-    assert {key: result["status"] for key, result in found.items()} == {
+    by_case = results(tmp_path)
+    assert {key: result["status"] for key, result in by_case.items()} == {
         ("tiny", "sim"): "error", ("tiny", "ort"): "pass", ("other", "sim"): "pass", ("other", "ort"): "pass",
     }  # fmt: skip
-    crashed = found["tiny", "sim"]
+    crashed = by_case["tiny", "sim"]
     assert (crashed["stage"], crashed["simulated"], crashed["metrics"]) == ("run", True, [])
     assert f"the process of sim was killed by SIGSEGV in run 2 of {qpc}" in crashed["reason"]
     assert "Traceback" not in done.stdout + done.stderr
@@ -126,7 +126,7 @@ HANGS = (
     sdk_prefix.QAICRT
     + """
 import os, pathlib, signal
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 
 class ExecObj(base.ExecObj):
@@ -141,7 +141,7 @@ class ExecObj(base.ExecObj):
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> Iterator[Path]:
-    """The prefix of an SDK whose card never answers, and which notes in ``hanging`` who waits for it."""
+    """The prefix of an SDK whose card never answers, and which records the waiting process in ``hanging``."""
     prefix = sdk_prefix.prefix(tmp_path / "sdk", qaicrt=HANGS)
     yield prefix
     kill_leftovers([pid for pid in [waiting(prefix)] if pid])
@@ -159,12 +159,12 @@ def arguments(qpc: Path, prefix: Path, folder: Path) -> tuple[str | Path, ...]:
 def test_card_that_never_answers_is_an_error_and_the_run_goes_on(qpc: Path, hanging: Path, tmp_path: Path) -> None:
     done = cli(*arguments(qpc, hanging, tmp_path), "--run-timeout", "0.5", cwd=tmp_path)
     assert done.returncode == 3, said(done)
-    found = results(tmp_path)
-    stuck = found["stuck", "ai100"]
+    by_case = results(tmp_path)
+    stuck = by_case["stuck", "ai100"]
     assert (stuck["status"], stuck["stage"]) == ("error", "run")
     assert f"ai100 did not answer for 0.5 s in run 1 of {qpc}, so its process was killed" in stuck["reason"]
     assert not alive(waiting(hanging))
-    assert found["stuck", "ort"]["status"] == "pass"
+    assert by_case["stuck", "ort"]["status"] == "pass"
 
 
 @pytest.mark.parametrize(

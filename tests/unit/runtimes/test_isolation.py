@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A runtime in a process of its own: the same answers, the same errors, and an end to every crash and hang."""
+"""A runtime in a child process: equal outputs, equal errors, and an error for every crash and hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ConfigError, RunError, Unavailable
 from qeff_validate.protocols import Session, Settings, capabilities, runtime
 from qeff_validate.runtimes.isolation import parent, worker
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 FEEDS = {"x": X, "total": np.zeros_like(X)}
@@ -27,7 +27,7 @@ LOUD = (
     sdk_prefix.QAICRT
     + """
 import logging, os, pathlib, signal, threading
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 HERE = pathlib.Path(__file__).parent
 
@@ -60,12 +60,12 @@ class ExecObj(base.ExecObj):
         return status
 """
 )
-"""Bindings that write to the file descriptor of stderr, as native code does, and do what files beside them say."""
+"""Bindings that write to the file descriptor of stderr, as native code does; files beside them control them."""
 
 
-def sim(settings: Settings | None = None) -> Isolated:
+def sim(settings: Settings | None = None) -> IsolatedRuntime:
     settings = settings or Settings()
-    return Isolated(runtime("sim", settings), "sim", settings)
+    return IsolatedRuntime(runtime("sim", settings), "sim", settings)
 
 
 class Double:
@@ -74,7 +74,7 @@ class Double:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = next(sdk_prefix.prefix(folder / "sdk", qaicrt=LOUD).glob("dev/lib/*"))
         made = Settings(sdk=str(folder / "sdk"), **settings)
-        self.runtime = Isolated(runtime("ai100", made), "ai100", made)
+        self.runtime = IsolatedRuntime(runtime("ai100", made), "ai100", made)
 
     def does(self, *what: str) -> None:
         for name in what:
@@ -129,21 +129,19 @@ def test_retained_state_lives_in_the_child_as_it_does_here(decoder: Artifact) ->
 
 def test_arrays_cross_in_any_memory_order_and_results_are_our_own(counting: Artifact) -> None:
     with sim().open(counting) as session:
-        for given in (np.asfortranarray(X), X.astype(">f4"), np.stack([X, X], -1)[..., 0]):
-            found = session.run({"x": given, "total": np.zeros_like(X)})["y"]
-            np.testing.assert_array_equal(found, X)
-            found[:] = 7
+        for array in (np.asfortranarray(X), X.astype(">f4"), np.stack([X, X], -1)[..., 0]):
+            outputs = session.run({"x": array, "total": np.zeros_like(X)})["y"]
+            np.testing.assert_array_equal(outputs, X)
+            outputs[:] = 7
         np.testing.assert_array_equal(session.run({"x": X})["y"], 2 * X)
         assert session.run({"x": X}, fetch=[]) == {}
 
 
-def test_what_it_says_of_itself_is_what_the_adapter_says(counting: Artifact) -> None:
+def test_name_kind_probe_and_capabilities_are_those_of_the_runtime() -> None:
     adapter, made = runtime("sim"), sim()
     assert (made.name, made.kind, made.probe()) == (adapter.name, adapter.kind, adapter.probe())
     assert capabilities(made) == capabilities(adapter)
     assert capabilities(made).simulated
-    with made.open(counting) as session:
-        assert session.simulated is True  # type: ignore[attr-defined]
 
 
 # --- the same errors -------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def test_errors_keep_their_class_and_text_and_the_session_goes_on(counting: Arti
     missing = Settings(sdk="/nowhere")
     with (
         pytest.raises(Unavailable, match="cannot import qaicrt from /nowhere"),
-        Isolated(runtime("ai100", missing), "ai100", missing).open(counting),
+        IsolatedRuntime(runtime("ai100", missing), "ai100", missing).open(counting),
     ):
         pass
     with pytest.raises(RunError, match="this session is closed"):
@@ -179,14 +177,14 @@ def test_error_of_a_plug_in_is_told_as_the_nearest_class_of_ours_and_any_other_w
     class Mine(Unavailable):
         pass
 
-    assert worker._told(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
+    assert worker._error(Mine("no licence")) == {"error": "Unavailable", "text": "no licence"}
     try:
         raise KeyError("x")
     except KeyError as exc:
-        told = worker._told(exc)
-    assert told["error"] == "RunError"
-    assert told["text"].startswith("unexpected KeyError: 'x'\n")
-    assert 'raise KeyError("x")' in told["text"]
+        reply = worker._error(exc)
+    assert reply["error"] == "RunError"
+    assert reply["text"].startswith("unexpected KeyError: 'x'\n")
+    assert 'raise KeyError("x")' in reply["text"]
 
 
 def test_what_native_code_wrote_is_part_of_the_error_and_only_for_that_request(
@@ -204,7 +202,7 @@ def test_what_native_code_wrote_is_part_of_the_error_and_only_for_that_request(
             with pytest.raises(RunError, match="firmware says no") as caught:
                 session.run(FEEDS)
             assert len(str(caught.value).splitlines()) <= parent.TAIL_LINES + 2
-        assert os.fstat(session._child._printed.fileno()).st_size < 2 * parent.LOG_BYTES  # type: ignore[attr-defined]
+        assert os.fstat(session._child._output.fileno()).st_size < 2 * parent.LOG_BYTES  # type: ignore[attr-defined]
 
 
 # --- crashes ---------------------------------------------------------------------------------------------

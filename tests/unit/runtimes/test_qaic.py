@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter when cards and bindings misbehave: what it says, what it releases, and that the next run works."""
+"""Failures of cards and bindings: the message, what is released, and that the next run works."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from simulated_graphs import altered
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError
 from qeff_validate.protocols import Settings, runtime
-from qeff_validate.runtimes import qaic_calls
-from qeff_validate.runtimes.isolation.parent import Isolated
+from qeff_validate.runtimes import qaic_cards
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.runtimes.qaic import QaicRuntime
 from qeff_validate.sdk.locate import simulated
-from qeff_validate.sdk.simulated import QAicApi_pb2
-from qeff_validate.sdk.simulated import qaicrt as base
+from qeff_validate.sdk.simulated.bindings import QAicApi_pb2
+from qeff_validate.sdk.simulated.bindings import qaicrt as base
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 FEEDS = {"x": X, "total": np.zeros_like(X)}
 
 
 def on(rt: dict[str, Any], settings: Settings | None = None) -> QaicRuntime:
-    """The adapter on bindings of which some parts are replaced."""
+    """The runtime on bindings with some parts replaced."""
     bindings = SimpleNamespace(**{**vars(base), **rt}), QAicApi_pb2
     sdk: Any = SimpleNamespace(built_in=True, simulated=True, bindings=lambda: bindings, ready=simulated().ready)
     return QaicRuntime("sim", sdk, settings)
@@ -41,7 +41,7 @@ def free_cores(qid: int = 0) -> int:
 
 
 def recorded(calls: list[str], **changes: Callable[[Any], Any]) -> type[base.Program]:
-    """A Program that notes how it is released; ``changes`` replace a method's result."""
+    """A Program that records how it is released; ``changes`` replace a method's result."""
 
     class Program(base.Program):
         def deactivate(self) -> Any:
@@ -91,7 +91,7 @@ SHOWN = {
     "activate-nsp": "  | Device 0 activate failed: Memory resource exhausted: 4 NSPs are needed, 0 of 16 are free",
     "timeout@2": "  | failed to receive response from NW: Connection timed out (device 0)",
 }
-"""Faults that are tried in a child too, and what the runtime's own log, which is captured there, has of them."""
+"""Faults that are also tried in a child process, and their text in the runtime's own log, which is captured there."""
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_fault_is_an_error_that_says_what_to_do_and_the_next_run_works(
     name: str, isolated: bool, counting: Artifact, fault: Callable[[str], object]
 ) -> None:
     plain = runtime("sim")
-    adapter = Isolated(plain, "sim", Settings()) if isolated else plain
+    adapter = IsolatedRuntime(plain, "sim", Settings()) if isolated else plain
     fault(name)
     kind, words = FAULTS[name]
     with pytest.raises(kind) as caught, adapter.open(counting) as session:  # noqa: PT012 (any of the three may fail)
@@ -178,7 +178,7 @@ def test_qpc_for_another_generation_of_cards_is_refused_at_load(counting: Artifa
 
 @pytest.fixture
 def pair(counting: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    """A QPC for two cards, of which nobody has noted for how many it is; there are three."""
+    """A QPC for two cards without provenance; there are three cards."""
     monkeypatch.setenv("QAIC_SIM_DEVICES", "3")
     return Artifact("qpc", Path(altered(str(counting.path), tmp_path / "pair", num_devices=2)), "0" * 64)
 
@@ -330,33 +330,33 @@ def test_input_in_the_other_byte_order_is_the_same_input(counting: Artifact) -> 
 
 
 def free(folder: Path) -> list[int]:
-    """Those of the cards 1 and 3 that nobody holds."""
-    found = []
+    """Return which of the cards 1 and 3 are not locked."""
+    qids = []
     for qid in (1, 3):
         try:
             with FileLock(folder / f"qeff-validate-card-{qid}.lock").acquire(timeout=0):
-                found.append(qid)
+                qids.append(qid)
         except Timeout:
             pass
-    return found
+    return qids
 
 
 def test_who_waits_for_a_card_says_so_and_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(qaic_calls.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(qaic_calls, "NOTICE_SECONDS", 0.01)
-    other = qaic_calls.held([3, 1])
+    monkeypatch.setattr(qaic_cards.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(qaic_cards, "NOTICE_SECONDS", 0.01)
+    other = qaic_cards.exclusive_cards([3, 1])
     other.__enter__()
     assert free(tmp_path) == []
 
     class Release(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            qaic_calls.LOG.removeHandler(self)
+            qaic_cards.LOG.removeHandler(self)
             other.__exit__(None, None, None)
 
-    qaic_calls.LOG.addHandler(Release())
-    with qaic_calls.held([3]):
+    qaic_cards.LOG.addHandler(Release())
+    with qaic_cards.exclusive_cards([3]):
         assert caplog.messages == ["waiting for card 3, which another process holds"]
         assert free(tmp_path) == [1]
     assert free(tmp_path) == [1, 3]

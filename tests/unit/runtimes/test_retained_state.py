@@ -20,7 +20,7 @@ from simulated_graphs import compile_to, graph
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session, runtime
-from qeff_validate.runtimes.retained_state import Retained
+from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import TensorSpec, undefined
 
 ROWS, CTX = 2, 4
@@ -115,18 +115,18 @@ def test_a_reset_before_the_first_run_is_harmless(session: Session) -> None:
 def test_a_twin_is_returned_only_if_it_is_fetched_and_kept_all_the_same(
     session: Session, fetch: Any, names: list[str]
 ) -> None:
-    found = session.run({"x": X, "total": TOTAL, "w": W}, fetch=fetch)
-    assert sorted(found) == sorted(names)
-    wanted = {"y": (TOTAL + X) * W, "total_RetainedState": TOTAL + X, "w_RetainedState": W}
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, wanted[name])
+    outputs = session.run({"x": X, "total": TOTAL, "w": W}, fetch=fetch)
+    assert sorted(outputs) == sorted(names)
+    expected = {"y": (TOTAL + X) * W, "total_RetainedState": TOTAL + X, "w_RetainedState": W}
+    for name, array in outputs.items():
+        np.testing.assert_array_equal(array, expected[name])
     np.testing.assert_array_equal(y(session), (TOTAL + 2 * X) * W)
 
 
 def test_results_and_feeds_are_nobody_elses_memory(session: Session) -> None:
     total, w = TOTAL.copy(), W.copy()
-    found = session.run({"x": X, "total": total, "w": w})
-    for array in (*found.values(), total, w):
+    outputs = session.run({"x": X, "total": total, "w": w})
+    for array in (*outputs.values(), total, w):
         array[...] = -99  # must reach neither the state nor a later result
     np.testing.assert_array_equal(y(session), (TOTAL + 2 * X) * W)
     before = session.run({"x": X})
@@ -177,5 +177,7 @@ def test_sizes_come_from_the_buckets_that_fit_what_is_fed(name: str, tmp_path: P
 
 
 def test_only_what_has_a_twin_is_state() -> None:
-    made: Retained[Any] = Retained(INPUTS, OUTPUTS[:2], BUCKETS, make=undefined, shape=lambda value: value.shape)
+    made: RetainedState[Any] = RetainedState(
+        INPUTS, OUTPUTS[:2], BUCKETS, make=undefined, shape=lambda value: value.shape
+    )
     assert made.twins == {"total": "total_RetainedState"}

@@ -13,9 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qeff_validate.sdk.simulated import QAicApi_pb2 as aicapi
-from qeff_validate.sdk.simulated import compiler, device
-from qeff_validate.sdk.simulated import qaicrt as rt
+from qeff_validate.sdk.simulated import device
+from qeff_validate.sdk.simulated.bindings import QAicApi_pb2 as aicapi
+from qeff_validate.sdk.simulated.bindings import qaicrt as rt
+from qeff_validate.sdk.simulated.compiler import qaic_compile
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ class Compiled:
 
 @pytest.fixture
 def compile_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Compiled]:
-    """Compiles a model in this process; `specs` and `custom_io` become the files that the flags name."""
+    """Compile a model in this process; `specs` and `custom_io` are written to the files that the flags name."""
 
     def run(
         proto: onnx.ModelProto | Path,
@@ -99,7 +100,7 @@ def compile_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable
             file.write_text(custom_io)
             argv.append(f"-custom-IO-list-file={file}")
         capsys.readouterr()
-        code = compiler.main(argv)
+        code = qaic_compile.main(argv)
         captured = capsys.readouterr()
         sys.stdout.write(captured.err)  # shown when the test fails
         return Compiled(code, captured.out, captured.err, tmp_path / name)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typer application and the exit codes of all commands; those of a run are `Report.exit_code`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from typing import Any
+
+import typer
+
+from qeff_validate.cli import sdk, signals, store
+from qeff_validate.cli.build import build
+from qeff_validate.cli.configs import list_cases, schema
+from qeff_validate.cli.doctor import doctor
+from qeff_validate.cli.options import EPILOG
+from qeff_validate.cli.output_streams import safe_streams
+from qeff_validate.cli.progress import print_text
+from qeff_validate.cli.run import run
+from qeff_validate.cli.selftest import selftest
+from qeff_validate.errors import ConfigError, ValidateError
+
+app = typer.Typer(
+    name="qeff-validate",
+    help="Prove that a Hugging Face model says the same on PyTorch, ONNX Runtime and Qualcomm Cloud AI 100.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command(epilog=EPILOG)(run)
+app.command(epilog="Exit codes: 0 every goal was reached · 1 one was not · 2 wrong usage or config · 3 an error.")(
+    selftest
+)
+app.command(epilog="Exit codes: 0 the bundle is there · 2 wrong usage or config · 3 something could not be built.")(
+    build
+)
+app.command("list", epilog="Exit codes: 0 the configs are sound · 2 one of them is not.")(list_cases)
+app.command()(doctor)
+app.add_typer(store.app, name="store")
+app.add_typer(sdk.app, name="sdk")
+app.command()(schema)
+
+# newer versions of typer contain a copy of click, older ones import it: take the base class from the exception
+_UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def run_command(args: list[str] | None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        args: command line without the program's name; None: ``sys.argv``.
+    """
+    with safe_streams():
+        return _exit_code(args)
+
+
+def _exit_code(args: list[str] | None) -> int:
+    try:
+        signals.raise_on_signals()
+        code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
+        sys.stdout.flush()
+    except ConfigError as exc:
+        code = _print_error(exc, 2)
+    except ValidateError as exc:
+        code = _print_error(exc, 3)
+    except (typer.Abort, KeyboardInterrupt):
+        code = signals.EXIT_CODES[signal.SIGINT]
+    except SystemExit as exc:
+        code = exc.code
+    except _UsageError as exc:
+        exc.show()
+        code = exc.exit_code
+    except Exception:  # Python's own exit code for it is 1, which here means a mismatch
+        if signals.exit_code() is None:  # else a library has replaced the interruption by an exception of its own
+            traceback.print_exc()
+            code = _print_error("this is a bug of qeff-validate, not a verdict on a model; please report it", 3)
+    interrupted = signals.exit_code()
+    if interrupted is not None or code == signals.EXIT_CODES[signal.SIGINT]:
+        code = signals.EXIT_CODES[signal.SIGINT] if interrupted is None else interrupted
+        _print_error("interrupted; finished artifacts are in the store, nothing is half-written", code)
+    return int(code or 0)
+
+
+def _print_error(problem: object, code: int) -> int:
+    print_text(f"qeff-validate: {problem}", stderr=True)
+    return code

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``run``: validate cases and write the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qeff_validate.cli.options import (
+    SdkPrefix,
+    StoreDir,
+    Verbose,
+    device_ids,
+    required_runtimes,
+    select_cases,
+    split_list,
+)
+from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.report.report import DEFAULT_DIR
+
+if TYPE_CHECKING:
+    from qeff_validate.report.report import Report
+
+
+def run(
+    configs: Annotated[list[Path] | None, typer.Argument(help="YAML config files", metavar="[CONFIG…]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a source instead of a config: path:DIR, random:bert, a hub id")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="a bundle written by 'build', instead of a config")] = None,
+    bundle_digest: Annotated[
+        str | None,
+        typer.Option("--bundle-digest", help="the digest that 'build' printed; a bundle with another one is refused"),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="model kind of --model")] = "embedding",
+    option: Annotated[list[str] | None, typer.Option(help="option of --model, KEY=VALUE; repeatable")] = None,
+    case: Annotated[list[str] | None, typer.Option("--case", help="run only this case; repeatable")] = None,
+    runtimes: Annotated[
+        str | None, typer.Option(help="replaces the runtimes of the cases, e.g. torch,ort,sim,ai100")
+    ] = None,
+    require: Annotated[str, typer.Option(help="runtimes that must run; 'not run' is then an error")] = "",
+    devices: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
+    run_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="time limit of one run in seconds, for runtimes in a process of their own (ai100, sim, a user's ONNX"
+            " file)",
+        ),
+    ] = 600,
+    sdk: SdkPrefix = None,
+    report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    record: Annotated[
+        Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
+    ] = None,
+    store: StoreDir = None,
+    allow_inconclusive: Annotated[
+        bool, typer.Option("--allow-inconclusive", help="inconclusive results do not fail the run")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run cases on runtimes, compare every output with Hugging Face, print and write the verdicts.
+
+    Examples: [bold]qeff-validate run configs/quickstart.yaml --runtimes ort,sim[/]
+    and, without a file, [bold]qeff-validate run --model random:bert --option pooling=max[/]
+    """
+    from qeff_validate.builders.bundle import read_bundle
+    from qeff_validate.engine import case_for, load, validate
+    from qeff_validate.folders import check_writable
+    from qeff_validate.protocols import Settings
+    from qeff_validate.report.writers import remove_reports
+
+    if sum((bool(configs), model is not None, bundle is not None)) != 1:
+        raise typer.BadParameter("give config files, --model SOURCE or --bundle DIR, one of the three")
+    if bundle_digest is not None and bundle is None:
+        raise typer.BadParameter("--bundle-digest needs --bundle DIR")
+    check_writable(report, "--report")
+    remove_reports(report)
+    if model is not None:
+        cases = [case_for(model, kind=kind, options=option or [])]
+    else:
+        cases = load(configs or []) if bundle is None else read_bundle(bundle, digest=bundle_digest)
+    cases = select_cases(cases, case or [])
+    names = split_list(runtimes) if runtimes is not None else None
+    if names is not None and not names:
+        raise ConfigError("--runtimes names no runtime")
+    if bundle is not None and names not in (None, cases[0].runtimes):
+        raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
+    settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
+    required = required_runtimes(require)
+    results = validate(cases, names, store=store, settings=settings, progress=TerminalProgress(verbose), record=record)
+    write_error = _write(results, report)
+    _print(results)
+    if write_error is not None:
+        raise write_error
+    console().print(f"report: {report / 'report.json'}, {report / 'report.md'}", markup=False, soft_wrap=True)
+    for text in results.closing():
+        print_text(text)
+    raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
+
+
+def _write(results: Report, folder: Path) -> ValidateError | None:
+    """Write the report. An error is returned, not raised, so that the results are printed first."""
+    try:
+        results.write(folder)
+    except ValidateError as exc:
+        return exc
+    return None
+
+
+def _print(results: Report) -> None:
+    console().print(results.table())
+    for text in results.problems():
+        print_text(f"\n{text}" if "\n" in text else text)
