@@ -13,6 +13,8 @@ import pytest
 
 from qeff_validate.models.adapters.files import adapter_fingerprint, read_adapter
 
+pytestmark = pytest.mark.integration
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "adapters"
 STEPS, TOLERANCE = 6, 3e-2
 """Steps that are trained anew, and how far a loss may be from the kept one: other processors round otherwise."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 CONFIG = """
 cases:
   - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}, precision: {weights: mxfp6}}

@@ -19,6 +19,8 @@ from qeff_validate.models.sources.tokenizers import hashed_words
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 
+pytestmark = pytest.mark.integration
+
 OPTIONS = {"seq_len": [48, 64]}
 
 
