@@ -10,6 +10,9 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
+STORE = "QEFF_VALIDATE_TEST_STORE"
+"""Environment variable with the store of a session; a session that one of its tests starts uses it too."""
+
 TESTS = Path(__file__).parent / "tests"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,10 +23,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Build everything anew in each session, and each thing once for all workers."""
+    """Build everything anew in each session, and each thing once for all workers and for sessions inside of tests."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["QEFF_VALIDATE_HOME"] = str(shared / "qv-store")
+    os.environ["QEFF_VALIDATE_HOME"] = os.environ.setdefault(STORE, str(shared / "qv-store"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("QEFF_VALIDATE_SDK", None)
 
