@@ -22,12 +22,8 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
 validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the simulated AI 100 (ARGS='…' adds options)
 	$(BIN)/qeff-validate run configs/quickstart.yaml $(ARGS)
 
-QUICK := tests/meta/test_faults.py tests/meta/test_guards.py $(filter-out %/test_cli.py %/test_plugin.py %/test_installed_sdk.py \
-	%/test_engine.py %/test_examples.py %/test_session_outcome.py %/test_bundle.py %/test_adapters.py %/test_without_config.py \
-	%/test_hostile_graphs.py %/pipeline, $(wildcard tests/unit/*))
-
 quick: check  ## lint, types, and the tests that start no process and run no case: while you work
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow' $(filter-out %/__pycache__, $(QUICK))
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow and not integration'
 
 test: check  ## lint, types, every test, numeric ones as an old processor runs them too (PYTEST_ARGS='-x' and the like)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 pytest_plugins = ["pytester"]
+
+STORE = "QEFF_VALIDATE_TEST_STORE"
+"""Environment variable with the store of a session; a session that one of its tests starts uses it too."""
+
+TESTS = Path(__file__).parent / "tests"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # workers share the cores: threads of two torch processes that wait for each other cost many times their work
@@ -17,16 +23,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Build everything anew in each session, and each thing once for all workers."""
+    """Build everything anew in each session, and each thing once for all workers and for sessions inside of tests."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["QEFF_VALIDATE_HOME"] = str(shared / "qv-store")
+    os.environ["QEFF_VALIDATE_HOME"] = os.environ.setdefault(STORE, str(shared / "qv-store"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("QEFF_VALIDATE_SDK", None)
 
 
+INTEGRATION = ("contract", "dropin", "meta", "plugins", "suites", "unit/pipeline", "upstream")
+"""Folders of `tests` whose files are marked ``integration``, but for `UNIT`; other files mark themselves."""
+
+UNIT = ("meta/test_faults.py", "meta/test_guards.py")
+"""Files of these folders that belong to `make quick`: they show in seconds that verdicts can fail."""
+
+
+def _is_integration(path: Path) -> bool:
+    place = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
+    return place.startswith(tuple(f"{folder}/" for folder in INTEGRATION)) and place not in UNIT
+
+
+@pytest.hookimpl(tryfirst=True)  # marks must be there when ``-m`` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the longest test; leave out what needs minutes and a package index, unless its marker is asked for."""
+    """Mark the folders of integration tests; begin with the longest test; leave out what needs a package index.
+
+    The last, unless its marker is asked for.
+    """
+    for item in items:
+        if _is_integration(item.path):
+            item.add_marker("integration")
     items.sort(key=lambda item: "test_smollm2" not in item.nodeid)
     if "environments" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("environments")]

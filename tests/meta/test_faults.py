@@ -32,8 +32,9 @@ SOURCE = Random("bert", CONFIG, 0)
 def case(path: Path | None = None, **artifacts: Any) -> qv.Case:
     given = {**({"onnx": str(path)} if path else {}), **artifacts}
     return qv.Case(
-        name="variant", source="random:bert", config=CONFIG, options=OPTIONS, artifacts=given, runtimes=["ort"]
-    )
+        name="variant", source="random:bert", config=CONFIG, options=OPTIONS, artifacts=given, runtimes=["ort"],
+        exporter="torchscript",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

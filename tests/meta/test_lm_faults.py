@@ -272,24 +272,6 @@ def test_healthy_module_passes_afterwards(fixture: str, request: pytest.FixtureR
     assert result.status == "pass", result.reason
 
 
-# --- what cannot be told ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("second", "words"),
-    [
-        ({"init": "peft"}, "adapter 'b' changes log-probabilities by 0.0e+00, 0.0 times the noise"),
-        ({"seed": 1}, "adapters 'a' and 'b' say the same, so a swap would not be seen"),
-    ],
-    ids=["without effect", "equal"],
-)
-def test_adapter_that_cannot_be_told_from_another_is_inconclusive(second: dict[str, Any], words: str) -> None:
-    one = {"peft_method": "lora", "seed": 1, **LORA}
-    made = pipeline(lm(adapters={"a": one, "b": {**one, **second}}, prompts=["a river", "in the"], max_new_tokens=2))
-    result = made.result(runtime("torch"))
-    assert (result.status, words in result.reason) == ("inconclusive", True), result.reason
-
-
 # --- legitimate variants ---------------------------------------------------------------------------
 
 

@@ -53,7 +53,12 @@ DAMAGE: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    case = Case(name="relations", source="random:llama", options={"pooling": "last", "seq_len": [48, 64]})
+    case = Case(
+        name="relations",
+        source="random:llama",
+        options={"pooling": "last", "seq_len": [48, 64]},
+        exporter="torchscript",
+    )
     return Pipeline(case, check(case), Store(), Silent())
 
 
@@ -88,7 +93,9 @@ def test_padding_sides_does_not_apply_to_learned_positions_and_says_so() -> None
 
 
 def test_relations_do_not_apply_to_outputs_per_token() -> None:
-    case = Case(name="tokens", source="random:bert", options={"pooling": "none", "seq_len": [48, 64]})
+    case = Case(
+        name="tokens", source="random:bert", options={"pooling": "none", "seq_len": [48, 64]}, exporter="torchscript"
+    )
     result = related(Pipeline(case, check(case), Store(), Silent()), runtime("ort"), "single_row")
     assert result.status == "not_run"
     assert "pooling none" in result.reason

@@ -28,7 +28,7 @@ cases:
     tolerance:
       ort: {margin: 1.0e-5, why: one kernel}
   - {name: projected, model: projection, source: 'random:projection', runtimes: [torch, ort, sim]}
-  - {name: bert, source: 'random:bert'}
+  - {name: bert, source: 'random:bert', tolerance: table}
   - name: llama
     model: peft-causal-lm
     source: random:llama

@@ -11,8 +11,8 @@ from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load
 
 CASES = load([Path(__file__).parents[2] / "configs" / "embedding.yaml"])
-MEASURED = 5
-"""One case in so many gets measured bounds here, the others the table's: measuring them all takes minutes of CI."""
+MEASURED = frozenset({"modernbert-cls", "jina_embeddings_v3-mean", "gpt2-last"})
+"""Cases with measured bounds here; the others have the table's: measuring them all takes minutes of CI."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def runner() -> Runner:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_body_agrees_with_hugging_face_on_ort_and_sim(case: Case, runner: Runner) -> None:
-    if CASES.index(case) % MEASURED:
+    if case.name not in MEASURED:
         case = case.model_copy(update={"tolerance": "table"})
     results = [runner.result(case, name) for name in ("ort", "sim")]
     assert [result.status for result in results] == ["pass", "pass"], [result.reason for result in results]

@@ -14,8 +14,10 @@ from qeff_validate.engine import Runner, load
 from qeff_validate.models.adapters.config import REFUSED
 
 EVERY = [case for case in load([Path(__file__).parents[2] / "configs" / "peft.yaml"]) if "random:" in case.source]
-MEASURED = 5
-"""One case in so many gets measured bounds here, the others the table's: measuring them all takes minutes of CI."""
+MEASURED = frozenset({"phi-3-loha", "mistral-lora-mixed"})
+"""Cases with measured bounds here; the others have the table's: measuring them all takes minutes of CI."""
+NOT_EXPORTED = frozenset({"llama-randlora", "mistral-rslora", "qwen2-oft", "qwen3-adalora"})
+"""Cases whose method and whose architecture other cases export; these run as PyTorch modules here."""
 CASES = [case for case in EVERY if not case.options.get("mixed_batch")]
 
 
@@ -26,11 +28,11 @@ def runner() -> Runner:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
-def test_adapted_body_agrees_with_peft_on_ort_and_sim(case: Case, runner: Runner) -> None:
-    if EVERY.index(case) % MEASURED:
+def test_adapted_body_agrees_with_peft(case: Case, runner: Runner) -> None:
+    if case.name not in MEASURED:
         case = case.model_copy(update={"tolerance": "table"})
-    results = [runner.result(case, name) for name in RUNTIMES]
-    assert [result.status for result in results] == ["pass", "pass"], [result.reason for result in results]
+    results = [runner.result(case, name) for name in (["torch"] if case.name in NOT_EXPORTED else RUNTIMES)]
+    assert {result.status for result in results} == {"pass"}, [result.reason for result in results]
     assert all(result.compared >= 60 for result in results)  # base, two adapters, and base and one again
 
 
@@ -39,6 +41,9 @@ def test_config_has_each_method_twice_and_each_architecture() -> None:
     assert {case.source for case in CASES} == sources
     methods = [case.options["peft_method"] for case in CASES]
     assert {method: methods.count(method) for method in methods} == dict.fromkeys(METHODS, 2)
+    exported = [case for case in CASES if case.name not in NOT_EXPORTED]
+    assert {case.source for case in exported} == sources
+    assert {case.options["peft_method"] for case in exported} == set(METHODS)
 
 
 # --- docs/support.md -------------------------------------------------------------------------------

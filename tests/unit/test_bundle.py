@@ -11,14 +11,21 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 CONFIG = """
 cases:
-  - {name: bert, source: 'random:bert', options: {seq_len: [48, 64], pooling: max}, precision: {weights: mxfp6}}
+  - name: bert
+    source: random:bert
+    options: {seq_len: [48, 64], pooling: max}
+    precision: {weights: mxfp6}
+    exporter: torchscript
   - name: lora
     model: peft-causal-lm
     source: random:llama
     options:
-      {peft_method: lora, peft: {init: 0.1}, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3, prompts: [a, b c]}
+      {peft_method: lora, peft: {r: 4, init: 0.1}, prefill_seq_len: 4, ctx_len: 16, max_new_tokens: 3,
+       prompts: [a, b c]}
 """
 
 JUDGE = """

@@ -31,6 +31,8 @@ from processes import (
     until,
 )
 
+pytestmark = pytest.mark.integration
+
 HERE = Path(__file__).resolve()
 RESULT_KEYS = {
     "case", "runtime", "reference", "precision", "simulated", "status", "reason", "stage", "metrics", "coverage",

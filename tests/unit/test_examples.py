@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from processes import environ
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 

@@ -22,6 +22,8 @@ from qeff_validate.engine import Runner, load, validate
 from qeff_validate.protocols import Settings
 from qeff_validate.sdk.simulated.compiler.function_inlining import MOST_NODES, too_large
 
+pytestmark = pytest.mark.integration
+
 
 def config(folder: Path, graph: Path, runtimes: str) -> Path:
     path = folder / "c.yaml"

@@ -22,6 +22,8 @@ from qeff_validate.errors import Unavailable
 from qeff_validate.sdk import locate
 from qeff_validate.sdk.locate import Sdk, installed, parse_cards
 
+pytestmark = pytest.mark.integration
+
 RECORDED = """\
 import pathlib
 

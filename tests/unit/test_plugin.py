@@ -13,6 +13,8 @@ from processes import case, config, first_run
 
 import qeff_validate.engine  # noqa: F401 (pytester would unload it after each run in this process, and numpy with it)
 
+pytestmark = pytest.mark.integration
+
 SUITES = ("--pyargs", "qeff_validate.suites.test_embedding")
 ALL_SUITES = ("--pyargs", "qeff_validate.suites")
 TEST = "test_embedding.py::test_embed_model_pytorch_vs_onnx_vs_ai100"

@@ -12,6 +12,8 @@ import pytest
 
 import qeff_validate.engine  # noqa: F401 (pytester would unload it after each run in this process, and numpy with it)
 
+pytestmark = pytest.mark.integration
+
 CONFTEST = """
 import os, signal
 import pytest

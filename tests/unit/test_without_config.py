@@ -15,6 +15,8 @@ from qeff_validate.engine import case_for
 from qeff_validate.errors import ConfigError
 from qeff_validate.runtimes import qaic_cards
 
+pytestmark = pytest.mark.integration
+
 OPTION = ("--option", "seq_len=[48, 64]")
 
 
