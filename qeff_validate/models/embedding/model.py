@@ -35,6 +35,7 @@ from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
+from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
 from qeff_validate.protocols import (
     Change,
@@ -97,14 +98,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
     @property
     def folder(self) -> Path | None:
         """The model's directory; None if it has none."""
-        if isinstance(self.source, SentenceFolder):
+        if isinstance(self.source, (SentenceFolder, StaticFolder)):
             return self.source.root
         return self.source.path if isinstance(self.source, Folder) else None
 
     @cached_property
     def encode_settings(self) -> EncodeSettings:
         """What the files of sentence-transformers say of texts and vectors; defaults without them."""
-        return self.source.settings if isinstance(self.source, SentenceFolder) else EncodeSettings()
+        return self.source.settings if isinstance(self.source, (SentenceFolder, StaticFolder)) else EncodeSettings()
 
     @cached_property
     def prompt(self) -> str:

@@ -327,6 +327,51 @@ def test_broken_directories_are_errors_that_name_what_is_wrong(name: str, body: 
     assert (result.status, words in result.reason) == ("error", True), result.reason
 
 
+def table(body: Path, width: int = 12) -> Any:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    return StaticEmbedding(Tokenizer.from_file(str(body / "tokenizer.json")), embedding_dim=width)
+
+
+def test_table_of_token_vectors_without_a_transformer(body: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "saved"
+    SentenceTransformer(modules=[table(body), normalize()], prompts={"query": "one "}, device="cpu").save(str(folder))
+    assert_near(reference(folder, tmp_path, prompt="query"), encoded(folder, TEXTS, prompt_name="query"))
+
+
+def test_table_of_model2vec(body: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "saved"
+    SentenceTransformer(modules=[table(body)], device="cpu").save(str(folder))
+    size = len(WORDS)
+    rows = {"embeddings": torch.randn(5, 12), "mapping": torch.arange(size) % 5, "weights": torch.rand(size)}
+    save_file(rows, folder / "model.safetensors")
+    texts = [text for text in TEXTS if text]
+    assert_near(reference(folder, tmp_path, texts), encoded(folder, texts))
+
+
+@pytest.mark.parametrize("route", ["query", "document", None])
+def test_each_route_of_a_router_is_a_case(route: str | None, body: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    folder = tmp_path / "saved"
+    documents = [Transformer(str(body)), Pooling(WIDTH, "mean"), *dense(WIDTH, 12)]
+    router = Router.for_query_document([table(body)], documents, default_route="document")
+    SentenceTransformer(modules=[router, normalize()], device="cpu").save(str(folder))
+    texts = [text for text in TEXTS if text]
+    ours = reference(folder, tmp_path, texts, **({"route": route} if route else {}))
+    assert_near(ours, encoded(folder, texts, task=route or "document"))
+    with pytest.raises(ConfigError, match="has the routes document, query, and none is called 'passage'"):
+        qv.model(qv.Case(name="x", source=f"path:{folder}", options={"route": "passage"})).inputs_key()
+
+
 @pytest.mark.parametrize("kind", ["SequenceClassification", "MaskedLM"])
 def test_head_of_a_checkpoint_is_said_to_be_left_out(kind: str, body: Path, tmp_path: Path) -> None:
     import transformers
