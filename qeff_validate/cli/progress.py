@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print: the console, and the progress of a run on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from qeff_validate.cli import signals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a rich console on standard output or standard error."""
+    from rich.console import Console
+
+    terminal = Console(stderr=stderr)
+    # a pipe has no width: do not wrap lines to rich's default of 80 columns
+    return terminal if terminal.is_terminal else Console(stderr=stderr, width=200)
+
+
+def print_text(text: str, *, stderr: bool = False) -> None:
+    """Print text as it is: no markup, no highlighting, no wrapping."""
+    console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TerminalProgress:
+    """Progress on standard error: a spinner on a terminal, one line per step elsewhere.
+
+    Args:
+        verbose: print the output of child processes, such as the compiler's, line by line.
+    """
+
+    def __init__(self, verbose: bool) -> None:
+        self._console = console(stderr=True)
+        self._verbose = verbose
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Show a step while it runs, and its duration if that is half a second or more."""
+        start = time.perf_counter()
+        try:
+            with self._console.status(text) if self._console.is_terminal and not self._verbose else nullcontext():
+                yield
+        finally:
+            signals.raise_if_received()  # a library may have replaced the interruption by an exception of its own
+        seconds = time.perf_counter() - start
+        if seconds >= 0.5:
+            self._console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Print one line of a child process's output if verbose."""
+        if self._verbose:
+            self._console.print(f"  | {text}", markup=False, highlight=False)
