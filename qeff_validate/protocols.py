@@ -264,6 +264,38 @@ class Filled(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One thing to time on a session: plain feeds, so that timing needs to know no model kind.
+
+    Attributes:
+        name: says what it is, such as ``seq_len 32, batch 4``; baseline and candidate are paired by it.
+        quantity: what its duration is: one of the kind's `ModelKind.quantities`.
+        feeds: the runs of one shot, in order; the same content gives the same work, however often it is run.
+        before: runs that set retained state, once after a reset and untimed.
+        fetch: outputs to return; None: all.
+        count: how many durations of this quantity a shot holds; its seconds are divided by it.
+        rows: rows that one duration processes; 0: none are.
+        tokens: tokens that one duration produces; 0: none are produced.
+    """
+
+    name: str
+    quantity: str
+    feeds: tuple[Tensors, ...]
+    before: tuple[Tensors, ...] = ()
+    fetch: tuple[str, ...] | None = None
+    count: int = 1
+    rows: int = 1
+    tokens: int = 0
+
+
+class Timed(Protocol):
+    """What a model wrapper may offer besides, so that its speed can be measured and judged."""
+
+    def workloads(self, session: Session, inputs: Any) -> Sequence[Workload]:
+        """Return what to time on an open session; feeds have the names of `Model.graph`."""
+
+
 class Model(Protocol):
     """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
 
@@ -321,6 +353,7 @@ class ModelKind:
         bounds: the metrics that a case's tolerance may bound, with what a bound must stay below.
         relations: names for `Model.relate`.
         mutants: tables of `mutation.mutant.Mutant`, as ``package.module:NAME``.
+        quantities: what the durations of `Timed.workloads` are, such as ``latency``; a case may set budgets for these.
     """
 
     options: type[BaseModel]
@@ -329,6 +362,7 @@ class ModelKind:
     bounds: Mapping[str, float]
     relations: tuple[str, ...] = ()
     mutants: tuple[str, ...] = ()
+    quantities: tuple[str, ...] = ()
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

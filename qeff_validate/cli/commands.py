@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qeff_validate.cli import signals
+from qeff_validate.cli import performance, signals
 from qeff_validate.cli.output import safe_streams
 from qeff_validate.errors import ConfigError, ValidateError, suggest
 from qeff_validate.report.result import DEFAULT_DIR
@@ -84,6 +84,10 @@ def run(
         Path | None, typer.Option(help="also write inputs and reference outputs there, CASE.safetensors")
     ] = None,
     store: StoreDir = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="tell what drifted since this baseline, of baselines/ beside the config")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--directory", help="of baselines, instead")] = None,
     allow_inconclusive: Annotated[bool, typer.Option("--allow-inconclusive", help="do not fail on these")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the compiler's output as it comes")] = False,
 ) -> None:
@@ -96,6 +100,7 @@ def run(
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
+    from qeff_validate.report.baseline import read_baseline, with_drift
     from qeff_validate.report.text import problems
     from qeff_validate.report.writers import remove_reports
 
@@ -104,6 +109,8 @@ def run(
     if bundle_digest is not None and bundle is None:
         raise typer.BadParameter("--bundle-digest says what to expect of --bundle DIR, which is missing")
     check_writable(report, "--report")
+    beside = performance.folder(configs[0] if configs else None, directory)
+    before = read_baseline(beside, baseline) if baseline is not None else None
     remove_reports(report)
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
@@ -119,6 +126,7 @@ def run(
     settings = Settings(sdk=sdk, device_ids=ids, run_timeout_s=run_timeout)
     required = _known_runtimes(_split(require))
     made = validate(cases, names, store=store, settings=settings, progress=Terminal(verbose), record=record)
+    made = made if before is None else with_drift(made, before)
     unwritten = _write(made, report)
     plain = made.plain()
     out = _console()
@@ -266,6 +274,8 @@ def doctor(sdk: Sdk = None, store: StoreDir = None) -> None:
 store_app = typer.Typer(help="List or prune the artifact store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.add_typer(sdk_app, name="sdk")
+app.command(epilog=performance.EPILOG)(performance.perf)
+app.add_typer(performance.app, name="baseline")
 
 
 @store_app.command("list")

@@ -43,6 +43,7 @@ EMBEDDING = ModelKind(
         "qeff_validate.mutation.session_mutants:SESSION_MUTANTS",
         "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
+    quantities=("latency",),
 )
 
 
@@ -76,4 +77,5 @@ PEFT_CAUSAL_LM = ModelKind(
         "qeff_validate.mutation.causal_lm_mutants:CAUSAL_LM_MUTANTS",
         "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
+    quantities=("time_to_first_token", "inter_token", "adapter_swap"),
 )

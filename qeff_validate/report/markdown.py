@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qeff_validate.report.text import HEAD, closing, problems, row_cells
+from qeff_validate.report.timings import HEAD as TIMING_HEAD
+from qeff_validate.report.timings import timing_lines, timing_rows
 
 
 def markdown(plain: Mapping[str, Any]) -> str:
@@ -17,6 +19,10 @@ def markdown(plain: Mapping[str, Any]) -> str:
 
     rows = [line(row_cells(result)) for result in plain["results"]]
     parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
+    timed = list(timing_rows(plain["results"]))
+    if timed:
+        parts += ["## Timings", "", line(TIMING_HEAD), line("---" for _ in TIMING_HEAD), *map(line, timed), ""]
+        parts += [*(f"- {text}" for text in timing_lines(plain["results"])), ""]
     found = problems(plain)
     if found:
         parts += ["## What did not pass, findings and notes", ""]

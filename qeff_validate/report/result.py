@@ -68,6 +68,8 @@ class Result:
     expected: str | None = None
     power: Power | None = None
     prechecks: tuple[Precheck, ...] = ()
+    performance: Mapping[str, Any] | None = None
+    """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -93,6 +95,8 @@ class Result:
                 for precheck in self.prechecks
             ],
         }
+        if self.performance is not None:
+            made["performance"] = dict(self.performance)
         return {key: finite(value) for key, value in made.items()}
 
 

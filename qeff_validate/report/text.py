@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qeff_validate.report.timings import is_timing, timing_closing
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -93,9 +95,12 @@ def problems(plain: Mapping[str, Any]) -> list[str]:
 
 def closing(plain: Mapping[str, Any]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
-    results = plain["results"]
+    timed = list(timing_closing(plain["results"]))
+    results = [result for result in plain["results"] if not is_timing(result)]
+    if timed and not results:
+        return timed
     unsettled = {(result["case"], result["runtime"]) for result in results if result["status"] == "error"}
-    lines = []
+    lines = timed
     for (runtime, simulated), group in _groups(results).items():
         passed = [result for result in group if result["status"] == "pass"]
         held = [result for result in passed if result["reference"] == "itself"]

@@ -152,17 +152,26 @@ def check_count(artifact: Artifact, qids: Sequence[int]) -> None:
         )
 
 
+_HELD: set[int] = set()
+"""Cards that this process holds."""
+
+
 @contextmanager
 def held(qids: Sequence[int]) -> Iterator[None]:
-    """Hold cards for this process alone; others wait. The locks die with their holder."""
+    """Hold cards for this process alone; others wait. The locks die with their holder.
+
+    Two programs of one process may hold the same card, as when their times are compared.
+    """
     from filelock import FileLock, Timeout
 
     with ExitStack() as locks:
-        for qid in sorted(qids):  # in one order everywhere, so that nobody waits in a ring
+        for qid in sorted(set(qids) - _HELD):  # in one order everywhere, so that nobody waits in a ring
             lock = FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{qid}.lock", mode=0o666)
             while True:
                 try:
                     locks.enter_context(lock.acquire(timeout=NOTICE_SECONDS))
+                    _HELD.add(qid)
+                    locks.callback(_HELD.discard, qid)
                     break
                 except Timeout:
                     LOG.warning("waiting for card %d, which another process holds", qid)

@@ -32,7 +32,7 @@ from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
-from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share
+from qeff_validate.protocols import Change, ComparisonContext, Graph, Session, Share, Workload
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
 MOST_BYTES = 64 << 20
@@ -404,6 +404,22 @@ class PooledEmbedding:
                     raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
                 parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
+        """Return one full batch, without padding, for each length and batch size that the session takes.
+
+        A session without fixed shapes takes every length of the case with a batch of one row as well.
+        """
+        fixed = {(shapes["input_ids"][1], shapes["input_ids"][0]) for shapes in session.shapes}
+        free = {(length, batch) for length in self.options.seq_len for batch in (1, self.options.batch_size)}
+        tokens, dtypes = np.concatenate(inputs.ids), {spec.name: spec.dtype for spec in session.inputs}
+        made = []
+        for length, batch in sorted(fixed or free):
+            rows = np.split(np.resize(tokens, batch * length), batch)
+            known = padded(rows, batch, length, pad=inputs.pad, side=self.options.padding_side)
+            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
+            made.append(Workload(f"seq_len {length}, batch {batch}", "latency", (feeds,), rows=batch))
+        return made
 
     def _batch_size(self, session: Session) -> int:
         sizes = [shapes["input_ids"][0] for shapes in session.shapes]

@@ -12,7 +12,7 @@ import numpy as np
 from qeff_validate.comparison.bounds import MOST, bounds_for
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
-from qeff_validate.config.case import Strict
+from qeff_validate.config.strict import Strict
 from qeff_validate.models.row_model import RowModel
 from qeff_validate.mutation.mutant import ModuleMutant, Patch
 from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
