@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qeff_validate.report.result import Report
 
 EPILOG = (
-    "Exit codes: 0 every budget and limit holds, or nothing was to be judged · 1 one does not, or it could not be told · "
+    "Exit codes: 0 every budget and limit holds, or nothing was to be judged · 1 one does not, or noise hides it · "
     "2 wrong usage or config · 3 an error, or nothing was timed · 130 interrupted."
 )
 

@@ -250,7 +250,7 @@ def judge_slowdown(control: Interval, ratio: Interval, limit: float, disturbed: 
         >>> judge_slowdown(Interval(-0.01, 0.0, 0.09), Interval(0.08, 0.1, 0.12), 0.05).status
         'inconclusive'
     """
-    bound, allowed = math.log1p(limit), f"{limit:.3g}" if limit == 0 else f"{limit * 100:.3g} %"
+    bound, allowed = math.log1p(limit), f"{limit * 100:.3g} %"
     if max(-control.low, control.high) > bound:
         reason = (
             f"the baseline differs from itself by {control.percent()}, which no limit of {allowed} can be told from"
@@ -262,7 +262,7 @@ def judge_slowdown(control: Interval, ratio: Interval, limit: float, disturbed: 
             return TimingVerdict("inconclusive", f"{measured}, but the machine was not quiet: {disturbed}")
         return TimingVerdict("fail", f"slower: {measured}")
     if ratio.estimate > bound:
-        return TimingVerdict("inconclusive", f"perhaps slower: {measured}; more launches would tell")
+        return TimingVerdict("inconclusive", f"perhaps slower: {measured}; {disturbed or 'more launches would tell'}")
     return TimingVerdict("pass", measured, improved=ratio.high < -bound)
 
 
@@ -280,7 +280,9 @@ def judge_budget(interval: Interval, budget: float, disturbed: str = "") -> Timi
             return TimingVerdict("inconclusive", f"{measured}, but the machine was not quiet: {disturbed}")
         return TimingVerdict("fail", f"over budget: {measured}")
     if interval.estimate > budget:
-        return TimingVerdict("inconclusive", f"perhaps over budget: {measured}; more launches would tell")
+        return TimingVerdict(
+            "inconclusive", f"perhaps over budget: {measured}; {disturbed or 'more launches would tell'}"
+        )
     return TimingVerdict("pass", measured)
 
 

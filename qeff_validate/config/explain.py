@@ -14,7 +14,6 @@ from qeff_validate.config.performance import Performance, Quantiles
 from qeff_validate.config.strict import Strict
 from qeff_validate.errors import suggest
 
-
 SECTIONS = (Config, Case, Inputs, Artifacts, Expect, Compile, Precision, Performance, Quantiles)
 
 

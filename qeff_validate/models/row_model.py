@@ -103,9 +103,7 @@ class RowModel:
         """Return one batch of the first rows, of the first bucket's size, as ``latency``."""
         batch = next(iter(self.graph.buckets[0].values()))
         rows = np.arange(batch) % len(inputs.labels)
-        feeds = {
-            spec.name: inputs.arrays[spec.name][rows].astype(spec.dtype, copy=False) for spec in session.inputs
-        }
+        feeds = {spec.name: inputs.arrays[spec.name][rows].astype(spec.dtype, copy=False) for spec in session.inputs}
         return [Workload(f"batch {batch}", "latency", (feeds,), rows=batch)]
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:

@@ -112,16 +112,20 @@ class Measurement:
 
         Args:
             launches: at least one; all with the same plan.
-            side: place of the program among the sides of each launch.
+            side: place of the program among the sides of each launch, from 0.
             costs: of building it.
         """
         workloads = {}
         for at, first in enumerate(launches[0]["workloads"]):
             of_launches = [launch["workloads"][at] for launch in launches]
+            rounds = min(len(item["kernel"]) for item in of_launches)  # a slow launch may have ended early
             workloads[first["name"]] = Timings(
-                *(first[name] for name in ("name", "quantity", "rows", "tokens")),
-                seconds=np.array([item["seconds"][side] for item in of_launches], dtype=np.float64),
-                kernel=np.array([item["kernel"] for item in of_launches], dtype=np.float64),
+                name=first["name"],
+                quantity=first["quantity"],
+                rows=first["rows"],
+                tokens=first["tokens"],
+                seconds=np.array([item["seconds"][side][:rounds] for item in of_launches], dtype=np.float64),
+                kernel=np.array([item["kernel"][:rounds] for item in of_launches], dtype=np.float64),
                 warm_up=tuple(item["warm_up"][side] for item in of_launches),
                 settled=all(item["settled"] for item in of_launches),
             )

@@ -135,7 +135,8 @@ def measure_case(
         baseline: what to compare with; None: only budgets are judged.
         prepare: builds what a live baseline opens.
     """
-    case, base = pipeline.case, {"case": pipeline.case.name, "runtime": adapter.name, "reference": TIMING}
+    case = pipeline.case
+    base: dict[str, Any] = {"case": case.name, "runtime": adapter.name, "reference": TIMING}
     try:
         missing = adapter.probe()
         if missing:
@@ -168,7 +169,7 @@ def _measured(
         else:
             sides = [case] if baseline is None else [case, case]
             run = both = launches.run(sides)
-    measured = Measurement.of_launches(both, -1, costs)
+    measured = Measurement.of_launches(both, len(both[0]["sides"]) - 1, costs)
     states = [launch["machine"] for launch in run]
     disturbed = disturbances(states)
     judgements = list(_budgets(asked, measured, disturbed))
@@ -271,7 +272,6 @@ def _budgets(asked: Performance, measured: Measurement, disturbed: str) -> Itera
 def _rate(name: str, least: float, measured: Measurement, disturbed: str) -> Judgement:
     """Judge a least rate as a greatest duration, of which rates are the inverse."""
     rated = {item.rates[name]: item for item in measured.workloads.values() if name in item.rates}
-    rated = {rate: item for rate, item in rated.items() if item.quantity in ("latency", "inter_token")} or rated
     if not rated:
         return Judgement(name, TimingVerdict("inconclusive", "no workload of the case has such a rate"))
     best = rated[max(rated)]

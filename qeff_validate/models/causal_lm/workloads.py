@@ -45,11 +45,10 @@ def decoder_workloads(
         prefill = tuple(step(start, chunk) for start in range(0, length, chunk))
         where = f"prefill {length}, batch {batch}"
         before = (swap(states[0]),)
-        made.append(Workload(where, "time_to_first_token", prefill, before, fetch, rows=batch, tokens=batch))
-        decode, before = (step(length, 1),), (*before, *prefill)
-        made.append(
-            Workload(f"context {length}, batch {batch}", "inter_token", decode, before, fetch, rows=batch, tokens=batch)
-        )
+        made.append(Workload(where, "time_to_first_token", prefill, before, fetch, rows=batch))
+        decode, filled = (step(length, 1),), (*before, *prefill)
+        where = f"context {length}, batch {batch}"
+        made.append(Workload(where, "inter_token", decode, filled, fetch, rows=0, tokens=batch))
     if len(states) > 1 and states[0] and not fixed:
         feeds = tuple(swap(state) for state in states[-2:])
         made.append(Workload(f"swap, batch {batch}", "adapter_swap", feeds, (), fetch, count=len(feeds), rows=0))
