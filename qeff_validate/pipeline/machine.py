@@ -85,7 +85,7 @@ class MachineWatch:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         return {
             "seconds": round(elapsed, 3),
-            "others": round(others, 4),
+            "others": round(min(others, 1.0), 4),  # ticks are coarse
             "steal": round((steal - self._all[1]) / capacity, 4),
             "busiest": [f"{name} ({value / elapsed:.0%})" for name, value in busiest if value > 0.02 * elapsed],
             "load": round(load, 2),

@@ -15,6 +15,7 @@ from qeff_validate.comparison.verdict import GateResult, Power, Status
 if TYPE_CHECKING:
     from rich.table import Table
 from qeff_validate.report.text import closing, row_cells, table
+from qeff_validate.report.timings import is_timing
 from qeff_validate.report.writers import write_reports
 
 SCHEMA = 1
@@ -205,7 +206,7 @@ def merged(
 ) -> dict[str, Any]:
     """Return the plain form of a report from the plain results of several processes."""
     counts = Counter(result["status"] for result in plains)
-    rows = sum(result["coverage"]["compared"] for result in plains)
+    rows = sum(result["coverage"]["compared"] for result in plains if not is_timing(result))
     summary = {**{status: counts[status] for status in get_args(Status)}, "results": len(plains), "rows_compared": rows}
     beside = {"unwritten": list(unwritten), "summary": summary}
     return {"schema": SCHEMA, "environment": dict(environment), "results": list(plains), **beside}

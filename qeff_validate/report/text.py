@@ -42,7 +42,7 @@ def row_cells(result: Mapping[str, Any]) -> tuple[str, ...]:
         result["status"],
         _beside_bound(worst) if worst else "",
         _place(worst["worst"]) if worst else "",
-        f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] else "",
+        f"{coverage['compared']}/{coverage['planned']}" if coverage["planned"] and not is_timing(result) else "",
         f"{power['caught']}/{power['tried']}" if power else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
