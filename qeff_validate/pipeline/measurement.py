@@ -154,7 +154,7 @@ class _StoredTimings(BaseModel):
     def timings(self) -> Timings:
         """Return the timings in seconds."""
         seconds, kernel = np.array(self.microseconds) / 1e6, np.array(self.kernel_microseconds) / 1e6
-        if seconds.ndim != 3 or kernel.shape != seconds.shape[:2] or 0 in seconds.shape or not seconds.all():
+        if kernel.shape != seconds.shape[:2] or 0 in seconds.shape or not seconds.all():
             raise ValueError(f"{self.name}: wanted positive [launches, rounds, shots], got {seconds.shape}")
         if not kernel.all():
             raise ValueError(f"{self.name}: the kernel took no time")

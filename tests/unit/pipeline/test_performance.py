@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from qeff_validate.report.text import closing
 QUIET = {"seconds": 1.0, "others": 0.01, "steal": 0.0, "busiest": [], "load": 0.1, "mhz": [2000, 2000], "throttled": 0}
 BUSY = {**QUIET, "others": 0.5, "busiest": ["make (99%)"]}
 MACHINE = {"processor": "one", "processors": 2}
-SLOW = {"old": 1.0, "new": 1.0}
 
 
 class Machine:
@@ -35,26 +34,34 @@ class Machine:
         durations: of each case by name.
         state: what the launches see of the machine.
         fingerprint: of the machine.
+        buckets: workloads by name, with how many times the duration they take.
     """
 
-    def __init__(self, durations: dict[str, float], state: Any = QUIET, fingerprint: Any = MACHINE) -> None:
-        self.durations, self.state, self.fingerprint = durations, state, fingerprint
+    def __init__(
+        self,
+        durations: dict[str, float],
+        state: Any = QUIET,
+        fingerprint: Any = MACHINE,
+        buckets: Any = MappingProxyType({"batch 4": 1.0}),
+    ) -> None:
+        self.durations, self.state, self.fingerprint, self.buckets = durations, state, fingerprint, buckets
         self.random, self.jobs = np.random.default_rng(0), list[Any]()
 
     def launch(self, job: Any, limit: float, name: str) -> dict[str, Any]:
         self.jobs.append(job)
         names = [case["name"] + case["source"].partition(":")[2] for case in job["cases"]]
-        seconds = [self.durations[n] * np.exp(self.random.normal(0, 0.002, (10, 8))) for n in names]
-        workload = {"name": "batch 4", "quantity": "latency", "rows": 4, "tokens": 0, "plan": [10, 4], "settled": True}
-        workload |= {
-            "warm_up": [2] * len(names),
-            "seconds": [item.tolist() for item in seconds],
-            "kernel": [0.001] * 10,
-        }
+        workloads = []
+        for bucket, factor in self.buckets.items():
+            seconds = [factor * self.durations[n] * np.exp(self.random.normal(0, 0.002, (10, 8))) for n in names]
+            workload = {"name": bucket, "quantity": "latency", "rows": 4, "tokens": 0, "plan": [10, 4], "settled": True}
+            workload |= {"warm_up": [2] * len(names), "seconds": [item.tolist() for item in seconds]}
+            workloads.append({**workload, "kernel": [0.001] * 10})
+        first = job["order"][0]
+        facts = {"load_s": 0.5, "device_mb": None}
         return {
-            "sides": [{"load_s": 0.5, "host_mb": 20.0, "device_mb": None} for _ in names],
-            "opened_first": job["order"][0],
-            "workloads": [workload],
+            "sides": [{**facts, "host_mb": 20.0 if at == first else 1.0} for at in range(len(names))],
+            "opened_first": first,
+            "workloads": workloads,
             "unpaired": [],
             "machine": self.state,
             "fingerprint": self.fingerprint,
@@ -112,6 +119,18 @@ def live() -> TimingBaseline:
 def test_budget_decides(monkeypatch: pytest.MonkeyPatch, budget: dict[str, float], status: str) -> None:
     result = timed(monkeypatch, Machine({"anew": 0.01}), **budget)
     assert (result.status, result.planned) == (status, len(budget)), result.reason
+
+
+def test_slowest_bucket_decides_on_a_duration_and_the_best_one_on_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine({"anew": 0.01}, buckets={"batch 4": 1.0, "batch 8": 2.0})
+    assert "latency p50 in ms (batch 8): over budget" in timed(monkeypatch, machine, p50_ms=15.0).reason
+    assert timed(monkeypatch, machine, rows_per_s=390.0).status == "pass"
+
+
+def test_memory_is_that_of_launches_in_which_the_program_was_opened_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = timed(monkeypatch, Machine({"anew": 0.01, "aold": 0.01}), live())
+    assert result.performance is not None
+    assert result.performance["costs"]["host_mb"] == 20
 
 
 def test_loaded_machine_is_never_red(monkeypatch: pytest.MonkeyPatch) -> None:
