@@ -39,7 +39,7 @@ LAYERS = {"0 %": 40, "5 %": 42, "10 %": 44}
 
 BASELINE = "0 %"
 ROWS, WIDTH = 64, 128
-LAUNCHES, SECONDS = 5, 0.5
+LAUNCHES, SECONDS = 5, 0.4
 LIMITS = (0.02, 0.03, 0.05)
 DRAWN = 300
 """Comparisons of equal programs that the report makes of recorded launches."""
@@ -120,6 +120,7 @@ def load(processes: int) -> Iterator[None]:
 
 def run(record: Path, minutes: float, threads: int | None) -> None:
     """Append to a record until the time is over."""
+    record.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + minutes * 60
     done = len(record.read_text().splitlines()) if record.exists() else 0
     with temporary_folder() as folder, open(record, "a", encoding="utf-8") as file:

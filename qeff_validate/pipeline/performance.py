@@ -31,7 +31,7 @@ from qeff_validate.comparison.timing import (
     least_shots,
     log_ratios,
     median_interval,
-    normalised_log_medians,
+    normalised_levels,
     unpaired_interval,
 )
 from qeff_validate.config.case import Case
@@ -327,7 +327,7 @@ def _against_stored(
 
 
 def _relative(item: Timings) -> Any:
-    return normalised_log_medians(item.seconds, item.kernel)
+    return normalised_levels(item.seconds, item.kernel)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

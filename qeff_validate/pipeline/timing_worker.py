@@ -32,6 +32,7 @@ from qeff_validate.pipeline.machine import (
 from qeff_validate.pipeline.rounds import Side, time_workload
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Settings, capabilities, model_kind, runtime
+from qeff_validate.runtimes.qaic_calls import shared_cards
 from qeff_validate.sdk.processes import die_with_parent
 
 
@@ -45,7 +46,7 @@ def launch(job: Mapping[str, Any]) -> dict[str, Any]:
     cases = [Case.model_validate(plain) for plain in job["cases"]]
     opened: dict[int, Side] = {}
     watch = MachineWatch()
-    with ExitStack() as held:
+    with shared_cards(), ExitStack() as held:
         for at in job["order"]:  # who is opened first lies elsewhere in memory, so launches take turns
             adapter = runtime(job["runtime"], settings)
             opened[at] = held.enter_context(_side(cases[at], adapter, Path(job["store"])))

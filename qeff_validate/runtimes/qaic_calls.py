@@ -10,6 +10,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,26 +153,35 @@ def check_count(artifact: Artifact, qids: Sequence[int]) -> None:
         )
 
 
-_HELD: set[int] = set()
-"""Cards that this process holds."""
+_SHARED: ContextVar[set[int] | None] = ContextVar("_SHARED", default=None)
+"""Cards that programs of this process share (`shared_cards`)."""
+
+
+@contextmanager
+def shared_cards() -> Iterator[None]:
+    """Let programs that are opened within the context hold the same cards, as when their times are compared."""
+    token = _SHARED.set(set())
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 @contextmanager
 def held(qids: Sequence[int]) -> Iterator[None]:
-    """Hold cards for this process alone; others wait. The locks die with their holder.
-
-    Two programs of one process may hold the same card, as when their times are compared.
-    """
+    """Hold cards for this process alone; others wait. The locks die with their holder."""
     from filelock import FileLock, Timeout
 
     with ExitStack() as locks:
-        for qid in sorted(set(qids) - _HELD):  # in one order everywhere, so that nobody waits in a ring
+        shared = _SHARED.get()
+        for qid in sorted(set(qids) - (shared or set())):  # in one order everywhere, so that nobody waits in a ring
             lock = FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{qid}.lock", mode=0o666)
             while True:
                 try:
                     locks.enter_context(lock.acquire(timeout=NOTICE_SECONDS))
-                    _HELD.add(qid)
-                    locks.callback(_HELD.discard, qid)
+                    if shared is not None:
+                        shared.add(qid)
+                        locks.callback(shared.discard, qid)
                     break
                 except Timeout:
                     LOG.warning("waiting for card %d, which another process holds", qid)

@@ -101,6 +101,7 @@ SCORER = ModelKind(
     bounds={**MOST, "margin": 1.0},
     relations=("opposite_order",),
     mutants=("scorer_kind:MUTANTS",),
+    quantities=("latency",),
 )
 
 
