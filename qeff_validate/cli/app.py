@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from qeff_validate.cli import sdk, signals, store
+from qeff_validate.cli import performance, sdk, signals, store
 from qeff_validate.cli.build import build
 from qeff_validate.cli.configs import list_cases, schema
 from qeff_validate.cli.doctor import doctor
@@ -42,6 +42,8 @@ app.command()(doctor)
 app.add_typer(store.app, name="store")
 app.add_typer(sdk.app, name="sdk")
 app.command()(schema)
+app.command(epilog=performance.EPILOG)(performance.perf)
+app.add_typer(performance.app, name="baseline")
 
 # newer versions of typer contain a copy of click, older ones import it: take the base class from the exception
 _UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qeff_validate.cli import performance
 from qeff_validate.cli.options import (
     SdkPrefix,
     StoreDir,
@@ -57,6 +58,10 @@ def run(
         Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
     ] = None,
     store: StoreDir = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="tell what drifted since this baseline, of baselines/ beside the config")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--directory", help="of baselines, instead")] = None,
     allow_inconclusive: Annotated[
         bool, typer.Option("--allow-inconclusive", help="inconclusive results do not fail the run")
     ] = False,
@@ -71,6 +76,7 @@ def run(
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
+    from qeff_validate.report.baseline import read_baseline, with_drift
     from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
@@ -78,6 +84,8 @@ def run(
     if bundle_digest is not None and bundle is None:
         raise typer.BadParameter("--bundle-digest needs --bundle DIR")
     check_writable(report, "--report")
+    beside = performance.folder(configs[0] if configs else None, directory)
+    before = read_baseline(beside, baseline) if baseline is not None else None
     remove_reports(report)
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
@@ -92,6 +100,7 @@ def run(
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
     results = validate(cases, names, store=store, settings=settings, progress=TerminalProgress(verbose), record=record)
+    results = results if before is None else with_drift(results, before)
     write_error = _write(results, report)
     _print(results)
     if write_error is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Result
+from qeff_validate.report.timings import is_timing, timing_closing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +42,7 @@ def row_cells(result: Result) -> tuple[str, ...]:
         result.status,
         _beside_bound(nearest) if nearest else "",
         _place(nearest.metric.worst) if nearest else "",
-        f"{result.compared}/{result.planned}" if result.planned else "",
+        f"{result.compared}/{result.planned}" if result.planned and not is_timing(result) else "",
         f"{power.tried - len(power.missed)}/{power.tried}" if power else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
@@ -95,8 +96,12 @@ def problems(results: Sequence[Result]) -> list[str]:
 
 def closing(results: Sequence[Result]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
+    timed = list(timing_closing(results))
+    results = [result for result in results if not is_timing(result)]
+    if timed and not results:
+        return timed
     unsettled = {(result.case, result.runtime) for result in results if result.status == "error"}
-    lines = []
+    lines = timed
     for (runtime, simulated), group in _groups(results).items():
         passed = [result for result in group if result.status == "pass"]
         held = [result for result in passed if result.reference == "itself"]

@@ -35,7 +35,17 @@ from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
-from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, RecordingChecked, Session
+from qeff_validate.protocols import (
+    Change,
+    ComparisonContext,
+    FaultTested,
+    Graph,
+    Prechecked,
+    RecordingChecked,
+    Session,
+    Timed,
+    Workload,
+)
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
@@ -84,7 +94,7 @@ class Prompts:
         return frozenset()
 
 
-class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
+class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed):
     """The model kind ``peft-causal-lm`` (graph interface: design §3).
 
     Args:
@@ -323,6 +333,16 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         """
         run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
+
+    def workloads(self, session: Session, inputs: Prompts) -> Sequence[Workload]:
+        """Return the prefill of the shortest and the longest prompt, a decode step after each, and a swap of adapters.
+
+        Rows are full: no row of a batch is padding. A decode step is repeated at its position, which costs the same.
+        """
+        from qeff_validate.models.causal_lm.workloads import decoder_workloads
+
+        states = [self._served_tensors(inputs.adapters, name) for name in inputs.adapters]
+        return decoder_workloads(session, self._plan(inputs), np.concatenate(inputs.ids), states, self.options.ctx_len)
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options

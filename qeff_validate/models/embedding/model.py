@@ -47,6 +47,8 @@ from qeff_validate.protocols import (
     Session,
     Share,
     Sharing,
+    Timed,
+    Workload,
 )
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
@@ -66,7 +68,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -500,6 +502,22 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
                     raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
                 parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
+        """Return one full batch, without padding, for each length and batch size that the session takes.
+
+        A session without fixed shapes takes every length of the case with a batch of one row as well.
+        """
+        fixed = {(shapes["input_ids"][1], shapes["input_ids"][0]) for shapes in session.shapes}
+        free = {(length, batch) for length in self.options.seq_len for batch in (1, self.options.batch_size)}
+        tokens, dtypes = np.concatenate(inputs.ids), {spec.name: spec.dtype for spec in session.inputs}
+        made = []
+        for length, batch in sorted(fixed or free):
+            rows = np.split(np.resize(tokens, batch * length), batch)
+            known = padded(rows, batch, length, pad=inputs.pad, side=self.options.padding_side)
+            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
+            made.append(Workload(f"seq_len {length}, batch {batch}", "latency", (feeds,), rows=batch))
+        return made
 
     def _batch_size(self, session: Session) -> int:
         sizes = [shapes["input_ids"][0] for shapes in session.shapes]
