@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a rich console on standard output or standard error."""
+def console(*, stderr: bool = False, least: int = 0) -> Console:
+    """Return a rich console on standard output or standard error, at least so many columns wide."""
     from rich.console import Console
 
     terminal = Console(stderr=stderr)
-    # a pipe has no width: do not wrap lines to rich's default of 80 columns
-    return terminal if terminal.is_terminal else Console(stderr=stderr, width=200)
+    if not terminal.is_terminal:
+        return Console(stderr=stderr, width=200)  # a pipe has no width: do not wrap lines to rich's default of 80
+    return terminal if terminal.width >= least else Console(stderr=stderr, width=least)
 
 
 def print_text(text: str, *, stderr: bool = False) -> None:

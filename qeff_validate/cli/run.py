@@ -21,6 +21,7 @@ from qeff_validate.cli.options import (
 from qeff_validate.cli.progress import TerminalProgress, console, print_text
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.report.report import DEFAULT_DIR
+from qeff_validate.report.text import NARROW_BELOW
 
 if TYPE_CHECKING:
     from qeff_validate.report.report import Report
@@ -65,6 +66,7 @@ def run(
     allow_inconclusive: Annotated[
         bool, typer.Option("--allow-inconclusive", help="inconclusive results do not fail the run")
     ] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="all columns, also on a narrow terminal")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run cases on runtimes, compare every output with Hugging Face, print and write the verdicts.
@@ -102,7 +104,7 @@ def run(
     results = validate(cases, names, store=store, settings=settings, progress=TerminalProgress(verbose), record=record)
     results = results if before is None else with_drift(results, before)
     write_error = _write(results, report)
-    _print(results)
+    _print(results, wide=wide)
     if write_error is not None:
         raise write_error
     console().print(f"report: {report / 'report.json'}, {report / 'report.md'}", markup=False, soft_wrap=True)
@@ -120,7 +122,8 @@ def _write(results: Report, folder: Path) -> ValidateError | None:
     return None
 
 
-def _print(results: Report) -> None:
-    console().print(results.table())
+def _print(results: Report, *, wide: bool) -> None:
+    terminal = console(least=NARROW_BELOW if wide else 0)
+    terminal.print(results.table(width=terminal.width))
     for text in results.problems():
         print_text(f"\n{text}" if "\n" in text else text)

@@ -139,7 +139,8 @@ class Case(Strict):
     tolerance: Literal["auto", "table"] | dict[str, dict[str, Any]] = Field(
         "auto",
         description="auto: bounds from the measured noise of the original model; table: fixed bounds by precision,"
-        " nothing is measured; {runtime: {metric: bound, why: reason}}: these, the rest as with auto",
+        " nothing is measured; {runtime: {metric: bound, why: reason}}: these, the rest as with auto;"
+        " accept_low_power: reason beside them accepts bounds that a gross fault would pass",
     )
     performance: Performance | None = Field(None, description="budgets for qeff-validate perf; null: none")
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")

@@ -108,9 +108,9 @@ class Report:
         """
         write_reports(self, folder)
 
-    def table(self) -> Table:
-        """Return a table for a terminal or a notebook."""
-        return table(self.results)
+    def table(self, *, width: int | None = None) -> Table:
+        """Return a table for a terminal of a width in columns; None: all columns, as for a notebook."""
+        return table(self.results, width=width)
 
     def closing(self) -> list[str]:
         """Return sentences that say what was proved and what was not."""

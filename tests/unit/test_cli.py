@@ -186,7 +186,7 @@ def test_mismatch_exits_1_and_names_metric_value_bound_and_worst_row(first, tmp_
     assert (result["status"], metric["passed"], metric["source"]) == ("fail", False, "case")
     worst = f"worst row {metric['worst']['row']} ({metric['worst']['text']!r})"
     assert f"output.rel_l2 {metric['value']:.3g}, allowed 0 (case), {worst}" in done.stdout
-    assert "Not proved: tiny-ort (fail)." in done.stdout
+    assert "Disproved: tiny-ort (fail)." in done.stdout
 
 
 @pytest.mark.slow
