@@ -135,6 +135,7 @@ def validate(
     settings: Settings | None = None,
     progress: Progress | None = None,
     record: Path | None = None,
+    fail_fast: bool = False,
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -147,6 +148,7 @@ def validate(
         settings: SDK prefix, cards, threads.
         progress: is told of each long step.
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
+        fail_fast: after the first result that fails, is inconclusive or an error, the others are ``not_run``.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
@@ -173,8 +175,14 @@ def validate(
     results: list[Result] = []
     recorded: set[str] = set()
     unwritten: list[str] = []
+    stopped = ""
     for item, name in planned:
+        if stopped:
+            results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
+            continue
         results.append(runner.result(item, name))
+        if fail_fast and results[-1].expected is None and results[-1].status in ("fail", "inconclusive", "error"):
+            stopped = f"{item.name}-{name}"
         if record is not None and results[-1].planned and item.name not in recorded:
             recorded.add(item.name)
             try:

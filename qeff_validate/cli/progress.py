@@ -3,15 +3,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.cli import signals
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+Color = Literal["auto", "always", "never"]
+
+
+def set_color(color: Color) -> None:
+    """Set the colour of all output of this process, as the environment variables of rich do."""
+    names = {"always": "FORCE_COLOR", "never": "NO_COLOR"}
+    if color in names:
+        for name in names.values():
+            os.environ.pop(name, None)
+        os.environ[names[color]] = "1"
 
 
 def console(*, stderr: bool = False, least: int = 0) -> Console:
@@ -34,10 +47,12 @@ class TerminalProgress:
 
     Args:
         verbose: print the output of child processes, such as the compiler's, line by line.
+        quiet: print nothing.
     """
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, *, quiet: bool = False) -> None:
         self._console = console(stderr=True)
+        self._console.quiet = quiet
         self._verbose = verbose
 
     @contextmanager

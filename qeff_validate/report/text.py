@@ -97,13 +97,17 @@ def table(results: Sequence[Result], *, width: int | None = None) -> Table:
 
 def problems(results: Sequence[Result]) -> list[str]:
     """Return a line for every result that did not pass, with its reason, and for every finding and note."""
-    lines = []
+    lines, told = [], set[tuple[str | None, ...]]()
     for result in results:
         head = f"{result.case}-{result.runtime}"
-        if result.status != "pass":
+        what = _problem(result)
+        if result.status != "pass" and what not in told:
+            told.add(what)
+            same = [other.runtime for other in results if _problem(other) == what]
             stage = f" at {result.stage}" if result.stage else ""
             known = f" (expected: {result.expected})" if result.expected else ""
-            lines.append(f"{head}: {result.status}{stage}{known}: {result.reason}")
+            names = ", ".join(f"{result.case}-{runtime}" for runtime in same)
+            lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
         lines += [f"{head}: finding: {finding}" for finding in result.findings]
         lines += [f"{head}: note: {note}" for note in result.notes]
     return lines
@@ -153,6 +157,11 @@ def closing(results: Sequence[Result]) -> list[str]:
             )
         )
     return lines
+
+
+def _problem(result: Result) -> tuple[str | None, ...]:
+    """Return what makes two problems the same one, which is told once for all runtimes."""
+    return result.case, result.status, result.stage, result.expected, result.reason
 
 
 def own_terms(result: Result) -> str:
