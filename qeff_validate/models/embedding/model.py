@@ -22,7 +22,7 @@ from qeff_validate.comparison.bounds import bounds_for, relation_precision, syst
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Case, Precision
-from qeff_validate.errors import ConfigError, RunError, ValidateError
+from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.files import read_lines
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.corpus import TEXTS
@@ -31,11 +31,12 @@ from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
+from qeff_validate.models.session_rows import largest_batch, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
-from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
+from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
@@ -471,7 +472,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
 
     def relate(self, name: str, session: Session, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Compare both sides of one of `RELATIONS` on the rows with at least one token."""
-        from qeff_validate.models.embedding.relations import RELATIONS, with_tokens
+        from qeff_validate.models.embedding.relations import RELATIONS
+        from qeff_validate.models.row_relations import with_tokens
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
         # both runs read the same compressed weights
@@ -486,35 +488,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         Raises:
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
-        parts: dict[str, list[Array]] = {}
-        side, dtypes = self.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
-        for rows in batches(inputs.ids, self._batch_size(session)):
-            batch, length = self._shape(session, rows)
-            known = padded(rows, batch, length, pad=inputs.pad, side=side)
-            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
-            for name, array in session.run(feeds).items():
-                if array.ndim < 2 or len(array) != batch:
-                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {batch} rows of vectors")
-                if inputs.per_token and array.shape[1] != length:
-                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
-                parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
 
     def _batch_size(self, session: Session) -> int:
-        sizes = [shapes["input_ids"][0] for shapes in session.shapes]
-        return max(sizes) if sizes else self.options.batch_size
-
-    @staticmethod
-    def _shape(session: Session, rows: Sequence[Array]) -> tuple[int, int]:
-        longest = max(1, *(row.size for row in rows))
-        if not session.shapes:
-            return len(rows), longest
-        fitting = [
-            (shapes["input_ids"][0], shapes["input_ids"][1])
-            for shapes in session.shapes
-            if shapes["input_ids"][0] >= len(rows) and shapes["input_ids"][1] >= longest
-        ]
-        if not fitting:
-            allowed = sorted(shapes["input_ids"] for shapes in session.shapes)
-            raise RunError(f"no allowed shape holds {len(rows)} rows of {longest} tokens; allowed: {allowed}")
-        return min(fitting, key=lambda shape: shape[0] * shape[1])
+        return largest_batch(session, self.options.batch_size)
