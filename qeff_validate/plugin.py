@@ -31,7 +31,9 @@ MARKERS = {
     "torch": "runs the exported module in PyTorch",
     "embedding": "validates an embedding model",
     "peft": "validates a causal language model with adapters",
-    "plugin_kinds": "validates models of kinds that a plug-in brings",
+    "reranker": "validates a reranker",
+    "sequence_classification": "validates a model that classifies texts",
+    "plugin_kinds": "validates models of kinds without a suite of their own, those of plug-ins among them",
     "slow": "takes more than a few seconds",
     "perf": "measures; never a gate",
 }

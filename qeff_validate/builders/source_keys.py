@@ -14,6 +14,7 @@ SHAPES_ARTIFACTS = ("builders", "models")
 JUDGES = (
     "models/padding_hint.py",
     "models/row_relations.py",
+    "models/classification/verdict.py",
     "models/embedding/filler_rows.py",
     "models/embedding/relations.py",
     "models/causal_lm/failure_hints.py",

@@ -89,7 +89,15 @@ ADAPTER_METRICS = (
 )
 """Metrics of the change that an adapter makes to log-probabilities (validation-methods §14.2)."""
 
-METRICS = (*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS)
+SCORE_METRICS = (
+    MetricSpec("score_error", "max |b−a| over the labels of a row", 1.0, _by_precision(5e-5, 3e-2, 1.5e-1), 2e-6),
+    MetricSpec("document_order", "documents of a query that are overtaken across a gap that noise cannot close", 1.0),
+    MetricSpec("label_order", "labels of a row that are overtaken across a gap that noise cannot close", 1.0),
+)
+"""Metrics of scores by document and of logits by label. The table of ``score_error`` and the lower limit of its
+measured bound are multiples of the root mean square of all scores; the bounds are those of ``max_abs_rms``."""
+
+METRICS = (*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS, *SCORE_METRICS)
 """All built-in metrics."""
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.metric import LOGIT_METRICS
+from qeff_validate.comparison.metric import LOGIT_METRICS, SCORE_METRICS
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
+from qeff_validate.models.classification.options import ClassificationOptions, RerankerOptions
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.protocols import Model, ModelKind
 
@@ -71,4 +72,41 @@ PEFT_CAUSAL_LM = ModelKind(
     ),
     exporters=("dynamo",),  # TorchScript's cannot trace weights that are inputs
     stateful=True,
+)
+
+
+def _classification(case: Case, options: ClassificationOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.classification.model import SequenceClassification
+
+    return SequenceClassification(case, options, given, tokenizer)
+
+
+def _reranker(case: Case, options: RerankerOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.classification.model import Reranker
+
+    return Reranker(case, options, given, tokenizer)
+
+
+_ROWS = ("duplicates", "greater_bucket", "permutation", "single_row")
+_HEAD_MUTANTS = (
+    "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
+    "qeff_validate.mutation.head_mutants:SCORE_MUTANTS",
+)
+
+SEQUENCE_CLASSIFICATION = ModelKind(
+    options=ClassificationOptions,
+    create=_classification,
+    suite="sequence_classification",
+    metrics=SCORE_METRICS,
+    relations=_ROWS,
+    mutants=_HEAD_MUTANTS,
+)
+
+RERANKER = ModelKind(
+    options=RerankerOptions,
+    create=_reranker,
+    suite="reranker",
+    metrics=SCORE_METRICS,
+    relations=_ROWS,
+    mutants=_HEAD_MUTANTS,
 )

@@ -23,10 +23,11 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
-from qeff_validate.files import read_lines
+from qeff_validate.models.activations import VectorFunction
+from qeff_validate.models.case_inputs import texts_of
+from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.embedding import pooling_oracle
-from qeff_validate.models.embedding.corpus import TEXTS
-from qeff_validate.models.embedding.layer_oracle import VectorFunction, vector_function
+from qeff_validate.models.embedding.layer_oracle import vector_function
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
 from qeff_validate.models.framework_calls import translated_errors
@@ -49,9 +50,6 @@ from qeff_validate.protocols import (
     Sharing,
 )
 from qeff_validate.tensors import Array, Tensors, TensorSpec
-
-MOST_BYTES = 64 << 20
-"""Maximum size of a texts_file: the reference runs every text."""
 
 
 def __getattr__(name: str) -> Any:
@@ -163,20 +161,10 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         return published(self.folder, self.options)
 
     def _builtin(self) -> bool:
-        return self.case.inputs.texts is None and self.case.inputs.texts_file is None
+        return not self.case.inputs.given()
 
     def _texts(self) -> list[str]:
-        if self.case.inputs.texts_file is not None:
-            path = Path(self.case.inputs.texts_file)
-            try:
-                texts = read_lines(path, most_bytes=MOST_BYTES)
-            except (OSError, ValueError) as exc:
-                raise ConfigError(f"case {self.case.name!r}: cannot read texts_file {path}: {exc}") from exc
-        else:
-            texts = list(TEXTS if self.case.inputs.texts is None else self.case.inputs.texts)
-        if len(set(texts)) < 3:
-            raise ConfigError(f"case {self.case.name!r}: at least 3 distinct texts are needed, got {len(set(texts))}")
-        return texts
+        return texts_of(self.case, TEXTS)
 
     def tokenize(self) -> Tensors:
         """Tokenize the texts; the built-in corpus gets additional rows at the boundary of each bucket.

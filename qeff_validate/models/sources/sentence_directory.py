@@ -51,6 +51,13 @@ TOKENS = "token_embeddings"
 
 SUPPORTED = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "WeightedLayerPooling", "Dropout")
 
+TASKS: Mapping[str, str] = {
+    "feature-extraction": "embedding or multi-vector",
+    "fill-mask": "sparse-embedding",
+    "sequence-classification": "reranker or sequence-classification",
+}
+"""Model kinds that validate a directory, by the task of its Transformer module."""
+
 HARMLESS = frozenset({"attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype",
                       "trust_remote_code", "use_safetensors"})  # fmt: skip
 """Options of loading a model that change no float32 result beyond rounding."""
@@ -130,7 +137,7 @@ def transformer_folder(folder: Path) -> Path:
     if not entries:
         return folder
     kind = _kind(entries[0][0])
-    if kind != "Transformer":
+    if kind not in ("Transformer", "MLMTransformer"):
         raise ConfigError(f"{folder / MODULES} begins with a {kind} module; a Transformer module is needed")
     return entries[0][1]
 
@@ -183,8 +190,12 @@ def weighted_kinds(folder: Path) -> list[str]:
     return [kind for kind in (_kind(name) for name, _ in modules(folder)) if kind not in plain]
 
 
-def encode_settings(folder: Path) -> EncodeSettings:
+def encode_settings(folder: Path, task: str = "feature-extraction") -> EncodeSettings:
     """Return the settings of a directory; defaults where there are no files.
+
+    Args:
+        folder: with ``modules.json``, or without.
+        task: what the Transformer module must be loaded for, as its files name it.
 
     Raises:
         ConfigError: a file is broken, or asks for something that is not supported.
@@ -201,9 +212,10 @@ def encode_settings(folder: Path) -> EncodeSettings:
     transformer = transformer_folder(folder)
     path = next((transformer / name for name in TRANSFORMER_CONFIGS if os.path.lexists(transformer / name)), None)
     config = {} if path is None else read_object(path)
-    task = config.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise ConfigError(f"{path}: transformer_task {task!r} makes no embeddings of texts; feature-extraction does")
+    saved = config.get("transformer_task", task)
+    if saved != task:
+        remedy = f"say model: {TASKS[saved]}" if saved in TASKS else "no model kind validates it"
+        raise ConfigError(f"{path}: transformer_task is {saved!r}, and this kind of model needs {task!r}: {remedy}")
     options = {**(config.get("model_args") or {}), **(config.get("model_kwargs") or {})}
     if not options.keys() <= HARMLESS:
         unknown = ", ".join(sorted(options.keys() - HARMLESS))

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of models with a head: of token types, of what follows the head, and of its outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant, PoolingMutant, SessionMutant, session_of
+from qeff_validate.tensors import Array
+
+
+def _zero_types(session: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    return {**feeds, "token_type_ids": np.zeros_like(_types(feeds))}
+
+
+def _swap_types(session: FaultySession, feeds: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    types = _types(feeds)
+    return {**feeds, "token_type_ids": (1 - np.minimum(types, 1)).astype(types.dtype)}
+
+
+def _types(feeds: dict[str, Array]) -> Array:
+    if "token_type_ids" not in feeds:
+        raise Inapplicable("the graph takes no token types")
+    return feeds["token_type_ids"]
+
+
+def _next_label(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    if any(array.shape[-1] < 2 for array in outputs.values()):
+        raise Inapplicable("the model has one label")
+    return {name: np.roll(array, 1, axis=-1) for name, array in outputs.items()}
+
+
+def _next_row(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    return {name: np.roll(array, 1, axis=0) for name, array in outputs.items()}
+
+
+def _first_row(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    return {name: np.broadcast_to(array[:1], array.shape).copy() for name, array in outputs.items()}
+
+
+def _without_activation(logits: Any, mask: Any) -> Any:  # noqa: ARG001
+    return logits
+
+
+_LIST = "validation-methods §12.6"
+
+ROW_MUTANTS: tuple[Mutant, ...] = (
+    SessionMutant("outputs of the next row", "rows", session_of(out=_next_row), _LIST, gross=True, ceiling=True),
+    SessionMutant("every row as the first", "rows", session_of(out=_first_row), _LIST, gross=True, ceiling=True),
+)
+"""Mutants of any kind with one output for each row."""
+
+SCORE_MUTANTS: tuple[Mutant, ...] = (
+    *ROW_MUTANTS,
+    SessionMutant("token types all 0", "token types", session_of(feed=_zero_types), _LIST, ceiling=True),
+    SessionMutant("token types swapped", "token types", session_of(feed=_swap_types), _LIST),
+    SessionMutant("labels moved by one", "labels", session_of(out=_next_label), _LIST, gross=True, ceiling=True),
+    PoolingMutant("activation missing", "activation", _without_activation, _LIST, ceiling=True),
+)
