@@ -33,6 +33,7 @@ MARKERS = {
     "peft": "validates a causal language model with adapters",
     "reranker": "validates a reranker",
     "sequence_classification": "validates a model that classifies texts",
+    "sparse_embedding": "validates a sparse embedding model",
     "plugin_kinds": "validates models of kinds without a suite of their own, those of plug-ins among them",
     "slow": "takes more than a few seconds",
     "perf": "measures; never a gate",

@@ -97,7 +97,16 @@ SCORE_METRICS = (
 """Metrics of scores by document and of logits by label. The table of ``score_error`` and the lower limit of its
 measured bound are multiples of the root mean square of all scores; the bounds are those of ``max_abs_rms``."""
 
-METRICS = (*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS, *SCORE_METRICS)
+SPARSE_METRICS = (
+    MetricSpec("dot_error", "max |b·b′ − a·a′| / (‖a‖ ‖a′‖) over two rows", 1.0, _by_precision(1e-4, 2e-2, 1e-1), 2e-6),
+    MetricSpec("word_order", "strong words that are overtaken across a gap that noise cannot close", 1.0),
+)
+"""Metrics of sparse vectors beside those of vectors; the bounds of the table are twice those of ``rel_l2``."""
+
+METRICS = (
+    *(*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS),
+    *(*SCORE_METRICS, *SPARSE_METRICS),
+)
 """All built-in metrics."""
 
 

@@ -8,7 +8,7 @@ function that is exported, once in numpy for the reference. Loads no framework.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -115,9 +115,24 @@ class HeadModel(FaultTested, Prechecked):
         """Say whether the tokenizer tells the texts of a pair apart, and the model reads that."""
         if not self._has_pairs:
             return False
-        if getattr(self.source.model_config(), "type_vocab_size", 2) < 2:
+        config = self.source.model_config()
+        if getattr(config, "type_vocab_size", 2) < 2 or "token_type_ids" not in self._arguments(config):
             return False
         return any(self._encode("a", "b")[1])
+
+    def _arguments(self, config: Any) -> Collection[str]:
+        """Return the names of the arguments of the model's forward; none if there is no such model."""
+        import inspect
+
+        import transformers
+
+        if self._in_memory is not None:
+            return inspect.signature(self._in_memory.model.forward).parameters
+        try:
+            model = getattr(transformers, self.auto)._model_mapping[type(config)]
+        except KeyError:  # loading will raise the error with a reason
+            return ()
+        return inspect.signature(model.forward).parameters
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what the exported graph depends on."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.metric import LOGIT_METRICS, SCORE_METRICS
+from qeff_validate.comparison.metric import LOGIT_METRICS, SCORE_METRICS, SPARSE_METRICS, VECTOR_METRICS
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
 from qeff_validate.models.classification.options import ClassificationOptions, RerankerOptions
 from qeff_validate.models.embedding.options import EmbeddingOptions
+from qeff_validate.models.sparse_embedding.options import SparseEmbeddingOptions
 from qeff_validate.protocols import Model, ModelKind
 
 
@@ -88,10 +89,8 @@ def _reranker(case: Case, options: RerankerOptions, given: Any = None, tokenizer
 
 
 _ROWS = ("duplicates", "greater_bucket", "permutation", "single_row")
-_HEAD_MUTANTS = (
-    "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",
-    "qeff_validate.mutation.head_mutants:SCORE_MUTANTS",
-)
+_MODULE_MUTANTS = "qeff_validate.mutation.module_mutants:MODULE_MUTANTS"
+_SCORE_MUTANTS = "qeff_validate.mutation.head_mutants:SCORE_MUTANTS"
 
 SEQUENCE_CLASSIFICATION = ModelKind(
     options=ClassificationOptions,
@@ -99,7 +98,7 @@ SEQUENCE_CLASSIFICATION = ModelKind(
     suite="sequence_classification",
     metrics=SCORE_METRICS,
     relations=_ROWS,
-    mutants=_HEAD_MUTANTS,
+    mutants=(_MODULE_MUTANTS, _SCORE_MUTANTS),
 )
 
 RERANKER = ModelKind(
@@ -108,5 +107,21 @@ RERANKER = ModelKind(
     suite="reranker",
     metrics=SCORE_METRICS,
     relations=_ROWS,
-    mutants=_HEAD_MUTANTS,
+    mutants=(_MODULE_MUTANTS, _SCORE_MUTANTS),
+)
+
+
+def _sparse(case: Case, options: SparseEmbeddingOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.sparse_embedding.model import SparseEmbedding
+
+    return SparseEmbedding(case, options, given, tokenizer)
+
+
+SPARSE_EMBEDDING = ModelKind(
+    options=SparseEmbeddingOptions,
+    create=_sparse,
+    suite="sparse_embedding",
+    metrics=(*VECTOR_METRICS, *SPARSE_METRICS),
+    relations=(*_ROWS, "garbage_in_padding"),
+    mutants=(_MODULE_MUTANTS, "qeff_validate.mutation.head_mutants:SPARSE_MUTANTS"),
 )

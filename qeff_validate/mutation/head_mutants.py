@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import torch
+from torch import Tensor
 
 from qeff_validate.mutation.mutant import FaultySession, Inapplicable, Mutant, PoolingMutant, SessionMutant, session_of
 from qeff_validate.tensors import Array
@@ -40,8 +40,37 @@ def _first_row(session: FaultySession, outputs: dict[str, Array]) -> dict[str, A
     return {name: np.broadcast_to(array[:1], array.shape).copy() for name, array in outputs.items()}
 
 
-def _without_activation(logits: Any, mask: Any) -> Any:  # noqa: ARG001
+def _without_activation(logits: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
     return logits
+
+
+def _masked(weights: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask.unsqueeze(-1) > 0, weights, 0.0)
+
+
+def _saturated(logits: Tensor) -> Tensor:
+    return torch.log1p(torch.relu(logits))
+
+
+def _absolute(logits: Tensor, mask: Tensor) -> Tensor:
+    return _masked(torch.log1p(logits.abs()), mask).amax(1)
+
+
+def _without_log(logits: Tensor, mask: Tensor) -> Tensor:
+    return _masked(torch.relu(logits), mask).amax(1)
+
+
+def _padding_too(logits: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
+    return _saturated(logits).amax(1)
+
+
+def _sum(logits: Tensor, mask: Tensor) -> Tensor:
+    return _masked(_saturated(logits), mask).sum(1)
+
+
+def _first_token(logits: Tensor, mask: Tensor) -> Tensor:
+    first = (mask.cumsum(1) * mask == 1).to(mask.dtype)
+    return _masked(_saturated(logits), first).amax(1)
 
 
 _LIST = "validation-methods §12.6"
@@ -59,3 +88,13 @@ SCORE_MUTANTS: tuple[Mutant, ...] = (
     SessionMutant("labels moved by one", "labels", session_of(out=_next_label), _LIST, gross=True, ceiling=True),
     PoolingMutant("activation missing", "activation", _without_activation, _LIST, ceiling=True),
 )
+
+SPARSE_MUTANTS: tuple[Mutant, ...] = (
+    *ROW_MUTANTS,
+    PoolingMutant("|x| in place of ReLU", "activation", _absolute, _LIST, ceiling=True),
+    PoolingMutant("logarithm missing", "activation", _without_log, _LIST, ceiling=True),
+    PoolingMutant("padding pooled too", "pooling", _padding_too, _LIST, ceiling=True),
+    PoolingMutant("sum in place of max", "pooling", _sum, _LIST, ceiling=True),
+    PoolingMutant("first token alone pooled", "pooling", _first_token, _LIST, gross=True, ceiling=True),
+)
+"""Of SPLADE with max pooling and ReLU; of another pooling they are other faults."""

@@ -47,6 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
         },
     },
     "reranker": {"source": "random:bert"},
+    "sparse-embedding": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
     "sequence-classification": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
 }
 OUTPUTS = {"output", "logits", "scores"}

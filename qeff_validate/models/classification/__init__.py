@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model kind ``embedding``: a pooled body. Importing this package loads no framework."""
+"""The model kinds ``sequence-classification`` and ``reranker``. Importing this package loads no framework."""
