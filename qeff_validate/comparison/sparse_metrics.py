@@ -61,3 +61,8 @@ def word_order(reference: Array, actual: Array, noise: float) -> tuple[Metric, M
         Metric("word_order", float(changes.sum()), {"row": int(np.argmax(changes))}),
         Metric("overlap_32", float(shares.mean()), {"row": int(np.argmin(shares))}),
     )
+
+
+def zero_rows(vectors: Array) -> frozenset[int]:
+    """Return the rows whose every weight is zero; their direction is undefined."""
+    return frozenset(np.flatnonzero(~np.any(vectors, axis=1)).tolist())

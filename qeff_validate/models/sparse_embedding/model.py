@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.comparison.sparse_metrics import dot_error
+from qeff_validate.comparison.sparse_metrics import dot_error, zero_rows
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, worst_errors
 from qeff_validate.errors import ConfigError
@@ -95,8 +95,3 @@ class SparseEmbedding(HeadModel):
         from qeff_validate.models.sparse_embedding.verdict import judge_sparse
 
         return judge_sparse(self.output, reference, actual, inputs, context)
-
-
-def zero_rows(vectors: Any) -> frozenset[int]:
-    """Return the rows whose every weight is zero; their direction is undefined."""
-    return frozenset(np.flatnonzero(~np.any(vectors, axis=1)).tolist())

@@ -10,10 +10,9 @@ import numpy as np
 
 from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, bounds_for, gate_bounds, overridden
 from qeff_validate.comparison.metric import SPARSE_METRICS, Metric, least_bounds, most_bounds, table_bounds
-from qeff_validate.comparison.sparse_metrics import dot_error, word_order
+from qeff_validate.comparison.sparse_metrics import dot_error, word_order, zero_rows
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, rows_beyond, with_gates
 from qeff_validate.models.padding_hint import padding_hint
-from qeff_validate.models.sparse_embedding.model import zero_rows
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Tensors
 
