@@ -31,6 +31,7 @@ MARKERS = {
     "torch": "runs the exported module in PyTorch",
     "embedding": "validates an embedding model",
     "peft": "validates a causal language model with adapters",
+    "multi_vector": "validates a multi-vector model",
     "reranker": "validates a reranker",
     "sequence_classification": "validates a model that classifies texts",
     "sparse_embedding": "validates a sparse embedding model",

@@ -17,6 +17,8 @@ JUDGES = (
     "models/classification/verdict.py",
     "models/embedding/filler_rows.py",
     "models/embedding/relations.py",
+    "models/multi_vector/verdict.py",
+    "models/multi_vector/whole_texts.py",
     "models/sparse_embedding/verdict.py",
     "models/causal_lm/failure_hints.py",
     "models/causal_lm/relation_kv_cache.py",

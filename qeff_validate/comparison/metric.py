@@ -103,9 +103,15 @@ SPARSE_METRICS = (
 )
 """Metrics of sparse vectors beside those of vectors; the bounds of the table are twice those of ``rel_l2``."""
 
+MAXSIM_METRICS = (
+    MetricSpec("maxsim_error", "max |Δ MaxSim| / vectors of the query", 1.0, _by_precision(1e-4, 2e-2, 1e-1), 1e-6),
+    MetricSpec("document_order", "documents that a query ranks otherwise across a gap that noise cannot close", 1.0),
+)
+"""Metrics of the vectors of tokens beside those of vectors; the bounds of the table are twice those of ``rel_l2``."""
+
 METRICS = (
     *(*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS),
-    *(*SCORE_METRICS, *SPARSE_METRICS),
+    *(*SCORE_METRICS, *SPARSE_METRICS, MAXSIM_METRICS[0]),
 )
 """All built-in metrics."""
 

@@ -222,7 +222,7 @@ class HeadModel(FaultTested, Prechecked):
 
     def inputs(self, stored: Tensors) -> TokenRows:
         """Return the rows from their stored form."""
-        return TokenRows.from_stored(stored, per_token=False)
+        return TokenRows.from_stored(stored)
 
     # --- graph and module -----------------------------------------------------------------
 
@@ -274,34 +274,36 @@ class HeadModel(FaultTested, Prechecked):
         refuse_frequencies_by_length(inputs.tables, [row.size for row in inputs.ids])
         run = partial(read_output, self.field)
         outputs = unpadded_outputs(
-            self.original(), run, inputs.ids, dtype, labels=inputs.texts, types=inputs.types, per_token=self.per_token
-        )
-        return self._finished(outputs, dtype, inputs)
+            self.original(), run, inputs.ids, dtype,
+            labels=inputs.texts, types=inputs.types, attended=inputs.attended, per_token=self.per_token,
+        )  # fmt: skip
+        return self._collected(((row, self.finish(values)) for row, values in outputs), dtype, inputs)
 
-    def _finished(self, outputs: Iterable[tuple[int, Floats]], dtype: str, inputs: TokenRows) -> Tensors:
-        rows = {row: self.finish(values).astype(dtype) for row, values in outputs}
-        in_order = [rows[row] for row in range(len(inputs.ids))]
-        return {self.output: np.concatenate(in_order) if inputs.per_token else np.stack(in_order)}
+    def _collected(self, rows: Iterable[tuple[int, Floats]], dtype: str, inputs: TokenRows) -> Tensors:
+        """Return the output from those of the rows, in any order."""
+        by_row = dict(rows)
+        return {self.output: np.stack([by_row[row].astype(dtype) for row in range(len(inputs.ids))])}
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
-        """Yield the output of `reference` with the model in the precision, for each variant of `ENSEMBLE`."""
+        """Yield the output with model and head in the precision, for each variant of `ENSEMBLE`."""
         from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
         from qeff_validate.models.emulation.microscaling import CompressedWeights
         from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
-        from qeff_validate.models.head_module import read_output
+        from qeff_validate.models.head_module import HeadModule, run_module
         from qeff_validate.models.original_rows import batched_outputs
         from qeff_validate.models.token_rows import together
 
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: this kind of model keeps no keys and values")
-        model, half = self.original(), precision.compute == "fp16"
+        half = precision.compute == "fp16"
+        model = HeadModule(self.original(), self.head(), self.field).eval()
 
         def run(replica: Any, variant: ComputationVariant) -> Tensors:
             outputs = batched_outputs(
-                replica, partial(read_output, self.field), inputs.ids, together(inputs.ids, variant.batch),
-                pad=inputs.pad, types=inputs.types, per_token=self.per_token,
+                replica, run_module, inputs.ids, together(inputs.ids, variant.batch), pad=inputs.pad,
+                types=inputs.types, attended=inputs.attended, per_token=inputs.per_token,
             )  # fmt: skip
-            return self._finished(outputs, "float32", inputs)
+            return self._collected(outputs, "float32", inputs)
 
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(model, block=block) for block in blocks}

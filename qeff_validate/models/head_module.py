@@ -23,7 +23,7 @@ class HeadModule(nn.Module):
 
     Args:
         base_model: a transformers model with its head.
-        pool: maps the model's output and the mask ``[batch, seq]`` to what the graph returns.
+        pool: maps the model's output and the mask ``[batch, seq]`` to what the graph returns; may be a module.
         field: the name of that output.
     """
 
@@ -32,12 +32,26 @@ class HeadModule(nn.Module):
 
     def __init__(self, base_model: nn.Module, pool: Callable[[Tensor, Tensor], Tensor], field: str) -> None:
         super().__init__()
-        self.base_model, self.pool, self.field = base_model, pool, field
+        self.base_model, self.field = base_model, field
+        if isinstance(pool, nn.Module):
+            self.head, pool = pool, pool.forward
+        self.pool = pool
+
+    def get_base_model(self) -> nn.Module:
+        """Return the transformers model, whose attention is chosen for a variant."""
+        return self.base_model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Return the output for ids and masks ``[batch, seq]``."""
         output = read_output(self.field, self.base_model, input_ids, attention_mask, token_type_ids)
         return self.pool(output, attention_mask)
+
+
+def run_module(module: Any, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Tensor:
+    """Run a `HeadModule`."""
+    with translated_errors("run the Hugging Face model"):
+        output: Tensor = module(ids, mask, types)
+    return output
 
 
 def read_output(field: str, model: Any, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Tensor:

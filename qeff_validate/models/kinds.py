@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.metric import LOGIT_METRICS, SCORE_METRICS, SPARSE_METRICS, VECTOR_METRICS
+from qeff_validate.comparison.metric import LOGIT_METRICS, MAXSIM_METRICS, SCORE_METRICS, SPARSE_METRICS, VECTOR_METRICS
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
 from qeff_validate.models.classification.options import ClassificationOptions, RerankerOptions
 from qeff_validate.models.embedding.options import EmbeddingOptions
+from qeff_validate.models.multi_vector.options import MultiVectorOptions
 from qeff_validate.models.sparse_embedding.options import SparseEmbeddingOptions
 from qeff_validate.protocols import Model, ModelKind
 
@@ -124,4 +125,20 @@ SPARSE_EMBEDDING = ModelKind(
     metrics=(*VECTOR_METRICS, *SPARSE_METRICS),
     relations=(*_ROWS, "garbage_in_padding"),
     mutants=(_MODULE_MUTANTS, "qeff_validate.mutation.head_mutants:SPARSE_MUTANTS"),
+)
+
+
+def _multi_vector(case: Case, options: MultiVectorOptions, given: Any = None, tokenizer: Any = None) -> Model:
+    from qeff_validate.models.multi_vector.model import MultiVector
+
+    return MultiVector(case, options, given, tokenizer)
+
+
+MULTI_VECTOR = ModelKind(
+    options=MultiVectorOptions,
+    create=_multi_vector,
+    suite="multi_vector",
+    metrics=(*VECTOR_METRICS, *MAXSIM_METRICS),
+    relations=(*_ROWS, "garbage_in_padding"),
+    mutants=(_MODULE_MUTANTS, "qeff_validate.mutation.head_mutants:MULTI_VECTOR_MUTANTS"),
 )

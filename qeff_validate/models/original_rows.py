@@ -32,6 +32,7 @@ def unpadded_outputs(
     *,
     labels: Sequence[str] = (),
     types: Sequence[Array] = (),
+    attended: Sequence[Array] = (),
     per_token: bool = True,
 ) -> Iterator[tuple[int, Floats]]:
     """Yield the index and the output, float64, of each row with a token; the shortest rows first.
@@ -45,7 +46,7 @@ def unpadded_outputs(
     longest = max(range(len(ids)), key=lambda row: ids[row].size)
     repeated = probes([row.size for row in ids]) if labels else []
     first: dict[int, Floats] = {}
-    outputs = partial(batched_outputs, model, run, ids, types=types, per_token=per_token)
+    outputs = partial(batched_outputs, model, run, ids, types=types, attended=attended, per_token=per_token)
 
     def run_alone(row: int) -> Floats:
         ((_, output),) = outputs([[row]])
@@ -68,6 +69,7 @@ def batched_outputs(
     *,
     pad: int = 0,
     types: Sequence[Array] = (),
+    attended: Sequence[Array] = (),
     per_token: bool = True,
 ) -> Iterator[tuple[int, Floats]]:
     """Yield the index and the output, float64, of each row of some batches, padded on the right.
@@ -79,12 +81,15 @@ def batched_outputs(
         batches: indices of rows.
         pad: id of the padding token.
         types: token types of each row; empty: none are fed.
+        attended: 1 for each token under the mask; empty: all are.
         per_token: an output has one vector per token, so padding is cut off.
     """
     for rows in batches:
         length = max(ids[row].size for row in rows)
-        token_types = [types[row] for row in rows] if types else ()
-        fed = padded([ids[row] for row in rows], len(rows), length, pad=pad, side="right", types=token_types)
+        batch, token_types, seen = (
+            [values[row] for row in rows] if values else [] for values in (ids, types, attended)
+        )
+        fed = padded(batch, len(rows), length, pad=pad, side="right", types=token_types, attended=seen)
         input_ids, mask, token_type_ids = (torch.from_numpy(array) for array in fed.values())
         outputs = run(model, input_ids, mask, token_type_ids if types else None)
         for row, output in zip(rows, outputs, strict=True):

@@ -117,7 +117,7 @@ def run_at(
     generator = np.random.default_rng(1)
     parts: dict[str, list[Array]] = {}
     for part in batches(rows, batch):
-        known = padded(part.ids, batch, length, pad=rows.pad, side=side, types=part.types)
+        known = padded(part.ids, batch, length, pad=rows.pad, side=side, types=part.types, attended=part.attended)
         if garbage:
             ids = known["input_ids"]
             known["input_ids"] = np.where(known["attention_mask"].astype(bool), ids, generator.choice(words, ids.shape))

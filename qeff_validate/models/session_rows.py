@@ -29,7 +29,7 @@ def run_rows(session: Session, rows: TokenRows, *, batch_size: int, side: str) -
     dtypes = {spec.name: spec.dtype for spec in session.inputs}
     for part in batches(rows, largest_batch(session, batch_size)):
         batch, length = smallest_shape(session, part.ids)
-        known = padded(part.ids, batch, length, pad=rows.pad, side=side, types=part.types)
+        known = padded(part.ids, batch, length, pad=rows.pad, side=side, types=part.types, attended=part.attended)
         feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
         for name, array in session.run(feeds).items():
             if array.ndim < 2 or len(array) != batch:

@@ -73,6 +73,22 @@ def _first_token(logits: Tensor, mask: Tensor) -> Tensor:
     return _masked(_saturated(logits), first).amax(1)
 
 
+def _other_lengths(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    for array in outputs.values():
+        np.multiply(array[:, ::3], 1.1, out=array[:, ::3], casting="same_kind")
+    return outputs
+
+
+def _next_token(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    return {name: np.roll(array, 1, axis=1) for name, array in outputs.items()}
+
+
+def _last_element(session: FaultySession, outputs: dict[str, Array]) -> dict[str, Array]:  # noqa: ARG001
+    for array in outputs.values():
+        array[..., -1] = 0
+    return outputs
+
+
 _LIST = "validation-methods §12.6"
 
 ROW_MUTANTS: tuple[Mutant, ...] = (
@@ -98,3 +114,10 @@ SPARSE_MUTANTS: tuple[Mutant, ...] = (
     PoolingMutant("first token alone pooled", "pooling", _first_token, _LIST, gross=True, ceiling=True),
 )
 """Of SPLADE with max pooling and ReLU; of another pooling they are other faults."""
+
+MULTI_VECTOR_MUTANTS: tuple[Mutant, ...] = (
+    *ROW_MUTANTS,
+    SessionMutant("vectors not of length 1", "normalization", session_of(out=_other_lengths), _LIST, ceiling=True),
+    SessionMutant("vectors of the next token", "tokens", session_of(out=_next_token), _LIST, gross=True, ceiling=True),
+    SessionMutant("last element zero", "projection", session_of(out=_last_element), _LIST, ceiling=True),
+)

@@ -46,11 +46,12 @@ SMALL: dict[str, dict[str, Any]] = {
             "ctx_len": 16,
         },
     },
+    "multi-vector": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
     "reranker": {"source": "random:bert"},
     "sparse-embedding": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
     "sequence-classification": {"source": "random:bert", "options": {"seq_len": [48, 64]}},
 }
-OUTPUTS = {"output", "logits", "scores"}
+OUTPUTS = {"output", "logits", "scores", "vectors"}
 """Names of what model kinds are about."""
 
 assert RUNTIMES, "no runtime is registered: is the package installed?"

@@ -27,10 +27,10 @@ from qeff_validate.models.activations import VectorFunction
 from qeff_validate.models.case_inputs import texts_of
 from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.embedding import pooling_oracle
-from qeff_validate.models.embedding.layer_oracle import vector_function
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
 from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import largest_batch, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
@@ -228,7 +228,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
         body = self.source.body()
         if not self.pooling_config.token_layers:
             return body
-        from qeff_validate.models.embedding.layers import token_body
+        from qeff_validate.models.layers import token_body
 
         return token_body(body, self.pooling_config.token_layers)
 
@@ -268,8 +268,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the body and wrap it with the pooling; the example shapes differ from every bucket on purpose."""
-        from qeff_validate.models.embedding.layers import load_layer
         from qeff_validate.models.embedding.pooling import PooledModel
+        from qeff_validate.models.layers import load_layer
 
         body = self._body()
         with translated_errors("choose eager attention"):

@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.activations import activation
-from qeff_validate.models.embedding.pooling import normalized
 from qeff_validate.models.sources.sentence_directory import Layer
 
 WEIGHTS = "model.safetensors"
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Scale each vector of the last axis to length 1; zeros stay zeros.
+
+    Divides by the maximum magnitude first, so that the sum of squares lies between 1 and the width in any dtype.
+    """
+    magnitude = vectors.abs().amax(dim=-1, keepdim=True)
+    scaled = vectors / torch.where(magnitude > 0, magnitude, 1.0)
+    return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp(min=1.0).sqrt()
 
 
 class Dense(nn.Module):

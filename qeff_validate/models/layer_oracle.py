@@ -63,6 +63,6 @@ def _layer_norm(layer: Layer) -> VectorFunction:
 
 
 def _weights(layer: Layer) -> dict[str, Floats]:
-    from qeff_validate.models.embedding.layers import layer_weights
+    from qeff_validate.models.layers import layer_weights
 
     return {name: tensor.double().numpy() for name, tensor in layer_weights(layer).items()}
