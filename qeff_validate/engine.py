@@ -308,11 +308,13 @@ def bundle(
 
 
 def _with_texts(case: Case, model: Any) -> Case:
-    """Return a case that holds its texts instead of naming their file, which another host need not have."""
-    if case.inputs.texts_file is None:
+    """Return a case that holds its texts or pairs instead of naming their file, which another host need not have."""
+    files = [name for name in case.inputs.given() if name.endswith("_file")]
+    if not files:
         return case
-    texts = model.asked()["texts"] if isinstance(model, Prechecked) else None
-    return case.model_copy(update={"inputs": Inputs(texts=texts)})
+    name = files[0].removesuffix("_file")
+    given = model.asked()[name] if isinstance(model, Prechecked) else None
+    return case.model_copy(update={"inputs": Inputs.model_validate({name: given})})
 
 
 class Runner:

@@ -31,7 +31,11 @@ MARKERS = {
     "torch": "runs the exported module in PyTorch",
     "embedding": "validates an embedding model",
     "peft": "validates a causal language model with adapters",
-    "plugin_kinds": "validates models of kinds that a plug-in brings",
+    "multi_vector": "validates a multi-vector model",
+    "reranker": "validates a reranker",
+    "sequence_classification": "validates a model that classifies texts",
+    "sparse_embedding": "validates a sparse embedding model",
+    "plugin_kinds": "validates models of kinds without a suite of their own, those of plug-ins among them",
     "slow": "takes more than a few seconds",
     "perf": "times a case and judges its budgets; off under pytest-xdist, unless the runtime locks a device",
 }

@@ -125,9 +125,10 @@ def read_bundle(folder: Path, *, digest: str | None = None) -> list[Case]:
         raise Unavailable(f"{folder} has the digest {manifest.digest}, expected was {digest}: it is another bundle")
     if runtime_for(manifest.runtime).kind != "qpc":
         raise ConfigError(f"{folder} is for {manifest.runtime}, which opens no QPC, and a bundle holds nothing else")
-    with_file = [case.name for case in manifest.cases if case.inputs.texts_file is not None]
-    if with_file:
-        raise ConfigError(f"{folder}: case {with_file[0]!r} names a texts_file, and a bundle holds its texts itself")
+    for case in manifest.cases:
+        files = [name for name in case.inputs.given() if name.endswith("_file")]
+        if files:
+            raise ConfigError(f"{folder}: case {case.name!r} names a {files[0]}, and a bundle holds its texts itself")
     names = [case.name for case in manifest.cases]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"{folder}/{MANIFEST} names the cases {names}: at least one is needed, and each once")

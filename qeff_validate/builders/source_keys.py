@@ -13,8 +13,13 @@ SHAPES_ARTIFACTS = ("builders", "models")
 
 JUDGES = (
     "models/padding_hint.py",
+    "models/row_relations.py",
+    "models/classification/verdict.py",
     "models/embedding/filler_rows.py",
     "models/embedding/relations.py",
+    "models/multi_vector/verdict.py",
+    "models/multi_vector/whole_texts.py",
+    "models/sparse_embedding/verdict.py",
     "models/causal_lm/failure_hints.py",
     "models/causal_lm/relation_kv_cache.py",
     "models/causal_lm/relation_linearity.py",

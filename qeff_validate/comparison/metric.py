@@ -89,7 +89,30 @@ ADAPTER_METRICS = (
 )
 """Metrics of the change that an adapter makes to log-probabilities (validation-methods §14.2)."""
 
-METRICS = (*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS)
+SCORE_METRICS = (
+    MetricSpec("score_error", "max |b−a| over the labels of a row", 1.0, _by_precision(5e-5, 3e-2, 1.5e-1), 2e-6),
+    MetricSpec("document_order", "documents of a query that are overtaken across a gap that noise cannot close", 1.0),
+    MetricSpec("label_order", "labels of a row that are overtaken across a gap that noise cannot close", 1.0),
+)
+"""Metrics of scores by document and of logits by label. The table of ``score_error`` and the lower limit of its
+measured bound are multiples of the root mean square of all scores; the bounds are those of ``max_abs_rms``."""
+
+SPARSE_METRICS = (
+    MetricSpec("dot_error", "max |b·b′ − a·a′| / (‖a‖ ‖a′‖) over two rows", 1.0, _by_precision(1e-4, 2e-2, 1e-1), 2e-6),
+    MetricSpec("word_order", "strong words that are overtaken across a gap that noise cannot close", 1.0),
+)
+"""Metrics of sparse vectors beside those of vectors; the bounds of the table are twice those of ``rel_l2``."""
+
+MAXSIM_METRICS = (
+    MetricSpec("maxsim_error", "max |Δ MaxSim| / vectors of the query", 1.0, _by_precision(1e-4, 2e-2, 1e-1), 1e-6),
+    MetricSpec("document_order", "documents that a query ranks otherwise across a gap that noise cannot close", 1.0),
+)
+"""Metrics of the vectors of tokens beside those of vectors; the bounds of the table are twice those of ``rel_l2``."""
+
+METRICS = (
+    *(*VECTOR_METRICS, *SYSTEMATIC_METRICS, *LOGIT_METRICS, *ADAPTER_METRICS),
+    *(*SCORE_METRICS, *SPARSE_METRICS, MAXSIM_METRICS[0]),
+)
 """All built-in metrics."""
 
 

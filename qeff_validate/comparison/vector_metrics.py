@@ -172,7 +172,7 @@ def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: in
     for i in range(len(sample)):
         others = np.delete(np.arange(len(sample)), i)
         wanted, got = a[others] @ a[i], b[others] @ b[i]
-        violations[i] = _overtaken(wanted, got, gap)
+        violations[i] = overtaken(wanted, got, gap)
         drift[i] = np.max(np.abs(got - wanted))
         overlap[i] = len(np.intersect1d(np.argsort(-wanted)[:k], np.argsort(-got)[:k])) / k
     used = {"rows_used": len(sample), "rows": n}
@@ -191,7 +191,7 @@ def _unit(rows: Array) -> Floats:
     return unit
 
 
-def _overtaken(wanted: Floats, got: Floats, gap: float) -> int:
+def overtaken(wanted: Floats, got: Floats, gap: float) -> int:
     """Count the neighbours k that ``got`` ranks at or above some j with wanted[j] > wanted[k] + gap."""
     order = np.argsort(-wanted)
     wanted, got = wanted[order], got[order]

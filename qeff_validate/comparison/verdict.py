@@ -367,6 +367,24 @@ def _conclude(results: list[GateResult], planned: int, compared: int) -> Verdict
     return Verdict(status, reason, tuple(results), planned, compared)
 
 
+def with_gates(verdict: Verdict, results: Sequence[GateResult], missing: str = "") -> Verdict:
+    """Return a verdict with further gates.
+
+    Args:
+        verdict: of `compare`.
+        results: measurements of further metrics.
+        missing: why one of them has no bound; a pass becomes inconclusive.
+    """
+    verdict = replace(verdict, metrics=(*verdict.metrics, *results))
+    failed = [item for item in results if not item.passed]
+    if failed:
+        reasons = (verdict.reason if verdict.status == "fail" else "", *map(sentence, failed))
+        return replace(verdict, status="fail", reason="; ".join(filter(None, reasons)))
+    if missing and verdict.status == "pass":
+        return replace(verdict, status="inconclusive", reason=missing)
+    return verdict
+
+
 def verdict_of_gates(results: Sequence[GateResult], planned: int) -> Verdict:
     """Return the verdict of gates over all planned rows: ``pass`` if every gate holds."""
     failed = [item for item in results if not item.passed]

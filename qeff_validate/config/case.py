@@ -49,16 +49,28 @@ Length = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Inputs(Strict):
-    """The texts of a case; the built-in corpus if neither is given."""
+    """The texts of a case, or its pairs; the built-in ones if none are given."""
 
     texts: list[str] | None = Field(None, description="texts to embed, at least three distinct ones")
     texts_file: Name | None = Field(None, description="UTF-8 file with one text per line, relative to the config")
 
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = Field(
+        None, description="[query, document] each; documents of one query are ranked against each other"
+    )
+    pairs_file: Name | None = Field(
+        None, description=".tsv, .csv or .jsonl with columns query and document, relative to the config"
+    )
+
     @model_validator(mode="after")
     def _one(self) -> Inputs:
-        if self.texts is not None and self.texts_file is not None:
-            raise ValueError("give texts or texts_file, not both")
+        given = self.given()
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
         return self
+
+    def given(self) -> list[str]:
+        """Return the names of the keys that are given; none: the built-in inputs."""
+        return [name for name in ("texts", "texts_file", "pairs", "pairs_file") if getattr(self, name) is not None]
 
 
 class Compile(Strict):

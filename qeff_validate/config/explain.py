@@ -42,9 +42,12 @@ def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
 
 def exc_fields(exc: ValidationError) -> list[str]:
     """Return the field names of the options class that an error came from."""
-    for cls in Strict.__subclasses__():
+    pending = [Strict]
+    while pending:
+        cls = pending.pop()
         if cls.__name__ == exc.title:
             return list(cls.model_fields)
+        pending += cls.__subclasses__()
     return []
 
 

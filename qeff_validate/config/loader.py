@@ -96,8 +96,10 @@ def _absolute(case: Case, config: Path) -> Case:
     update: dict[str, Any] = {}
     if case.source.startswith("path:"):
         update["source"] = f"path:{place(case.source[5:])}"
-    if case.inputs.texts_file is not None:
-        update["inputs"] = Inputs(texts_file=place(case.inputs.texts_file))
+    for name in ("texts_file", "pairs_file"):
+        file = getattr(case.inputs, name)
+        if file is not None:
+            update["inputs"] = Inputs.model_validate({name: place(file)})
     files = {name: getattr(case.artifacts, name) for name in ("onnx", "qpc", "reference")}
     given = {name: place(path) for name, path in files.items() if path is not None}
     if given:

@@ -18,7 +18,7 @@ from qeff_validate.artifact import digest_file
 from qeff_validate.comparison.bounds import Bound, bounds_for, missing_bounds_reason, overridden
 from qeff_validate.comparison.metric import MetricSpec, names, table_bounds
 from qeff_validate.comparison.vector_metrics import Floats, worst_row
-from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, sentence
+from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, with_gates
 from qeff_validate.config.case import Case
 from qeff_validate.errors import IncomparableError
 from qeff_validate.protocols import ComparisonContext, Graph, Session, Workload
@@ -131,18 +131,9 @@ class RowModel:
             row = int(metric.worst["row"])
             labelled_metric = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
             results.append(GateResult(labelled_metric, own_bounds.get(name)))
-        failed = [item for item in results if not item.passed]
         measured = {item.metric.name for item in results if item.bound is not None}
         missing = [name for name in own_names if name not in measured]
-        verdict = replace(verdict, metrics=(*verdict.metrics, *results))
-        if failed:
-            reasons = (verdict.reason if verdict.status == "fail" else "", *map(sentence, failed))
-            return replace(verdict, status="fail", reason="; ".join(filter(None, reasons)))
-        if missing and verdict.status == "pass":
-            return replace(
-                verdict, status="inconclusive", reason=missing_bounds_reason(missing, None, context.precision)
-            )
-        return verdict
+        return with_gates(verdict, results, missing_bounds_reason(missing, None, context.precision) if missing else "")
 
     def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:  # noqa: ARG002
         """Refuse: the kind declares no relations.

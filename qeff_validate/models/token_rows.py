@@ -23,6 +23,9 @@ FILLERS = (
 )
 """Words that are one token each in most tokenizers; boundary rows are built from them."""
 
+TYPES, GROUPS, ATTENDED, SCORED = "inputs.types", "inputs.groups", "inputs.attended", "inputs.scored"
+"""Names of stored tensors that not every kind has."""
+
 EMPTY_ROW = "(a row without a token)"
 
 
@@ -46,6 +49,10 @@ class TokenRows:
         notes: notes for the report.
         per_token: an output has one row per token, not per text.
         tables: sizes of the body's tables of ``tokens`` and ``positions``, as far as known.
+        types: token types of each row, int64, as long as ``ids``; empty: all are 0.
+        groups: number of each row's group, such as the query of a pair; empty: there are no groups.
+        attended: 1 for each token of a row that the mask lets the model see, else 0; empty: it sees all.
+        scored: 1 for each token of a row whose vector counts, else 0; empty: all do.
     """
 
     ids: tuple[Array, ...]
@@ -54,6 +61,17 @@ class TokenRows:
     notes: tuple[str, ...] = ()
     per_token: bool = False
     tables: Mapping[str, int] = field(default_factory=dict)
+    types: tuple[Array, ...] = ()
+    groups: tuple[int, ...] = ()
+    attended: tuple[Array, ...] = ()
+    scored: tuple[Array, ...] = ()
+
+    @property
+    def attended_ids(self) -> tuple[Array, ...]:
+        """The ids of each row that the model sees."""
+        if not self.attended:
+            return self.ids
+        return tuple(ids[seen.astype(bool)] for ids, seen in zip(self.ids, self.attended, strict=True))
 
     @property
     def labels(self) -> Sequence[str]:
@@ -62,8 +80,9 @@ class TokenRows:
             return self.texts
         return [
             f"token {place} of {text}"
-            for text, ids in zip(self.texts, self.ids, strict=True)
+            for row, (text, ids) in enumerate(zip(self.texts, self.ids, strict=True))
             for place in range(ids.size)
+            if not self.scored or self.scored[row][place]
         ]
 
     @property
@@ -75,8 +94,15 @@ class TokenRows:
 
     def subset(self, texts: Sequence[int]) -> TokenRows:
         """Return the rows of some texts."""
-        ids, labels = tuple(self.ids[text] for text in texts), tuple(self.texts[text] for text in texts)
-        return replace(self, ids=ids, texts=labels)
+        return replace(
+            self,
+            ids=tuple(self.ids[text] for text in texts),
+            texts=tuple(self.texts[text] for text in texts),
+            types=tuple(self.types[text] for text in texts if self.types),
+            attended=tuple(self.attended[text] for text in texts if self.attended),
+            scored=tuple(self.scored[text] for text in texts if self.scored),
+            groups=tuple(self.groups[text] for text in texts if self.groups),
+        )
 
     def stored(self) -> dict[str, Array]:
         """Return the rows as arrays for a safetensors file."""
@@ -85,6 +111,12 @@ class TokenRows:
             "ids": np.concatenate(self.ids).astype(np.int64),
             "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
             "texts": json_tensor(about),
+            **{
+                name: np.concatenate(values).astype(np.int64)
+                for name, values in ((TYPES, self.types), (ATTENDED, self.attended), (SCORED, self.scored))
+                if values
+            },
+            **({GROUPS: np.array(self.groups, dtype=np.int64)} if self.groups else {}),
         }
 
     @classmethod
@@ -98,7 +130,27 @@ class TokenRows:
         ids = split_ids(stored, len(about.texts), least=0)
         if not any(row.size for row in ids):
             raise IncomparableError("tensor 'ids' is empty: no row holds a token")
-        return cls(ids, about.pad, tuple(about.texts), tuple(about.notes), per_token, about.tables)
+        types, attended, scored = (_by_token(stored, name, ids) for name in (TYPES, ATTENDED, SCORED))
+        groups = _groups(stored, len(ids)) if GROUPS in stored else ()
+        texts, notes = tuple(about.texts), tuple(about.notes)
+        return cls(ids, about.pad, texts, notes, per_token, about.tables, types, groups, attended, scored)
+
+
+def _by_token(stored: Tensors, name: str, ids: Sequence[Array]) -> tuple[Array, ...]:
+    """Return the values of each row's tokens; empty if there is no such tensor."""
+    if name not in stored:
+        return ()
+    values, total = stored[name], sum(row.size for row in ids)
+    if values.dtype != np.int64 or values.shape != (total,) or not 0 <= values.min() <= values.max() < 1 << 31:
+        raise IncomparableError(f"tensor {name!r} holds no number from 0 for each token, int64 [{total}]")
+    return tuple(np.split(values, np.cumsum([row.size for row in ids])[:-1]))
+
+
+def _groups(stored: Tensors, rows: int) -> tuple[int, ...]:
+    groups = stored[GROUPS]
+    if groups.dtype != np.int64 or groups.shape != (rows,):
+        raise IncomparableError(f"tensor {GROUPS!r} holds no number of a group for each row, int64 [{rows}]")
+    return tuple(groups.tolist())
 
 
 def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
@@ -133,25 +185,39 @@ def split_ids(stored: Tensors, rows: int, *, least: int) -> tuple[Array, ...]:
     return tuple(np.split(ids, np.cumsum(lengths)[:-1]))
 
 
-def batches(ids: Sequence[Array], size: int) -> Iterator[Sequence[Array]]:
+def batches(rows: TokenRows, size: int) -> Iterator[TokenRows]:
     """Yield batches of ``size`` rows in order; the last batch may be smaller."""
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
+    for start in range(0, len(rows.ids), size):
+        yield rows.subset(range(start, min(start + size, len(rows.ids))))
 
 
-def padded(rows: Sequence[Array], batch: int, length: int, *, pad: int, side: str) -> dict[str, Array]:
+def padded(
+    rows: Sequence[Array],
+    batch: int,
+    length: int,
+    *,
+    pad: int,
+    side: str,
+    types: Sequence[Array] = (),
+    attended: Sequence[Array] = (),
+) -> dict[str, Array]:
     """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 ``[batch, length]``.
 
-    The last row fills up the batch, so that there is no row without a token.
+    The last row fills up the batch, so that there is no row without a token. Without ``types`` all token types are 0,
+    and without ``attended`` all tokens are under the mask.
     """
     ids = np.full((batch, length), pad, dtype=np.int64)
     mask = np.zeros((batch, length), dtype=np.int64)
+    token_types = np.zeros((batch, length), dtype=np.int64)
     for place in range(batch):
-        row = rows[min(place, len(rows) - 1)]
+        source = min(place, len(rows) - 1)
+        row = rows[source]
         columns = slice(0, row.size) if side == "right" else slice(length - row.size, length)
         ids[place, columns] = row
-        mask[place, columns] = 1
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        mask[place, columns] = attended[source] if attended else 1
+        if types:
+            token_types[place, columns] = types[source]
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": token_types}
 
 
 def cut(output: Array, rows: Sequence[Array], *, side: str, per_token: bool) -> Array:

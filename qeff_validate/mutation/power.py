@@ -28,8 +28,8 @@ from qeff_validate.tensors import Tensors
 EQUIVALENT = 2.0
 """A fault is equivalent, that is, invisible, if its effect is below this multiple of the floor on every row."""
 
-SIZES = ("rel_l2", "all_error")
-"""The metrics that measure the size of an effect: of embeddings, and of logits."""
+SIZES = ("rel_l2", "all_error", "score_error")
+"""The metrics that measure the size of an effect: of vectors, of logits, and of scores."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class FeedMonitor(SessionWrapper):
 
     def __init__(self, session: Session, inputs: Any) -> None:
         super().__init__(session)
-        self._rows = [tuple(np.asarray(row).tolist()) for row in getattr(inputs, "ids", ())]
+        self._rows = [tuple(np.asarray(row).tolist()) for row in _attended(inputs)]
         self._padded: set[tuple[int, ...]] = set()
         self._known, self._missing = frozenset(self._rows), set(self._rows)
         self._sequences: dict[int, list[int]] = {}
@@ -103,3 +103,9 @@ class FeedMonitor(SessionWrapper):
         if fed and not complete:
             self._errors.setdefault("mask", f"what row {number} of a batch was fed begins with none of the case's rows")
         self._missing -= complete
+
+
+def _attended(inputs: Any) -> Sequence[Array]:
+    """Return the ids of each row that are under the mask; none for inputs without ids."""
+    ids: Sequence[Array] = getattr(inputs, "attended_ids", getattr(inputs, "ids", ()))
+    return ids

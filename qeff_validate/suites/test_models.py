@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model kinds of plug-ins: every case on every runtime against its reference, and the relations of its kind."""
+"""Model kinds without a suite of their own, also those of plug-ins: every case on every runtime, and its relations."""
 
 from __future__ import annotations
 

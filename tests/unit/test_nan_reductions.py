@@ -130,7 +130,7 @@ MEASURING = (
     "comparison/vector_metrics", "pipeline/case_pipeline", "pipeline/measure_floor", "report/text",
     "report/result", "mutation/power", "selftest/score", "selftest/run", "models/causal_lm/verdict",
     "models/embedding/filler_rows", "models/causal_lm/relation_kv_cache", "models/causal_lm/relations",
-    "models/embedding/relations", "models/embedding/pooling_oracle", "models/row_order",
+    "models/embedding/relations", "models/row_relations", "models/embedding/pooling_oracle", "models/row_order",
     "models/embedding/reference", "models/causal_lm/relation_linearity", "models/causal_lm/failure_hints",
 )  # fmt: skip
 ORDERED = {"max", "min", "sorted"}
@@ -146,10 +146,10 @@ OVER_NO_MEASUREMENT = {
     "max((ids[row].size for row in rows))", "sorted((row for row in ids if row.size), key=len)",
     "sorted(set(names) - set(twins))", "min(1, len(inputs.adapters) - 1)", "min(SINGLE_ROWS, len(by_length))",
     "min(start + size, len(inputs.ids))", "min(lengths)", "max(lengths)", "sorted(filled, key=lengths.__getitem__)",
-    "sorted({length for _, length in _shapes(model, session)})", "min(sizes)", "max(sizes)",
+    "sorted({length for _, length in shapes(model, session)})", "min(sizes)", "max(sizes)",
     "min(unaffected)", "max(unaffected)",
-    "max((length for _, length in _shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
-    "max((size for size, at in _shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
+    "max((length for _, length in shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
+    "max((size for size, at in shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
     "min(most[name], fp32_limits.get(name, math.inf))", "max(result.gates, key=nearness, default=None)",
     "min(log_normal, half_normal)",

@@ -22,21 +22,23 @@ from qeff_validate.comparison.bounds import bounds_for, relation_precision, syst
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Case, Precision
-from qeff_validate.errors import ConfigError, RunError, ValidateError
-from qeff_validate.files import read_lines
+from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.models.activations import VectorFunction
+from qeff_validate.models.case_inputs import texts_of
+from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.embedding import pooling_oracle
-from qeff_validate.models.embedding.corpus import TEXTS
-from qeff_validate.models.embedding.layer_oracle import VectorFunction, vector_function
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
 from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
+from qeff_validate.models.session_rows import largest_batch, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.static_embedding import StaticFolder
-from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, batches, boundary_text, cut, packed, padded, unpacked
+from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, padded, unpacked
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
@@ -51,9 +53,6 @@ from qeff_validate.protocols import (
     Workload,
 )
 from qeff_validate.tensors import Array, Tensors, TensorSpec
-
-MOST_BYTES = 64 << 20
-"""Maximum size of a texts_file: the reference runs every text."""
 
 
 def __getattr__(name: str) -> Any:
@@ -165,20 +164,10 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         return published(self.folder, self.options)
 
     def _builtin(self) -> bool:
-        return self.case.inputs.texts is None and self.case.inputs.texts_file is None
+        return not self.case.inputs.given()
 
     def _texts(self) -> list[str]:
-        if self.case.inputs.texts_file is not None:
-            path = Path(self.case.inputs.texts_file)
-            try:
-                texts = read_lines(path, most_bytes=MOST_BYTES)
-            except (OSError, ValueError) as exc:
-                raise ConfigError(f"case {self.case.name!r}: cannot read texts_file {path}: {exc}") from exc
-        else:
-            texts = list(TEXTS if self.case.inputs.texts is None else self.case.inputs.texts)
-        if len(set(texts)) < 3:
-            raise ConfigError(f"case {self.case.name!r}: at least 3 distinct texts are needed, got {len(set(texts))}")
-        return texts
+        return texts_of(self.case, TEXTS)
 
     def tokenize(self) -> Tensors:
         """Tokenize the texts; the built-in corpus gets additional rows at the boundary of each bucket.
@@ -242,7 +231,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         body = self.source.body()
         if not self.pooling_config.token_layers:
             return body
-        from qeff_validate.models.embedding.layers import token_body
+        from qeff_validate.models.layers import token_body
 
         return token_body(body, self.pooling_config.token_layers)
 
@@ -282,8 +271,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the body and wrap it with the pooling; the example shapes differ from every bucket on purpose."""
-        from qeff_validate.models.embedding.layers import load_layer
         from qeff_validate.models.embedding.pooling import PooledModel
+        from qeff_validate.models.layers import load_layer
 
         body = self._body()
         with translated_errors("choose eager attention"):
@@ -474,7 +463,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
 
     def relate(self, name: str, session: Session, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Compare both sides of one of `RELATIONS` on the rows with at least one token."""
-        from qeff_validate.models.embedding.relations import RELATIONS, with_tokens
+        from qeff_validate.models.embedding.relations import RELATIONS
+        from qeff_validate.models.row_relations import with_tokens
 
         expected, actual, labels = RELATIONS[name](self, session, with_tokens(inputs))
         # both runs read the same compressed weights
@@ -489,19 +479,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         Raises:
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
-        parts: dict[str, list[Array]] = {}
-        side, dtypes = self.options.padding_side, {spec.name: spec.dtype for spec in session.inputs}
-        for rows in batches(inputs.ids, self._batch_size(session)):
-            batch, length = self._shape(session, rows)
-            known = padded(rows, batch, length, pad=inputs.pad, side=side)
-            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
-            for name, array in session.run(feeds).items():
-                if array.ndim < 2 or len(array) != batch:
-                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {batch} rows of vectors")
-                if inputs.per_token and array.shape[1] != length:
-                    raise RunError(f"output {name!r} has shape {list(array.shape)}, wanted {length} tokens a row")
-                parts.setdefault(name, []).append(cut(array, rows, side=side, per_token=inputs.per_token))
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
 
     def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
         """Return one full batch, without padding, for each length and batch size that the session takes.
@@ -520,20 +498,4 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         return made
 
     def _batch_size(self, session: Session) -> int:
-        sizes = [shapes["input_ids"][0] for shapes in session.shapes]
-        return max(sizes) if sizes else self.options.batch_size
-
-    @staticmethod
-    def _shape(session: Session, rows: Sequence[Array]) -> tuple[int, int]:
-        longest = max(1, *(row.size for row in rows))
-        if not session.shapes:
-            return len(rows), longest
-        fitting = [
-            (shapes["input_ids"][0], shapes["input_ids"][1])
-            for shapes in session.shapes
-            if shapes["input_ids"][0] >= len(rows) and shapes["input_ids"][1] >= longest
-        ]
-        if not fitting:
-            allowed = sorted(shapes["input_ids"] for shapes in session.shapes)
-            raise RunError(f"no allowed shape holds {len(rows)} rows of {longest} tokens; allowed: {allowed}")
-        return min(fitting, key=lambda shape: shape[0] * shape[1])
+        return largest_batch(session, self.options.batch_size)

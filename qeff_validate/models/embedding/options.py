@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from qeff_validate.config.case import Length
-from qeff_validate.config.strict import Strict
 from qeff_validate.errors import suggest
+from qeff_validate.models.row_options import RowOptions
 
 POOLINGS = ("avg", "cls", "last", "max", "mean", "mean_sqrt_len", "none", "weighted_mean")
 """Names that `models.embedding.pooling` and `models.embedding.pooling_oracle` implement; a test compares the three."""
 
 
-class EmbeddingOptions(Strict):
+class EmbeddingOptions(RowOptions):
     """Options of the model kind ``embedding``."""
 
     pooling: Any = Field(
@@ -40,11 +39,7 @@ class EmbeddingOptions(Strict):
     leave_out: list[str] = Field(
         [], description="kinds of modules in modules.json that are deliberately not validated, e.g. [Dense]"
     )
-    padding_side: Literal["right", "left"] = Field("right", description="where padding stands")
     token_type_ids: bool = Field(False, description="make token_type_ids an input of the graph (fed with zeros)")
-    seq_len: list[Length] = Field([32, 64], min_length=1, description="lengths to compile for, in tokens")
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
-    truncate: bool = Field(False, description="cut texts that are longer than every bucket; else they are an error")
 
     @field_validator("pooling")
     @classmethod
@@ -55,15 +50,3 @@ class EmbeddingOptions(Strict):
             return value
         hint = suggest(str(value), (*POOLINGS, "auto"))
         raise ValueError(f"no pooling is called {value!r}.{hint} Or name your own: package.module:function")
-
-    @field_validator("seq_len", mode="before")
-    @classmethod
-    def _one_bucket(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else value
-
-    @field_validator("seq_len")
-    @classmethod
-    def _ascending(cls, value: list[int]) -> list[int]:
-        if len(set(value)) != len(value):
-            raise ValueError(f"a length is named twice in {value}")
-        return sorted(value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.models.layers import normalized
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
 PoolingName: TypeAlias = "str | tuple[str, ...] | Pooling"
@@ -86,16 +87,6 @@ def weighted_mean(hidden: Tensor, mask: Tensor, before: int = 0) -> Tensor:
 def none(hidden: Tensor, mask: Tensor) -> Tensor:
     """Return the hidden states of all tokens ``[batch, seq, hidden]``; masked positions hold zeros."""
     return torch.where(mask.unsqueeze(-1) > 0, hidden, 0.0)
-
-
-def normalized(vectors: Tensor) -> Tensor:
-    """Scale each vector of the last axis to length 1; zeros stay zeros.
-
-    Divides by the maximum magnitude first, so that the sum of squares lies between 1 and the width in any dtype.
-    """
-    magnitude = vectors.abs().amax(dim=-1, keepdim=True)
-    scaled = vectors / torch.where(magnitude > 0, magnitude, 1.0)
-    return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp(min=1.0).sqrt()
 
 
 POOLINGS: Mapping[str, Pooling] = {

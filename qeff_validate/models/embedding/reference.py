@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
-from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 from qeff_validate.models.framework_calls import translated_errors
-from qeff_validate.models.row_order import probes, refuse_change
+from qeff_validate.models.original_rows import batched_outputs, unpadded_outputs
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array
 
@@ -32,27 +30,13 @@ def hidden_states(
     Raises:
         UnstableReferenceError: at the end, if those rows give other values than before.
     """
-    longest = max(ids, key=len)
-    repeated = probes([row.size for row in ids]) if labels else []
-    first_states: dict[int, Floats] = {}
-
-    def run_again(row: int) -> Floats:
-        states: Floats = _states(body, ids[row])[0].to(torch.float64).numpy()
-        return states
-
-    probe = partial(_states, body, longest[:2])
-    with torch.inference_mode(), one_thread_if_small(body), compute_in_dtype(body, dtype, probe=probe):
-        for row, states in _batched(body, ids, together(ids)):
-            if row in repeated:
-                first_states[row] = states
-            yield row, states
-        refuse_change(first_states, run_again, labels)
+    return unpadded_outputs(body, _run, ids, dtype, labels=labels)
 
 
 def unpadded_states(body: nn.Module, ids: Sequence[Array]) -> Iterator[tuple[int, Floats]]:
     """Yield like `hidden_states`, from a body whose precision and thread count are already set."""
     with torch.no_grad():
-        yield from _batched(body, ids, together(ids))
+        yield from batched_outputs(body, _run, ids, together(ids))
 
 
 def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int | None) -> dict[int, Floats]:
@@ -64,19 +48,7 @@ def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int |
         pad: id of the padding token.
         batch: rows of similar length per batch, padded on the right; None: batches of rows of equal length.
     """
-    return dict(_batched(body, ids, together(ids, batch), pad))
-
-
-def _batched(
-    body: nn.Module, ids: Sequence[Array], batches: Iterable[Sequence[int]], pad: int = 0
-) -> Iterator[tuple[int, Floats]]:
-    for rows in batches:
-        length = max(ids[row].size for row in rows)
-        padded = np.stack([np.pad(ids[row], (0, length - ids[row].size), constant_values=pad) for row in rows])
-        mask = np.stack([np.arange(length) < ids[row].size for row in rows])
-        states = _states(body, padded, mask)
-        for row, hidden in zip(rows, states, strict=True):
-            yield row, hidden[: ids[row].size].to(torch.float64).numpy()
+    return dict(batched_outputs(body, _run, ids, together(ids, batch), pad=pad))
 
 
 def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
@@ -92,18 +64,21 @@ def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float
     with torch.inference_mode():
         for row in (by_length[0], by_length[-1]):
             padded = np.concatenate([np.full(5, pad), row])
-            shifted = _states(body, padded, np.arange(padded.size) >= 5)[0, 5:]
-            alone = _states(body, row)[0]
+            shifted = _run(body, *_tensors(padded, np.arange(padded.size) >= 5))[0, 5:]
+            alone = _run(body, *_tensors(row, np.ones(row.size)))[0]
             shifts.append(float((shifted - alone).norm() / alone.norm()))
     return float(np.max(shifts))  # NaN if one is NaN
 
 
-def _states(body: nn.Module, row: Array, mask: Array | None = None) -> Any:
-    """Run rows of one length; ids and mask are ``[n]`` or ``[rows, n]``, the result is ``[rows, n, hidden]``."""
-    tokens = torch.from_numpy(np.atleast_2d(np.ascontiguousarray(row)))
-    attention_mask = torch.ones_like(tokens) if mask is None else torch.from_numpy(np.atleast_2d(mask).astype(np.int64))
+def _tensors(ids: Array, mask: Array) -> tuple[Tensor, Tensor]:
+    """Return a row's ids and mask ``[n]`` as int64 ``[1, n]``."""
+    return torch.from_numpy(ids[None].astype(np.int64)), torch.from_numpy(mask[None].astype(np.int64))
+
+
+def _run(body: Any, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Any:  # noqa: ARG001
+    """Return the hidden states ``[rows, n, hidden]`` of rows ``[rows, n]``."""
     with translated_errors("run the Hugging Face model"):
-        output: Any = body(input_ids=tokens, attention_mask=attention_mask)
+        output: Any = body(input_ids=ids, attention_mask=mask)
     hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise ConfigError(

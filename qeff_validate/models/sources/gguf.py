@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import digest_file
-from qeff_validate.errors import Unavailable
+from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.framework_calls import quiet_transformers, translated_errors, versions, without_cache
 from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, checked, digests
 from qeff_validate.models.sources.tokenizers import Tokenize, tokenize_with
@@ -56,6 +56,18 @@ class Gguf:
         from transformers import AutoModelForCausalLM
 
         return self._load(AutoModelForCausalLM).eval()
+
+    def with_head(self, auto: str) -> Any:
+        """Refuse: a GGUF file holds a body or a causal LM.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.path} is a GGUF file, which holds no head of {auto}: name a directory of safetensors")
+
+    def model_config(self) -> Any:
+        """Return the config that transformers makes of the file."""
+        return self.body().config
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Load the tokenizer."""

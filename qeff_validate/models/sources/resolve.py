@@ -79,6 +79,12 @@ class Source(Protocol):
     def causal_lm(self) -> Any:
         """Load the body with the LM head."""
 
+    def with_head(self, auto: str) -> Any:
+        """Load the model with the head of an Auto class of transformers, by its name, in float32 and eval mode."""
+
+    def model_config(self) -> Any:
+        """Return the transformers config of the model."""
+
     def pretrained_tokenizer(self) -> Any:
         """Return the transformers tokenizer; None if there is none."""
 
@@ -133,6 +139,22 @@ class Folder:
         from transformers import AutoModelForCausalLM
 
         return self._load(AutoModelForCausalLM).eval()
+
+    def with_head(self, auto: str) -> Any:
+        """Load the model with its head from safetensors."""
+        import transformers
+
+        return without_cache(self._load(getattr(transformers, auto), self._config_overrides()))
+
+    def model_config(self) -> Any:
+        """Read the config."""
+        from transformers import AutoConfig
+
+        self._refuse_own_code()
+        with translated_errors(f"read the config in {self.path}"), quiet_transformers():
+            return AutoConfig.from_pretrained(
+                self.path, trust_remote_code=False, local_files_only=True, **self._config_overrides()
+            )
 
     def _config_overrides(self) -> Mapping[str, Any]:
         return {}
@@ -204,15 +226,17 @@ class SentenceFolder(Folder):
         path: the directory of the Transformer module.
         root: the directory with ``modules.json``; the same, or the one above.
         route: of a Router that the Transformer is part of; None: its default.
+        task: what the Transformer module is loaded for, as its files name it.
     """
 
     root: Path
     route: str | None = None
+    task: str = "feature-extraction"
 
     @cached_property
     def settings(self) -> EncodeSettings:
         """What the files say of texts and vectors."""
-        return encode_settings(self.root, self.route)
+        return encode_settings(self.root, self.route, task=self.task)
 
     def body_key(self) -> Mapping[str, Any]:
         """Return digests of the configs, the weights and the files of sentence-transformers."""
@@ -290,6 +314,14 @@ class InMemory:
         import torch
 
         return torch.nn.Module.float(copy.deepcopy(self.model)).eval()
+
+    def with_head(self, auto: str) -> Any:  # noqa: ARG002
+        """Return a float32 copy in eval mode; the caller's model has the head."""
+        return self.body()
+
+    def model_config(self) -> Any:
+        """Return the config of the caller's model."""
+        return self.model.config
 
     def pretrained_tokenizer(self) -> Any:
         """Return the caller's tokenizer."""

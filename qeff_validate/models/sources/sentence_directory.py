@@ -49,13 +49,20 @@ VECTOR = "sentence_embedding"
 TOKENS = "token_embeddings"
 """Names of the features that modules read and write."""
 
-FIRST = ("Transformer", "StaticEmbedding")
+FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
 """Modules that read tokens."""
 
 ROUTERS = ("Router", "Asym")
 """Modules that are made of others; ``Asym`` is the name before version 5."""
 
 SUPPORTED = (*FIRST, "Pooling", "Dense", "LayerNorm", "Normalize", "WeightedLayerPooling", "Dropout")
+
+TASKS: Mapping[str, str] = {
+    "feature-extraction": "embedding or multi-vector",
+    "fill-mask": "sparse-embedding",
+    "sequence-classification": "reranker or sequence-classification",
+}
+"""Model kinds that validate a directory, by the task of its Transformer module."""
 
 HARMLESS = frozenset({"attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype",
                       "trust_remote_code", "use_safetensors"})  # fmt: skip
@@ -225,8 +232,13 @@ def weighted_kinds(folder: Path, route: str | None = None) -> list[str]:
     return [kind for kind, _ in module_list(folder, route) if kind not in plain]
 
 
-def encode_settings(folder: Path, route: str | None = None) -> EncodeSettings:
+def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
     """Return the settings of a directory; defaults where there are no files.
+
+    Args:
+        folder: with ``modules.json``, or without.
+        route: of a Router; None: its default.
+        task: what the Transformer module must be loaded for, as its files name it.
 
     Raises:
         ConfigError: a file is broken, or asks for something that is not supported.
@@ -243,9 +255,10 @@ def encode_settings(folder: Path, route: str | None = None) -> EncodeSettings:
     transformer = first_module(folder, route)[1]
     path = next((transformer / name for name in TRANSFORMER_CONFIGS if os.path.lexists(transformer / name)), None)
     config = {} if path is None else read_object(path)
-    task = config.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise ConfigError(f"{path}: transformer_task {task!r} makes no embeddings of texts; feature-extraction does")
+    saved = config.get("transformer_task", task)
+    if saved != task:
+        remedy = f"say model: {TASKS[saved]}" if saved in TASKS else "no model kind validates it"
+        raise ConfigError(f"{path}: transformer_task is {saved!r}, and this kind of model needs {task!r}: {remedy}")
     options = {**(config.get("model_args") or {}), **(config.get("model_kwargs") or {})}
     if not options.keys() <= HARMLESS:
         unknown = ", ".join(sorted(options.keys() - HARMLESS))

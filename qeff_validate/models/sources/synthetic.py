@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.errors import ConfigError, suggest
+from qeff_validate.errors import ConfigError, Unavailable, suggest
 from qeff_validate.models.framework_calls import quiet_transformers, translated_errors, versions, without_cache
 from qeff_validate.models.sources.checkpoint import (
     check_tokenizer,
@@ -101,6 +101,14 @@ class Random:
         """Build the body with an LM head."""
         return draw_causal(self._config(), self.seed, f"random:{self.model_type}")
 
+    def with_head(self, auto: str) -> Any:
+        """Build the model with a head."""
+        return draw_with_head(self._config(), self.seed, f"random:{self.model_type}", auto)
+
+    def model_config(self) -> Any:
+        """Return the config."""
+        return self._config()
+
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return a tokenizer that needs no file."""
         return words_for(self._config())
@@ -168,6 +176,16 @@ class Tiny:
         config = self._config()
         _refuse_large(config, f"tiny:{self.name}")
         return draw_causal(config, self.seed, f"tiny:{self.name}")
+
+    def with_head(self, auto: str) -> Any:
+        """Build the model with a head; raises like `body`."""
+        config = self._config()
+        _refuse_large(config, f"tiny:{self.name}")
+        return draw_with_head(config, self.seed, f"tiny:{self.name}", auto)
+
+    def model_config(self) -> Any:
+        """Return the config."""
+        return self._config()
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Return the directory's tokenizer, else one that hashes words."""
@@ -241,6 +259,9 @@ def small_config(
 
     values = {**renamed(full.to_dict()), **special}
     small = shrink(values, limits, {**special, **renamed(chosen)})
+    if "num_labels" in small:
+        for key in ("id2label", "label2id"):  # transformers names the labels
+            small.pop(key, None)
     if "use_cache" in small:
         small["use_cache"] = False  # else keys and values of a decoder become outputs of the graph
     try:
@@ -272,6 +293,30 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
         if head is not None and embedding.weight is head.weight:
             embedding.weight.mul_(TIED)
     return model.eval()
+
+
+def draw_with_head(config: Any, seed: int, name: str, auto: str) -> Any:
+    """Build a model with the head of an Auto class of transformers, whose matrices are large enough to tell rows apart.
+
+    Raises:
+        ConfigError: transformers has no such head for this architecture.
+    """
+    import torch
+    import transformers
+
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # a decoder finds the last token of a padded row by it
+    try:
+        model = without_cache(_build_seeded(getattr(transformers, auto), config, seed, name))
+    except Unavailable as exc:
+        raise ConfigError(f"{name} has no head of {auto}: {exc}") from exc
+    body = {id(parameter) for parameter in getattr(model, model.base_model_prefix, model).parameters()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and id(parameter) not in body:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def _build_seeded(auto: Any, config: Any, seed: int, name: str, **options: Any) -> Any:

@@ -22,6 +22,13 @@ class Tokenize(Protocol):
         """Return all token ids, or at most so many; truncation keeps the special tokens."""
 
 
+class TokenizePair(Protocol):
+    """Maps a text, or a pair of texts, to token ids with special tokens, and their token types."""
+
+    def __call__(self, text: str, other: str | None, most: int | None = None, /) -> tuple[list[int], list[int]]:
+        """Return ids and types, all or at most so many; truncation shortens the longer text of a pair first."""
+
+
 MOST_LENGTH = 10**9
 """transformers uses 1e30 for a tokenizer without a limit."""
 
@@ -42,6 +49,35 @@ def tokenize_with(tokenizer: Any, *, lower_case: bool = False) -> tuple[Tokenize
             return list(encode(text, verbose=False, **limit)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)
+
+
+def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> TokenizePair:
+    """Return the function of a transformers tokenizer on pairs; types are 0 where the tokenizer gives none."""
+    encode = _lowercasing(tokenizer) if lower_case else tokenizer
+
+    def tokenize(text: str, other: str | None, most: int | None = None, /) -> tuple[list[int], list[int]]:
+        limit = {"truncation": False} if most is None else {"truncation": True, "max_length": most}
+        with translated_errors(f"tokenize {text[:40]!r}"):
+            # in a batch, because a pair on its own loses an empty second text
+            encoded = encode([text if other is None else (text, other)], verbose=False, **limit)
+        ids = list(encoded["input_ids"][0])
+        return ids, list(encoded["token_type_ids"][0]) if "token_type_ids" in encoded else [0] * len(ids)
+
+    return tokenize
+
+
+def join_pairs(tokenize: Tokenize) -> TokenizePair:
+    """Return a function on pairs from one on texts: the second text follows without its first token, with type 1."""
+
+    def joined(text: str, other: str | None, most: int | None = None, /) -> tuple[list[int], list[int]]:
+        first = tokenize(text)
+        second = [] if other is None else tokenize(other)[1:]
+        while most is not None and len(first) + len(second) > max(most, 3):
+            longer = first if len(first) >= len(second) else second
+            del longer[-2]  # the last token ends the text
+        return first + second, [0] * len(first) + [1] * len(second)
+
+    return joined
 
 
 def _lowercasing(tokenizer: Any) -> Any:

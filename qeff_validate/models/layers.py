@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, Unavailable
-from qeff_validate.models.embedding.pooling import normalized
+from qeff_validate.models.activations import activation
 from qeff_validate.models.sources.sentence_directory import Layer
 
 WEIGHTS = "model.safetensors"
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Scale each vector of the last axis to length 1; zeros stay zeros.
+
+    Divides by the maximum magnitude first, so that the sum of squares lies between 1 and the width in any dtype.
+    """
+    magnitude = vectors.abs().amax(dim=-1, keepdim=True)
+    scaled = vectors / torch.where(magnitude > 0, magnitude, 1.0)
+    return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp(min=1.0).sqrt()
 
 
 class Dense(nn.Module):
@@ -132,25 +141,6 @@ class _Named(nn.Sequential):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
         self.add_module(name, module)
-
-
-def activation(name: Any) -> nn.Module:
-    """Return the activation of a Dense module; one outside of ``torch.nn`` is tanh, as in sentence-transformers.
-
-    Raises:
-        ConfigError: ``torch.nn`` has no such class.
-    """
-    if not isinstance(name, str) or not name.startswith("torch.nn."):
-        return nn.Tanh()
-    module, _, kind = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as exc:
-        raise ConfigError(f"activation_function {name!r} is no class of torch.nn") from exc
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"activation_function {name!r} is no module of torch.nn")
-    created: nn.Module = found()
-    return created
 
 
 def layer_weights(layer: Layer) -> dict[str, Tensor]:

@@ -6,16 +6,12 @@ It shares no formula with `layers`, which is validated against it, but for activ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.activations import VectorFunction, activation_oracle
 from qeff_validate.models.sources.sentence_directory import Layer
-
-VectorFunction = Callable[[Floats], Floats]
-"""Maps vectors ``[…, in]`` to ``[…, out]``."""
 
 
 def vector_function(layer: Layer) -> VectorFunction:
@@ -37,7 +33,7 @@ def _normalized(vectors: Floats) -> Floats:
 def _dense(layer: Layer) -> VectorFunction:
     tensors = _weights(layer)
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias", np.float64(0.0))
-    activate = _activation(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")))
+    activate = activation_oracle(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")))
     residual = bool(layer.config.get("use_residual", False))
 
     def function(vectors: Floats) -> Floats:
@@ -66,25 +62,7 @@ def _layer_norm(layer: Layer) -> VectorFunction:
     return function
 
 
-def _activation(name: str) -> VectorFunction:
-    if name.endswith(".Tanh") or not name.startswith("torch.nn."):
-        return lambda vectors: np.asarray(np.tanh(vectors))
-    if name.endswith(".Identity"):
-        return lambda vectors: vectors
-
-    def function(vectors: Floats) -> Floats:
-        import torch
-
-        from qeff_validate.models.embedding.layers import activation
-
-        with torch.inference_mode():
-            result: Floats = activation(name)(torch.from_numpy(np.ascontiguousarray(vectors))).numpy()
-        return result
-
-    return function
-
-
 def _weights(layer: Layer) -> dict[str, Floats]:
-    from qeff_validate.models.embedding.layers import layer_weights
+    from qeff_validate.models.layers import layer_weights
 
     return {name: tensor.double().numpy() for name, tensor in layer_weights(layer).items()}

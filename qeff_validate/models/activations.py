@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations that files of sentence-transformers name: as torch modules, and in float64 for the reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_validate.comparison.vector_metrics import Floats
+from qeff_validate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VectorFunction = Callable[[Floats], Floats]
+"""Maps vectors ``[…, in]`` to ``[…, out]``."""
+
+
+def activation(name: Any) -> nn.Module:
+    """Return the activation of a Dense module; one outside of ``torch.nn`` is tanh, as in sentence-transformers.
+
+    Raises:
+        ConfigError: ``torch.nn`` has no such class.
+    """
+    from torch import nn
+
+    if not isinstance(name, str) or not name.startswith("torch.nn."):
+        return nn.Tanh()
+    module, _, kind = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"activation_function {name!r} is no class of torch.nn") from exc
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"activation_function {name!r} is no module of torch.nn")
+    created: nn.Module = found()
+    return created
+
+
+def activation_oracle(name: str) -> VectorFunction:
+    """Return an activation as a function in float64; the frequent ones share no formula with torch's."""
+    if name.endswith(".Tanh") or not name.startswith("torch.nn."):
+        return lambda values: np.asarray(np.tanh(values))
+    if name.endswith(".Identity"):
+        return lambda values: values
+    if name.endswith(".Sigmoid"):
+        return lambda values: np.asarray(0.5 * (1 + np.tanh(values / 2)))
+
+    def function(values: Floats) -> Floats:
+        import torch
+
+        with torch.inference_mode():
+            result: Floats = activation(name)(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+        return result
+
+    return function

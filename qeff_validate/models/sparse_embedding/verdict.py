@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares sparse vectors: as vectors, by their strongest words, and by their dot products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, bounds_for, gate_bounds, overridden
+from qeff_validate.comparison.metric import SPARSE_METRICS, Metric, least_bounds, most_bounds, table_bounds
+from qeff_validate.comparison.sparse_metrics import dot_error, word_order, zero_rows
+from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, rows_beyond, with_gates
+from qeff_validate.models.padding_hint import padding_hint
+from qeff_validate.protocols import ComparisonContext
+from qeff_validate.tensors import Tensors
+
+
+def judge_sparse(name: str, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
+    """Compare sparse vectors ``[rows, vocabulary]``; a row that is zeros in the reference must be zeros."""
+    bounds = bounds_for(context.precision, floor=context.floor, override=context.override)
+    rows = Rows(inputs.labels, zero_rows(reference[name]))
+    verdict = compare(reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision)
+    if not verdict.metrics:
+        return verdict  # outputs of another structure
+    usable = finite_rows(reference[name]) & finite_rows(actual[name])
+    usable[list(rows.tokenless)] = False
+    places = np.flatnonzero(usable)
+    results = []
+    if places.size and "max_abs_rms" in bounds:
+        wanted, got = reference[name][places], actual[name][places]
+        own = _own_bounds(context)
+        level = bounds["max_abs_rms"].floor
+        noise = bounds["max_abs_rms"].value / NOISE_SHARE if level is None else level
+        for metric in (dot_error(wanted, got, seed=context.seed), *word_order(wanted, got, noise)):
+            row = int(places[metric.worst["row"]])
+            place = {**metric.worst, "row": row, "text": inputs.labels[row]}
+            results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), own.get(metric.name)))
+    verdict = with_gates(verdict, results)
+    if verdict.status != "fail":
+        return verdict
+    hint = padding_hint(
+        rows_beyond(reference, actual, bounds, rows), context.padded, rows.with_tokens(), actual, context.precision
+    )
+    return replace(verdict, reason=f"{hint}; {verdict.reason}") if hint else verdict
+
+
+def _own_bounds(context: ComparisonContext) -> dict[str, Bound]:
+    table = {precision: table_bounds(SPARSE_METRICS, precision) for precision in PRECISIONS}
+    least, most = least_bounds(SPARSE_METRICS), most_bounds(SPARSE_METRICS)
+    bounds = gate_bounds(context.precision, context.floor, table=table, least=least, most=most)
+    bounds["word_order"] = Bound(0.0, "exact", "no word changes places across a gap that noise cannot close")
+    return bounds | overridden(context.override)
