@@ -556,3 +556,17 @@ def test_problem_of_all_runtimes_is_told_once(tmp_path: Path) -> None:
     done = cli("run", "--model", "path:/nowhere", *options, cwd=tmp_path)
     assert done.stdout.count("directory /nowhere does not exist") == 1
     assert "nowhere-torch, nowhere-ort, nowhere-sim: error at config" in done.stdout
+
+
+def test_init_writes_files_that_run_and_overwrites_nothing(tmp_path: Path) -> None:
+    done = cli("init", "--yes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".github/workflows/validate.yml").is_file()
+    assert "tiny" not in cli("list", "validation.yaml", cwd=tmp_path).stdout
+    store = ("--store", tmp_path / "store", "--runtimes", "torch")
+    run = cli("run", "validation.yaml", *store, cwd=tmp_path)
+    assert (run.returncode, "Proved: torch" in run.stdout) == (0, True), run.stdout + run.stderr
+    before = (tmp_path / "validation.yaml").read_text()
+    again = cli("init", "--yes", "--source", "random:gpt2", cwd=tmp_path)
+    assert (again.returncode, "is here already" in again.stderr) == (2, True)
+    assert (tmp_path / "validation.yaml").read_text() == before

@@ -70,8 +70,8 @@ def _shapes(theirs: Shapes, ours: Shapes) -> Iterator[str]:
         got, wanted = differing[grown[0]]
         yield (
             f"vocabulary: the adapter was trained with {got[0]} tokens, the model has {wanted[0]} ({grown[0]}): resize"
-            f" the base with model.resize_token_embeddings({got[0]}), save it beside the adapter's tokenizer, and name that"
-            " directory as the source"
+            f" the base with model.resize_token_embeddings({got[0]}), save it beside the adapter's tokenizer, and name"
+            " that directory as the source"
         )
     others = [name for name in others if name not in grown]
     if others:
