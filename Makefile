@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
-.PHONY: validate quick test test-kernels calibrate test-sdk qefficient check bench support power reliability docs clean help
+.PHONY: validate quick test test-kernels calibrate test-sdk qefficient check bench timing-gate support power reliability docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -50,6 +50,10 @@ check: $(STAMP)  ## ruff and mypy strict
 
 bench: $(STAMP)  ## ratios of what is slow, in one run
 	$(BIN)/python tests/bench.py
+
+timing-gate: $(STAMP)  ## false alarms and slowdowns found by `perf --against`; figures for docs/performance.md (ARGS='--minutes 30')
+	$(BIN)/python tools/timing_gate.py run build/timing-gate.jsonl $(ARGS)
+	$(BIN)/python tools/timing_gate.py report build/timing-gate.jsonl
 
 support: $(STAMP)  ## try every PEFT method on every architecture and write docs/support.md: half an hour (ARGS='--only lora,llama')
 	$(BIN)/python tests/support.py $(ARGS)

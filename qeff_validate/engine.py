@@ -21,11 +21,18 @@ from qeff_validate.config.case import Artifacts, Case, Inputs
 from qeff_validate.config.explain import explain
 from qeff_validate.config.loader import load_cases
 from qeff_validate.config.yaml_reader import parse_yaml
-from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.errors import ConfigError, IncomparableError, ValidateError, suggest
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.performance import (
+    TimingBaseline,
+    build_costs,
+    check_performance,
+    measure_case,
+    stored_measurements,
+)
 from qeff_validate.pipeline.stages import Progress, Silent
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
@@ -93,7 +100,8 @@ def check(case: Case) -> Any:
         ConfigError: an option, a runtime or the model kind is wrong.
     """
     tolerances = case.tolerance if isinstance(case.tolerance, dict) else {}
-    for name in (*case.runtimes, *tolerances, *(item.runtime for item in case.expect)):
+    timed = () if case.performance is None else case.performance.runtimes or ()
+    for name in (*case.runtimes, *tolerances, *(item.runtime for item in case.expect), *timed):
         if name not in registered("runtimes"):
             raise ConfigError(
                 f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
@@ -127,6 +135,7 @@ def validate(
     settings: Settings | None = None,
     progress: Progress | None = None,
     record: Path | None = None,
+    fail_fast: bool = False,
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -139,6 +148,7 @@ def validate(
         settings: SDK prefix, cards, threads.
         progress: is told of each long step.
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
+        fail_fast: after the first result that fails, is inconclusive or an error, the others are ``not_run``.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
@@ -165,8 +175,14 @@ def validate(
     results: list[Result] = []
     recorded: set[str] = set()
     unwritten: list[str] = []
+    stopped = ""
     for item, name in planned:
+        if stopped:
+            results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
+            continue
         results.append(runner.result(item, name))
+        if fail_fast and results[-1].expected is None and results[-1].status in ("fail", "inconclusive", "error"):
+            stopped = f"{item.name}-{name}"
         if record is not None and results[-1].planned and item.name not in recorded:
             recorded.add(item.name)
             try:
@@ -175,6 +191,74 @@ def validate(
                 kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
                 unwritten.append(f"{item.name}: not recorded: {kind}{exc}")
     return Report(tuple(results), environment(runner.settings), tuple(unwritten))
+
+
+def perf(
+    cases: Sequence[Case],
+    runtimes: Sequence[str] | None = None,
+    *,
+    against: Path | None = None,
+    store: Path | str | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Time cases on runtimes, and judge them against their budgets and a baseline.
+
+    Args:
+        cases: what to time.
+        runtimes: instead of those that the cases name.
+        against: a config or a bundle, whose cases of the same names are run beside these; or a report or a baseline
+            with timings. None: only budgets are judged.
+        store: directory of the artifact store.
+        settings: SDK prefix, cards, threads.
+        progress: is told of each long step.
+
+    Returns:
+        A report with one result for each case and runtime. What was only measured is ``not_run``, with the reason.
+
+    Raises:
+        ConfigError: a case, a budget or the baseline is wrong, or a budget is on a simulated runtime that does not
+            accept it; before anything is built.
+    """
+    runner = Runner(store=store, settings=settings, progress=progress)
+    baselines = _baselines(against) if against is not None else None
+    planned = []
+    for case in cases:
+        check(case)
+        for name in runtimes or case.runtimes:
+            baseline = None if baselines is None else baselines(case.name, name)
+            check_performance(case, runner.runtime(name), against=baseline is not None)
+            planned.append((case, name, baseline))
+    results = [runner.timed(case, name, baseline) for case, name, baseline in planned]
+    return Report(tuple(results), environment(runner.settings))
+
+
+def _baselines(path: Path) -> Callable[[str, str], TimingBaseline]:
+    """Return a function from case and runtime to what a file or folder has of it."""
+    from qeff_validate.builders.bundle import MANIFEST, read_bundle
+    from qeff_validate.report.baseline import read_results
+
+    if path.suffix in (".yaml", ".yml") or (path / MANIFEST).is_file():
+        cases = {case.name: case for case in (load([path]) if path.is_file() else read_bundle(path))}
+
+        def live(case: str, name: str) -> TimingBaseline:  # noqa: ARG001
+            if case not in cases:
+                raise ConfigError(f"--against: {path} has no case {case!r}.{suggest(case, cases)}")
+            return TimingBaseline(str(path), case=cases[case])
+
+        return live
+    try:
+        stored = stored_measurements(read_results(path))
+    except IncomparableError as exc:
+        raise ConfigError(f"--against: {path}: {exc}") from exc
+
+    def kept(case: str, name: str) -> TimingBaseline:
+        if (case, name) not in stored:
+            known = ", ".join(f"{case}-{name}" for case, name in stored) or "none at all"
+            raise ConfigError(f"--against: {path} has no timings of {case}-{name}; it has {known}")
+        return TimingBaseline(str(path), stored=stored[case, name])
+
+    return kept
 
 
 def bundle(
@@ -261,6 +345,17 @@ class Runner:
     def result(self, case: Case, name: str) -> Result:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
         return self.pipeline(case).result(self.runtime(name))
+
+    def timed(self, case: Case, name: str, baseline: TimingBaseline | None = None) -> Result:
+        """Time a case on a runtime and judge it; whatever goes wrong becomes a result."""
+        timed_runtime = self.runtime(name)
+
+        def prepare() -> None:
+            if baseline is not None and baseline.case is not None:
+                build_costs(self.pipeline(baseline.case), timed_runtime)
+
+        pipeline = Pipeline(case, check(case), self._store, self._progress)
+        return measure_case(pipeline, timed_runtime, self.settings, baseline=baseline, prepare=prepare)
 
     def pipeline(self, case: Case) -> Pipeline:
         """Return the case's pipeline, the same one as long as the case stays the same."""

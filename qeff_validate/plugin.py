@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,16 @@ MARKERS = {
     "sparse_embedding": "validates a sparse embedding model",
     "plugin_kinds": "validates models of kinds without a suite of their own, those of plug-ins among them",
     "slow": "takes more than a few seconds",
-    "perf": "measures; never a gate",
+    "perf": "times a case and judges its budgets; off under pytest-xdist, unless the runtime locks a device",
 }
 
 SUITES = frozenset({"embedding", "peft"})
 """Marks of the suites that are made for one kind; `GENERIC_SUITE` takes the cases of all other kinds."""
 
 GENERIC_SUITE = Path(__file__).parent / "suites" / "test_models.py"
+
+TIMING_SUITE = GENERIC_SUITE.with_name("test_performance.py")
+"""Takes the cases of every kind that have a section ``performance``."""
 
 OPTIONS = {
     "config": "config file with cases; may be given more than once (default: a small random BERT)",
@@ -213,6 +216,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from qeff_validate.protocols import model_kind
 
     chosen = _listed(metafunc.config, "runtimes")
+    if "qv_timing" in metafunc.fixturenames:
+        metafunc.parametrize("qv_target", [*_timing_params(_cases(metafunc.config), chosen)])
+        return
     suites = {mark.name for mark in metafunc.definition.iter_markers()}
     by_relation = "qv_relation_name" in metafunc.fixturenames
     params = []
@@ -232,8 +238,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("qv_target, qv_relation_name" if by_relation else "qv_target", params)
 
 
+def _timing_params(cases: Sequence[Case], chosen: Sequence[str]) -> Iterator[Any]:
+    from qeff_validate.protocols import model_kind
+
+    for case in cases:
+        if case.performance is None:
+            continue
+        own = case.performance.runtimes or case.runtimes
+        for name in (name for name in own if not chosen or name in chosen):
+            marks = [getattr(pytest.mark, mark) for mark in dict.fromkeys((name, model_kind(case).suite, *case.marks))]
+            yield pytest.param((case, name), id=f"{case.name}-{name}", marks=marks)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the suite for kinds of plug-ins where no case is of one: it would be a skipped test in every run."""
+    """Leave out suites that no case belongs to: they would be a skipped test in every run."""
+    if collection_path == TIMING_SUITE:
+        return None if any(True for _ in _timing_params(_cases(config), _listed(config, "runtimes"))) else True
     if collection_path != GENERIC_SUITE:
         return None
     from qeff_validate.protocols import model_kind
@@ -265,6 +285,20 @@ def qv_result(request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tupl
     """The result of one case on one runtime; skips with the reason if the runtime is not usable here."""
     case, name = qv_target
     return _usable(request, qv_runner.result(case, name))
+
+
+@pytest.fixture
+def qv_timing(request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]) -> Result:
+    """The timings of one case on one runtime, judged; skips where workers of pytest-xdist would disturb each other."""
+    from qeff_validate.protocols import capabilities
+
+    case, name = qv_target
+    able = capabilities(qv_runner.runtime(name))
+    if _is_worker(request.config) and (able.sdk is None or able.simulated):  # a card is locked by who opens it
+        pytest.skip(
+            f"timings of {name} are off under pytest-xdist, whose workers share the processors: run -m perf -n 0"
+        )
+    return _usable(request, qv_runner.timed(case, name))
 
 
 @pytest.fixture

@@ -206,6 +206,31 @@ Share: TypeAlias = "Callable[[str, Any, Callable[[], Tensors]], Tensors]"
 """Called with the name of a computation, its inputs and the computation: returns its stored result if there is one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One thing to time on a session: plain feeds, so that timing needs to know no model kind.
+
+    Attributes:
+        name: says what it is, such as ``seq_len 32, batch 4``; baseline and candidate are paired by it.
+        quantity: what its duration is: one of the kind's `ModelKind.quantities`.
+        feeds: the runs of one shot, in order; the same content gives the same work, however often it is run.
+        before: runs that set retained state, once after a reset and untimed.
+        fetch: outputs to return; None: all.
+        count: how many durations of this quantity a shot holds; its seconds are divided by it.
+        rows: rows that one duration processes; 0: none are.
+        tokens: tokens that one duration produces; 0: none are produced.
+    """
+
+    name: str
+    quantity: str
+    feeds: tuple[Tensors, ...]
+    before: tuple[Tensors, ...] = ()
+    fetch: tuple[str, ...] | None = None
+    count: int = 1
+    rows: int = 1
+    tokens: int = 0
+
+
 class Model(Protocol):
     """A wrapper round a Hugging Face model. No method but those that say so loads a framework."""
 
@@ -349,6 +374,15 @@ class RecordingChecked(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """Optional part of a `Model`: its speed can be measured and judged."""
+
+    @abstractmethod
+    def workloads(self, session: Session, inputs: Any) -> Sequence[Workload]:
+        """Return what to time on an open session; feeds have the names of `Model.interface`."""
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """Optional part of a `Model` that has results in common with other cases, such as hidden states of one body."""
 
@@ -369,6 +403,7 @@ class ModelKind:
         mutants: tables of `mutation.mutant.Mutant`, as ``package.module:NAME``.
         exporters: the exporters that can export it; the first is the default.
         stateful: its sessions keep state from run to run, as a decode loop does.
+        quantities: what the durations of `Timed.workloads` are, such as ``latency``; a case may set budgets for these.
     """
 
     options: type[BaseModel]
@@ -379,6 +414,7 @@ class ModelKind:
     mutants: tuple[str, ...] = ()
     exporters: tuple[str, ...] = ("dynamo", "torchscript")
     stateful: bool = False
+    quantities: tuple[str, ...] = ()
 
 
 def runtime(name: str, settings: Settings | None = None) -> Runtime:

@@ -6,12 +6,14 @@ Loads nothing until an entry is asked for, so that pytest can register markers f
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from qeff_validate.errors import ConfigError, Unavailable, suggest
 
 
+@cache
 def registered(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of the group ``qeff_validate.<group>`` by name: ``runtimes``, ``models``, ``writers``."""
     return {entry.name: entry for entry in entry_points(group=f"qeff_validate.{group}")}

@@ -22,8 +22,9 @@ from pydantic import ValidationError
 
 from qeff_validate.artifact import digest_file, digest_tree, fingerprint
 from qeff_validate.builders.provenance import QPC_PROVENANCE
-from qeff_validate.config.case import Artifacts, Case, Strict
+from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.config.explain import explain
+from qeff_validate.config.strict import Strict
 from qeff_validate.errors import BuildError, ConfigError, Unavailable
 from qeff_validate.files import read_bytes, temporary_beside
 from qeff_validate.folders import check_writable, folder_entries

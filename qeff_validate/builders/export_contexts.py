@@ -18,6 +18,15 @@ from qeff_validate.errors import BuildError
 VERBOSE_LOGGERS = ("torch.onnx", "torch.fx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
+KNOWN_REASONS = (
+    (r"complex-valued input", "the model computes with complex numbers, which have no form in ONNX"),
+    (r"linalg_solve", "the model solves a system of linear equations in each run, for which ONNX has no operator"),
+    (r"data-dependent expression", "the model decides by the values of its inputs which operations to run"),
+    (r"_fft_|fft_", "the model computes Fourier transforms in a way that has no form in ONNX"),
+)
+"""Texts of exporters' errors, and what they mean in a sentence; the exporter's own words follow it."""
+
+
 @contextlib.contextmanager
 def eval_mode(module: Any) -> Iterator[None]:
     """Put every submodule into eval mode, and afterwards back into its previous mode.
@@ -94,7 +103,13 @@ def export_errors() -> Iterator[None]:
     except Exception as exc:  # an exporter raises any exception of its tracer
         if isinstance(exc, OSError) and exc.errno in NO_ROOM:
             raise
-        raise BuildError(f"torch.onnx.export failed: {_place(exc)}{reason(exc)}") from exc
+        raise BuildError(f"torch.onnx.export failed: {known_reason(exc)}{_place(exc)}{reason(exc)}") from exc
+
+
+def known_reason(exc: BaseException) -> str:
+    """Return what an exporter's error means, with a colon; empty if it is not known."""
+    text = "\n".join(str(cause) for cause in _causes(exc))
+    return next((f"{meaning}: " for pattern, meaning in KNOWN_REASONS if re.search(pattern, text)), "")
 
 
 def reason(exc: BaseException) -> str:

@@ -25,6 +25,7 @@ JUDGES = (
     "models/causal_lm/relation_linearity.py",
     "models/causal_lm/relations.py",
     "models/causal_lm/verdict.py",
+    "models/causal_lm/workloads.py",
 )
 """Modules in these folders that judge or explain: no artifact, reference or input depends on them."""
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from qeff_validate.cli import sdk, signals, store
+from qeff_validate.cli import performance, sdk, signals, store
 from qeff_validate.cli.build import build
 from qeff_validate.cli.configs import list_cases, schema
 from qeff_validate.cli.doctor import doctor
 from qeff_validate.cli.options import EPILOG
 from qeff_validate.cli.output_streams import safe_streams
-from qeff_validate.cli.progress import print_text
+from qeff_validate.cli.progress import Color, print_text, set_color
 from qeff_validate.cli.run import run
 from qeff_validate.cli.selftest import selftest
 from qeff_validate.errors import ConfigError, ValidateError
@@ -26,10 +26,31 @@ app = typer.Typer(
     help="Prove that a Hugging Face model says the same on PyTorch, ONNX Runtime and Qualcomm Cloud AI 100.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print_text(f"qeff-validate {version('qeff-validate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+    color: Annotated[Color, typer.Option(help="colour of the output; auto: on a terminal without NO_COLOR")] = "auto",
+) -> None:
+    """Prove that a Hugging Face model says the same on PyTorch, ONNX Runtime and Qualcomm Cloud AI 100."""
+    set_color(color)
+
+
 app.command(epilog=EPILOG)(run)
 app.command(epilog="Exit codes: 0 every goal was reached · 1 one was not · 2 wrong usage or config · 3 an error.")(
     selftest
@@ -42,6 +63,8 @@ app.command()(doctor)
 app.add_typer(store.app, name="store")
 app.add_typer(sdk.app, name="sdk")
 app.command()(schema)
+app.command(epilog=performance.EPILOG)(performance.perf)
+app.add_typer(performance.app, name="baseline")
 
 # newer versions of typer contain a copy of click, older ones import it: take the base class from the exception
 _UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,21 @@ def select_cases(cases: list[Case], names: list[str]) -> list[Case]:
         if name not in known:
             raise ConfigError(f"--case: no case is called {name!r}.{suggest(name, known)}")
     return [case for case in cases if not names or case.name in names]
+
+
+def matching_cases(cases: list[Case], pattern: str | None) -> list[Case]:
+    """Return the cases whose name contains a text, or matches it if it has ``*`` or ``?``; all if there is none.
+
+    Raises:
+        ConfigError: no name fits.
+    """
+    if pattern is None:
+        return cases
+    glob = pattern if set(pattern) & set("*?") else f"*{pattern}*"
+    fitting = [case for case in cases if fnmatchcase(case.name, glob)]
+    if not fitting:
+        raise ConfigError(f"-k {pattern!r} fits none of the cases {', '.join(case.name for case in cases)}")
+    return fitting
 
 
 def split_list(text: str) -> list[str]:

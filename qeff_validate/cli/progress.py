@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.cli import signals
 
@@ -14,13 +15,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a rich console on standard output or standard error."""
+Color = Literal["auto", "always", "never"]
+
+
+def set_color(color: Color) -> None:
+    """Set the colour of all output of this process, as the environment variables of rich do."""
+    names = {"always": "FORCE_COLOR", "never": "NO_COLOR"}
+    if color in names:
+        for name in names.values():
+            os.environ.pop(name, None)
+        os.environ[names[color]] = "1"
+
+
+def console(*, stderr: bool = False, least: int = 0) -> Console:
+    """Return a rich console on standard output or standard error, at least so many columns wide."""
     from rich.console import Console
 
     terminal = Console(stderr=stderr)
-    # a pipe has no width: do not wrap lines to rich's default of 80 columns
-    return terminal if terminal.is_terminal else Console(stderr=stderr, width=200)
+    if not terminal.is_terminal:
+        return Console(stderr=stderr, width=200)  # a pipe has no width: do not wrap lines to rich's default of 80
+    return terminal if terminal.width >= least else Console(stderr=stderr, width=least)
 
 
 def print_text(text: str, *, stderr: bool = False) -> None:
@@ -33,10 +47,12 @@ class TerminalProgress:
 
     Args:
         verbose: print the output of child processes, such as the compiler's, line by line.
+        quiet: print nothing.
     """
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, *, quiet: bool = False) -> None:
         self._console = console(stderr=True)
+        self._console.quiet = quiet
         self._verbose = verbose
 
     @contextmanager

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qeff_validate.cli import performance
 from qeff_validate.cli.options import (
     SdkPrefix,
     StoreDir,
     Verbose,
     device_ids,
+    matching_cases,
     required_runtimes,
     select_cases,
     split_list,
@@ -20,6 +23,7 @@ from qeff_validate.cli.options import (
 from qeff_validate.cli.progress import TerminalProgress, console, print_text
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.report.report import DEFAULT_DIR
+from qeff_validate.report.text import NARROW_BELOW
 
 if TYPE_CHECKING:
     from qeff_validate.report.report import Report
@@ -38,6 +42,9 @@ def run(
     kind: Annotated[str, typer.Option(help="model kind of --model")] = "embedding",
     option: Annotated[list[str] | None, typer.Option(help="option of --model, KEY=VALUE; repeatable")] = None,
     case: Annotated[list[str] | None, typer.Option("--case", help="run only this case; repeatable")] = None,
+    keyword: Annotated[
+        str | None, typer.Option("-k", help="run only cases whose name contains this, or fits it with * and ?")
+    ] = None,
     runtimes: Annotated[
         str | None, typer.Option(help="replaces the runtimes of the cases, e.g. torch,ort,sim,ai100")
     ] = None,
@@ -57,9 +64,19 @@ def run(
         Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
     ] = None,
     store: StoreDir = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="tell what drifted since this baseline, of baselines/ beside the config")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--directory", help="of baselines, instead")] = None,
     allow_inconclusive: Annotated[
         bool, typer.Option("--allow-inconclusive", help="inconclusive results do not fail the run")
     ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", "-x", help="stop after the first result that does not pass")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print problems and what was proved alone")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="print each result as a line of JSON alone")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="all columns, also on a narrow terminal")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run cases on runtimes, compare every output with Hugging Face, print and write the verdicts.
@@ -71,6 +88,7 @@ def run(
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
+    from qeff_validate.report.baseline import read_baseline, with_drift
     from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
@@ -78,12 +96,14 @@ def run(
     if bundle_digest is not None and bundle is None:
         raise typer.BadParameter("--bundle-digest needs --bundle DIR")
     check_writable(report, "--report")
+    beside = performance.folder(configs[0] if configs else None, directory)
+    before = read_baseline(beside, baseline) if baseline is not None else None
     remove_reports(report)
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
     else:
         cases = load(configs or []) if bundle is None else read_bundle(bundle, digest=bundle_digest)
-    cases = select_cases(cases, case or [])
+    cases = matching_cases(select_cases(cases, case or []), keyword)
     names = split_list(runtimes) if runtimes is not None else None
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
@@ -91,14 +111,23 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    results = validate(cases, names, store=store, settings=settings, progress=TerminalProgress(verbose), record=record)
+    progress = TerminalProgress(verbose, quiet=quiet)
+    results = validate(
+        cases, names, store=store, settings=settings, progress=progress, record=record, fail_fast=fail_fast
+    )
+    results = results if before is None else with_drift(results, before)
     write_error = _write(results, report)
-    _print(results)
+    if json_lines:
+        for result in results.results:
+            print_text(json.dumps(result.plain(), ensure_ascii=False, allow_nan=False))
+    else:
+        _print(results, wide=wide, quiet=quiet)
     if write_error is not None:
         raise write_error
-    console().print(f"report: {report / 'report.json'}, {report / 'report.md'}", markup=False, soft_wrap=True)
-    for text in results.closing():
-        print_text(text)
+    if not json_lines:
+        print_text(f"report: {report / 'report.json'}, {report / 'report.md'}")
+        for text in results.closing():
+            print_text(text)
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
 
 
@@ -111,7 +140,9 @@ def _write(results: Report, folder: Path) -> ValidateError | None:
     return None
 
 
-def _print(results: Report) -> None:
-    console().print(results.table())
+def _print(results: Report, *, wide: bool, quiet: bool) -> None:
+    if not quiet:
+        terminal = console(least=NARROW_BELOW if wide else 0)
+        terminal.print(results.table(width=terminal.width))
     for text in results.problems():
         print_text(f"\n{text}" if "\n" in text else text)

@@ -21,6 +21,9 @@ from qeff_validate.comparison.metric import (
 from qeff_validate.comparison.noise_floor import Floor, factor, limit
 from qeff_validate.errors import ConfigError, IncomparableError, suggest
 
+NOT_METRICS = ("why", "accept_low_power")
+"""Keys of a tolerance that hold reasons."""
+
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Compute precisions of the table. The noise of compressed weights and state is measured by emulation."""
 
@@ -80,7 +83,7 @@ def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, fl
         ConfigError: an unknown metric, a bound that is NaN, infinite, negative or absurdly wide, or no ``why``.
     """
     for name, value in values.items():
-        if name == "why":
+        if name in NOT_METRICS:
             continue
         if name not in most:
             raise ConfigError(f"{where}: no metric is called {name!r}.{suggest(name, most)}")
@@ -97,10 +100,13 @@ def check_bounds(where: str, values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a bound that is NaN, infinite or negative, or no ``why``.
     """
-    bounds = {name: value for name, value in values.items() if name != "why"}
+    bounds = {name: value for name, value in values.items() if name not in NOT_METRICS}
     for name, value in bounds.items():
         if isinstance(value, (int, float)) and not (0 <= value < math.inf):
             raise ConfigError(f"{where}.{name}: {value!r} is no usable bound: give a number from 0")
+    low_power = values.get("accept_low_power")
+    if low_power is not None and not (isinstance(low_power, str) and low_power.strip()):
+        raise ConfigError(f"{where}.accept_low_power: give the reason as a text")
     if bounds and not str(values.get("why") or "").strip():
         raise ConfigError(f"{where}: a bound needs its reason: add why: '…'")
 
@@ -184,7 +190,7 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
     bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
         bounds["neighbour_order"] = Bound(0.0, "exact", "no neighbour moves further than noise allows")
-    return bounds | overridden(override)
+    return bounds | overridden(override, bounds)
 
 
 def relation_precision(profile: str) -> str:
@@ -196,10 +202,13 @@ def relation_precision(profile: str) -> str:
     return compute if all(name.startswith("mx") for name in formats.split("+") if name) else profile
 
 
-def overridden(override: Mapping[str, Any]) -> dict[str, Bound]:
-    """Return the bounds that the case sets."""
-    values = {name: float(value) for name, value in override.items() if name != "why"}
-    return {name: Bound(value, "case", str(override["why"])) for name, value in values.items()}
+def overridden(override: Mapping[str, Any], bounds: Mapping[str, Bound] = {}) -> dict[str, Bound]:
+    """Return the bounds that the case sets, with the noise of those that they take the place of."""
+    values = {name: float(value) for name, value in override.items() if name not in NOT_METRICS}
+    return {
+        name: Bound(value, "case", str(override["why"]), bounds[name].floor if name in bounds else None)
+        for name, value in values.items()
+    }
 
 
 def nan_max(values: Iterable[float]) -> float:

@@ -85,7 +85,7 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
     bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
     if bounds:
         bounds["flips"] = Bound(0.0, "exact", "no token changes but between two that are level within the noise")
-    return bounds | {name: bound for name, bound in overridden(override).items() if name in LOGIT_GATES}
+    return bounds | {name: bound for name, bound in overridden(override, bounds).items() if name in LOGIT_GATES}
 
 
 def logit_errors(reference: Array, actual: Array) -> dict[str, float]:

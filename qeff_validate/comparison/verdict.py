@@ -75,13 +75,22 @@ class Verdict:
     findings: tuple[str, ...] = ()
     """Observations for the reader that no gate depends on."""
 
-    def with_power(self, power: Power) -> Verdict:
-        """Return the verdict with its power; a pass becomes inconclusive if the bounds miss a gross fault."""
+    def with_power(self, power: Power, accepted: str = "") -> Verdict:
+        """Return the verdict with its power; a pass becomes inconclusive if the bounds miss a gross fault.
+
+        Args:
+            power: what the bounds find.
+            accepted: why a case accepts bounds that miss such a fault; it becomes a finding.
+        """
         if self.status != "pass" or not power.gross:
             return replace(self, power=power)
+        if accepted:
+            told = f"the bounds would let {', '.join(map(repr, power.gross))} pass, which the case accepts: {accepted}"
+            return replace(self, power=power, findings=(*self.findings, told))
         reason = (
             f"these bounds would let {', '.join(map(repr, power.gross))} pass, which nobody may ship: give more or"
-            " longer rows, tighter bounds of the case's own, or a precision with less noise"
+            " longer rows, tighter bounds of the case's own, or a precision with less noise; or say why this is"
+            " accepted with accept_low_power: REASON in the tolerance"
         )
         return replace(self, status="inconclusive", reason=reason, power=power)
 

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from qeff_validate.comparison.bounds import check_bounds
-from qeff_validate.config.yaml_reader import SURROGATE
+from qeff_validate.config.performance import Performance
+from qeff_validate.config.strict import Strict
 from qeff_validate.errors import ConfigError
 
 LONGEST_S = 10_000_000
@@ -43,37 +44,8 @@ Name = Annotated[str, AfterValidator(_without_control_characters)]
 """A path or an identifier, of which the system takes no NUL."""
 
 
-def _texts_in(data: Any) -> Iterator[str]:
-    """Yield every text in plain data, keys of mappings too."""
-    pending, seen = [data], set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            pending += [*value, *value.values()] if isinstance(value, Mapping) else value
-
-
 Length = Annotated[int, Field(ge=1, le=1 << 20)]
 """A number of tokens that a program is compiled for."""
-
-
-class Strict(BaseModel):
-    """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _characters(cls, data: Any) -> Any:
-        for text in _texts_in(data):
-            wrong = SURROGATE.search(text)
-            if wrong is not None:  # no encoding has it, so no file, fingerprint or report can hold it
-                raise ValueError(
-                    f"{text[:40]!r} holds half of a surrogate pair (U+{ord(wrong[0]):04X}), which is no character"
-                )
-        return data
 
 
 class Inputs(Strict):
@@ -179,8 +151,10 @@ class Case(Strict):
     tolerance: Literal["auto", "table"] | dict[str, dict[str, Any]] = Field(
         "auto",
         description="auto: bounds from the measured noise of the original model; table: fixed bounds by precision,"
-        " nothing is measured; {runtime: {metric: bound, why: reason}}: these, the rest as with auto",
+        " nothing is measured; {runtime: {metric: bound, why: reason}}: these, the rest as with auto;"
+        " accept_low_power: reason beside them accepts bounds that a gross fault would pass",
     )
+    performance: Performance | None = Field(None, description="budgets for qeff-validate perf; null: none")
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
     expect: list[Expect] = Field([], description="known failures; one mapping or a list of them")
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
@@ -241,5 +215,5 @@ class Case(Strict):
 class Config(Strict):
     """A config file: cases, and defaults for any key of them but the name."""
 
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = Field({})
     cases: list[Case] = Field(min_length=1)

@@ -9,8 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qeff_validate.config.case import Artifacts, Case, Compile, Config, Expect, Inputs, Precision, Strict
+from qeff_validate.config.case import Artifacts, Case, Compile, Config, Expect, Inputs, Precision
+from qeff_validate.config.performance import Performance, Quantiles
+from qeff_validate.config.strict import Strict
 from qeff_validate.errors import suggest
+
+SECTIONS = (Config, Case, Inputs, Artifacts, Expect, Compile, Precision, Performance, Quantiles)
 
 
 def explain(exc: ValidationError, where: str, data: Any = None) -> str:
@@ -19,8 +23,7 @@ def explain(exc: ValidationError, where: str, data: Any = None) -> str:
 
 
 def _lines(exc: ValidationError, where: str, data: Any) -> Iterator[str]:
-    models = {cls.__name__: cls for cls in (Config, Case, Inputs, Artifacts, Expect, Compile, Precision)}
-    known = models.get(exc.title)
+    known = {cls.__name__: cls for cls in SECTIONS}.get(exc.title)
     for error in exc.errors():
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
         name = _case_name(data, error["loc"])

@@ -44,6 +44,7 @@ EMBEDDING = ModelKind(
         "qeff_validate.mutation.session_mutants:SESSION_MUTANTS",
         "qeff_validate.mutation.graph_mutants:GRAPH_MUTANTS",
     ),
+    quantities=("latency",),
 )
 
 
@@ -74,6 +75,7 @@ PEFT_CAUSAL_LM = ModelKind(
     ),
     exporters=("dynamo",),  # TorchScript's cannot trace weights that are inputs
     stateful=True,
+    quantities=("time_to_first_token", "inter_token", "adapter_swap"),
 )
 
 

@@ -21,7 +21,7 @@ from qeff_validate.comparison.vector_metrics import Floats, worst_row
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, with_gates
 from qeff_validate.config.case import Case
 from qeff_validate.errors import IncomparableError
-from qeff_validate.protocols import ComparisonContext, Graph, Session
+from qeff_validate.protocols import ComparisonContext, Graph, Session, Workload
 from qeff_validate.tensors import Tensors
 
 
@@ -103,6 +103,13 @@ class RowModel:
             for name, array in session.run(feeds).items():
                 outputs.setdefault(name, []).append(array[: len(inputs.labels) - start])
         return {name: np.concatenate(parts) for name, parts in outputs.items()}
+
+    def workloads(self, session: Session, inputs: Any) -> Sequence[Workload]:
+        """Return one batch of the first rows, of the first bucket's size, as ``latency``."""
+        batch = next(iter(self.graph.buckets[0].values()))
+        rows = np.arange(batch) % len(inputs.labels)
+        feeds = {spec.name: inputs.arrays[spec.name][rows].astype(spec.dtype, copy=False) for spec in session.inputs}
+        return [Workload(f"batch {batch}", "latency", (feeds,), rows=batch)]
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare outputs as vectors, and each of the kind's own metrics with its bound; the worst row decides."""

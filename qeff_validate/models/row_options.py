@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from qeff_validate.config.case import Length, Strict
+from qeff_validate.config.case import Length
+from qeff_validate.config.strict import Strict
 
 
 class RowOptions(Strict):

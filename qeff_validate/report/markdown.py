@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import HEAD, closing, problems, row_cells
+from qeff_validate.report.timings import HEAD as TIMING_HEAD
+from qeff_validate.report.timings import timing_lines, timing_rows
 
 
 def markdown(results: Sequence[Result], unwritten: Sequence[str] = ()) -> str:
@@ -17,6 +19,10 @@ def markdown(results: Sequence[Result], unwritten: Sequence[str] = ()) -> str:
 
     rows = [line(row_cells(result)) for result in results]
     parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
+    timed = list(timing_rows(results))
+    if timed:
+        parts += ["## Timings", "", line(TIMING_HEAD), line("---" for _ in TIMING_HEAD), *map(line, timed), ""]
+        parts += [*(f"- {text}" for text in timing_lines(results)), ""]
     texts = [*problems(results), *unwritten]
     if texts:
         parts += ["## What did not pass, findings and notes", ""]

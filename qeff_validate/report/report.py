@@ -15,6 +15,7 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.report.markdown import markdown
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import closing, problems, row_cells, table
+from qeff_validate.report.timings import is_timing
 from qeff_validate.report.writers import write_reports
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Report:
     @property
     def rows_compared(self) -> int:
         """The number of rows that were compared, over all results."""
-        return sum(result.compared for result in self.results)
+        return sum(result.compared for result in self.results if not is_timing(result))
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
@@ -107,9 +108,9 @@ class Report:
         """
         write_reports(self, folder)
 
-    def table(self) -> Table:
-        """Return a table for a terminal or a notebook."""
-        return table(self.results)
+    def table(self, *, width: int | None = None) -> Table:
+        """Return a table for a terminal of a width in columns; None: all columns, as for a notebook."""
+        return table(self.results, width=width)
 
     def closing(self) -> list[str]:
         """Return sentences that say what was proved and what was not."""

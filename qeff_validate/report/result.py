@@ -59,6 +59,8 @@ class Result:
     expected: str | None = None
     power: Power | None = None
     prechecks: tuple[Precheck, ...] = ()
+    performance: Mapping[str, Any] | None = None
+    """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -84,6 +86,8 @@ class Result:
                 for precheck in self.prechecks
             ],
         }
+        if self.performance is not None:
+            plain["performance"] = dict(self.performance)
         return {key: finite(value) for key, value in plain.items()}
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Result
+from qeff_validate.report.timings import is_timing, timing_closing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,17 +23,29 @@ MARKS: Mapping[str, str] = {
 }
 
 
-def _number(value: float) -> str:
-    return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
-
+LABELS: Mapping[str, str] = {"cosine": "1-cosine", "delta_cosine": "1-delta_cosine"}
+"""Names of metrics in tables, where they differ from those in report.json."""
 
 HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
+
+NARROW = (0, 1, 3, 4, 6)
+"""Columns of `HEAD` for a terminal of 80 columns."""
+
+NARROW_BELOW = 130
+"""Width in columns from which a table has all columns."""
+
+
+def _number(value: float) -> str:
+    """Return a count as a whole number, another value with three digits and an exponent."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.2e}"
 
 
 def row_cells(result: Result) -> tuple[str, ...]:
     """Return the cells of a result under `HEAD`."""
-    gates = [item for item in result.gates if item.bound is not None and (item.bound.value or not item.passed)]
-    nearest = max(gates, key=nearness, default=None)
+    # an exact bound that holds is at no distance: it is the nearest only where there is no other
+    nearest = max(result.gates, key=nearness, default=None)
     times, power = result.timings_s, result.power
     return (
         result.case,
@@ -41,7 +54,7 @@ def row_cells(result: Result) -> tuple[str, ...]:
         result.status,
         _beside_bound(nearest) if nearest else "",
         _place(nearest.metric.worst) if nearest else "",
-        f"{result.compared}/{result.planned}" if result.planned else "",
+        f"{result.compared}/{result.planned}" if result.planned and not is_timing(result) else "",
         f"{power.tried - len(power.missed)}/{power.tried}" if power else "",
         f"{times['median_run'] * 1e3:.1f}" if "median_run" in times else "",
         f"{times['rows_per_s']:.0f}" if "rows_per_s" in times else "",
@@ -51,43 +64,50 @@ def row_cells(result: Result) -> tuple[str, ...]:
 def nearness(item: GateResult) -> tuple[bool, float]:
     """Return what a gate is sorted by: those that failed come last, then by value over bound."""
     value, bound = item.metric.value, item.bound.value if item.bound else math.inf
-    ratio = value / bound if bound else math.inf if value else 0.0
+    ratio = value / bound if bound else math.inf if value else -1.0
     return not item.passed, math.inf if math.isnan(ratio) else ratio
 
 
 def _beside_bound(item: GateResult) -> str:
-    """Return value, bound, and the floor where it was measured."""
+    """Return value and bound."""
     assert item.bound is not None
-    text = f"{item.metric.name.rpartition('.')[2]} {_number(item.metric.value)} of {_number(item.bound.value)}"
-    return f"{text} (floor {_number(item.bound.floor)})" if item.bound.floor else text
+    name = item.metric.name.rpartition(".")[2]
+    return f"{LABELS.get(name, name)} {_number(item.metric.value)} of {_number(item.bound.value)}"
 
 
 def _place(worst: Mapping[str, Any]) -> str:
     return f"{worst['row']}: {worst['text'][:24]!r}" if "row" in worst else "all rows"
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Return a rich table of the results."""
+def table(results: Sequence[Result], *, width: int | None = None) -> Table:
+    """Return a rich table of the results; with a width below `NARROW_BELOW` of fewer columns, whose cells wrap."""
     from rich.markup import escape
     from rich.table import Table
 
-    rows = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
+    columns = NARROW if width is not None and width < NARROW_BELOW else tuple(range(len(HEAD)))
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        rows.add_column(HEAD[column], overflow="fold")
     for result in results:
         cells = [escape(cell) for cell in row_cells(result)]
         cells[3] = f"[{MARKS[result.status]}]{cells[3]}[/]"
-        rows.add_row(*cells)
+        rows.add_row(*(cells[column] for column in columns))
     return rows
 
 
 def problems(results: Sequence[Result]) -> list[str]:
     """Return a line for every result that did not pass, with its reason, and for every finding and note."""
-    lines = []
+    lines, told = [], set[tuple[str | None, ...]]()
     for result in results:
         head = f"{result.case}-{result.runtime}"
-        if result.status != "pass":
+        what = _problem(result)
+        if result.status != "pass" and what not in told:
+            told.add(what)
+            same = [other.runtime for other in results if _problem(other) == what]
             stage = f" at {result.stage}" if result.stage else ""
             known = f" (expected: {result.expected})" if result.expected else ""
-            lines.append(f"{head}: {result.status}{stage}{known}: {result.reason}")
+            names = ", ".join(f"{result.case}-{runtime}" for runtime in same)
+            lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
         lines += [f"{head}: finding: {finding}" for finding in result.findings]
         lines += [f"{head}: note: {note}" for note in result.notes]
     return lines
@@ -95,14 +115,18 @@ def problems(results: Sequence[Result]) -> list[str]:
 
 def closing(results: Sequence[Result]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
+    timed = list(timing_closing(results))
+    results = [result for result in results if not is_timing(result)]
+    if timed and not results:
+        return timed
     unsettled = {(result.case, result.runtime) for result in results if result.status == "error"}
-    lines = []
+    lines = timed
     for (runtime, simulated), group in _groups(results).items():
         passed = [result for result in group if result.status == "pass"]
         held = [result for result in passed if result.reference == "itself"]
         if held:
             lines.append(f"Held: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
-        good = [result for result in passed if result.reference != "itself"]
+        good = [result for result in passed if result.reference != "itself" and not own_terms(result)]
         good = [result for result in good if (result.case, result.runtime) not in unsettled]
         if not good:
             continue
@@ -111,13 +135,18 @@ def closing(results: Sequence[Result]) -> list[str]:
         precisions = "/".join(dict.fromkeys(str(result.precision) for result in good))
         cases = ", ".join(result.case for result in good)
         lines.append(f"Proved: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
-    bad = [result for result in results if result.status in ("fail", "inconclusive", "error")]
-    if bad:
-        names = ", ".join(
+    lines += [
+        f"Not proved: {result.case}-{result.runtime} passes {own_terms(result)}."
+        for result in results
+        if result.status == "pass" and own_terms(result)
+    ]
+    for word, statuses in (("Disproved", ("fail",)), ("Not settled", ("inconclusive", "error"))):
+        names = [
             f"{result.case}-{result.runtime} ({'expected ' if result.expected else ''}{result.status})"
-            for result in bad
-        )
-        lines.append(f"Not proved: {names}.")
+            for result in results
+            if result.status in statuses
+        ]
+        lines += [f"{word}: {', '.join(names)}."] if names else []
     if not any(result.runtime == "ai100" and result.status == "pass" for result in results):
         lines.append(
             "Not proved: anything on a real AI 100 card; none took part."
@@ -128,6 +157,32 @@ def closing(results: Sequence[Result]) -> list[str]:
             )
         )
     return lines
+
+
+def _problem(result: Result) -> tuple[str | None, ...]:
+    """Return what makes two problems the same one, which is told once for all runtimes."""
+    return result.case, result.status, result.stage, result.expected, result.reason
+
+
+def own_terms(result: Result) -> str:
+    """Return within which bounds of the case's own a result passes, and what they would let through; empty if none."""
+    own = [item for item in result.gates if item.bound is not None and item.bound.source == "case"]
+    if not own or result.reference == "itself":
+        return ""
+    bounds = [
+        f"{item.metric.name.rpartition('.')[2]} <= {item.bound.value:g}{_times_noise(item)}"
+        for item in own
+        if item.bound
+    ]
+    reasons = "; ".join(dict.fromkeys(item.bound.why for item in own if item.bound))
+    text = f"within the case's own bound {', '.join(bounds)} (why: {reasons})"
+    power = result.power
+    return f"{text}; {len(power.missed)} of {power.tried} faults would pass" if power else text
+
+
+def _times_noise(item: GateResult) -> str:
+    floor = item.bound.floor if item.bound else None
+    return f", {item.bound.value / floor:,.0f} x the noise" if item.bound and floor else ""
 
 
 def _groups(results: Iterable[Result]) -> dict[tuple[str, bool], list[Result]]:

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,35 @@ def required_resources(artifact: Artifact) -> str:
     return f"the QPC needs {cores or 'an unknown number of'} cores and {size}"
 
 
+_SHARED: ContextVar[set[int] | None] = ContextVar("_SHARED", default=None)
+"""Cards that programs of this process share (`shared_cards`)."""
+
+
+@contextmanager
+def shared_cards() -> Iterator[None]:
+    """Let programs that are opened within the context hold the same cards, as when their times are compared."""
+    token = _SHARED.set(set())
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 @contextmanager
 def exclusive_cards(qids: Sequence[int]) -> Iterator[None]:
     """Lock cards for this process; other processes of this library wait. The locks end with their process."""
     from filelock import FileLock, Timeout
 
     with ExitStack() as locks:
-        for qid in sorted(qids):  # the same order in every process prevents deadlocks
+        shared = _SHARED.get()
+        for qid in sorted(set(qids) - (shared or set())):  # the same order in every process prevents deadlocks
             lock = FileLock(Path(tempfile.gettempdir()) / f"qeff-validate-card-{qid}.lock", mode=0o666)
             while True:
                 try:
                     locks.enter_context(lock.acquire(timeout=NOTICE_SECONDS))
+                    if shared is not None:
+                        shared.add(qid)
+                        locks.callback(shared.discard, qid)
                     break
                 except Timeout:
                     LOG.warning("waiting for card %d, which another process holds", qid)

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 from floors import EVEN, made_floor
 
+import qeff_validate as qv
 from qeff_validate.comparison.bounds import FALLBACK, NOISE_SHARE, Bound, bounds_for, check_tolerance, systematic_bounds
 from qeff_validate.comparison.vector_metrics import GATES
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
@@ -350,3 +353,16 @@ def test_one_row_among_seven_hundred_is_not_lost_in_an_average() -> None:
     verdict = judge({"output": b}, {"output": a}, rows=Rows([str(row) for row in range(700)]))
     assert verdict.status == "fail"
     assert "worst row 412" in verdict.reason
+
+
+def test_bounds_of_a_case_that_accept_a_gross_fault_need_a_reason(tmp_path: Path) -> None:
+    wide = {"rel_l2": 0.9, "cosine": 0.9, "norm_ratio": 0.9, "max_abs_rms": 9.0, "neighbour_order": 0.9, "why": "new"}
+    case = qv.Case(name="wide", source="random:bert", exporter="torchscript", tolerance={"ort": wide})
+    (result,) = qv.validate(case, runtimes=["ort"], store=tmp_path).results
+    assert (result.status, "which nobody may ship" in result.reason) == ("inconclusive", True), result.reason
+    accepted = case.model_copy(update={"tolerance": {"ort": {**wide, "accept_low_power": "ranking alone counts"}}})
+    report = qv.validate(accepted, runtimes=["ort"], store=tmp_path)
+    assert report.results[0].status == "pass"
+    assert any("which the case accepts: ranking alone counts" in finding for finding in report.results[0].findings)
+    assert "Not proved: wide-ort passes within the case's own bound rel_l2 <= 0.9" in report.closing()[0]
+    assert re.search(r"\(why: new\); \d+ of \d+ faults would pass", report.closing()[0])

@@ -186,7 +186,7 @@ def test_mismatch_exits_1_and_names_metric_value_bound_and_worst_row(first, tmp_
     assert (result["status"], metric["passed"], metric["source"]) == ("fail", False, "case")
     worst = f"worst row {metric['worst']['row']} ({metric['worst']['text']!r})"
     assert f"output.rel_l2 {metric['value']:.3g}, allowed 0 (case), {worst}" in done.stdout
-    assert "Not proved: tiny-ort (fail)." in done.stdout
+    assert "Disproved: tiny-ort (fail)." in done.stdout
 
 
 @pytest.mark.slow
@@ -529,3 +529,30 @@ def test_finished_run_leaves_only_whole_entries_whose_key_is_on_record(first) ->
         provenance = json.loads((entry / "provenance.json").read_text())
         assert {"kind", "key", "files", "seconds"} <= set(provenance)
         assert provenance["kind"] == entry.parent.name
+
+
+# --- output ----------------------------------------------------------------------------------------
+
+
+def test_version_json_quiet_selection_and_fail_fast(first, store: Path, tmp_path: Path) -> None:
+    assert cli("--version", cwd=tmp_path).stdout.startswith("qeff-validate ")
+    path = config(tmp_path, f"{case()}{case().replace('tiny', 'second').replace('random:bert', 'path:/nowhere')}")
+    options = ("--store", store, "--report", tmp_path / "report", "--runtimes", "torch,ort")
+    lines = cli("run", path, "-k", "tin", "--json", *options, cwd=tmp_path).stdout.splitlines()
+    assert [json.loads(line)["runtime"] for line in lines] == ["torch", "ort"]
+    quiet = cli("run", path, "-k", "t*y", "--quiet", *options, cwd=tmp_path)
+    assert quiet.stderr == ""
+    assert "nearest bound" not in quiet.stdout
+    assert "Proved: ort" in quiet.stdout
+    stopped = cli("run", path, "--case", "second", "--fail-fast", *options, cwd=tmp_path)
+    statuses = [result["status"] for result in report_in(tmp_path / "report")["results"]]
+    assert (stopped.returncode, statuses) == (2, ["error", "not_run"])
+    assert "second-torch did not pass, and --fail-fast is on" in stopped.stdout
+    assert "fits none of the cases tiny, second" in cli("run", path, "-k", "x", *options, cwd=tmp_path).stderr
+
+
+def test_problem_of_all_runtimes_is_told_once(tmp_path: Path) -> None:
+    options = ("--store", tmp_path / "store", "--report", tmp_path / "report", "--runtimes", "torch,ort,sim")
+    done = cli("run", "--model", "path:/nowhere", *options, cwd=tmp_path)
+    assert done.stdout.count("directory /nowhere does not exist") == 1
+    assert "nowhere-torch, nowhere-ort, nowhere-sim: error at config" in done.stdout

@@ -41,7 +41,12 @@ TARGETS = frozenset(
     re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 )
 COMMANDS = {
-    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    name: {
+        option
+        for part in (command, *getattr(command, "commands", {}).values())
+        for parameter in part.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     | {"--help"}
     for name, command in typer.main.get_command(app).commands.items()
 }

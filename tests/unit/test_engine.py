@@ -80,6 +80,17 @@ def test_a_stale_artifact_is_never_served(tmp_path: Path) -> None:
     assert pipeline(case(**tokenizer_free, options=options), tmp_path / "store").onnx().digest != first
 
 
+def test_each_exporter_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(module: Any, examples: Any, graph: Any, folder: Path, exporter: str, made_from: Any) -> None:
+        (folder / "model.onnx").write_text(exporter)
+
+    monkeypatch.setattr("qeff_validate.builders.export_onnx.export_onnx", write)
+    for exporter in ("dynamo", "torchscript"):
+        path = pipeline(case(exporter=exporter), tmp_path).onnx().path
+        assert path is not None
+        assert path.read_text() == exporter
+
+
 def test_a_qpc_is_keyed_by_buckets_precision_and_flags(tmp_path: Path) -> None:
     from qeff_validate.sdk.locate import simulated
 

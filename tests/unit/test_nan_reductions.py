@@ -151,7 +151,7 @@ OVER_NO_MEASUREMENT = {
     "max((length for _, length in shapes(model, session)))", "sorted(set(prompt[bad].tolist()))",
     "max((size for size, at in shapes(model, session) if at == length))", "max((n for n in K95 if n <= values.size))",
     # finite by what is asked before, or by their key
-    "min(most[name], fp32_limits.get(name, math.inf))", "max(gates, key=nearness, default=None)",
+    "min(most[name], fp32_limits.get(name, math.inf))", "max(result.gates, key=nearness, default=None)",
     "min(log_normal, half_normal)",
 }  # fmt: skip
 

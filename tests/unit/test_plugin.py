@@ -261,7 +261,7 @@ def test_mismatch_fails_the_test_and_names_metric_value_bound_and_worst_row(firs
     row, text = metric["worst"]["row"], metric["worst"]["text"]
     sentence = f"fail: output.rel_l2 {metric['value']:.3g}, allowed 0 (case), worst row {row} ({text!r})"
     assert sentence in result.stdout.str()
-    assert f"Not proved: {NAME}-ort (fail)." in result.outlines
+    assert f"Disproved: {NAME}-ort (fail)." in result.outlines
 
 
 def test_error_fails_the_test_with_its_stage_and_reason(pytester: pytest.Pytester) -> None:

@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -164,6 +165,35 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, Array]:
         # "auto" would look up embeddings on the hub
         saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: tensor.detach().cpu().numpy().copy() for key, tensor in saved.items()}
+
+
+def without_base_layers(tensors: Mapping[str, Array], model: Any, name: str) -> dict[str, Array]:
+    """Return an adapter's tensors without the base's weights, which PEFT saves beside adapters of embeddings and heads.
+
+    Args:
+        tensors: by saved name.
+        model: the base, without an adapter.
+        name: of the adapter, for messages.
+
+    Raises:
+        ConfigError: such a weight is not the base's: the adapter was trained on another one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = {}
+    for key, array in tensors.items():
+        if ".base_layer." not in key:
+            own[key] = array
+            continue
+        weight = parameters.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if weight is None or weight.shape != array.shape:
+            ours = "none" if weight is None else list(weight.shape)
+            raise ConfigError(
+                f"adapter {name!r}: {key} has the shape {list(array.shape)}, the layer of this base {ours}: it was"
+                " trained on another base, or one with another vocabulary"
+            )
+        if not np.array_equal(weight.detach().float().numpy(), array):
+            raise ConfigError(f"adapter {name!r}: {key} is not the weight of this base: it was trained on another one")
+    return own
 
 
 def _boolean(options: Mapping[str, Any], key: str) -> bool:

@@ -15,10 +15,22 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.adapters.apply import adapter_tensors, apply_peft, load_adapter_tensors
+from qeff_validate.models.adapters.apply import (
+    adapter_tensors,
+    apply_peft,
+    load_adapter_tensors,
+    without_base_layers,
+)
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
+from qeff_validate.models.adapters.shared_lora import (
+    LoraLayers,
+    lora_layers,
+    not_shareable,
+    shared_options,
+    shared_tensors,
+)
 from qeff_validate.models.causal_lm.kv_cache import state_shapes
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.framework_calls import translated_errors
@@ -49,6 +61,7 @@ class AdaptedModel:
         adapters: tensors of ``base`` and of each adapter, by saved name.
         eos: token ids that end a text.
         own_adapters: the model was a PeftModel with adapters, which have been removed.
+        shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
     """
 
     model: Any
@@ -57,6 +70,7 @@ class AdaptedModel:
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
     own_adapters: bool = False
+    shared: Mapping[str, Any] | None = None
 
     def base_model(self) -> Any:
         """Return the model without adapters, None if it had its own; ``model`` must not be used afterwards."""
@@ -91,16 +105,33 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedM
     eos = _eos_ids(model)
     if not configs:
         return AdaptedModel(model, dims, {}, {BASE: {}}, eos)
-    _check_same_options(configs)
-    _refuse_unexportable(next(iter(configs.values())))
+    for config in configs.values():
+        _refuse_unexportable(config)
+    tensors = {name: without_base_layers(arrays, model, name) for name, arrays in tensors.items()}
+    difference = _option_difference(configs)
+    layers: dict[str, LoraLayers] = {}
+    shared: dict[str, Any] | None = None
+    if difference:
+        _check_shareable(configs, difference)
+        for name, config in configs.items():
+            layers[name], model = lora_layers(model, config)
+            _check_shapes(layers[name].shapes, {name: tensors[name]})
+        shared = shared_options(configs, layers)
+    config = next(iter(configs.values())) if shared is None else generate_peft_config(shared)
     base_logits = _probe_logits(model)
-    peft_model = apply_peft(model, with_default_init(next(iter(configs.values()))))
+    peft_model = apply_peft(model, with_default_init(config))
     _make_neutral(peft_model, base_logits)
     neutral = adapter_tensors(peft_model)
-    _check_shapes(neutral, tensors)
+    if shared is None:
+        _check_shapes(_shapes_of(neutral), tensors)
+    else:
+        tensors = {name: shared_tensors(arrays, layers[name], neutral) for name, arrays in tensors.items()}
     parameter_names = find_parameter_names(peft_model)
     _refuse_unequal_views(parameter_names, peft_model, tensors)
-    return AdaptedModel(peft_model, dims, parameter_names, {BASE: neutral, **tensors}, eos, own_adapters)
+    # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
+    parameter_names = dict(sorted(parameter_names.items()))
+    ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
+    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, own_adapters, shared)
 
 
 def _refuse_unexportable(config: PeftConfig) -> None:
@@ -197,15 +228,38 @@ def _detach_adapters(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[
     return configs, tensors, model.unload()
 
 
-def _check_same_options(configs: Mapping[str, PeftConfig]) -> None:
+def _option_difference(configs: Mapping[str, PeftConfig]) -> str:
+    """Return two adapters whose options differ, and how; empty if all have the same."""
     first, *others = configs
     wanted = _options_of(configs[first])
     for name in others:
         got = _options_of(configs[name])
         differing = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
         if differing:
-            said = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
-            raise ConfigError(f"adapters {first!r} and {name!r} cannot share a graph: {said}; give each a case")
+            values = "; ".join(f"{key}: {wanted.get(key)!r} and {got.get(key)!r}" for key in differing[:4])
+            return f"adapters {first!r} and {name!r} differ ({values})"
+    return ""
+
+
+def _check_shareable(configs: Mapping[str, PeftConfig], difference: str) -> None:
+    """Refuse adapters of different options that no single graph serves, and propose the groups that can be.
+
+    Raises:
+        ConfigError: an adapter is more than the product of two matrices.
+    """
+    reasons = {name: reason for name, config in configs.items() if (reason := not_shareable(config))}
+    if not reasons:
+        return
+    groups: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        key = repr(_options_of(config)) if name in reasons else "plain LoRA"
+        groups.setdefault(key, []).append(name)
+    cases = "; ".join(", ".join(names) for names in groups.values())
+    name, reason = next(iter(reasons.items()))
+    raise ConfigError(
+        f"{difference}, and cannot share a graph: {name!r} has {reason}, and only plain LoRA of different rank, scale"
+        f" and target modules can. Give each of these groups a case: {cases}"
+    )
 
 
 def _options_of(config: PeftConfig) -> dict[str, Any]:
@@ -214,9 +268,9 @@ def _options_of(config: PeftConfig) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in compared.items()}
 
 
-def _check_shapes(wanted: Tensors, others: Mapping[str, Tensors]) -> None:
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], others: Mapping[str, Tensors]) -> None:
     for adapter, tensors in others.items():
-        reason = key_differences(_shapes_of(tensors), _shapes_of(wanted))
+        reason = key_differences(_shapes_of(tensors), wanted)
         if reason:
             raise ConfigError(f"adapter {adapter!r}: {reason}")
 

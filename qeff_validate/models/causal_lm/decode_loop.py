@@ -70,7 +70,7 @@ def generate(
     """
     logits: list[Array] = []
     initial_state = in_dtypes(session, state or {})
-    batch, largest_chunk = _sizes(session, plan)
+    batch, largest_chunk = sizes(session, plan)
     chunk = chunk or largest_chunk
     ids = [plan.adapter] * len(prompts) if adapter_ids is None else list(adapter_ids)
     for start, rows in batches(session, prompts, plan):
@@ -84,7 +84,7 @@ def generate(
 
 def batches(session: Session, prompts: Sequence[Array], plan: Plan) -> Iterator[tuple[int, Sequence[Array]]]:
     """Yield the prompts of each batch with the index of the first."""
-    batch, _ = _sizes(session, plan)
+    batch, _ = sizes(session, plan)
     for start in range(0, len(prompts), batch):
         yield start, prompts[start : start + batch]
 
@@ -109,13 +109,14 @@ def in_dtypes(session: Session, feeds: Tensors) -> Tensors:
 
 def padding(session: Session, plan: Plan) -> Tensors:
     """Return the feeds of one step of padding only, which leaves the retained state unchanged."""
-    batch, _ = _sizes(session, plan)
+    batch, _ = sizes(session, plan)
     feeds: Tensors = {"input_ids": np.full((batch, 1), plan.pad), "position_ids": np.full((batch, 1), -1)}
     ids: Tensors = {"adapter_ids": np.zeros(batch)} if takes_ids(session) else {}
     return in_dtypes(session, {**feeds, **ids})
 
 
-def _sizes(session: Session, plan: Plan) -> tuple[int, int]:
+def sizes(session: Session, plan: Plan) -> tuple[int, int]:
+    """Return the rows of a run, and the tokens of a row in a prefill run."""
     if not session.shapes:
         return plan.batch_size, plan.prefill_seq_len
     batch, chunk = max((shapes["input_ids"][0], shapes["input_ids"][1]) for shapes in session.shapes)

@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qeff_validate.errors import ConfigError
+
+RECURRENT = "it keeps a recurrent or convolutional state, which is not served as retained state (keys and values are)"
+
+ATTENTION = frozenset({"attention", "chunked_attention", "full_attention", "mlp", "moe", "sliding_attention"})
+"""Types of layers that keep keys and values of each token, or nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class WriteIndices:
@@ -107,8 +114,8 @@ def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
 def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """Return the additive attention mask ``[batch, 1, seq_len, slots]`` in the form that the architecture takes.
 
-    A slot is visible to tokens at its position and later ones, within the sliding window if there is one. The result is
-    one mask if all layers have the same type, else a mask by type of layer.
+    A slot is visible to tokens at its position and later ones, within the sliding window or the chunk if there is one.
+    The result is one mask if all layers have the same type, else a mask by type of layer.
     """
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
@@ -123,9 +130,14 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     masks_by_type = {"full_attention": additive(full)}
     if "sliding_attention" in types and window:
         masks_by_type["sliding_attention"] = additive(full & (places > position_ids[..., None] - window))
+    chunk: int | None = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in types and chunk:
+        same_chunk = places // chunk == torch.div(position_ids[..., None], chunk, rounding_mode="floor")
+        masks_by_type["chunked_attention"] = additive(full & same_chunk)
     if len(types) > 1:
         return masks_by_type
-    return masks_by_type["sliding_attention" if types == {"sliding_attention"} else "full_attention"]
+    only = next(iter(types), "full_attention")
+    return masks_by_type.get(only, masks_by_type["full_attention"])
 
 
 def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
@@ -135,11 +147,31 @@ def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) ->
 
 
 def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return ``(heads, head_dim)`` of keys and of values for each layer, from a run of two tokens."""
+    """Return ``(heads, head_dim)`` of keys and of values for each layer, from a run of two tokens.
+
+    Raises:
+        ConfigError: the model keeps something else than keys and values of each token in each layer.
+    """
+    kind, config = type(model).__name__, model.config.get_text_config()
+    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    if types - ATTENTION:
+        raise ConfigError(f"{kind} is not supported: in layers of type {min(types - ATTENTION)} {RECURRENT}")
+    if any(hasattr(module, "build_alibi_tensor") for module in model.modules()):
+        raise ConfigError(
+            f"{kind} is not supported: it makes its position biases (ALiBi) from a two-dimensional mask, and the"
+            " exported graph masks by position ids"
+        )
     with torch.inference_mode():
         outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
+    layers = getattr(getattr(outputs, "past_key_values", None), "layers", None)
+    if layers is None:
+        raise ConfigError(f"{kind} is not supported: {RECURRENT}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ConfigError(f"{kind} is not supported: its last layers share keys and values with earlier ones")
     shapes = []
-    for layer in outputs.past_key_values.layers:
-        keys, values = layer.keys.shape, layer.values.shape
-        shapes.append(((keys[1], keys[3]), (values[1], values[3])))
+    for at, layer in enumerate(layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.ndim != 4 or values.ndim != 4:
+            raise ConfigError(f"{kind} is not supported: in layer {at} {RECURRENT}")
+        shapes.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])))
     return shapes

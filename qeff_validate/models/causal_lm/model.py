@@ -35,7 +35,17 @@ from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
-from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, RecordingChecked, Session
+from qeff_validate.protocols import (
+    Change,
+    ComparisonContext,
+    FaultTested,
+    Graph,
+    Prechecked,
+    RecordingChecked,
+    Session,
+    Timed,
+    Workload,
+)
 from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
 
 FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
@@ -60,6 +70,7 @@ class Prompts:
         eos: token ids that end a text.
         adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
         interface: sizes of the model that shape the graph.
+        shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
         notes: notes for the report.
         tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
     """
@@ -72,6 +83,7 @@ class Prompts:
     interface: Interface
     notes: tuple[str, ...] = ()
     tables: Mapping[str, int] = field(default_factory=dict)
+    shared: Mapping[str, Any] | None = None
 
     @property
     def labels(self) -> Sequence[str]:
@@ -84,7 +96,7 @@ class Prompts:
         return frozenset()
 
 
-class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
+class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed):
     """The model kind ``peft-causal-lm`` (graph interface: design §3).
 
     Args:
@@ -167,7 +179,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         self._loaded = adapted.base_model()
         notes = [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
-        about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters)}
+        about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
         weights = {
             f"inputs.{name}/{key}": array
             for name, tensors in adapted.adapters.items()
@@ -224,7 +236,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
         texts, notes = tuple(about.texts), tuple(about.notes)
-        return Prompts(ids, texts, about.pad, frozenset(about.eos), adapters, about.interface, notes, about.tables)
+        eos = frozenset(about.eos)
+        return Prompts(ids, texts, about.pad, eos, adapters, about.interface, notes, about.tables, about.shared)
 
     def interface(self, inputs: Prompts) -> Graph:
         """Return the interface of the graph that serves the adapters of the inputs."""
@@ -259,6 +272,18 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         """Return the adapter inputs of the graph: the tensors of one adapter, or the stack of all."""
         return stack_adapters(adapters) if self.options.mixed_batch else adapters[name]
 
+    def _specs(self, inputs: Prompts, *, served: bool = False) -> Mapping[str, str | Mapping[str, Any]]:
+        """Return the directory or the PEFT options of each adapter.
+
+        Args:
+            inputs: hold tensors of each adapter, for the shared layers if there are any.
+            served: those that fit the tensors of ``inputs``, not the user's directories.
+        """
+        named, shared = self.options.named(), inputs.shared
+        if shared is None:
+            return named
+        return {name: spec if isinstance(spec, str) and not served else shared for name, spec in named.items()}
+
     def module(self) -> tuple[Any, Tensors]:
         """Load the model, attach an adapter without effect, and wrap it."""
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
@@ -285,7 +310,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         sizes = [tokens.size for tokens in inputs.ids]
         refuse_frequencies_by_length(inputs.tables, [*sizes, self.reach(inputs)])
         model = self._take_model()
-        outputs = continuations(model, self.options.named(), inputs, self.options.max_new_tokens, dtype)
+        outputs = continuations(model, self._specs(inputs), inputs, self.options.max_new_tokens, dtype)
         self._loaded = model
         return outputs
 
@@ -295,7 +320,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
 
         texts = _split(reference["tokens"], reference["steps"])
         model = self._take_model()
-        yield from ensemble(model, self.options.named(), inputs, texts, precision)
+        yield from ensemble(model, self._specs(inputs), inputs, texts, precision)
         self._loaded = model
 
     def faulty_runs(
@@ -308,7 +333,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         for change in changes:
             by_level[change.level].append(change)
         model, texts = self._take_model(), _split(reference["tokens"], reference["steps"])
-        faulty = FaultyReference(model, self.options.named(), inputs, texts, dtype)
+        faulty = FaultyReference(model, self._specs(inputs, served=True), inputs, texts, dtype)
         yield from faulty.bodies(by_level["body"])
         yield from faulty.adapters(by_level["adapters"], reference["logits"])
         yield from faulty.logits(by_level["session"], reference["logits"])
@@ -323,6 +348,16 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         """
         run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
+
+    def workloads(self, session: Session, inputs: Prompts) -> Sequence[Workload]:
+        """Return the prefill of the shortest and the longest prompt, a decode step after each, and a swap of adapters.
+
+        Rows are full: no row of a batch is padding. A decode step is repeated at its position, which costs the same.
+        """
+        from qeff_validate.models.causal_lm.workloads import decoder_workloads
+
+        states = [self._served_tensors(inputs.adapters, name) for name in inputs.adapters]
+        return decoder_workloads(session, self._plan(inputs), np.concatenate(inputs.ids), states, self.options.ctx_len)
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
@@ -382,7 +417,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked):
         """Load the model again, and call a function of `causal_lm.reference` with it and an adapter."""
         if self.case.artifacts.reference is not None:
             raise IncomparableError("the reference is recorded, so there need be no original model here")
-        named = self.options.named()
+        named = self._specs(inputs, served=True)
         if adapter != BASE and adapter not in named:
             raise IncomparableError(
                 "the adapters of a model in memory are not put on another one: it is left unchanged"
@@ -399,6 +434,7 @@ class PromptsText(RowsText):
     eos: list[int]
     interface: Interface
     adapters: list[str]
+    shared: dict[str, Any] | None = None
 
 
 def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
@@ -406,7 +442,7 @@ def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[st
     adapters: dict[str, dict[str, Array]] = {name: {} for name in names}
     if BASE not in adapters:
         raise IncomparableError(f"tensor 'texts': adapters are {list(names)}, and {BASE!r} is not among them")
-    for key, array in stored.items():
+    for key, array in sorted(stored.items()):
         if key.startswith("inputs."):
             name, _, tensor = key.removeprefix("inputs.").rpartition("/")
             if name not in adapters:

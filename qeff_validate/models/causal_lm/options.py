@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qeff_validate.config.case import Length, Strict
+from qeff_validate.config.case import Length
+from qeff_validate.config.strict import Strict
 
 BASE = "base"
 """What the model without an adapter is called."""

@@ -32,11 +32,12 @@ from qeff_validate.models.embedding.pooling_config import PoolingConfig, publish
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.session_rows import largest_batch, run_rows
+from qeff_validate.models.session_rows import largest_batch, row_workloads, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
+from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
     Change,
@@ -48,6 +49,8 @@ from qeff_validate.protocols import (
     Session,
     Share,
     Sharing,
+    Timed,
+    Workload,
 )
 from qeff_validate.tensors import Array, Tensors, TensorSpec
 
@@ -64,7 +67,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -96,14 +99,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
     @property
     def folder(self) -> Path | None:
         """The model's directory; None if it has none."""
-        if isinstance(self.source, SentenceFolder):
+        if isinstance(self.source, (SentenceFolder, StaticFolder)):
             return self.source.root
         return self.source.path if isinstance(self.source, Folder) else None
 
     @cached_property
     def encode_settings(self) -> EncodeSettings:
         """What the files of sentence-transformers say of texts and vectors; defaults without them."""
-        return self.source.settings if isinstance(self.source, SentenceFolder) else EncodeSettings()
+        return self.source.settings if isinstance(self.source, (SentenceFolder, StaticFolder)) else EncodeSettings()
 
     @cached_property
     def prompt(self) -> str:
@@ -477,6 +480,11 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing):
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
         return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
+
+    def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
+        """Return one full batch, without padding, for each length and batch size that the session takes."""
+        options = self.options
+        return row_workloads(session, inputs, options.seq_len, options.batch_size, options.padding_side)
 
     def _batch_size(self, session: Session) -> int:
         return largest_batch(session, self.options.batch_size)

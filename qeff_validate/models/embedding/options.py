@@ -35,6 +35,7 @@ class EmbeddingOptions(RowOptions):
         description="put before every text, e.g. 'query: ', or the name of a prompt in the directory's files; null: the"
         " directory's default prompt, if it has one",
     )
+    route: str | None = Field(None, description="route of a Router in modules.json, e.g. query; null: its default")
     leave_out: list[str] = Field(
         [], description="kinds of modules in modules.json that are deliberately not validated, e.g. [Dense]"
     )

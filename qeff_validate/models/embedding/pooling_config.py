@@ -99,7 +99,7 @@ def resolve_pooling_config(
         return PoolingConfig(options.pooling or "mean", bool(options.normalize), options.truncate_dim)
     if folder is None or not is_sentence_directory(folder):
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
-    modules, settings = read_modules(folder, options.leave_out), encode_settings(folder)
+    modules, settings = read_modules(folder, options.leave_out, options.route), encode_settings(folder, options.route)
     layers, normalize = modules.layers, bool(options.normalize)
     truncate_dim = options.truncate_dim or settings.truncate_dim
     last_normalizes = bool(layers) and layers[-1].kind == "Normalize"
@@ -134,10 +134,12 @@ def published(folder: Path | None, options: EmbeddingOptions) -> dict[str, Any]:
         return settings
     with suppress(ConfigError):
         if not from_files(options, folder):
-            settings["left_out"] = [kind for kind in weighted_kinds(folder) if kind not in options.leave_out]
-        length = encode_settings(folder).max_seq_length
+            kinds = weighted_kinds(folder, options.route)
+            settings["left_out"] = [kind for kind in kinds if kind not in options.leave_out]
+        length = encode_settings(folder, options.route).max_seq_length
         settings |= {} if length is None else {"max_seq_length": length}
-        config = resolve_pooling_config(EmbeddingOptions(pooling="auto", leave_out=options.leave_out), folder)
+        auto = options.model_copy(update={"pooling": "auto", "normalize": None, "truncate_dim": None})
+        config = resolve_pooling_config(auto, folder)
         normalizes = config.normalize or any(layer.kind == "Normalize" for layer in config.layers)
         settings |= {"pooling": config.key()["pooling"], "normalize": normalizes}
     return settings

@@ -16,7 +16,7 @@ from qeff_validate.models.sources.sentence_directory import (
     TOKENS,
     TRANSFORMER_CONFIGS,
     Layer,
-    transformer_folder,
+    first_module,
 )
 
 LAYERS = ("Dense", "LayerNorm", "Normalize")
@@ -89,7 +89,7 @@ def read_multi_vector(root: Path) -> MultiVectorModules:
             )
     if mask.get("keep_only_token_ids"):
         raise ConfigError(f"{root / MODULES}: a MultiVectorMask with keep_only_token_ids is not supported")
-    folder = transformer_folder(root)
+    folder = first_module(root)[1]
     file = next((folder / name for name in TRANSFORMER_CONFIGS if os.path.lexists(folder / name)), None)
     config = {} if file is None else read_object(file)
     return MultiVectorModules(

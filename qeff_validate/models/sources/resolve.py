@@ -51,10 +51,11 @@ from qeff_validate.models.sources.gguf import Gguf
 from qeff_validate.models.sources.sentence_directory import (
     EncodeSettings,
     encode_settings,
+    first_module,
     is_sentence_directory,
-    transformer_folder,
 )
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
+from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
 from qeff_validate.models.sources.text_encoders import TextEncoder
 from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, hashed_words, tokenize_with
@@ -224,16 +225,18 @@ class SentenceFolder(Folder):
     Attributes:
         path: the directory of the Transformer module.
         root: the directory with ``modules.json``; the same, or the one above.
+        route: of a Router that the Transformer is part of; None: its default.
         task: what the Transformer module is loaded for, as its files name it.
     """
 
     root: Path
+    route: str | None = None
     task: str = "feature-extraction"
 
     @cached_property
     def settings(self) -> EncodeSettings:
         """What the files say of texts and vectors."""
-        return encode_settings(self.root, self.task)
+        return encode_settings(self.root, self.route, self.task)
 
     def body_key(self) -> Mapping[str, Any]:
         """Return digests of the configs, the weights and the files of sentence-transformers."""
@@ -393,14 +396,17 @@ def _gguf(path: Path, case: Case) -> Gguf:
     return Gguf(path)
 
 
-def _folder(path: Path, case: Case) -> Folder:
+def _folder(path: Path, case: Case) -> Source:
     if not path.is_dir():
         raise ConfigError(f"case {case.name!r}: directory {path} does not exist (source {case.source!r})")
     with named(case):
-        body = transformer_folder(path)
+        route = case.options.get("route")
+        kind, body = first_module(path, route)
+        if kind == "StaticEmbedding":
+            return StaticFolder(body, path, route)
         config, stored = check_directory(body), tensors(weight_files(body))
         check_sizes(config, str(body / CONFIG), stored=len(stored))
-    return SentenceFolder(body, path) if is_sentence_directory(path) else Folder(body)
+    return SentenceFolder(body, path, route) if is_sentence_directory(path) else Folder(body)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.models.sources.checkpoint import MODULES, modules, read_object
+from qeff_validate.models.sources.checkpoint import MODULES, inside, modules, read_object
 
 MODES: Mapping[str, str] = {
     "cls": "cls",
@@ -49,7 +49,13 @@ VECTOR = "sentence_embedding"
 TOKENS = "token_embeddings"
 """Names of the features that modules read and write."""
 
-SUPPORTED = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "WeightedLayerPooling", "Dropout")
+FIRST = ("Transformer", "StaticEmbedding")
+"""Modules that read tokens."""
+
+ROUTERS = ("Router", "Asym")
+"""Modules that are made of others; ``Asym`` is the name before version 5."""
+
+SUPPORTED = (*FIRST, "Pooling", "Dense", "LayerNorm", "Normalize", "WeightedLayerPooling", "Dropout")
 
 TASKS: Mapping[str, str] = {
     "feature-extraction": "embedding or multi-vector",
@@ -127,22 +133,59 @@ def is_sentence_directory(folder: Path | None) -> bool:
     return folder is not None and os.path.lexists(folder / MODULES)
 
 
-def transformer_folder(folder: Path) -> Path:
-    """Return the directory of the Transformer module: the directory itself, or a part of it in older layouts.
+def module_list(folder: Path, route: str | None = None) -> list[tuple[str, Path]]:
+    """Return kind and directory of each module, with those of one route in the place of a Router.
+
+    Args:
+        folder: a directory, whether or not it has a ``modules.json``.
+        route: the route of a Router; None: its default.
 
     Raises:
-        ConfigError: ``modules.json`` is broken, or its first module is no Transformer.
+        ConfigError: a file is broken, or the Router has no such route.
     """
-    entries = modules(folder)
+    kinds: list[tuple[str, Path]] = []
+    for name, path in modules(folder):
+        kind = name.rpartition(".")[2]
+        kinds += _route(path, route) if kind in ROUTERS else [(kind, path)]
+    return kinds
+
+
+def _route(folder: Path, route: str | None) -> list[tuple[str, Path]]:
+    path = next((folder / name for name in ("router_config.json", "config.json") if (folder / name).is_file()), None)
+    if path is None:
+        raise ConfigError(f"{folder} holds no router_config.json, which says what its routes are")
+    config = read_object(path)
+    routes, types = config.get("structure"), config.get("types")
+    if not isinstance(routes, dict) or not isinstance(types, dict):
+        raise ConfigError(f"{path} names no structure and types of modules")
+    chosen = route or (config.get("parameters") or {}).get("default_route")
+    if chosen not in routes:
+        asked = "which one is to be validated" if chosen is None else f"and none is called {chosen!r}"
+        raise ConfigError(f"{path} has the routes {', '.join(sorted(routes))}, {asked}: say options: {{route: NAME}}")
+    return [(str(types.get(name, "")).rpartition(".")[2], inside(folder, name, path)) for name in routes[chosen]]
+
+
+def first_module(folder: Path, route: str | None = None) -> tuple[str, Path]:
+    """Return kind and directory of the module that reads tokens: a Transformer or a StaticEmbedding.
+
+    Without a ``modules.json`` the directory itself is a Transformer.
+
+    Raises:
+        ConfigError: a file is broken, or the first module is another one.
+    """
+    entries = module_list(folder, route)
     if not entries:
-        return folder
-    kind = _kind(entries[0][0])
-    if kind not in ("Transformer", "MLMTransformer"):
-        raise ConfigError(f"{folder / MODULES} begins with a {kind} module; a Transformer module is needed")
-    return entries[0][1]
+        return "Transformer", folder
+    if entries[0][0] == "MLMTransformer":  # a name before version 5.4
+        return "Transformer", entries[0][1]
+    if entries[0][0] not in FIRST:
+        raise ConfigError(
+            f"{folder / MODULES} begins with a {entries[0][0]} module; {' and '.join(FIRST)} are supported there"
+        )
+    return entries[0]
 
 
-def read_modules(folder: Path, leave_out: Collection[str] = ()) -> SentenceModules:
+def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | None = None) -> SentenceModules:
     """Return the modules of a directory, without some kinds.
 
     Raises:
@@ -152,8 +195,7 @@ def read_modules(folder: Path, leave_out: Collection[str] = ()) -> SentenceModul
     after: list[Layer] = []
     poolings: tuple[str, ...] = ()
     include_prompt = True
-    for name, path in modules(folder):
-        kind = _kind(name)
+    for kind, path in module_list(folder, route):
         if kind in leave_out:
             continue
         if kind not in SUPPORTED:
@@ -161,7 +203,9 @@ def read_modules(folder: Path, leave_out: Collection[str] = ()) -> SentenceModul
                 f"{folder / MODULES} has a {kind} module, which is not supported; supported are {', '.join(SUPPORTED)}."
                 f" Name a pooling and leave_out: [{kind}] to validate the model without it"
             )
-        if kind in ("Transformer", "Dropout"):
+        if kind == "StaticEmbedding":
+            poolings = ("mean",)
+        if kind in (*FIRST, "Dropout"):
             continue
         config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
         if kind == "Pooling":
@@ -180,21 +224,22 @@ def read_modules(folder: Path, leave_out: Collection[str] = ()) -> SentenceModul
     return SentenceModules(tuple(before), poolings, include_prompt, tuple(after))
 
 
-def weighted_kinds(folder: Path) -> list[str]:
+def weighted_kinds(folder: Path, route: str | None = None) -> list[str]:
     """Return the kinds of modules that change a vector in more than its length, beside Transformer and Pooling.
 
     Raises:
         ConfigError: ``modules.json`` is broken.
     """
-    plain = ("Transformer", "Pooling", "Normalize", "Dropout")
-    return [kind for kind in (_kind(name) for name, _ in modules(folder)) if kind not in plain]
+    plain = (*FIRST, "Pooling", "Normalize", "Dropout")
+    return [kind for kind, _ in module_list(folder, route) if kind not in plain]
 
 
-def encode_settings(folder: Path, task: str = "feature-extraction") -> EncodeSettings:
+def encode_settings(folder: Path, route: str | None = None, task: str = "feature-extraction") -> EncodeSettings:
     """Return the settings of a directory; defaults where there are no files.
 
     Args:
         folder: with ``modules.json``, or without.
+        route: the route of a Router; None: its default.
         task: what the Transformer module must be loaded for, as its files name it.
 
     Raises:
@@ -209,7 +254,7 @@ def encode_settings(folder: Path, task: str = "feature-extraction") -> EncodeSet
         raise ConfigError(
             f"{folder / SETTINGS}: default_prompt_name {default!r} is none of the prompts {sorted(prompts)}"
         )
-    transformer = transformer_folder(folder)
+    transformer = first_module(folder, route)[1]
     path = next((transformer / name for name in TRANSFORMER_CONFIGS if os.path.lexists(transformer / name)), None)
     config = {} if path is None else read_object(path)
     saved = config.get("transformer_task", task)
@@ -247,10 +292,6 @@ def resolve_prompt(prompt: str | None, settings: EncodeSettings) -> str:
             f" {', '.join(sorted(settings.prompts))}; a text of your own ends with a space or a colon"
         )
     return prompt
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _options(config: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

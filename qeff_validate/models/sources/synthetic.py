@@ -25,6 +25,9 @@ from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, toke
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # values of published models that differ from the defaults of transformers
+    # head_dim is that of the rotary part (`shrink.CAPS`)
+    "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": {"head_dim": 8},
     "deberta-v2": {
         "norm_rel_ebd": "layer_norm",
         "pos_att_type": ["p2c", "c2p"],
@@ -44,6 +47,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "residual_multiplier": 0.5,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 2},
     "nemotron": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},

@@ -13,7 +13,7 @@ from qeff_validate.comparison.bounds import bounds_for
 from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare
-from qeff_validate.config.case import Strict
+from qeff_validate.config.strict import Strict
 from qeff_validate.models.row_model import RowModel
 from qeff_validate.mutation.mutant import ModuleMutant, Patch
 from qeff_validate.protocols import ComparisonContext, Graph, ModelKind, Session
@@ -106,6 +106,7 @@ SCORER = ModelKind(
     metrics=(*VECTOR_METRICS, MARGIN),
     relations=("opposite_order",),
     mutants=("scorer_kind:MUTANTS",),
+    quantities=("latency",),
 )
 
 

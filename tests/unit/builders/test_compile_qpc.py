@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from bounds import close
 from onnx import TensorProto, helper
 
 from qeff_validate.artifact import Artifact
@@ -93,6 +94,7 @@ def test_precision_flags_are_refused_in_compile_flags() -> None:
     assert {"mxfp6-matmul", "custom-IO-list-file"} <= RESERVED_FLAGS
 
 
+@pytest.mark.numeric
 def test_program_for_two_cards_runs_on_two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAIC_SIM_DEVICES", "2")
     options = Compile(num_cores=3, num_devices=2)
@@ -102,7 +104,7 @@ def test_program_for_two_cards_runs_on_two_cards(tmp_path: Path, monkeypatch: py
     provenance = {"key": {"compile": {"options": options.model_dump(mode="json")}}}
     x = np.linspace(0, 1, 128, dtype=np.float32).reshape(2, 64)
     with runtime("sim").open(Artifact("qpc", tmp_path / "qpc", "0" * 64, provenance)) as session:
-        np.testing.assert_allclose(session.run({"x": x})["y"], np.cos(x), rtol=1e-6)
+        close(session.run({"x": x})["y"], np.cos(x), rtol=5e-6)
     monkeypatch.setenv("QAIC_SIM_DEVICES", "1")
     with (
         pytest.raises(Unavailable, match="is compiled for 2 cards, and 1 are Ready"),

@@ -106,7 +106,7 @@ def test_the_closing_says_what_was_proved_and_what_was_not() -> None:
     text = " ".join(report.closing())
     assert "Proved: ort agrees" in text
     assert "a simulated AI 100" in text
-    assert "Not proved: c-torch (fail)" in text
+    assert "Disproved: c-torch (fail)" in text
     assert "Not proved: anything on a real AI 100 card" in text
     real = Report((result("pass", "ai100"),))
     assert "Not proved" not in " ".join(real.closing())
@@ -157,3 +157,59 @@ def test_a_notebook_gets_a_table() -> None:
 
 def test_finite_goes_through_everything() -> None:
     assert finite({1: [math.nan, (math.inf, 2)]}) == {"1": ["nan", ["inf", 2]]}
+
+
+def own(value: float, **more: Any) -> Result:
+    bound = Bound(0.9, "case", "the card is new", 1e-6)
+    gate = GateResult(Metric("output.rel_l2", value, {"row": 0, "text": "a"}), bound)
+    return result(metrics=(gate,), **more)
+
+
+def test_pass_within_a_bound_of_the_cases_own_is_never_proved() -> None:
+    closing = Report((own(0.1, power=Power(16, ("a", "b"))),)).closing()
+    assert not any(line.startswith("Proved") for line in closing)
+    assert closing[0] == (
+        "Not proved: c-ort passes within the case's own bound rel_l2 <= 0.9, 900,000 x the noise (why: the card is new)"
+        "; 2 of 16 faults would pass."
+    )
+
+
+def test_results_that_are_neither_are_not_settled() -> None:
+    closing = Report((result("inconclusive"), result("error", "sim"))).closing()
+    assert "Not settled: c-ort (inconclusive), c-sim (error)." in closing
+
+
+def test_table_of_eighty_columns_loses_no_digit(capsys: pytest.CaptureFixture[str]) -> None:
+    import io
+
+    from rich.console import Console
+
+    gate = GateResult(
+        Metric("output.max_abs_rms", 5.04e-06, {"row": 0, "text": "a text"}), Bound(5e-5, "floor", "x", 1e-6)
+    )
+    report = Report((result(metrics=(gate,), power=Power(16)),))
+    for width in (80, 200):
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        console.print(report.table(width=width))
+        text = console.file.getvalue()
+        assert "max_abs_rms 5.04e-06 of 5.00e-05" in text
+        assert max(map(len, text.splitlines())) <= width
+    assert "worst row" in text, "a wide table has all columns"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "cell"),
+    [
+        ([("flips", 0.0, 0.0), ("cosine", 1e-12, 1e-9)], "1-cosine 1.00e-12 of 1.00e-09"),
+        ([("flips", 0.0, 0.0)], "flips 0 of 0"),
+        ([("flips", 2.0, 0.0), ("cosine", 1e-12, 1e-9)], "flips 2 of 0"),
+    ],
+)
+def test_nearest_bound_is_the_nearest_and_exact_ones_show(metrics: list[Any], cell: str) -> None:
+    from qeff_validate.report.text import row_cells
+
+    gates = tuple(
+        GateResult(Metric(f"output.{name}", value, {"row": 0, "text": "a"}), Bound(bound, "exact", "x"))
+        for name, value, bound in metrics
+    )
+    assert row_cells(result(metrics=gates))[4] == cell

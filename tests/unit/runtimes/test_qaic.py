@@ -360,3 +360,16 @@ def test_who_waits_for_a_card_says_so_and_gets_it(
         assert caplog.messages == ["waiting for card 3, which another process holds"]
         assert free(tmp_path) == [1]
     assert free(tmp_path) == [1, 3]
+
+
+def test_two_programs_that_are_timed_in_turns_share_a_card_which_others_do_not_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qaic_cards.tempfile, "gettempdir", lambda: str(tmp_path))
+    with qaic_cards.shared_cards(), qaic_cards.exclusive_cards([3]):
+        with qaic_cards.exclusive_cards([1, 3]):
+            assert free(tmp_path) == []
+        assert free(tmp_path) == [1]
+        with qaic_cards.exclusive_cards([1]):
+            assert free(tmp_path) == []
+    assert free(tmp_path) == [1, 3]

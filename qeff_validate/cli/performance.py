@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands ``perf`` and ``baseline {save,list,show}``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, select_cases, split_list
+from qeff_validate.cli.options import device_ids as parse_ids
+from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.errors import ConfigError
+from qeff_validate.report.report import DEFAULT_DIR
+from qeff_validate.report.timings import HEAD, TimedEntry, timing_closing, timing_lines, timing_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qeff_validate.report.report import Report
+
+EPILOG = (
+    "Exit codes: 0 every budget and limit holds, or nothing was to be judged · 1 one does not, or noise hides it · "
+    "2 wrong usage or config · 3 an error, or nothing was timed · 130 interrupted."
+)
+
+app = typer.Typer(help="Save, list or show baselines: what a run gave, under a name.", no_args_is_help=True)
+
+Directory = Annotated[
+    Path | None, typer.Option("--directory", help="of baselines; default: baselines/ beside --config, else here")
+]
+BesideConfig = Annotated[Path | None, typer.Option("--config", help="baselines/ beside this config")]
+Name = Annotated[str, typer.Argument(help="name of the baseline")]
+
+
+def perf(
+    configs: Configs,
+    case: CaseNames = None,
+    runtimes: Annotated[str | None, typer.Option(help="instead of the cases' own, e.g. ort,ai100")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="a config or bundle, which is run beside; or a report or baseline with timings"),
+    ] = None,
+    report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
+    run_timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a launch may take beyond 600")] = 600,
+    sdk: SdkPrefix = None,
+    store: StoreDir = None,
+    allow_inconclusive: Annotated[bool, typer.Option("--allow-inconclusive", help="do not fail on these")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time cases on runtimes, and judge them against their budgets and against a baseline.
+
+    Examples: [bold]qeff-validate perf configs/performance.yaml[/]
+    and, against another version, [bold]qeff-validate perf new.yaml --against old.yaml[/]
+    """
+    from qeff_validate.engine import load
+    from qeff_validate.engine import perf as measure
+    from qeff_validate.folders import check_writable
+    from qeff_validate.protocols import Settings
+    from qeff_validate.report.writers import remove_reports
+
+    check_writable(report, "--report")
+    cases = select_cases(load(configs), case or [])
+    names = split_list(runtimes) if runtimes is not None else None
+    if names is not None and not names:
+        raise ConfigError("--runtimes names no runtime")
+    settings = Settings(sdk=sdk, device_ids=parse_ids(device_ids), run_timeout_s=run_timeout)
+    progress = TerminalProgress(verbose)
+    made = measure(cases, names, against=against, store=store, settings=settings, progress=progress)
+    remove_reports(report)  # only now: it may be what this run was compared with
+    made.write(report)
+    console().print(timings_table(made.results))
+    for text in (*timing_lines(made.results), *made.problems(), *timing_closing(made.results)):
+        print_text(text)
+    print_text(f"report: {report / 'report.json'}, {report / 'report.md'}")
+    raise typer.Exit(exit_code(made, allow_inconclusive=allow_inconclusive))
+
+
+def exit_code(report: Report, *, allow_inconclusive: bool = False) -> int:
+    """Return the exit code of a report of timings; what was measured and had no budget is no failure."""
+    states = [result.status for result in report.results]
+    if any(result.status == "error" and result.stage == "config" for result in report.results):
+        return 2
+    if "fail" in states or ("inconclusive" in states and not allow_inconclusive):
+        return 1
+    return 3 if "error" in states or not any(result.performance for result in report.results) else 0
+
+
+def timings_table(results: Sequence[TimedEntry]) -> Table:
+    """Return a rich table with a row for each workload."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*HEAD, box=None, header_style="bold", pad_edge=False)
+    for cells in timing_rows(results):
+        table.add_row(*map(escape, cells))
+    return table
+
+
+@app.command()
+def save(
+    name: Name,
+    report: Annotated[
+        list[Path] | None, typer.Option(help=f"report.json or its directory; repeatable; default: {DEFAULT_DIR}")
+    ] = None,
+    config: BesideConfig = None,
+    directory: Directory = None,
+) -> None:
+    """Save metrics and timings of reports under a name, in one file that can be committed.
+
+    Example: [bold]qeff-validate baseline save v1 --report qv-report --config configs/quickstart.yaml[/]
+    """
+    from qeff_validate.report.baseline import read_report, save_baseline
+
+    reports = [read_report(path) for path in report or [Path(DEFAULT_DIR)]]
+    print_text(f"baseline {name}: {save_baseline(folder(config, directory), name, reports)}")
+
+
+@app.command("list")
+def list_baselines(config: BesideConfig = None, directory: Directory = None) -> None:
+    """List the baselines of a directory."""
+    from qeff_validate.report.baseline import baseline_files, parse_baseline
+
+    for path in baseline_files(folder(config, directory)):
+        results = parse_baseline(path).results
+        timed = sum(entry.performance is not None for entry in results)
+        print_text(f"{path.stem:20} {len(results)} results, {timed} with timings  {path}")
+
+
+@app.command()
+def show(name: Name, config: BesideConfig = None, directory: Directory = None) -> None:
+    """Show the values of a baseline."""
+    from qeff_validate.report.baseline import read_baseline
+
+    baseline = read_baseline(folder(config, directory), name)
+    for entry in baseline.results:
+        simulated = " (simulated)" if entry.simulated else ""
+        print_text(f"{entry.case}-{entry.runtime}{simulated}: {entry.status}, {entry.precision or 'timings'}")
+        for metric, value in entry.metrics.items():
+            print_text(f"  {metric:30} {value if isinstance(value, str) else format(value, '.4g')}")
+    if any(entry.performance for entry in baseline.results):
+        console().print(timings_table(baseline.results))
+
+
+def folder(config: Path | None, directory: Path | None) -> Path:
+    """Return the directory of baselines."""
+    from qeff_validate.report.baseline import FOLDER
+
+    return directory or (config.parent if config is not None else Path()) / FOLDER

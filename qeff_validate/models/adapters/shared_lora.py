@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters of different rank, scale and target modules as inputs of one graph.
+
+The graph has LoRA layers of the greatest rank in the union of all target modules, with scale 1. The tensors of an
+adapter are padded with zeros, its own scale is multiplied into B, and a module that it does not adapt has zeros. All
+this leaves ``scale·B·A·x`` of the adapter unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.adapters.apply import adapter_tensors, apply_peft
+from qeff_validate.tensors import Array, Tensors
+
+OTHER_PRODUCTS = (
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "megatron_config", "target_parameters",
+    "trainable_token_indices", "use_dora",
+)  # fmt: skip
+"""Options of LoRA with which a layer computes something else than the product of two matrices."""
+
+FACTOR = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayers:
+    """The LoRA layers that a config gives a model.
+
+    Attributes:
+        ranks: rank of each module, by its name.
+        scales: factor on ``B·A``, by the module's name.
+        shapes: of the tensors that PEFT saves, by saved name.
+    """
+
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def not_shareable(config: PeftConfig) -> str:
+    """Return why an adapter cannot share a graph with others of different options; empty if it can."""
+    if not isinstance(config, LoraConfig):
+        return f"method {str(config.peft_type).rpartition('.')[2].lower()}"
+    used = [option for option in OTHER_PRODUCTS if getattr(config, option, None)]
+    return f"option {used[0]}" if used else ""
+
+
+def lora_layers(model: Any, config: PeftConfig) -> tuple[LoraLayers, Any]:
+    """Return the layers that a config gives a model, and the model without them.
+
+    Args:
+        model: a causal LM; it is changed in place and restored.
+        config: of LoRA.
+
+    Raises:
+        ConfigError: the config does not fit the model.
+    """
+    peft_model = apply_peft(model, config)
+    ranks, scales = {}, {}
+    for name, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            ranks[name], scales[name] = module.r["default"], float(module.scaling["default"])
+    shapes = {name: array.shape for name, array in adapter_tensors(peft_model).items()}
+    return LoraLayers(ranks, scales, shapes), peft_model.unload()
+
+
+def shared_options(configs: Mapping[str, PeftConfig], layers: Mapping[str, LoraLayers]) -> dict[str, Any]:
+    """Return the options of the layers that serve all adapters, for `generate_peft_config`; their scale is 1.
+
+    Raises:
+        ConfigError: one adapter has LoRA on a module that another one replaces as a whole.
+    """
+    rank = max(rank for each in layers.values() for rank in each.ranks.values())
+    modules = sorted({name for each in layers.values() for name in each.ranks})
+    saved = sorted({name for config in configs.values() for name in getattr(config, "modules_to_save", None) or ()})
+    for adapter, each in layers.items():
+        both = sorted(name for name in each.ranks if name.rpartition(".")[2] in saved or name in saved)
+        if both:
+            whole = next(name for name, config in configs.items() if getattr(config, "modules_to_save", None))
+            raise ConfigError(
+                f"adapter {whole!r} replaces {both[0]} (modules_to_save), on which {adapter!r} has LoRA, so they cannot"
+                " share a graph: give each a case"
+            )
+    fan = {"fan_in_fan_out": True} if any(getattr(c, "fan_in_fan_out", False) for c in configs.values()) else {}
+    to_save = {"modules_to_save": saved} if saved else {}
+    return {"peft_method": "lora", "r": rank, "lora_alpha": rank, "target_modules": modules, **to_save, **fan}
+
+
+def shared_tensors(tensors: Tensors, layers: LoraLayers, neutral: Tensors) -> dict[str, Array]:
+    """Return the tensors of an adapter for the shared layers.
+
+    Args:
+        tensors: of the adapter, by saved name.
+        layers: what its config gives the model.
+        neutral: of an adapter of the shared layers without effect, by saved name.
+
+    Raises:
+        ConfigError: a tensor has no place in the shared layers.
+    """
+    strange = sorted(tensors.keys() - neutral.keys())
+    if strange:
+        raise ConfigError(f"the shared graph has no place for the adapter's tensor {strange[0]!r}")
+    return {name: _shared(name, tensors.get(name), layers, array) for name, array in neutral.items()}
+
+
+def _shared(name: str, array: Array | None, layers: LoraLayers, neutral: Array) -> Array:
+    match = FACTOR.search(name)
+    if match is None:
+        return neutral if array is None else array  # a whole module (modules_to_save): the base's, or the adapter's
+    if array is None:
+        return np.zeros_like(neutral)
+    axis = 0 if match["factor"] == "A" else 1
+    missing = neutral.shape[axis] - array.shape[axis]
+    padded = np.pad(array, [(0, missing) if axis == at else (0, 0) for at in range(array.ndim)])
+    if match["factor"] == "A":
+        return padded
+    module = name[: match.start()].removeprefix("base_model.model.")
+    scaled: Array = np.asarray(padded * np.float32(layers.scales[module]), dtype=array.dtype)
+    return scaled
