@@ -19,6 +19,7 @@ MOST = 3
 """Maximum number of examples of each difference."""
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+VOCABULARY = re.compile(r"(embed\w*|wte|lm_head|word_embeddings)\.(modules_to_save\.\w+\.)?weight$")
 RANKED = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 NEEDS = "the adapter has {theirs}, the config on this model gives {ours}"
 
@@ -64,6 +65,15 @@ def _shapes(theirs: Shapes, ours: Shapes) -> Iterator[str]:
             f"shape: {count} tensors have rank {pair[0]}, the config gives rank {pair[1]} (r, rank_pattern): {name}:"
             f" {NEEDS.format(theirs=list(theirs[name]), ours=list(ours[name]))}"
         )
+    grown = [name for name in others if VOCABULARY.search(name) and differing[name][0][1:] == differing[name][1][1:]]
+    if grown:
+        got, wanted = differing[grown[0]]
+        yield (
+            f"vocabulary: the adapter was trained with {got[0]} tokens, the model has {wanted[0]} ({grown[0]}): resize"
+            f" the base with model.resize_token_embeddings({got[0]}), save it beside the adapter's tokenizer, and name that"
+            " directory as the source"
+        )
+    others = [name for name in others if name not in grown]
     if others:
         name = others[0]
         yield (

@@ -236,7 +236,7 @@ class SentenceFolder(Folder):
     @cached_property
     def settings(self) -> EncodeSettings:
         """What the files say of texts and vectors."""
-        return encode_settings(self.root, self.route, self.task)
+        return encode_settings(self.root, self.route, task=self.task)
 
     def body_key(self) -> Mapping[str, Any]:
         """Return digests of the configs, the weights and the files of sentence-transformers."""

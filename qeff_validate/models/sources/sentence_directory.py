@@ -49,7 +49,7 @@ VECTOR = "sentence_embedding"
 TOKENS = "token_embeddings"
 """Names of the features that modules read and write."""
 
-FIRST = ("Transformer", "StaticEmbedding")
+FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
 """Modules that read tokens."""
 
 ROUTERS = ("Router", "Asym")
@@ -176,8 +176,6 @@ def first_module(folder: Path, route: str | None = None) -> tuple[str, Path]:
     entries = module_list(folder, route)
     if not entries:
         return "Transformer", folder
-    if entries[0][0] == "MLMTransformer":  # a name before version 5.4
-        return "Transformer", entries[0][1]
     if entries[0][0] not in FIRST:
         raise ConfigError(
             f"{folder / MODULES} begins with a {entries[0][0]} module; {' and '.join(FIRST)} are supported there"
@@ -234,12 +232,12 @@ def weighted_kinds(folder: Path, route: str | None = None) -> list[str]:
     return [kind for kind, _ in module_list(folder, route) if kind not in plain]
 
 
-def encode_settings(folder: Path, route: str | None = None, task: str = "feature-extraction") -> EncodeSettings:
+def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
     """Return the settings of a directory; defaults where there are no files.
 
     Args:
         folder: with ``modules.json``, or without.
-        route: the route of a Router; None: its default.
+        route: of a Router; None: its default.
         task: what the Transformer module must be loaded for, as its files name it.
 
     Raises:

@@ -90,11 +90,15 @@ class StaticFolder:
         raise ConfigError(f"{self.root} holds a StaticEmbedding, and that generates no text: say model: embedding")
 
     def with_head(self, auto: str) -> Any:  # noqa: ARG002
-        """Refuse: a table has no head; raises like `causal_lm`."""
-        raise ConfigError(f"{self.root} holds a StaticEmbedding, and that has no head: say model: embedding")
+        """Refuse: a table has no head.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.root} holds a StaticEmbedding, which has no head: say model: embedding")
 
     def model_config(self) -> Any:
-        """Refuse: a table has no config; raises like `causal_lm`."""
+        """Refuse: there is no transformers config; raises like `with_head`."""
         return self.with_head("")
 
     def pretrained_tokenizer(self) -> None:

@@ -116,6 +116,13 @@ def test_another_width_is_another_base(saved: Path) -> None:
     assert "the adapter has [4, 32], the config on this model gives [4, 64]" in text
 
 
+def test_grown_vocabulary_is_told_with_its_remedy(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = save(tmp_path / "grown", llama(vocab_size=65), **options)
+    with pytest.raises(ConfigError, match=r"trained with 65 tokens, the model has 64 .*resize_token_embeddings\(65\)"):
+        attach(llama(), {"a": str(folder)})
+
+
 def test_a_layer_that_the_base_does_not_have(saved: Path) -> None:
     text = refusal(str(saved), llama(num_hidden_layers=1))
     assert "layers: the adapter reaches layer 1, and this model's last layer with an adapter is 0, so 4 tensors" in text
