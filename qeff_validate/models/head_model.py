@@ -25,20 +25,20 @@ from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_options import HeadOptions
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.session_rows import run_rows
+from qeff_validate.models.session_rows import row_workloads, run_rows
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.tokenizers import TokenizePair, join_pairs, tokenize_pairs_with
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, Session
+from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, Session, Timed, Workload
 from qeff_validate.tensors import Tensors, TensorSpec
 
 Text = tuple[str, str | None]
 """A text, or a pair of texts."""
 
 
-class HeadModel(FaultTested, Prechecked):
+class HeadModel(FaultTested, Prechecked, Timed):
     """Defaults for a model with a head.
 
     Args:
@@ -364,6 +364,11 @@ class HeadModel(FaultTested, Prechecked):
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
         return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
+
+    def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
+        """Return one full batch, without padding, for each length and batch size that the session takes."""
+        options = self.options
+        return row_workloads(session, inputs, options.seq_len, options.batch_size, options.padding_side)
 
     def relate(self, name: str, session: Session, inputs: TokenRows, context: ComparisonContext) -> Verdict:
         """Compare both sides of a relation of `row_relations`; the same compressed weights are read in both runs."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from qeff_validate.errors import RunError
 from qeff_validate.models.token_rows import TokenRows, batches, cut, padded
-from qeff_validate.protocols import Session
+from qeff_validate.protocols import Session, Workload
 from qeff_validate.tensors import Array, Tensors
 
 
@@ -60,3 +60,22 @@ def smallest_shape(session: Session, ids: Sequence[Array]) -> tuple[int, int]:
     if not fitting:
         raise RunError(f"no allowed shape holds {len(ids)} rows of {longest} tokens; allowed: {sorted(allowed)}")
     return min(fitting, key=lambda shape: shape[0] * shape[1])
+
+
+def row_workloads(
+    session: Session, rows: TokenRows, seq_len: Sequence[int], batch_size: int, side: str
+) -> list[Workload]:
+    """Return one full batch, without padding, for each length and batch size that the session takes.
+
+    A session without fixed shapes takes every length of the case with a batch of one row as well.
+    """
+    fixed = {(shapes["input_ids"][1], shapes["input_ids"][0]) for shapes in session.shapes}
+    free = {(length, batch) for length in seq_len for batch in (1, batch_size)}
+    tokens, dtypes = np.concatenate(rows.ids), {spec.name: spec.dtype for spec in session.inputs}
+    made = []
+    for length, batch in sorted(fixed or free):
+        full = np.split(np.resize(tokens, batch * length), batch)
+        known = padded(full, batch, length, pad=rows.pad, side=side)
+        feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
+        made.append(Workload(f"seq_len {length}, batch {batch}", "latency", (feeds,), rows=batch))
+    return made

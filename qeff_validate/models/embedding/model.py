@@ -32,13 +32,13 @@ from qeff_validate.models.embedding.pooling_config import PoolingConfig, publish
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.session_rows import largest_batch, run_rows
+from qeff_validate.models.session_rows import largest_batch, row_workloads, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.static_embedding import StaticFolder
-from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, padded, unpacked
+from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
@@ -482,20 +482,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
 
     def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
-        """Return one full batch, without padding, for each length and batch size that the session takes.
-
-        A session without fixed shapes takes every length of the case with a batch of one row as well.
-        """
-        fixed = {(shapes["input_ids"][1], shapes["input_ids"][0]) for shapes in session.shapes}
-        free = {(length, batch) for length in self.options.seq_len for batch in (1, self.options.batch_size)}
-        tokens, dtypes = np.concatenate(inputs.ids), {spec.name: spec.dtype for spec in session.inputs}
-        made = []
-        for length, batch in sorted(fixed or free):
-            rows = np.split(np.resize(tokens, batch * length), batch)
-            known = padded(rows, batch, length, pad=inputs.pad, side=self.options.padding_side)
-            feeds = {name: known[name].astype(dtype, copy=False) for name, dtype in dtypes.items() if name in known}
-            made.append(Workload(f"seq_len {length}, batch {batch}", "latency", (feeds,), rows=batch))
-        return made
+        """Return one full batch, without padding, for each length and batch size that the session takes."""
+        options = self.options
+        return row_workloads(session, inputs, options.seq_len, options.batch_size, options.padding_side)
 
     def _batch_size(self, session: Session) -> int:
         return largest_batch(session, self.options.batch_size)

@@ -114,6 +114,20 @@ def test_relations_hold(tmp_path: Path) -> None:
         assert (result.status, result.reason) == ("pass", ""), name
 
 
+def test_file_that_ends_in_logits_is_judged_without_the_activation(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, {"num_labels": 1}, {})
+    runner = Runner(store=tmp_path / "store")
+    case = reranker(folder, inputs={}, tolerance="table")
+    pairs = {"pairs": [[*pair] for pair in PAIRS]}
+    plain = qv.Case(**{**case.plain(), "model": "sequence-classification", "inputs": pairs})
+    artifacts = {"onnx": str(runner.pipeline(plain).onnx().path), "outputs": {"scores": "logits"}}
+    for activation, status in (("Identity", "pass"), (None, "fail")):
+        options = {**case.options, "activation": activation}
+        judged = qv.Case(**{**case.plain(), "options": options, "artifacts": artifacts})
+        result = runner.result(judged, "ort")
+        assert result.status == status, result.reason
+
+
 # --- wrong input -----------------------------------------------------------------------------------
 
 
