@@ -280,8 +280,10 @@ def _gate_output(
     worst = worst_row("mean_abs", errors.mean_abs)
     metrics.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
     if len(measured) >= 3 and "rel_l2" in bounds:
-        typical = bounds["rel_l2"].floor
-        noise = bounds["rel_l2"].value / NOISE_SHARE if typical is None else nan_max((typical, LEAST["rel_l2"] / 10))
+        bound = bounds["rel_l2"]
+        # a bound of the case's own says what is usual for it, whatever was measured
+        measured_noise = None if bound.source == "case" else bound.floor
+        noise = bound.value / NOISE_SHARE if measured_noise is None else nan_max((measured_noise, LEAST["rel_l2"] / 10))
         metrics += neighbour_metrics(wanted, got, noise=noise, seed=seed)
     results = []
     for metric in metrics:

@@ -300,7 +300,7 @@ def test_a_case_overrides_with_its_reason() -> None:
     override = {"rel_l2": 0.02, "why": "measured"}
     for floor in (None, made_floor()):
         bounds = bounds_for("fp16", floor=floor, override=override)
-        assert bounds["rel_l2"] == Bound(0.02, "case", "measured")
+        assert bounds["rel_l2"] == Bound(0.02, "case", "measured", None if floor is None else floor.level("rel_l2"))
         assert bounds["cosine"].source == ("fallback" if floor is None else "floor")
 
 
@@ -366,3 +366,15 @@ def test_bounds_of_a_case_that_accept_a_gross_fault_need_a_reason(tmp_path: Path
     assert any("which the case accepts: ranking alone counts" in finding for finding in report.results[0].findings)
     assert "Not proved: wide-ort passes within the case's own bound rel_l2 <= 0.9" in report.closing()[0]
     assert re.search(r"\(why: new\); \d+ of \d+ faults would pass", report.closing()[0])
+
+
+def test_neighbours_may_move_as_far_as_a_bound_of_the_cases_own_implies() -> None:
+    """A case that widens its bound is judged by that bound, not by the noise that was measured."""
+    rng = np.random.default_rng(0)
+    reference = clean()
+    noisy = reference * (1 + 4e-3 * rng.standard_normal(reference.shape)).astype(np.float32)
+    wide = {"rel_l2": 0.05, "cosine": 1e-3, "norm_ratio": 1e-2, "max_abs_rms": 0.1, "why": "int8"}
+    floor = made_floor({name: 1e-3 * value for name, value in EVEN.items()})
+    bounds = bounds_for("fp16", floor=floor, override=wide)
+    verdict = judge({"output": noisy}, bounds=bounds)
+    assert verdict.status == "pass", verdict.reason

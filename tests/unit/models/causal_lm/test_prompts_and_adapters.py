@@ -23,8 +23,6 @@ from qeff_validate.models.sources.synthetic import Random
 LORA = {"peft_method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"], "init": "random"}
 SAVED: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "good": ("llama", {}, {}),
-    "rank": ("llama", {}, {"r": 8}),
-    "target": ("llama", {}, {"target_modules": ["k_proj", "v_proj"]}),
     "wide": ("llama", {"hidden_size": 96}, {}),
     "deep": ("llama", {"num_hidden_layers": 3}, {}),
     "gpt2": ("gpt2", {}, {"target_modules": ["c_attn"]}),
@@ -121,8 +119,6 @@ UNFIT: Mapping[str, tuple[dict[str, str], list[str]]] = {
     ),
     "a deeper base": ({"a": "deep"}, ["layers.2.", "the adapter reaches layer 2", "last layer with an adapter is 1"]),
     "another family": ({"a": "gpt2"}, ["LlamaForCausalLM has no module 'c_attn'", "Another base?"]),
-    "another rank": ({"a": "good", "b": "rank"}, ["adapters 'a' and 'b' cannot share a graph: r: 4 and 8", "a case"]),
-    "other targets": ({"a": "good", "b": "target"}, ["cannot share a graph: target_modules: ['q_proj', 'v_proj'] and"]),
 }  # fmt: skip
 
 
