@@ -213,3 +213,20 @@ def test_nearest_bound_is_the_nearest_and_exact_ones_show(metrics: list[Any], ce
         for name, value, bound in metrics
     )
     assert row_cells(result(metrics=gates))[4] == cell
+
+
+def test_sample_in_the_readme_has_the_columns_and_sentences_of_a_report() -> None:
+    import re
+
+    from qeff_validate.report.text import HEAD
+
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    sample = readme.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert tuple(re.split(r"  +", sample[0])) == HEAD
+    assert all(len(re.split(r"  +", line)) == len(HEAD) for line in sample[1:4])
+    report = Report((result("pass", "sim", simulated=True),))
+    assert sample[-1] == report.closing()[-1]
+    assert (
+        sample[-2].partition(" bounds on ")[0].replace("fp16", "fp32")
+        == report.closing()[0].partition(" bounds on ")[0]
+    )
