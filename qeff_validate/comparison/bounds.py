@@ -14,6 +14,7 @@ import numpy as np
 from qeff_validate.comparison.metric import (
     SYSTEMATIC_METRICS,
     VECTOR_METRICS,
+    MetricSpec,
     least_bounds,
     most_bounds,
     table_bounds,
@@ -69,6 +70,14 @@ class Bound:
     why: str
     floor: float | None = None
     """Typical value over legitimate runs, where it was measured."""
+
+    @property
+    def noise(self) -> float:
+        """The value that rounding alone is expected to give: the floor of a measured bound, else a share of the bound.
+
+        A bound of the case's own says what is usual for it, whatever was measured.
+        """
+        return self.value / NOISE_SHARE if self.floor is None or self.source == "case" else self.floor
 
 
 def check_tolerance(where: str, values: Mapping[str, Any], most: Mapping[str, float] = MOST) -> None:
@@ -191,6 +200,30 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
     if bounds:
         bounds["neighbour_order"] = Bound(0.0, "exact", "no neighbour moves further than noise allows")
     return bounds | overridden(override, bounds)
+
+
+def metric_bounds(
+    specs: Sequence[MetricSpec],
+    exact: str,
+    why: str,
+    precision: str,
+    *,
+    override: Mapping[str, Any],
+    floor: Floor | None,
+) -> dict[str, Bound]:
+    """Return the bounds of a kind's own metrics, one of which must be zero.
+
+    Args:
+        specs: the metrics.
+        exact: name of the metric that must be zero.
+        why: its reason.
+        precision: profile of the artifact.
+        override: the case's own bounds, with ``why``.
+        floor: the errors of legitimate runs; None: bounds come from the table.
+    """
+    table = {name: table_bounds(specs, name) for name in PRECISIONS}
+    bounds = gate_bounds(precision, floor, table=table, least=least_bounds(specs), most=most_bounds(specs))
+    return {**bounds, exact: Bound(0.0, "exact", why)} | overridden(override)
 
 
 def relation_precision(profile: str) -> str:

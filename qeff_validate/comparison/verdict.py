@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.bounds import LEAST, NOISE_SHARE, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
+from qeff_validate.comparison.bounds import LEAST, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
 from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
@@ -281,9 +281,7 @@ def _gate_output(
     metrics.append(Metric("mean_abs", float(errors.mean_abs.mean()), worst.worst))
     if len(measured) >= 3 and "rel_l2" in bounds:
         bound = bounds["rel_l2"]
-        # a bound of the case's own says what is usual for it, whatever was measured
-        measured_noise = None if bound.source == "case" else bound.floor
-        noise = bound.value / NOISE_SHARE if measured_noise is None else nan_max((measured_noise, LEAST["rel_l2"] / 10))
+        noise = nan_max((bound.noise, LEAST["rel_l2"] / 10)) if bound.source == "floor" else bound.noise
         metrics += neighbour_metrics(wanted, got, noise=noise, seed=seed)
     results = []
     for metric in metrics:

@@ -22,11 +22,10 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
-from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_options import HeadOptions
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import row_workloads, run_rows
-from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
+from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.tokenizers import TokenizePair, join_pairs, tokenize_pairs_with
@@ -248,10 +247,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
         from qeff_validate.models.head_module import HeadModule
 
         model = self.original()
-        with translated_errors("choose eager attention"):
-            if hasattr(model, "set_attn_implementation"):
-                model.set_attn_implementation("eager")
-            choose_exportable_experts(model)
+        make_exportable(model)
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.comparison.bounds import (
-    NOISE_SHARE,
     PRECISIONS,
     Bound,
     gate_bounds,
@@ -94,8 +93,7 @@ def _bounds(context: ComparisonContext, scale: float) -> dict[str, Bound]:
 def _gates(
     name: str, wanted: Any, got: Any, places: list[int], bounds: dict[str, Bound], inputs: Any
 ) -> list[GateResult]:
-    typical = bounds["score_error"].floor
-    noise = bounds["score_error"].value / NOISE_SHARE if typical is None else typical
+    noise = bounds["score_error"].noise
     groups = [inputs.groups[row] for row in places] if inputs.groups else []
     metrics = [
         worst_row("score_error", score_errors(wanted, got)),

@@ -29,12 +29,11 @@ from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
-from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import largest_batch, row_workloads, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
-from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
+from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.static_embedding import StaticFolder
@@ -275,10 +274,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
         from qeff_validate.models.layers import load_layer
 
         body = self._body()
-        with translated_errors("choose eager attention"):
-            if hasattr(body, "set_attn_implementation"):
-                body.set_attn_implementation("eager")
-            choose_exportable_experts(body)
+        make_exportable(body)
         ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % 5 + 1
         mask = np.ones((2, 7), dtype=np.int64)
         mask[1, 4:] = 0

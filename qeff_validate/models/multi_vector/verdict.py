@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, bounds_for, gate_bounds, overridden
+from qeff_validate.comparison.bounds import bounds_for, metric_bounds
 from qeff_validate.comparison.maxsim_metrics import Texts, maxsim_metrics
-from qeff_validate.comparison.metric import MAXSIM_METRICS, Metric, least_bounds, most_bounds, table_bounds
+from qeff_validate.comparison.metric import MAXSIM_METRICS, Metric
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, with_gates
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Tensors
@@ -31,19 +31,13 @@ def judge_multi_vector(
     usable = bool(verdict.metrics) and bool((finite_rows(reference[name]) & finite_rows(actual[name])).all())
     if not usable or "rel_l2" not in bounds:
         return verdict  # another structure, or vectors that are not finite: no score can be computed
-    level = bounds["rel_l2"].floor
-    noise = bounds["rel_l2"].value / NOISE_SHARE if level is None else level
-    own = _own_bounds(context)
+    noise = bounds["rel_l2"].noise
+    why = "no document changes places across a gap that noise cannot close"
+    own = metric_bounds(
+        MAXSIM_METRICS, "document_order", why, context.precision, override=context.override, floor=context.floor
+    )
     results = []
     for metric in maxsim_metrics(reference[name], actual[name], Texts.of(inputs.scored, inputs.groups), noise):
         place = {**metric.worst, "text": inputs.texts[metric.worst["row"]]}
         results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), own.get(metric.name)))
     return with_gates(verdict, results)
-
-
-def _own_bounds(context: ComparisonContext) -> dict[str, Bound]:
-    table = {precision: table_bounds(MAXSIM_METRICS, precision) for precision in PRECISIONS}
-    least, most = least_bounds(MAXSIM_METRICS), most_bounds(MAXSIM_METRICS)
-    bounds = gate_bounds(context.precision, context.floor, table=table, least=least, most=most)
-    bounds["document_order"] = Bound(0.0, "exact", "no document changes places across a gap that noise cannot close")
-    return bounds | overridden(context.override)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qeff_validate.models.framework_calls import translated_errors
+
 EXPORTABLE = "batched_mm"
 """An implementation of transformers that can be exported and supports every dtype."""
 
@@ -22,6 +24,14 @@ def choose_exportable_experts(model: Any) -> None:
     """
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(EXPORTABLE)
+
+
+def make_exportable(model: Any) -> None:
+    """Set eager attention and exportable experts of a transformers model, which is changed in place."""
+    with translated_errors("choose eager attention"):
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")
+        choose_exportable_experts(model)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, bounds_for, gate_bounds, overridden
-from qeff_validate.comparison.metric import SPARSE_METRICS, Metric, least_bounds, most_bounds, table_bounds
+from qeff_validate.comparison.bounds import bounds_for, metric_bounds
+from qeff_validate.comparison.metric import SPARSE_METRICS, Metric
 from qeff_validate.comparison.sparse_metrics import dot_error, word_order, zero_rows
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, rows_beyond, with_gates
 from qeff_validate.models.padding_hint import padding_hint
@@ -30,9 +30,11 @@ def judge_sparse(name: str, reference: Tensors, actual: Tensors, inputs: Any, co
     results = []
     if places.size and "max_abs_rms" in bounds:
         wanted, got = reference[name][places], actual[name][places]
-        own = _own_bounds(context)
-        level = bounds["max_abs_rms"].floor
-        noise = bounds["max_abs_rms"].value / NOISE_SHARE if level is None else level
+        why = "no word changes places across a gap that noise cannot close"
+        own = metric_bounds(
+            SPARSE_METRICS, "word_order", why, context.precision, override=context.override, floor=context.floor
+        )
+        noise = bounds["max_abs_rms"].noise
         for metric in (dot_error(wanted, got, seed=context.seed), *word_order(wanted, got, noise)):
             row = int(places[metric.worst["row"]])
             place = {**metric.worst, "row": row, "text": inputs.labels[row]}
@@ -44,11 +46,3 @@ def judge_sparse(name: str, reference: Tensors, actual: Tensors, inputs: Any, co
         rows_beyond(reference, actual, bounds, rows), context.padded, rows.with_tokens(), actual, context.precision
     )
     return replace(verdict, reason=f"{hint}; {verdict.reason}") if hint else verdict
-
-
-def _own_bounds(context: ComparisonContext) -> dict[str, Bound]:
-    table = {precision: table_bounds(SPARSE_METRICS, precision) for precision in PRECISIONS}
-    least, most = least_bounds(SPARSE_METRICS), most_bounds(SPARSE_METRICS)
-    bounds = gate_bounds(context.precision, context.floor, table=table, least=least, most=most)
-    bounds["word_order"] = Bound(0.0, "exact", "no word changes places across a gap that noise cannot close")
-    return bounds | overridden(context.override)
