@@ -91,22 +91,22 @@ class TimingBaseline:
     stored: Measurement | None = None
 
 
-def check_performance(case: Case, adapter: Runtime, *, against: bool) -> Performance:
+def check_performance(case: Case, runtime: Runtime, *, against: bool) -> Performance:
     """Return the budgets that hold for a case on a runtime; all are checked before anything is built.
 
     Args:
         case: the case; without ``performance``, nothing is judged but a slowdown against a baseline.
-        adapter: the runtime.
+        runtime: the runtime.
         against: there is a baseline, so a slowdown is judged.
 
     Raises:
         ConfigError: a budget on a simulated runtime that is not accepted, or for a duration that the kind has not.
     """
     asked = case.performance or Performance()
-    if asked.runtimes is not None and adapter.name not in asked.runtimes:
+    if asked.runtimes is not None and runtime.name not in asked.runtimes:
         return Performance(launches=asked.launches, seconds=asked.seconds, simulated=asked.simulated)
-    if capabilities(adapter).simulated and asked.simulated != "accept" and (asked.has_budgets or against):
-        raise ConfigError(f"case {case.name!r}: {adapter.name}: {SIMULATED}")
+    if capabilities(runtime).simulated and asked.simulated != "accept" and (asked.has_budgets or against):
+        raise ConfigError(f"case {case.name!r}: {runtime.name}: {SIMULATED}")
     known = model_kind(case).quantities
     for name, _ in asked.durations():
         if name not in known:
@@ -120,7 +120,7 @@ def check_performance(case: Case, adapter: Runtime, *, against: bool) -> Perform
 
 def measure_case(
     pipeline: Pipeline,
-    adapter: Runtime,
+    runtime: Runtime,
     settings: Settings,
     *,
     baseline: TimingBaseline | None = None,
@@ -130,21 +130,21 @@ def measure_case(
 
     Args:
         pipeline: of the case; artifacts are built in this process, and timed in others.
-        adapter: the runtime, of settings.
+        runtime: the runtime, of settings.
         settings: SDK, cards, threads.
         baseline: what to compare with; None: only budgets are judged.
         prepare: builds what a live baseline opens.
     """
     case = pipeline.case
-    base: dict[str, Any] = {"case": case.name, "runtime": adapter.name, "reference": TIMING}
+    base: dict[str, Any] = {"case": case.name, "runtime": runtime.name, "reference": TIMING}
     try:
-        missing = adapter.probe()
+        missing = runtime.probe()
         if missing:
             return Result(**base, status="not_run", reason=missing)
-        base["simulated"] = capabilities(adapter).simulated
-        asked = check_performance(case, adapter, against=baseline is not None)
+        base["simulated"] = capabilities(runtime).simulated
+        asked = check_performance(case, runtime, against=baseline is not None)
         prepare()
-        return _measured(pipeline, adapter, settings, asked, baseline, base)
+        return _measured(pipeline, runtime, settings, asked, baseline, base)
     except ValidateError as exc:
         stage = "config" if isinstance(exc, ConfigError) else exc.stage or "timing"
         return Result(**base, status="error", reason=str(exc), stage=stage)
@@ -152,17 +152,17 @@ def measure_case(
 
 def _measured(
     pipeline: Pipeline,
-    adapter: Runtime,
+    runtime: Runtime,
     settings: Settings,
     asked: Performance,
     baseline: TimingBaseline | None,
     base: dict[str, Any],
 ) -> Result:
     case = pipeline.case
-    costs = build_costs(pipeline, adapter)
+    costs = build_costs(pipeline, runtime)
     live = None if baseline is None else baseline.case
-    launches = Launches(case, adapter, settings, pipeline.store.root, asked)
-    with pipeline.stages.step("timing", adapter.name):
+    launches = Launches(case, runtime, settings, pipeline.store.root, asked)
+    with pipeline.stages.step("timing", runtime.name):
         if live is not None:
             control, both = launches.run([live, live]), launches.run([live, case])
             run = [*control, *both]
@@ -338,10 +338,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def build_costs(pipeline: Pipeline, adapter: Runtime) -> dict[str, float]:
+def build_costs(pipeline: Pipeline, runtime: Runtime) -> dict[str, float]:
     """Build what the runtime opens; return seconds of export and compilation, and size in 10^6 bytes."""
     pipeline.inputs()
-    artifact = pipeline.artifact(adapter.kind, capabilities(adapter).sdk)
+    artifact = pipeline.artifact(runtime.kind, capabilities(runtime).sdk)
     stages = {"export": "export_s", "compile": "compile_s"}
     costs = {key: pipeline.seconds[name] for name, key in stages.items() if name in pipeline.seconds}
     size = _size(artifact)
@@ -368,15 +368,15 @@ class Launches:
 
     Args:
         case: the candidate.
-        adapter: the runtime; each launch makes its own.
+        runtime: the runtime; each launch makes its own.
         settings: of the runtime.
         store: root of the artifact store.
         asked: number of launches, seconds, and budgets.
     """
 
-    def __init__(self, case: Case, adapter: Runtime, settings: Settings, store: Path, asked: Performance) -> None:
+    def __init__(self, case: Case, runtime: Runtime, settings: Settings, store: Path, asked: Performance) -> None:
         self._job = {
-            "runtime": adapter.name,
+            "runtime": runtime.name,
             "settings": {**asdict(settings), "device_ids": list(settings.device_ids)},
             "store": str(store),
             "seconds": asked.seconds,

@@ -31,7 +31,7 @@ from qeff_validate.pipeline.machine import (
 )
 from qeff_validate.pipeline.rounds import Side, time_workload
 from qeff_validate.pipeline.stages import Silent
-from qeff_validate.protocols import Runtime, Settings, capabilities, model_kind, runtime
+from qeff_validate.protocols import Runtime, Settings, Timed, capabilities, model_kind, runtime
 from qeff_validate.runtimes.qaic_cards import shared_cards
 from qeff_validate.sdk.processes import die_with_parent
 
@@ -48,8 +48,8 @@ def launch(job: Mapping[str, Any]) -> dict[str, Any]:
     watch = MachineWatch()
     with shared_cards(), ExitStack() as held:
         for at in job["order"]:  # who is opened first lies elsewhere in memory, so launches take turns
-            adapter = runtime(job["runtime"], settings)
-            opened[at] = held.enter_context(_side(cases[at], adapter, Path(job["store"])))
+            side = _side(cases[at], runtime(job["runtime"], settings), Path(job["store"]))
+            opened[at] = held.enter_context(side)
         sides = [opened[at] for at in sorted(opened)]
         common = [name for name in sides[-1].workloads if all(name in side.workloads for side in sides)]
         if not common:
@@ -67,24 +67,24 @@ def launch(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _side(case: Case, adapter: Runtime, store: Path) -> Iterator[Side]:
+def _side(case: Case, runtime: Runtime, store: Path) -> Iterator[Side]:
     kind = model_kind(case)
     pipeline = Pipeline(case, kind.options.model_validate(case.options), Store(store), Silent())
     inputs, model = pipeline.inputs(), pipeline.model()
-    if not hasattr(model, "workloads"):
+    if not isinstance(model, Timed):
         raise IncomparableError(f"the model kind {case.model!r} says not what to time: give its model `workloads`")
-    if adapter.kind != "module":  # looking it up in the store is no part of opening it; loading a module is
-        pipeline.artifact(adapter.kind, capabilities(adapter).sdk)
+    if runtime.kind != "module":  # looking it up in the store is no part of opening it; loading a module is
+        pipeline.artifact(runtime.kind, capabilities(runtime).sdk)
     reset_resident_peak()
-    memory, device, start = resident_mb(), _device_free(adapter), time.perf_counter()
-    with pipeline.session(adapter) as session:
+    memory, device, start = resident_mb(), _device_free(runtime), time.perf_counter()
+    with pipeline.session(runtime) as session:
         loaded = time.perf_counter() - start
         workloads = {workload.name: workload for workload in model.workloads(session, inputs)}
         side = Side(session, workloads, {})
         for name in workloads:  # memory is taken by the first run, not by opening
             side.prepare(name)
             side.shots(name, 1)
-        peak, free = resident_peak_mb(), _device_free(adapter)
+        peak, free = resident_peak_mb(), _device_free(runtime)
         side.facts = {
             "load_s": loaded,
             "host_mb": None if peak is None or memory is None else max(peak - memory, 0.0),
@@ -93,9 +93,9 @@ def _side(case: Case, adapter: Runtime, store: Path) -> Iterator[Side]:
         yield side
 
 
-def _device_free(adapter: Runtime) -> float | None:
+def _device_free(runtime: Runtime) -> float | None:
     """Return the free memory of all cards, in 10^6 bytes; None where no SDK tells (card-contract §1.4)."""
-    able = capabilities(adapter)
+    able = capabilities(runtime)
     if able.sdk is None or able.simulated:
         return None
     values = [card.values.get("Dram Free", "").split() for card in able.sdk.cards()]

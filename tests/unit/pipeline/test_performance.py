@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import qeff_validate as qv
 from qeff_validate.artifact import Artifact
 from qeff_validate.config.performance import Performance
 from qeff_validate.errors import ConfigError, IncomparableError, RunError
-from qeff_validate.pipeline import performance
+from qeff_validate.pipeline import performance, timing_worker
 from qeff_validate.pipeline.measurement import Measurement
 from qeff_validate.pipeline.performance import TimingBaseline, check_performance, measure_case
 from qeff_validate.pipeline.stages import Silent, Stages
@@ -91,8 +92,8 @@ def timed(
         inputs=lambda: None,
         artifact=lambda kind, sdk: Artifact("module", None, ""),
     )
-    adapter: Any = SimpleNamespace(name=name, kind="onnx", capabilities=capabilities, probe=lambda: None)
-    return measure_case(pipeline, adapter, qv.Settings(), baseline=baseline)
+    runtime: Any = SimpleNamespace(name=name, kind="onnx", capabilities=capabilities, probe=lambda: None)
+    return measure_case(pipeline, runtime, qv.Settings(), baseline=baseline)
 
 
 def live() -> TimingBaseline:
@@ -269,10 +270,10 @@ def test_budgets_of_other_runtimes_leave_a_simulated_one_measured(monkeypatch: p
 
 
 def test_simulated_runtime_without_a_budget_may_be_measured() -> None:
-    adapter: Any = SimpleNamespace(name="sim", capabilities=SIMULATED)
-    check_performance(case(), adapter, against=False)
+    runtime: Any = SimpleNamespace(name="sim", capabilities=SIMULATED)
+    check_performance(case(), runtime, against=False)
     with pytest.raises(ConfigError, match="no budget is judged"):
-        check_performance(case(), adapter, against=True)
+        check_performance(case(), runtime, against=True)
 
 
 # --- what is told ----------------------------------------------------------------------------------
@@ -293,3 +294,12 @@ def test_launch_that_dies_is_an_error_with_what_it_printed(
     monkeypatch.setattr(performance, "WORKER", "qeff_validate.no_such_module")
     with pytest.raises(RunError, match=r"ended with exit code 1\n.*No module named"):
         performance.run_launch({}, 60, "a")
+
+
+def test_model_that_is_not_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_worker.Pipeline, "inputs", lambda self: None)
+    monkeypatch.setattr(timing_worker.Pipeline, "model", lambda self: object())
+    settings = {**asdict(qv.Settings()), "device_ids": [0]}
+    job = {"settings": settings, "cases": [case().model_dump(mode="json")], "order": [0]}
+    with pytest.raises(IncomparableError, match="model kind 'embedding' says not what to time"):
+        timing_worker.launch({**job, "runtime": "ort", "store": str(tmp_path)})
