@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders that follow from vectors decide their verdicts: of words, and of documents."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.comparison.bounds import NOISE_SHARE, Bound
+from qeff_validate.models.multi_vector.verdict import judge_multi_vector
+from qeff_validate.models.sparse_embedding.verdict import judge_sparse
+from qeff_validate.protocols import ComparisonContext
+
+CONTEXT = ComparisonContext("fp16", {}, seed=0)
+
+
+def failed(verdict: Any) -> set[str]:
+    return {item.metric.name for item in verdict.metrics if not item.passed}
+
+
+def test_words_that_change_places_fail_the_verdict() -> None:
+    reference = np.zeros((3, 100), np.float32)
+    reference[0, :40] = np.arange(40, 0, -1)
+    reference[1, 50:90] = np.arange(1, 41)
+    reference[2, ::3] = 30
+    swapped = reference.copy()
+    swapped[0, [4, 5]] = swapped[0, [5, 4]]
+    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    assert judge_sparse("words", {"words": reference}, {"words": reference}, inputs, CONTEXT).status == "pass"
+    verdict = judge_sparse("words", {"words": reference}, {"words": swapped}, inputs, CONTEXT)
+    assert verdict.status == "fail"
+    assert "words.word_order" in failed(verdict)
+
+
+def test_documents_that_change_places_fail_the_verdict() -> None:
+    vectors = np.random.default_rng(0).normal(size=(8, 6))
+    reference = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    swapped = np.concatenate([reference[:2], reference[5:8], reference[2:5]])
+    scored = (np.ones(2, np.int64), np.ones(3, np.int64), np.ones(3, np.int64))
+    texts = ["query", *"abcdefg"]
+    inputs = SimpleNamespace(labels=texts, texts=texts, scored=scored, groups=(0, 1, 1))
+    assert judge_multi_vector("out", {"out": reference}, {"out": reference}, inputs, CONTEXT).status == "pass"
+    verdict = judge_multi_vector("out", {"out": reference}, {"out": swapped}, inputs, CONTEXT)
+    assert verdict.status == "fail"
+    assert "out.document_order" in failed(verdict)
+
+
+def test_noise_is_the_measured_one_unless_the_case_says_what_is_usual() -> None:
+    assert Bound(0.5, "floor", "measured", floor=0.002).noise == 0.002
+    assert Bound(0.5, "case", "a fraction of the words is pruned", floor=0.002).noise == 0.5 / NOISE_SHARE
+    assert Bound(0.5, "fallback", "table").noise == 0.5 / NOISE_SHARE
