@@ -197,9 +197,11 @@ def bounds_for(precision: str, *, override: Mapping[str, Any], floor: Floor | No
         floor: the errors of legitimate runs; None: bounds come from the table.
     """
     bounds = gate_bounds(precision, floor, table=FALLBACK, least=LEAST, most=MOST)
+    bounds |= overridden(override, bounds)
     if bounds:
-        bounds["neighbour_order"] = Bound(0.0, "exact", "no neighbour moves further than noise allows")
-    return bounds | overridden(override, bounds)
+        exact = Bound(0.0, "exact", "no neighbour moves further than noise allows")
+        bounds.setdefault("neighbour_order", exact)
+    return bounds
 
 
 def metric_bounds(

@@ -367,21 +367,32 @@ def _conclude(results: list[GateResult], planned: int, compared: int) -> Verdict
     return Verdict(status, reason, tuple(results), planned, compared)
 
 
-def with_gates(verdict: Verdict, results: Sequence[GateResult], missing: str = "") -> Verdict:
+def with_gates(
+    verdict: Verdict,
+    results: Sequence[GateResult],
+    required: Sequence[str],
+    *,
+    floor: Floor | None = None,
+    precision: str = "",
+) -> Verdict:
     """Return a verdict with further gates.
 
     Args:
         verdict: of `compare`.
         results: measurements of further metrics.
-        missing: why one of them has no bound; a pass becomes inconclusive.
+        required: names of metrics that must have a bound; a pass becomes inconclusive if one has none.
+        floor: noise floor that the bounds come from, for messages.
+        precision: profile of the artifact, for messages.
     """
     verdict = replace(verdict, metrics=(*verdict.metrics, *results))
     failed = [item for item in results if not item.passed]
     if failed:
         reasons = (verdict.reason if verdict.status == "fail" else "", *map(sentence, failed))
         return replace(verdict, status="fail", reason="; ".join(filter(None, reasons)))
+    gated = {item.metric.name.rpartition(".")[2] for item in results if item.bound is not None}
+    missing = [name for name in required if name not in gated]
     if missing and verdict.status == "pass":
-        return replace(verdict, status="inconclusive", reason=missing)
+        return replace(verdict, status="inconclusive", reason=missing_bounds_reason(missing, floor, precision))
     return verdict
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qeff_validate.artifact import digest_file
-from qeff_validate.comparison.bounds import Bound, bounds_for, missing_bounds_reason, overridden
+from qeff_validate.comparison.bounds import Bound, bounds_for, overridden
 from qeff_validate.comparison.metric import MetricSpec, names, table_bounds
 from qeff_validate.comparison.vector_metrics import Floats, worst_row
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, with_gates
@@ -131,9 +131,7 @@ class RowModel:
             row = int(metric.worst["row"])
             labelled_metric = replace(metric, worst={**metric.worst, "text": inputs.labels[row]})
             results.append(GateResult(labelled_metric, own_bounds.get(name)))
-        measured = {item.metric.name for item in results if item.bound is not None}
-        missing = [name for name in own_names if name not in measured]
-        return with_gates(verdict, results, missing_bounds_reason(missing, None, context.precision) if missing else "")
+        return with_gates(verdict, results, own_names, precision=context.precision)
 
     def relate(self, name: str, session: Session, inputs: Any, context: ComparisonContext) -> Verdict:  # noqa: ARG002
         """Refuse: the kind declares no relations.

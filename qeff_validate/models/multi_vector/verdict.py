@@ -7,7 +7,7 @@ from typing import Any
 
 from qeff_validate.comparison.bounds import bounds_for, metric_bounds
 from qeff_validate.comparison.maxsim_metrics import Texts, maxsim_metrics
-from qeff_validate.comparison.metric import MAXSIM_METRICS, Metric
+from qeff_validate.comparison.metric import MAXSIM_METRICS, Metric, names
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, with_gates
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Tensors
@@ -40,4 +40,4 @@ def judge_multi_vector(
     for metric in maxsim_metrics(reference[name], actual[name], Texts.of(inputs.scored, inputs.groups), noise):
         place = {**metric.worst, "text": inputs.texts[metric.worst["row"]]}
         results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), own.get(metric.name)))
-    return with_gates(verdict, results)
+    return with_gates(verdict, results, names(MAXSIM_METRICS), floor=context.floor, precision=context.precision)

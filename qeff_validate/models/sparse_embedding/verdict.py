@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.comparison.bounds import bounds_for, metric_bounds
-from qeff_validate.comparison.metric import SPARSE_METRICS, Metric
+from qeff_validate.comparison.metric import SPARSE_METRICS, Metric, names
 from qeff_validate.comparison.sparse_metrics import dot_error, word_order, zero_rows
 from qeff_validate.comparison.verdict import GateResult, Rows, Verdict, compare, finite_rows, rows_beyond, with_gates
 from qeff_validate.models.padding_hint import padding_hint
@@ -39,7 +39,7 @@ def judge_sparse(name: str, reference: Tensors, actual: Tensors, inputs: Any, co
             row = int(places[metric.worst["row"]])
             place = {**metric.worst, "row": row, "text": inputs.labels[row]}
             results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), own.get(metric.name)))
-    verdict = with_gates(verdict, results)
+    verdict = with_gates(verdict, results, names(SPARSE_METRICS), floor=context.floor, precision=context.precision)
     if verdict.status != "fail":
         return verdict
     hint = padding_hint(

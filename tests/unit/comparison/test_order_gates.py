@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,37 @@ def test_documents_that_change_places_fail_the_verdict() -> None:
     verdict = judge_multi_vector("out", {"out": reference}, {"out": swapped}, inputs, CONTEXT)
     assert verdict.status == "fail"
     assert "out.document_order" in failed(verdict)
+
+
+OWN_BOUNDS = ComparisonContext(
+    "fp16+mxfp6",
+    {"rel_l2": 0.5, "cosine": 0.5, "norm_ratio": 0.5, "max_abs_rms": 5.0, "why": "weights of six bits"},
+    seed=0,
+)
+"""Bounds of vectors alone, in a profile that has no bounds of the table."""
+
+
+def test_dot_products_without_a_bound_are_not_settled() -> None:
+    words = np.random.default_rng(0).uniform(0.5, 2, (3, 100)).astype(np.float32)
+    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    verdict = judge_sparse("words", {"words": words}, {"words": words}, inputs, OWN_BOUNDS)
+    assert verdict.status == "inconclusive"
+    assert "no sound bound for dot_error" in verdict.reason
+    context = replace(OWN_BOUNDS, override={**OWN_BOUNDS.override, "dot_error": 0.5})
+    assert judge_sparse("words", {"words": words}, {"words": words}, inputs, context).status == "pass"
+
+
+def test_scores_without_a_bound_are_not_settled() -> None:
+    vectors = np.random.default_rng(0).normal(size=(8, 6))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    texts = ["query", *"abcdefg"]
+    scored = (np.ones(2, np.int64), np.ones(3, np.int64), np.ones(3, np.int64))
+    inputs = SimpleNamespace(labels=texts, texts=texts, scored=scored, groups=(0, 1, 1))
+    verdict = judge_multi_vector("out", {"out": vectors}, {"out": vectors}, inputs, OWN_BOUNDS)
+    assert verdict.status == "inconclusive"
+    assert "no sound bound for maxsim_error" in verdict.reason
+    context = replace(OWN_BOUNDS, override={**OWN_BOUNDS.override, "maxsim_error": 0.5})
+    assert judge_multi_vector("out", {"out": vectors}, {"out": vectors}, inputs, context).status == "pass"
 
 
 def test_noise_is_the_measured_one_unless_the_case_says_what_is_usual() -> None:
