@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spares an export the traces with which the exporter decomposes operators, where the graph needs no decomposition.
+
+`torch.onnx.export` captures a module and then traces the graph twice more, to replace operators that have no form in
+ONNX by others that have one. That is 40 % of the time of an export. Most graphs of transformers hold only a few such
+operators, each with an equivalent of the same arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+EQUIVALENTS = {
+    "__and__.Tensor": "bitwise_and.Tensor",
+    "__or__.Tensor": "bitwise_or.Tensor",
+    "__xor__.Tensor": "bitwise_xor.Tensor",
+    "detach_.default": "detach.default",
+    "min.other": "minimum.default",
+    "max.other": "maximum.default",
+}
+"""Operators of ATen, each with one that has the same arguments and values, and a form in ONNX."""
+
+CONVERSIONS = ("to.dtype", "to.device", "to.dtype_layout")
+"""Operators that change the dtype, or nothing."""
+
+VIEWS = ("reshape.default", "narrow.default", "chunk.default", "contiguous.default", "flatten.using_ints", "mT.default")
+"""Composite operators with a form in ONNX that torch's tables of decompositions do not mention, as they make views."""
+
+
+@contextlib.contextmanager
+def needed_decompositions() -> Iterator[None]:
+    """Within this context a captured graph is decomposed only if it holds an operator that needs it.
+
+    Gradients are off, so that ``torch.no_grad`` in a model is no region of its own. The cache of fake tensors is off,
+    because with symbolic dims an entry costs more to check than to compute.
+    """
+    import torch
+
+    program = torch.export.ExportedProgram
+    decompose = program.run_decompositions
+
+    def run_decompositions(self: Any, table: Any = None, *args: Any, **options: Any) -> Any:
+        if table is None:
+            return decompose(self, table, *args, **options)
+        replace_equivalents(self.graph)
+        return decompose(self, table, *args, **options) if needs_decomposition(self.graph, table) else self
+
+    program.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        program.run_decompositions = decompose  # type: ignore[method-assign]
+
+
+def replace_equivalents(graph: Any) -> None:
+    """Replace operators of a captured `torch.fx.Graph` by those with the same values that have a form in ONNX."""
+    from torch import ops
+
+    equivalents = {_operator(name): _operator(other) for name, other in EQUIVALENTS.items()}
+    conversions = {_operator(name) for name in CONVERSIONS}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in equivalents:
+            node.target = equivalents[node.target]
+        elif node.target in conversions:
+            source, dtype = node.args[0], node.meta["val"].dtype
+            same = source.meta["val"].dtype == dtype
+            node.target = ops.aten.alias.default if same else ops.aten._to_copy.default
+            node.args, node.kwargs = (source,), {} if same else {"dtype": dtype}
+        elif node.target is ops.aten.numpy_T.default and node.args[0].meta["val"].ndim == 2:
+            node.target, node.args = ops.aten.transpose.int, (node.args[0], 0, 1)
+
+
+def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:
+    """Return whether a graph holds an operator that the exporter cannot translate as it is.
+
+    Args:
+        graph: a captured `torch.fx.Graph`.
+        table: operators that have no form in ONNX, with their decompositions.
+    """
+    import torch
+    from torch._decomp import decomposition_table
+    from torch._ops import HigherOrderOperator, OpOverload
+
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    views = {_operator(name) for name in VIEWS}
+    decided = {*torch.export.default_decompositions(), *decomposition_table}  # if it is not in the table, it has a form
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, HigherOrderOperator):
+            return True
+        if isinstance(target, OpOverload):
+            unknown = target not in decided and target not in views and target.has_kernel_for_dispatch_key(composite)
+            if target in table or target._schema.is_mutable or unknown:
+                return True
+    return False
+
+
+def _operator(name: str) -> Any:
+    """Return the operator of ATen ``packet.overload``."""
+    from torch import ops
+
+    packet, overload = name.split(".")
+    return getattr(getattr(ops.aten, packet), overload)

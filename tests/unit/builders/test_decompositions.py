@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export decomposes a graph only where an operator needs it, and the values are those of the module either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from qeff_validate.builders.export_onnx import export_onnx
+from qeff_validate.protocols import Graph
+from qeff_validate.tensors import TensorSpec
+
+OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "bool-and": lambda x: torch.where((x > 0) & (x < 1) | (x > 2) ^ (x > 3), x, -x),
+    "dtype": lambda x: x.to(torch.float64).to("cpu", torch.float32) + x.to(x.dtype) * (x > 0),
+    "same-dtype-as-output": lambda x: x.to(torch.float32),
+    "transpose": lambda x: (torch.arange(6.0).reshape(2, 3).T @ x.reshape(-1, 2, 4)).mT,
+    "views": lambda x: torch.cat(x.narrow(1, 2, 5).flatten(0).reshape(-1, 5).chunk(2, dim=1), 1).contiguous(),
+    "detach": lambda x: (x * 2).detach_() + x.detach(),
+    "smaller": lambda x: torch.min(x, x * x) + torch.max(x, -x),
+    "no-gradients": lambda x: _without_gradients(x) + 1,
+}
+"""Operators of transformers that torch captures as they are."""
+
+DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "in-place": lambda x: (x * 2).add_(x),
+    "in-place-view": lambda x: (x * 2).unsqueeze_(1),
+    "eye": lambda x: x @ torch.eye(8),
+    "gradients": lambda x: _with_gradients(x) + 1,
+}
+
+
+@torch.no_grad()
+def _without_gradients(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@torch.enable_grad()
+def _with_gradients(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+def exported(function: Callable[[torch.Tensor], torch.Tensor], folder: Path, monkeypatch: Any) -> int:
+    """Export a function, compare it on ONNX Runtime in two sizes, and return how often the graph was decomposed."""
+    calls = []
+    decompose = torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions", lambda *args: calls.append(1) or decompose(*args)
+    )
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    rows = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    result = function(torch.from_numpy(rows))
+    output = TensorSpec("y", "float32", ("batch", *result.shape[1:]))
+    graph = Graph((TensorSpec("x", "float32", ("batch", 8)),), (output,), ({"batch": 3},))
+    export_onnx(Module(), {"x": rows}, graph, folder)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    for feed in (rows, np.tile(rows, (5, 1)) * 2):
+        np.testing.assert_allclose(session.run(None, {"x": feed})[0], function(torch.from_numpy(feed)), rtol=1e-5)
+    return len(calls)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_known_operators_are_translated_without_a_decomposition(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    assert exported(OPERATORS[name], tmp_path, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_operators_without_a_form_in_onnx_are_decomposed(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    assert exported(DECOMPOSED[name], tmp_path, monkeypatch) == 1
+
+
+def test_torch_is_as_before_after_an_export_that_fails(tmp_path: Path, monkeypatch: Any) -> None:
+    decompose, cache = torch.export.ExportedProgram.run_decompositions, torch._dynamo.config.fake_tensor_cache_enabled
+    with pytest.raises(Exception, match=r"torch\.onnx\.export failed"):
+        exported(lambda x: torch.linalg.solve(x.T @ x, torch.ones(8)), tmp_path, monkeypatch)
+    monkeypatch.undo()
+    assert torch.export.ExportedProgram.run_decompositions is decompose
+    assert torch._dynamo.config.fake_tensor_cache_enabled == cache
+    assert torch.is_grad_enabled()
