@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from qeff_validate.comparison.bounds import Bound
-from qeff_validate.comparison.metric import Metric
-from qeff_validate.comparison.verdict import GateResult, Power, Status
+from qeff_validate.comparison.metric import ErrorsByRow, Metric
+from qeff_validate.comparison.verdict import GateResult, Power, RowText, Status
 from qeff_validate.errors import IncomparableError
 
 
@@ -61,6 +61,10 @@ class Result:
     prechecks: tuple[Precheck, ...] = ()
     performance: Mapping[str, Any] | None = None
     """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
+    texts: tuple[RowText, ...] = ()
+    """The texts of the rows that `Metric.by_row` has the errors of; empty: only those of the worst rows are known."""
+    explanation: Mapping[str, Any] | None = None
+    """Where a failure comes from: stages and layers with their errors, in plain form; None: it was not looked for."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -88,6 +92,10 @@ class Result:
         }
         if self.performance is not None:
             plain["performance"] = dict(self.performance)
+        if self.texts:
+            plain["texts"] = [{"text": item.text, "rows": item.rows} for item in self.texts]
+        if self.explanation is not None:
+            plain["explanation"] = dict(self.explanation)
         return {key: finite(value) for key, value in plain.items()}
 
     @classmethod
@@ -111,6 +119,7 @@ class Result:
                     "findings": tuple(plain["findings"]),
                     "power": None if power is None else Power(power["tried"], tuple(power["missed"])),
                     "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
+                    "texts": tuple(RowText(item["text"], item["rows"]) for item in plain.get("texts", ())),
                 }
             )
         except (KeyError, TypeError, ValueError) as exc:
@@ -130,7 +139,8 @@ def _power(power: Power) -> dict[str, Any]:
 
 def _metric(item: GateResult) -> dict[str, Any]:
     bound = item.bound
-    return {
+    by_row = item.metric.by_row.bounded() if item.metric.by_row and bound else None
+    plain = {
         "name": item.metric.name,
         "value": item.metric.value,
         "bound": bound.value if bound else None,
@@ -142,6 +152,9 @@ def _metric(item: GateResult) -> dict[str, Any]:
         "worst": dict(item.metric.worst),
         "passed": item.passed,
     }
+    if by_row is not None:
+        plain["by_row"] = {"errors": [float(f"{x:.3g}") for x in by_row.values], "rows_each": by_row.rows_each}
+    return plain
 
 
 def _gate_result(plain: Mapping[str, Any]) -> GateResult:
@@ -149,7 +162,10 @@ def _gate_result(plain: Mapping[str, Any]) -> GateResult:
     if plain["bound"] is not None:
         floor = None if plain["floor"] is None else float(plain["floor"])
         bound = Bound(float(plain["bound"]), plain["source"], plain["why"], floor)
-    return GateResult(Metric(plain["name"], float(plain["value"]), plain["worst"]), bound)
+    by_row = plain.get("by_row")
+    if by_row is not None:
+        by_row = ErrorsByRow(tuple(map(float, by_row["errors"])), int(by_row["rows_each"]))
+    return GateResult(Metric(plain["name"], float(plain["value"]), plain["worst"], by_row), bound)
 
 
 def finite(value: Any) -> Any:
