@@ -101,7 +101,7 @@ class Report:
         return sum(result.compared for result in self.results if not is_timing(result))
 
     def write(self, folder: Path) -> None:
-        """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
+        """Write ``report.json``, ``report.md`` and ``report.html`` into a folder, each by one rename.
 
         Raises:
             ValidateError: they cannot be written.
@@ -139,6 +139,13 @@ class Report:
 def json_report(report: Report) -> str:
     """Return the content of report.json."""
     return json.dumps(report.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def html_report(report: Report) -> str:
+    """Return the content of report.html, drawn from what report.json holds."""
+    from qeff_validate.report.html_report import html_report as draw  # Jinja is loaded for this page only
+
+    return draw(Report.from_plain(report.plain()))
 
 
 def markdown_report(report: Report) -> str:
