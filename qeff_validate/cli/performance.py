@@ -113,7 +113,8 @@ def save(
 
     Example: [bold]qeff-validate baseline save v1 --report qv-report --config configs/quickstart.yaml[/]
     """
-    from qeff_validate.report.baseline import read_report, save_baseline
+    from qeff_validate.report.baseline import save_baseline
+    from qeff_validate.report.report import read_report
 
     reports = [read_report(path) for path in report or [Path(DEFAULT_DIR)]]
     print_text(f"baseline {name}: {save_baseline(folder(config, directory), name, reports)}")

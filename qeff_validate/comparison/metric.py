@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 MOST_ROW_ERRORS = 200
 """Maximum number of errors by row that a report keeps of one metric."""
 

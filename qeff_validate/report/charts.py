@@ -181,17 +181,19 @@ def layer_bars(explanation: Mapping[str, Any]) -> list[LayerBar]:
     scale = LogScale(max(min(positive, default=0.1) / 2, high * 10.0 ** -(2 * MOST_DECADES)), high)
     bars = []
     for layer, (inherited, local, floor) in zip(layers, numbers, strict=True):
-        texts = [str(layer.get(name) or "") for name in ("module", "node", "operator")]
+        module, node, operator = (str(layer.get(name) or "") for name in ("module", "node", "operator"))
         bars.append(
             LayerBar(
-                *texts,
+                module=module,
+                node=node,
+                operator=operator,
                 inherited=inherited,
                 local=local,
                 floor=floor,
                 inherited_at=0.0 if math.isnan(inherited) else scale.at(inherited),
                 local_at=scale.at(local),
                 floor_at=scale.at(floor) if floor > 0 else None,
-                named=bool(texts[0]) and texts[0] == explanation.get("module"),
+                named=bool(module) and module == explanation.get("module"),
             )
         )
     return bars

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from qeff_validate.comparison.bounds import Bound
@@ -109,6 +110,7 @@ class Result:
             same = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}
             if plain["status"] not in get_args(Status):
                 raise ValueError(f"status {plain['status']!r}")
+            _check_types(plain)
             power = plain["power"]
             return cls(
                 **{
@@ -129,6 +131,27 @@ class Result:
     def gates(self) -> tuple[GateResult, ...]:
         """The metrics with a bound."""
         return tuple(item for item in self.metrics if item.bound is not None)
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("case", "runtime", "reason", "reference"), (str,)),
+    **dict.fromkeys(("stage", "precision", "expected"), (str, NoneType)),
+    "simulated": (bool,),
+    **dict.fromkeys(("coverage", "timings_s"), (dict,)),
+    **dict.fromkeys(("artifact", "power", "performance", "explanation"), (dict, NoneType)),
+    **dict.fromkeys(("metrics", "notes", "findings", "prechecks", "texts"), (list,)),
+}
+
+
+def _check_types(plain: Mapping[str, Any]) -> None:
+    """Raise a TypeError if a value of a plain result, which may come from a file, is of another type."""
+    for name, types in _TYPES.items():
+        if name in plain and not isinstance(plain[name], types):
+            raise TypeError(f"{name} is of type {type(plain[name]).__name__}")
+    if not all(isinstance(text, str) for name in ("notes", "findings") for text in plain[name]):
+        raise TypeError("a note or finding is no text")
+    if not all(isinstance(plain["coverage"][name], int) for name in ("planned", "compared")):
+        raise TypeError("coverage holds no numbers of rows")
 
 
 def _power(power: Power) -> dict[str, Any]:
@@ -162,6 +185,8 @@ def _gate_result(plain: Mapping[str, Any]) -> GateResult:
     if plain["bound"] is not None:
         floor = None if plain["floor"] is None else float(plain["floor"])
         bound = Bound(float(plain["bound"]), plain["source"], plain["why"], floor)
+    if not isinstance(plain["name"], str) or not isinstance(plain["worst"], dict):
+        raise TypeError(f"metric {plain['name']!r}: its name is no text, or its worst row no mapping")
     by_row = plain.get("by_row")
     if by_row is not None:
         by_row = ErrorsByRow(tuple(map(float, by_row["errors"])), int(by_row["rows_each"]))

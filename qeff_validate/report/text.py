@@ -131,7 +131,9 @@ def closing(results: Sequence[Result]) -> list[str]:
         passed = [result for result in group if result.status == "pass"]
         held = [result for result in passed if result.reference == "itself"]
         if held:
-            lines.append(f"{HELD}: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
+            lines.append(
+                f"{HELD}: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}."
+            )
         good = [result for result in passed if result.reference != "itself" and not own_terms(result)]
         good = [result for result in good if (result.case, result.runtime) not in unsettled]
         if not good:
