@@ -10,10 +10,10 @@ from typing import Any
 
 from qeff_validate.report.baseline import bounds_of, value_changes, values_of
 from qeff_validate.report.html_pages import render
-from qeff_validate.report.html_report import TONES, flat
+from qeff_validate.report.html_report import TONES
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result, finite
-from qeff_validate.report.text import runtime_name, status_word, unsettled_places
+from qeff_validate.report.text import flat, runtime_name, status_word, unsettled_places
 from qeff_validate.report.timings import is_timing
 
 SCHEMA = 1

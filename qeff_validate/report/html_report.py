@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.charts import (
@@ -23,6 +22,7 @@ from qeff_validate.report.charts import (
     strip,
 )
 from qeff_validate.report.html_pages import render
+from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import (
     DISPROVED,
@@ -32,6 +32,7 @@ from qeff_validate.report.text import (
     NOT_RUN,
     NOT_SETTLED,
     PROVED,
+    flat,
     nearness,
     runtime_name,
     status_word,
@@ -39,9 +40,6 @@ from qeff_validate.report.text import (
 )
 from qeff_validate.report.timings import HEAD as TIMING_HEAD
 from qeff_validate.report.timings import IN_TIME, NOT_IN_TIME, is_timing, timing_lines, timing_rows
-
-if TYPE_CHECKING:
-    from qeff_validate.report.report import Report
 
 TONES: Mapping[str, tuple[str, str]] = {
     DISPROVED: ("bad", "✗"),
@@ -183,7 +181,8 @@ class ResultView:
 
 
 def html_report(report: Report) -> str:
-    """Return the content of report.html."""
+    """Return the content of report.html: what report.json holds decides it, and nothing else."""
+    report = Report.from_plain(report.plain())
     views = list(_views(report.results))
     words = Counter(view.word for view in views)
     runtimes = list(dict.fromkeys(view.runtime for view in views))
@@ -234,20 +233,6 @@ def _sentence(line: str) -> tuple[str, str, str]:
     """Return the colour of a closing sentence, its word, and the rest."""
     word, _, rest = line.partition(": ")
     return TONES.get(word, ("none", ""))[0], word, rest
-
-
-def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the values of nested plain data, each under the names that lead to it."""
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{name}.")
-        elif isinstance(value, str):
-            yield name, value
-        elif isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            yield name, " ".join(value)
-        else:
-            yield name, json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _plural(count: int, noun: str) -> str:

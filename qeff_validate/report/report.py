@@ -178,13 +178,6 @@ def json_report(report: Report) -> str:
     return json.dumps(report.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def html_report(report: Report) -> str:
-    """Return the content of report.html, drawn from what report.json holds."""
-    from qeff_validate.report.html_report import html_report as draw  # Jinja is loaded for this page only
-
-    return draw(Report.from_plain(report.plain()))
-
-
 def markdown_report(report: Report) -> str:
     """Return the content of report.md."""
-    return markdown(report.results, report.unwritten)
+    return markdown(report.results, report.unwritten, report.environment)

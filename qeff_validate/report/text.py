@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qeff_validate.comparison.verdict import GateResult
@@ -103,17 +104,30 @@ def table(results: Sequence[Result], *, width: int | None = None) -> Table:
 
 def problems(results: Sequence[Result]) -> list[str]:
     """Return a line for every result that did not pass, with its reason, and for every finding and note."""
-    lines, told = [], set[tuple[str | None, ...]]()
+    lines = []
+    for result, runtimes in distinct_problems(results):
+        stage = f" at {result.stage}" if result.stage else ""
+        known = f" (expected: {result.expected})" if result.expected else ""
+        names = ", ".join(f"{result.case}-{runtime}" for runtime in runtimes)
+        lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
+    return lines + remarks(results)
+
+
+def distinct_problems(results: Sequence[Result]) -> Iterator[tuple[Result, list[str]]]:
+    """Yield each problem once: the first result that has it, and the runtimes of all that have it."""
+    told = set[tuple[str | None, ...]]()
     for result in results:
-        head = f"{result.case}-{result.runtime}"
         what = _problem(result)
         if result.status != "pass" and what not in told:
             told.add(what)
-            same = [other.runtime for other in results if _problem(other) == what]
-            stage = f" at {result.stage}" if result.stage else ""
-            known = f" (expected: {result.expected})" if result.expected else ""
-            names = ", ".join(f"{result.case}-{runtime}" for runtime in same)
-            lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
+            yield result, [other.runtime for other in results if _problem(other) == what]
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Return a line for every finding and note."""
+    lines = []
+    for result in results:
+        head = f"{result.case}-{result.runtime}"
         lines += [f"{head}: finding: {finding}" for finding in result.findings]
         lines += [f"{head}: note: {note}" for note in result.notes]
     return lines
@@ -228,3 +242,17 @@ def _groups(results: Iterable[Result]) -> dict[tuple[str, bool], list[Result]]:
     for result in results:
         groups.setdefault((result.runtime, result.simulated), []).append(result)
     return groups
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the values of nested plain data, each under the names that lead to it."""
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{name}.")
+        elif isinstance(value, str):
+            yield name, value
+        elif isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            yield name, " ".join(value)
+        else:
+            yield name, json.dumps(value, ensure_ascii=False, default=str)

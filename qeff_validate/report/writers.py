@@ -14,7 +14,7 @@ from qeff_validate.registry import is_built_in, registered
 
 
 def write_reports(report: object, folder: Path) -> None:
-    """Write a report in every registered form: ``report.json``, ``report.md``, and ``report.NAME`` of plug-ins.
+    """Write a report in every registered form, ``report.json`` and others, as ``report.NAME``.
 
     A form is an entry point of the group ``qeff_validate.writers``: a function from a
     `report.Report` to text. The built-in ones are written first.

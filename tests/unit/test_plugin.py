@@ -53,7 +53,11 @@ def quick(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def report(pytester: pytest.Pytester, folder: str = "out") -> dict[str, Any]:
-    assert sorted(path.name for path in (pytester.path / folder).iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (pytester.path / folder).iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     made: dict[str, Any] = json.loads((pytester.path / folder / "report.json").read_text(encoding="utf-8"))
     return made
 

@@ -84,7 +84,7 @@ def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Pa
     assert one["coverage"] == {"planned": 3, "compared": 3}
     assert plain["summary"]["fail"] == 1
     assert text in (tmp_path / "report.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
 def test_what_is_only_shown_never_fails() -> None:
