@@ -33,6 +33,7 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a command and return its result; events that come before it are kept."""
@@ -62,10 +63,11 @@ class Page:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press and release a key."""
+        """Press and release a key; its events are handled and their timers have run."""
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self.value("null")
 
     def complaints(self) -> list[str]:
         """Return what the page logged, threw or asked for beside itself."""

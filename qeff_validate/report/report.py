@@ -14,6 +14,7 @@ from qeff_validate.comparison.verdict import Status
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import read_json
 from qeff_validate.report.markdown import markdown
+from qeff_validate.report.notebook import notebook_table
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import closing, problems, row_cells, table
 from qeff_validate.report.timings import is_timing
@@ -131,13 +132,7 @@ class Report:
         return "\n".join("  ".join(row_cells(result)) for result in self.results)
 
     def _repr_html_(self) -> str:
-        import io
-
-        from rich.console import Console
-
-        console = Console(record=True, file=io.StringIO(), width=140)
-        console.print(self.table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return notebook_table(self.results, self.closing())
 
     def problems(self) -> list[str]:
         """Return a line for every result that did not pass, every finding, note and recording that was not written."""
