@@ -98,11 +98,12 @@ class Report:
         if plain.get("schema") != SCHEMA:
             raise IncomparableError(f"a report has schema {SCHEMA}, this has {plain.get('schema')!r}: make it anew")
         results, environment, unwritten = (plain.get(name) for name in ("results", "environment", "unwritten"))
-        if not (isinstance(results, list) and isinstance(environment or {}, Mapping)):
+        environment = {} if environment is None else environment
+        if not (isinstance(results, list) and isinstance(environment, Mapping)):
             raise IncomparableError("it is no report: it has no list of results, or its environment is no mapping")
         if not all(isinstance(text, str) for text in unwritten or ()):
             raise IncomparableError("it is no report: what could not be written is no list of texts")
-        return cls(tuple(map(Result.from_plain, results)), environment or {}, tuple(unwritten or ()))
+        return cls(tuple(map(Result.from_plain, results)), environment, tuple(unwritten or ()))
 
     @property
     def rows_compared(self) -> int:
@@ -130,6 +131,9 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join("  ".join(row_cells(result)) for result in self.results)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        printer.text(str(self))  # what IPython prints where it cannot show HTML
 
     def _repr_html_(self) -> str:
         return notebook_table(self.results, self.closing())
