@@ -32,7 +32,7 @@ def notebook_table(results: Sequence[Result], closing: Iterable[str] = ()) -> st
         styles = [""] * len(HEAD)
         styles[HEAD.index("status")] = f"font-weight:600;color:{COLOURS[result.status]}"
         rows.append(_row("td", row_cells(result), styles))
-    table = f'<table style="border-collapse:collapse;color:inherit">{"".join(rows)}</table>'
+    table = f'<table style="border-collapse:collapse;margin:0;color:inherit">{"".join(rows)}</table>'
     sentences = "".join(f'<div style="margin:.2em 0">{html.escape(line)}</div>' for line in closing)
     return f'<div style="overflow-x:auto;color:inherit">{table}{sentences}</div>'
 
