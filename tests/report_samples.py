@@ -47,7 +47,7 @@ def sample_result(
 ) -> Result:
     """Return a result in which each part of a page has something to show; ``text`` stands wherever texts stand."""
     failed = status == "fail"
-    errors = (1e-6, 4e-3 if failed else 3e-6, 0.0, math.nan)
+    errors = (1.23456e-6, 4e-3 if failed else 3e-6, 0.0, math.nan)
     worst = {"row": 1, "text": text}
     metrics = (
         GateResult(Metric("output.rel_l2", errors[1], worst, ErrorsByRow(errors)), Bound(5e-6, "floor", text, 1.2e-6)),

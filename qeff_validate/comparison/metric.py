@@ -24,7 +24,7 @@ class ErrorsByRow:
         rows_each: number of rows that one value stands for.
     """
 
-    values: tuple[float, ...]
+    values: Sequence[float] | NDArray[np.float64]
     rows_each: int = 1
 
     @classmethod
@@ -32,15 +32,13 @@ class ErrorsByRow:
         """Return the errors of an output with a number of rows, of which those at ``places`` were measured."""
         values = np.full(rows, np.nan)
         values[list(places)] = errors
-        return cls(tuple(values.tolist())).bounded()
+        return cls(values).bounded()
 
     def bounded(self) -> ErrorsByRow:
         """Return at most `MOST_ROW_ERRORS` values."""
-        joined = -(-len(self.values) // MOST_ROW_ERRORS)
-        if joined <= 1:
-            return self
-        starts = np.arange(0, len(self.values), joined)
-        values = np.fmax.reduceat(np.array(self.values), starts)  # NaN only where no row was measured
+        values, joined = np.asarray(self.values, np.float64), max(1, -(-len(self.values) // MOST_ROW_ERRORS))
+        if joined > 1:
+            values = np.fmax.reduceat(values, np.arange(0, len(values), joined))  # NaN where no row was measured
         return ErrorsByRow(tuple(values.tolist()), joined * self.rows_each)
 
 

@@ -104,7 +104,7 @@ def worst_row(name: str, values: Floats) -> Metric:
     if values.size == 0:
         raise IncomparableError(f"{name}: no row to measure")
     row = int(np.argmax(values))  # argmax returns the first NaN, if there is one
-    return Metric(name, float(values[row]), {"row": row}, ErrorsByRow(tuple(values.tolist())))
+    return Metric(name, float(values[row]), {"row": row}, ErrorsByRow(values))
 
 
 def systematic_metrics(center: Array, actual: Array) -> list[Metric]:

@@ -93,7 +93,7 @@ class Strip:
 def strip(item: GateResult) -> Strip | None:
     """Return the errors of a metric by row on a log scale; None if there are none."""
     errors = item.metric.by_row
-    if errors is None or item.bound is None or not errors.values:
+    if errors is None or item.bound is None or not len(errors.values):
         return None
     limit = item.bound.value
     positive = sorted(value for value in (*errors.values, limit) if 0 < value < math.inf)

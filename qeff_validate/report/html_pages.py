@@ -49,7 +49,7 @@ def _environment() -> jinja2.Environment:
         "style_digest": _digest(style),
         "script_digest": _digest(script),
     }
-    environment.filters |= {"number": shown_number, "label": str}
+    environment.filters["number"] = shown_number
     return environment
 
 

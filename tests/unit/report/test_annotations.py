@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from report_samples import EXPLANATION, sample_result
 
+from qeff_validate.cli.app import run_command
 from qeff_validate.config.loader import case_places
 from qeff_validate.report.annotations import github_annotations
 
@@ -55,3 +56,20 @@ def test_place_is_the_line_of_the_case_from_the_root_of_the_checkout(
     monkeypatch.setenv("GITHUB_WORKSPACE", str(tmp_path))
     (line,) = annotated(sample_result(status="fail", text="r"), places=places)
     assert line.startswith("::error file=configs/a%2Cb.yaml,line=7,title=")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_command_annotates_on_github_alone_and_apart_from_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    config = tmp_path / "cases.yaml"
+    config.write_text("cases:\n  - {name: gone, source: 'path:missing', runtimes: [ort]}\n", encoding="utf-8")
+    command = ["run", str(config), "--report", str(tmp_path / "out"), *arguments]
+    code = run_command(command)
+    assert "::error" not in "".join(capsys.readouterr())
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(tmp_path))
+    assert run_command(command) == code != 0
+    captured = capsys.readouterr()
+    assert "::error file=cases.yaml,line=2,title=gone on ort%3A Not settled::" in captured.err
+    assert "::error" not in captured.out
