@@ -7,6 +7,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ ARGUMENTS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
 )
+
+LIMIT_S = 120
+"""Time without an answer after which a browser is given up."""
 
 
 class Page:
@@ -88,6 +92,7 @@ class Page:
 
     def _read(self) -> Any:
         while b"\0" not in self._rest:
+            assert select.select([self._back], [], [], LIMIT_S)[0], f"the browser gives no answer for {LIMIT_S} s"
             part = os.read(self._back, 1 << 20)
             assert part, "the browser has ended"
             self._rest += part
