@@ -67,7 +67,7 @@ def bound_mark(item: GateResult, scale: LogScale) -> BoundMark | None:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Bars of an error strip as SVG paths in a box ``width`` by 100, y downwards.
+    """Bars of an error strip as vertical lines of SVG paths, in a box ``width`` by 100, y downwards.
 
     Attributes:
         width: number of bars.
@@ -102,10 +102,10 @@ def strip(item: GateResult) -> Strip | None:
     paths: dict[str, list[str]] = {"within": [], "beyond": [], "missing": []}
     for place, value in enumerate(errors.values):
         if math.isnan(value):
-            paths["missing"].append(f"M{place} 100v-100h1v100z")
+            paths["missing"].append(f"M{place}.5 100V0")
         else:
             height = max(scale.at(value), 2.0)  # a row without an error is there, too
-            paths["within" if value <= limit else "beyond"].append(f"M{place}.08 100v-{height:.4g}h.84V100z")
+            paths["within" if value <= limit else "beyond"].append(f"M{place}.5 100V{100 - height:.3g}")
     known = [(-1.0 if math.isnan(value) else value) for value in errors.values]
     return Strip(
         width=len(errors.values),
