@@ -236,7 +236,7 @@ def perf(
 def _baselines(path: Path) -> Callable[[str, str], TimingBaseline]:
     """Return a function from case and runtime to what a file or folder has of it."""
     from qeff_validate.builders.bundle import MANIFEST, read_bundle
-    from qeff_validate.report.baseline import read_results
+    from qeff_validate.report.baseline import read_entries
 
     if path.suffix in (".yaml", ".yml") or (path / MANIFEST).is_file():
         cases = {case.name: case for case in (load([path]) if path.is_file() else read_bundle(path))}
@@ -248,7 +248,7 @@ def _baselines(path: Path) -> Callable[[str, str], TimingBaseline]:
 
         return live
     try:
-        stored = stored_measurements(read_results(path))
+        stored = stored_measurements(read_entries(path))
     except IncomparableError as exc:
         raise ConfigError(f"--against: {path}: {exc}") from exc
 

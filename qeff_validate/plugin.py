@@ -53,7 +53,7 @@ OPTIONS = {
     "model": "a source instead of a config, e.g. random:bert or path:DIR",
     "runtimes": "comma-separated runtimes, instead of those that the cases name",
     "require": "comma-separated runtimes that must run: 'not run' is a failure",
-    "report": "directory for report.json and report.md",
+    "report": "directory for report.json, report.md and report.html",
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
@@ -440,6 +440,20 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     return []
 
 
+def _annotations(config: pytest.Config, report: Report) -> list[str]:
+    """Return annotations of the results that fail, in a job of GitHub Actions."""
+    from qeff_validate.config.loader import case_places
+    from qeff_validate.report.annotations import github_annotations, on_github
+
+    if not on_github():
+        return []
+    places = {} if option(config, "model") else case_places(_configs(config))
+    allowed = bool(config.getoption("--qv-allow-inconclusive"))
+    return list(
+        github_annotations(report.results, places, require=_listed(config, "require"), allow_inconclusive=allowed)
+    )
+
+
 def _remove_old_report(config: pytest.Config) -> None:
     """Remove the report of an earlier run, if this one will write its own."""
     path = _place(config, "report")
@@ -485,6 +499,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
         path = _place(config, "report")
         if path is not None:
-            terminalreporter.write_line(f"report: {path / 'report.json'}")
+            terminalreporter.write_line(f"report: {path / 'report.html'}, {path / 'report.json'}")
+        for line in _annotations(config, report):
+            terminalreporter.write_line(line)
     for problem in problems:
         terminalreporter.write_line(f"ERROR: {problem}", red=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qeff_validate.cli import performance, sdk, signals, store
+from qeff_validate.cli import compare, performance, sdk, signals, store
 from qeff_validate.cli.build import build
 from qeff_validate.cli.configs import list_cases, schema
 from qeff_validate.cli.doctor import doctor
@@ -65,6 +65,7 @@ app.command()(doctor)
 app.add_typer(store.app, name="store")
 app.add_typer(sdk.app, name="sdk")
 app.command()(schema)
+app.command(epilog=compare.EPILOG)(compare.compare)
 app.command(epilog=performance.EPILOG)(performance.perf)
 app.add_typer(performance.app, name="baseline")
 

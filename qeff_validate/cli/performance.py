@@ -43,7 +43,7 @@ def perf(
         Path | None,
         typer.Option(help="a config or bundle, which is run beside; or a report or baseline with timings"),
     ] = None,
-    report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    report: Annotated[Path, typer.Option(help="directory for report.html, .json and .md")] = Path(DEFAULT_DIR),
     device_ids: Annotated[str, typer.Option("--device-ids", help="cards to use, e.g. 0,1")] = "",
     run_timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a launch may take beyond 600")] = 600,
     sdk: SdkPrefix = None,
@@ -75,7 +75,7 @@ def perf(
     console().print(timings_table(made.results))
     for text in (*timing_lines(made.results), *made.problems(), *timing_closing(made.results)):
         print_text(text)
-    print_text(f"report: {report / 'report.json'}, {report / 'report.md'}")
+    print_text(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
     raise typer.Exit(exit_code(made, allow_inconclusive=allow_inconclusive))
 
 
@@ -113,7 +113,8 @@ def save(
 
     Example: [bold]qeff-validate baseline save v1 --report qv-report --config configs/quickstart.yaml[/]
     """
-    from qeff_validate.report.baseline import read_report, save_baseline
+    from qeff_validate.report.baseline import save_baseline
+    from qeff_validate.report.report import read_report
 
     reports = [read_report(path) for path in report or [Path(DEFAULT_DIR)]]
     print_text(f"baseline {name}: {save_baseline(folder(config, directory), name, reports)}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,7 @@ def run(
         ),
     ] = 600,
     sdk: SdkPrefix = None,
-    report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    report: Annotated[Path, typer.Option(help="directory for report.html, .json and .md")] = Path(DEFAULT_DIR),
     record: Annotated[
         Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
     ] = None,
@@ -122,10 +123,11 @@ def run(
             print_text(json.dumps(result.plain(), ensure_ascii=False, allow_nan=False))
     else:
         _print(results, wide=wide, quiet=quiet)
+    _annotate(results, configs or [], required, allow_inconclusive)
     if write_error is not None:
         raise write_error
     if not json_lines:
-        print_text(f"report: {report / 'report.json'}, {report / 'report.md'}")
+        print_text(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
         for text in results.closing():
             print_text(text)
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
@@ -146,3 +148,15 @@ def _print(results: Report, *, wide: bool, quiet: bool) -> None:
         terminal.print(results.table(width=terminal.width))
     for text in results.problems():
         print_text(f"\n{text}" if "\n" in text else text)
+
+
+def _annotate(results: Report, configs: Sequence[Path], required: Sequence[str], allow_inconclusive: bool) -> None:
+    """Print annotations of the results that fail, in a job of GitHub Actions."""
+    from qeff_validate.config.loader import case_places
+    from qeff_validate.report.annotations import github_annotations, on_github
+
+    if not on_github():
+        return
+    places = case_places(configs)
+    for line in github_annotations(results.results, places, require=required, allow_inconclusive=allow_inconclusive):
+        print_text(line, stderr=True)  # GitHub reads both streams, and standard output may be JSON

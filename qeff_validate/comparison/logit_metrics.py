@@ -21,6 +21,7 @@ from qeff_validate.comparison.bounds import NOISE_SHARE, PRECISIONS, Bound, gate
 from qeff_validate.comparison.metric import (
     LOGIT_METRICS,
     TIERS,
+    ErrorsByRow,
     Metric,
     least_bounds,
     most_bounds,
@@ -242,4 +243,5 @@ def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) ->
 def _gate(metric: Metric, bound: Bound | None, labels: Sequence[str], places: NDArray[np.int_]) -> GateResult:
     row = int(places[metric.worst["row"]])
     place = {**metric.worst, "row": row, "text": labels[row]}
-    return GateResult(Metric(f"logits.{metric.name}", metric.value, place), bound)
+    errors_by_row = metric.by_row and ErrorsByRow.of(metric.by_row.values, places.tolist(), len(labels))
+    return GateResult(Metric(f"logits.{metric.name}", metric.value, place, errors_by_row), bound)

@@ -3,9 +3,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_ROW_ERRORS = 200
+"""Maximum number of errors by row that a report keeps of one metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorsByRow:
+    """The errors of an output's rows, in order.
+
+    Attributes:
+        values: one for each row or, if `rows_each` is not 1, the greatest of as many consecutive rows; NaN: none of
+            these rows was measured, because it is not finite or holds no token.
+        rows_each: number of rows that one value stands for.
+    """
+
+    values: Sequence[float] | NDArray[np.float64]
+    rows_each: int = 1
+
+    @classmethod
+    def of(cls, errors: Sequence[float] | NDArray[np.float64], places: Sequence[int], rows: int) -> ErrorsByRow:
+        """Return the errors of an output with a number of rows, of which those at ``places`` were measured."""
+        values = np.full(rows, np.nan)
+        values[list(places)] = errors
+        return cls(values).bounded()
+
+    def bounded(self) -> ErrorsByRow:
+        """Return at most `MOST_ROW_ERRORS` values."""
+        values, joined = np.asarray(self.values, np.float64), max(1, -(-len(self.values) // MOST_ROW_ERRORS))
+        if joined > 1:
+            values = np.fmax.reduceat(values, np.arange(0, len(values), joined))  # NaN where no row was measured
+        return ErrorsByRow(tuple(values.tolist()), joined * self.rows_each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +49,8 @@ class Metric:
     name: str
     value: float
     worst: Mapping[str, Any] = field(default_factory=dict)
+    by_row: ErrorsByRow | None = field(default=None, compare=False, repr=False)
+    """The errors whose greatest is the value; None where the value is of all rows together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_validate.comparison.metric import VECTOR_METRICS, Metric, names
+from qeff_validate.comparison.metric import VECTOR_METRICS, ErrorsByRow, Metric, names
 from qeff_validate.errors import IncomparableError
 from qeff_validate.tensors import Array
 
@@ -104,7 +104,7 @@ def worst_row(name: str, values: Floats) -> Metric:
     if values.size == 0:
         raise IncomparableError(f"{name}: no row to measure")
     row = int(np.argmax(values))  # argmax returns the first NaN, if there is one
-    return Metric(name, float(values[row]), {"row": row})
+    return Metric(name, float(values[row]), {"row": row}, ErrorsByRow(values))
 
 
 def systematic_metrics(center: Array, actual: Array) -> list[Metric]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import LEAST, SYSTEMATIC_ERRORS, Bound, missing_bounds_reason, nan_max
-from qeff_validate.comparison.metric import Metric
+from qeff_validate.comparison.metric import MOST_ROW_ERRORS, ErrorsByRow, Metric
 from qeff_validate.comparison.noise_floor import Floor
 from qeff_validate.comparison.vector_metrics import (
     GATES,
@@ -32,6 +32,30 @@ NON_FINITE = "non_finite"
 
 NAMED, MOST_LISTED = 5, 100
 """Maximum number of rows in a message, and in a report."""
+
+
+MOST_TEXT = 60
+"""Maximum number of characters of a row's text beside its error."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowText:
+    """A text, and the number of consecutive rows that are its: its vectors, or the tokens after it."""
+
+    text: str
+    rows: int = 1
+
+
+def row_texts(texts: Sequence[tuple[str, int]]) -> tuple[RowText, ...]:
+    """Return the texts of rows, cut to `MOST_TEXT` characters; none at all if there are more than `MOST_ROW_ERRORS`.
+
+    Args:
+        texts: each with its number of rows, in the order of the rows.
+    """
+    if len(texts) > MOST_ROW_ERRORS:
+        return ()
+    cut = [text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…" for text, _ in texts]
+    return tuple(RowText(text, rows) for text, (_, rows) in zip(cut, texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +98,8 @@ class Verdict:
     power: Power | None = None
     findings: tuple[str, ...] = ()
     """Observations for the reader that no gate depends on."""
+    texts: tuple[RowText, ...] = ()
+    """The texts of the rows in order; empty if they are more than a report keeps."""
 
     def with_power(self, power: Power, accepted: str = "") -> Verdict:
         """Return the verdict with its power; a pass becomes inconclusive if the bounds miss a gross fault.
@@ -190,7 +216,8 @@ def compare(
     missing = [name for name in GATES if name not in bounds]
     if missing and verdict.status != "fail":
         verdict = replace(verdict, status="inconclusive", reason=missing_bounds_reason(missing, floor, precision))
-    return replace(with_unusable_rows(verdict, unusable, rows.labels), findings=tuple(findings))
+    verdict = replace(verdict, findings=tuple(findings), texts=row_texts([(label, 1) for label in rows.labels]))
+    return with_unusable_rows(verdict, unusable, rows.labels)
 
 
 def finite_rows(array: Array) -> NDArray[np.bool_]:
@@ -289,7 +316,9 @@ def _gate_output(
         place = {**metric.worst, "row": row, "text": rows.labels[row]}
         if metric.name == "max_abs_rms":
             place["column"] = int(np.argmax(np.abs(actual[row].astype(np.float64) - reference[row])))
-        results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
+        errors_by_row = metric.by_row and ErrorsByRow.of(metric.by_row.values, measured, len(reference))
+        placed = Metric(f"{name}.{metric.name}", metric.value, place, errors_by_row)
+        results.append(GateResult(placed, bounds.get(metric.name)))
     floor_rows = np.arange(len(actual)) if floor is None or floor.rows is None else floor.rows
     places = np.flatnonzero(np.isin(floor_rows, measured))
     if floor is not None and set(SYSTEMATIC_ERRORS) <= set(bounds) and places.size:

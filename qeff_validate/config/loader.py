@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qeff_validate.config.case import Case, Config, Inputs
 from qeff_validate.config.explain import explain
-from qeff_validate.config.yaml_reader import MOST_VALUES, expanded_size, parse_yaml
+from qeff_validate.config.yaml_reader import MOST_VALUES, expanded_size, lines_by_name, parse_yaml
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.files import expand_user, read_bytes
 
@@ -40,17 +40,22 @@ def load_cases(paths: Sequence[Path]) -> list[Case]:
     return cases
 
 
+def case_places(paths: Sequence[Path]) -> dict[str, tuple[Path, int]]:
+    """Return file and line of each case, by its name, of config files that `load_cases` has read."""
+    places: dict[str, tuple[Path, int]] = {}
+    for path in paths:
+        lines = lines_by_name(_text(path), "cases")
+        places |= {name: (path, line) for name, line in lines.items()}
+    return places
+
+
 def schema() -> str:
     """Return the JSON Schema of config files, for editors."""
     return json.dumps(Config.model_json_schema(), indent=2) + "\n"
 
 
 def _read(path: Path) -> list[Case]:
-    try:
-        text = read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8-sig")
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"cannot read config {path}: {exc}") from exc
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(_text(path), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config is a mapping with 'cases:', this is {type(data).__name__}")
     data = _with_defaults(data, path)
@@ -59,6 +64,13 @@ def _read(path: Path) -> list[Case]:
     except ValidationError as exc:
         raise ConfigError(explain(exc, str(path), data)) from exc
     return [_absolute(case, path) for case in config.cases]
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"cannot read config {path}: {exc}") from exc
 
 
 def _with_defaults(data: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is no YAML: {exc}") from exc
 
 
+def lines_by_name(text: str, key: str) -> dict[str, int]:
+    """Return the first line of each mapping with a ``name`` in the list under a key of a document, from 1 on.
+
+    The document is one that `parse_yaml` has read.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    lists = [value for name, value in getattr(root, "value", ()) if name.value == key]
+    lines: dict[str, int] = {}
+    for item in (item for node in lists if isinstance(node, yaml.SequenceNode) for item in node.value):
+        pairs = item.value if isinstance(item, yaml.MappingNode) else ()
+        names = [value.value for name, value in pairs if name.value == "name"]
+        lines |= dict.fromkeys(names, item.start_mark.line + 1)
+    return lines
+
+
 def expanded_size(value: Any) -> int:
     """Return how many values plain data holds, each as often as it stands somewhere."""
     known: dict[int, int] = {}

@@ -155,6 +155,7 @@ class Pipeline(CaseArtifacts):
             },
             notes=tuple(inputs.notes),
             findings=(*file, *verdict.findings, *told),
+            texts=verdict.texts,
             power=verdict.power,
         )
 
@@ -187,6 +188,7 @@ class Pipeline(CaseArtifacts):
             planned=verdict.planned,
             compared=verdict.compared,
             findings=(*self._file_findings(runtime), *verdict.findings),
+            texts=verdict.texts,
         )
 
     def record(self, folder: Path) -> Path:

@@ -43,7 +43,7 @@ from qeff_validate.pipeline.machine import disturbances
 from qeff_validate.pipeline.measurement import Measurement, Timings
 from qeff_validate.protocols import Runtime, Settings, capabilities, model_kind
 from qeff_validate.report.result import Result
-from qeff_validate.report.timings import TIMING
+from qeff_validate.report.timings import TIMING, TimedEntry
 from qeff_validate.sdk.processes import ending, kill
 
 WORKER = "qeff_validate.pipeline.timing_worker"
@@ -450,18 +450,17 @@ def run_launch(job: Mapping[str, Any], limit: float, name: str) -> dict[str, Any
     return result
 
 
-def stored_measurements(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Measurement]:
-    """Return the timings in plain results, by case and runtime; those without any are left out.
+def stored_measurements(results: Iterable[TimedEntry]) -> dict[tuple[str, str], Measurement]:
+    """Return the timings in results or entries of a baseline, by case and runtime; those without any are left out.
 
     Raises:
         IncomparableError: timings are there and cannot be read.
     """
     found = {}
     for result in results:
-        if result.get("performance"):
-            place = f"{result['case']}-{result['runtime']}"
+        if result.performance:
             try:
-                found[result["case"], result["runtime"]] = Measurement.from_plain(result["performance"])
+                found[result.case, result.runtime] = Measurement.from_plain(result.performance)
             except IncomparableError as exc:
-                raise IncomparableError(f"{place}: {exc}") from exc
+                raise IncomparableError(f"{result.case}-{result.runtime}: {exc}") from exc
     return found

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.files import read_json
-from qeff_validate.report.report import Report
-from qeff_validate.report.result import finite
+from qeff_validate.report.report import MOST_BYTES, Report, report_file, report_of
+from qeff_validate.report.result import Result, finite
 from qeff_validate.report.writers import write_texts
 
 SCHEMA = 1
 
 FOLDER = "baselines"
 """Beside a config."""
-
-MOST_BYTES = 256 << 20
-"""A greater report or baseline is not read."""
 
 DRIFT = 3.0
 """Growth of a value, as a factor, from which it is told.
@@ -83,8 +80,8 @@ def baseline_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
-def save_baseline(folder: Path, name: str, reports: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the results of plain reports under a name; accuracy and timings of a case are put together.
+def save_baseline(folder: Path, name: str, reports: Sequence[Report]) -> Path:
+    """Write the results of reports under a name; accuracy and timings of a case are put together.
 
     Raises:
         ConfigError: nothing in the reports can be kept, or the name is none.
@@ -92,7 +89,7 @@ def save_baseline(folder: Path, name: str, reports: Sequence[Mapping[str, Any]])
     """
     path, entries = baseline_path(folder, name), dict[tuple[str, str], Entry]()
     for report in reports:
-        for result in report["results"]:
+        for result in report.results:
             entry = _entry(result)
             if not entry.metrics and entry.performance is None:
                 continue
@@ -100,8 +97,8 @@ def save_baseline(folder: Path, name: str, reports: Sequence[Mapping[str, Any]])
             entries[entry.place] = entry if before is None else _together(before, entry)
     if not entries:
         raise ConfigError(f"baseline {name!r}: the report has neither metrics nor timings")
-    made = Baseline(name=name, environment=dict(reports[0]["environment"]), results=list(entries.values()))
-    plain = {"schema": SCHEMA, **made.model_dump(mode="json", exclude_none=True)}
+    made = Baseline(name=name, environment=dict(reports[0].environment), results=list(entries.values()))
+    plain = {"schema": SCHEMA, **made.model_dump(exclude_none=True)}
     # one result a line: a change shows in a diff as the line of its case
     lines = ",\n".join(json.dumps(finite(item), ensure_ascii=False, allow_nan=False) for item in plain.pop("results"))
     head = json.dumps(finite(plain), indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
@@ -133,7 +130,10 @@ def parse_baseline(path: Path) -> Baseline:
     Raises:
         ConfigError: it cannot be read, is of another schema, or a key is missing.
     """
-    data = read_json(path, most_bytes=MOST_BYTES)
+    return _baseline(read_json(path, most_bytes=MOST_BYTES), path)
+
+
+def _baseline(data: Any, path: Path) -> Baseline:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ConfigError(f"{path} is no baseline of schema {SCHEMA}")
     try:
@@ -144,31 +144,16 @@ def parse_baseline(path: Path) -> Baseline:
         raise ConfigError(f"{path} is no baseline: {place}: {first['msg']}") from exc
 
 
-def read_results(path: Path) -> list[Mapping[str, Any]]:
-    """Return the plain results of a report (``report.json``, or its folder) or of a baseline.
+def read_entries(path: Path) -> list[Entry]:
+    """Return the entries of a report (``report.json``, or its folder) or of a baseline.
 
     Raises:
-        ConfigError: it cannot be read or has no results.
+        ConfigError: it cannot be read, or is neither.
     """
-    results: list[Mapping[str, Any]] = read_report(path)["results"]
-    return results
-
-
-def read_report(path: Path) -> Mapping[str, Any]:
-    """Return a plain report from ``report.json`` or its folder.
-
-    Raises:
-        ConfigError: it cannot be read or has no results.
-    """
-    file = path / "report.json" if path.is_dir() else path
-    data = read_json(file, most_bytes=MOST_BYTES)
-    results = data.get("results") if isinstance(data, dict) else None
-    if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
-        raise ConfigError(f"{file} is neither a report nor a baseline: it has no results")
-    if not all({"case", "runtime"} <= item.keys() for item in results):
-        raise ConfigError(f"{file}: a result names no case or no runtime")
-    report: Mapping[str, Any] = {"environment": {}, **data}
-    return report
+    data = read_json(report_file(path), most_bytes=MOST_BYTES)
+    if isinstance(data, dict) and isinstance(data.get("name"), str):
+        return _baseline(data, path).results
+    return [_entry(result) for result in report_of(data, str(path)).results]
 
 
 def with_drift(report: Report, baseline: Baseline) -> Report:
@@ -178,9 +163,7 @@ def with_drift(report: Report, baseline: Baseline) -> Report:
     for result in report.results:
         entry = entries.get((result.case, result.runtime))
         if result.status != "not_run":
-            plain = _entry(result.plain())
-            bounds = {item.metric.name: item.bound.value for item in result.metrics if item.bound}
-            told = list(drifts(entry, plain, bounds, baseline.name))
+            told = list(drifts(entry, _entry(result), bounds_of(result), baseline.name))
             result = replace(result, findings=(*result.findings, *told))  # noqa: PLW2901
         results.append(result)
     return replace(report, results=tuple(results))
@@ -203,24 +186,84 @@ def drifts(entry: Entry | None, now: Entry, bounds: Mapping[str, float], name: s
         return
     if entry.status != now.status:
         yield f"baseline {name}: it was {entry.status} then"
-    for metric, then in entry.metrics.items():
-        if metric not in now.metrics:
-            yield f"baseline {name}: {metric} was measured then, and is not now"
+    for change in value_changes(entry.metrics, now.metrics, bounds):
+        yield f"baseline {name}: {change.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class ValueChange:
+    """The value of a metric in two runs; None: it was not measured there."""
+
+    metric: str
+    before: float | None
+    after: float | None
+    bound: float | None = None
+    """Of the run whose value is the greater one, if it has one."""
+
+    @property
+    def text(self) -> str:
+        """What changed, in one sentence without an end."""
+        before, after = self.before, self.after
+        if before is None or after is None:
+            when = "was measured then, and is not now" if after is None else "is measured now, and was not then"
+            return f"{self.metric} {when}"
+        if not (math.isfinite(before) and math.isfinite(after)) or after == 0:
+            return f"{self.metric} was {before:.3g}, and is {after:.3g} now"
+        if before == 0:
+            return f"{self.metric} was 0, and is {after:.3g} now, of a bound of {self.bound:.3g}"
+        if after < before:
+            return f"{self.metric} fell {before / after:.3g} times, from {before:.3g} to {after:.3g}"
+        within = f", within its bound {self.bound:.3g}" if self.bound is not None and after <= self.bound else ""
+        return f"{self.metric} grew {after / before:.3g} times, from {before:.3g} to {after:.3g}{within}"
+
+    @property
+    def reversed(self) -> ValueChange:
+        """The change from the later run to the earlier one."""
+        return replace(self, before=self.after, after=self.before)
+
+
+def value_changes(
+    before: Mapping[str, float | str], after: Mapping[str, float | str], bounds: Mapping[str, float]
+) -> Iterator[ValueChange]:
+    """Yield the metrics whose values became worse: by more than `DRIFT`, not finite, or no longer measured.
+
+    Args:
+        before: values by metric; numbers that are not finite may be texts.
+        after: of the later run.
+        bounds: of the later run, for the metrics that have one.
+    """
+    for metric, value in before.items():
+        bound = bounds.get(metric)
+        if metric not in after:
+            yield ValueChange(metric, float(value), None)
             continue
-        before, after, bound = float(then), float(now.metrics[metric]), bounds.get(metric)
-        if math.isfinite(before) and not math.isfinite(after):
-            yield f"baseline {name}: {metric} was {before:.3g}, and is {after} now"
-        elif before > 0 and after > DRIFT * before:
-            within = f", within its bound {bound:.3g}" if bound is not None and after <= bound else ""
-            yield f"baseline {name}: {metric} grew {after / before:.3g} times, from {before:.3g} to {after:.3g}{within}"
-        elif before == 0 and bound is not None and after > OF_ZERO * bound:
-            yield f"baseline {name}: {metric} was 0, and is {after:.3g} now, of a bound of {bound:.3g}"
+        then, now = float(value), float(after[metric])
+        broken = math.isfinite(then) and not math.isfinite(now)
+        appeared = then == 0 and bound is not None and now > OF_ZERO * bound
+        if broken or appeared or (then > 0 and now > DRIFT * then):
+            yield ValueChange(metric, then, now, bound)
 
 
-def _entry(result: Mapping[str, Any]) -> Entry:
-    metrics = {item["name"]: item["value"] for item in result.get("metrics", ())}
-    kept = ("case", "runtime", "precision", "simulated", "status")
-    return Entry(**{name: result[name] for name in kept}, metrics=metrics, performance=result.get("performance"))
+def bounds_of(result: Result) -> dict[str, float]:
+    """Return the bounds of a result's metrics."""
+    return {item.metric.name: item.bound.value for item in result.gates if item.bound}
+
+
+def values_of(result: Result) -> dict[str, float]:
+    """Return the values of a result's metrics."""
+    return {item.metric.name: item.metric.value for item in result.metrics}
+
+
+def _entry(result: Result) -> Entry:
+    return Entry(
+        case=result.case,
+        runtime=result.runtime,
+        precision=result.precision,
+        simulated=result.simulated,
+        status=result.status,
+        metrics=dict(values_of(result)),
+        performance=None if result.performance is None else dict(result.performance),
+    )
 
 
 def _together(before: Entry, after: Entry) -> Entry:

@@ -3,30 +3,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import html
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from qeff_validate.report.result import Result
-from qeff_validate.report.text import HEAD, closing, problems, row_cells
+from qeff_validate.report.text import (
+    HEAD,
+    closing,
+    distinct_problems,
+    flat,
+    remarks,
+    row_cells,
+    status_word,
+)
 from qeff_validate.report.timings import HEAD as TIMING_HEAD
 from qeff_validate.report.timings import timing_lines, timing_rows
 
 
-def markdown(results: Sequence[Result], unwritten: Sequence[str] = ()) -> str:
-    """Return results, and why recordings could not be written, for a GitHub step summary."""
+def markdown(
+    results: Sequence[Result], unwritten: Sequence[str] = (), environment: Mapping[str, Any] | None = None
+) -> str:
+    """Return a report for a GitHub step summary; what is long is folded.
 
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rows = [line(row_cells(result)) for result in results]
-    parts = ["# qeff_validate", "", line(HEAD), line("---" for _ in HEAD), *rows, ""]
+    Args:
+        results: of the report.
+        unwritten: why recordings could not be written.
+        environment: of the report.
+    """
+    rows = [_line(row_cells(result)) for result in results]
+    parts = ["# qeff_validate", "", _line(HEAD), _line("---" for _ in HEAD), *rows, ""]
     timed = list(timing_rows(results))
     if timed:
-        parts += ["## Timings", "", line(TIMING_HEAD), line("---" for _ in TIMING_HEAD), *map(line, timed), ""]
-        parts += [*(f"- {text}" for text in timing_lines(results)), ""]
-    texts = [*problems(results), *unwritten]
-    if texts:
-        parts += ["## What did not pass, findings and notes", ""]
-        parts += [f"- {text.splitlines()[0]}" + "".join(f"\n  {x}" for x in text.splitlines()[1:]) for text in texts]
-        parts.append("")
-    parts += [*(f"{text}\n" for text in closing(results))]
+        parts += ["## Timings", "", _line(TIMING_HEAD), _line("---" for _ in TIMING_HEAD), *map(_line, timed), ""]
+        parts += [*(f"- {_text(text)}" for text in timing_lines(results)), ""]
+    problems = list(distinct_problems(results))
+    if problems or unwritten:
+        parts += ["## What did not pass", "", *(f"- {_text(text)}" for text in unwritten), ""]
+        for result, runtimes in problems:
+            parts += _problem(result, runtimes)
+    told = remarks(results)
+    if told:
+        parts += _folded(f"Findings and notes ({len(told)})", [f"- {_text(text)}" for text in told])
+    if environment:
+        table = [_line(("what", "value")), _line(("---", "---")), *map(_line, flat(environment))]
+        parts += _folded("Environment", table)
+    parts += [*(f"{_text(text)}\n" for text in closing(results))]
     return "\n".join(parts)
+
+
+def _problem(result: Result, runtimes: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a result that did not pass: where and what, folded open, and why."""
+    stage = f" at {result.stage}" if result.stage else ""
+    expected = " (expected)" if result.expected else ""
+    names = ", ".join(f"{result.case}-{runtime}" for runtime in runtimes)
+    title = f"<b>{_text(names)}</b>: {status_word(result)}{expected} ({result.status}{stage})"
+    lines = [_text(result.reason) or "No reason was given."]
+    if result.expected:
+        lines += ["", f"Expected: {_text(result.expected)}"]
+    summary = (result.explanation or {}).get("summary")
+    if summary:
+        lines += ["", f"**Where it comes from:** {_text(str(summary))}"]
+    yield from _folded(title, lines, opened=result.status == "fail" and not result.expected)
+
+
+def _folded(title: str, lines: Iterable[str], *, opened: bool = False) -> list[str]:
+    """Return lines in a ``<details>`` block; ``title`` is HTML."""
+    return [f"<details{' open' * opened}><summary>{title}</summary>", "", *lines, "", "</details>", ""]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_text(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _text(text: str) -> str:
+    """Return text that opens or closes no HTML element; its further lines are indented, as in a list."""
+    return html.escape(text, quote=False).replace("\n", "\n  ")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from qeff_validate.comparison.verdict import Status
-from qeff_validate.errors import IncomparableError
+from qeff_validate.errors import ConfigError, IncomparableError
+from qeff_validate.files import read_json
 from qeff_validate.report.markdown import markdown
+from qeff_validate.report.notebook import notebook_table
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import closing, problems, row_cells, table
 from qeff_validate.report.timings import is_timing
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 DEFAULT_DIR = "qv-report"
+
+MOST_BYTES = 256 << 20
+"""A greater report is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,13 @@ class Report:
         """
         if plain.get("schema") != SCHEMA:
             raise IncomparableError(f"a report has schema {SCHEMA}, this has {plain.get('schema')!r}: make it anew")
-        results = tuple(map(Result.from_plain, plain.get("results", ())))
-        return cls(results, plain.get("environment", {}), tuple(plain.get("unwritten", ())))
+        results, environment, unwritten = (plain.get(name) for name in ("results", "environment", "unwritten"))
+        environment = {} if environment is None else environment
+        if not (isinstance(results, list) and isinstance(environment, Mapping)):
+            raise IncomparableError("it is no report: it has no list of results, or its environment is no mapping")
+        if not all(isinstance(text, str) for text in unwritten or ()):
+            raise IncomparableError("it is no report: what could not be written is no list of texts")
+        return cls(tuple(map(Result.from_plain, results)), environment, tuple(unwritten or ()))
 
     @property
     def rows_compared(self) -> int:
@@ -101,7 +111,7 @@ class Report:
         return sum(result.compared for result in self.results if not is_timing(result))
 
     def write(self, folder: Path) -> None:
-        """Write ``report.json`` and ``report.md`` into a folder, each by one rename.
+        """Write ``report.json``, ``report.md`` and ``report.html`` into a folder, each by one rename.
 
         Raises:
             ValidateError: they cannot be written.
@@ -122,18 +132,44 @@ class Report:
     def __str__(self) -> str:
         return "\n".join("  ".join(row_cells(result)) for result in self.results)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        printer.text(str(self))  # what IPython prints where it cannot show HTML
+
     def _repr_html_(self) -> str:
-        import io
-
-        from rich.console import Console
-
-        console = Console(record=True, file=io.StringIO(), width=140)
-        console.print(self.table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return notebook_table(self.results, self.closing())
 
     def problems(self) -> list[str]:
         """Return a line for every result that did not pass, every finding, note and recording that was not written."""
         return [*problems(self.results), *self.unwritten]
+
+
+def report_file(path: Path) -> Path:
+    """Return the file of a report: the path itself, or ``report.json`` in it if it is a folder."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def read_report(path: Path) -> Report:
+    """Read ``report.json``, or the one in a folder.
+
+    Raises:
+        ConfigError: it cannot be read, or is no report of this schema.
+    """
+    file = report_file(path)
+    return report_of(read_json(file, most_bytes=MOST_BYTES), str(file))
+
+
+def report_of(data: Any, where: str) -> Report:
+    """Return the report in the data of a JSON file, whose name messages begin with.
+
+    Raises:
+        ConfigError: it is no report of this schema.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} is no report: it is no JSON object")
+    try:
+        return Report.from_plain(data)
+    except IncomparableError as exc:
+        raise ConfigError(f"{where}: {exc}") from exc
 
 
 def json_report(report: Report) -> str:
@@ -143,4 +179,4 @@ def json_report(report: Report) -> str:
 
 def markdown_report(report: Report) -> str:
     """Return the content of report.md."""
-    return markdown(report.results, report.unwritten)
+    return markdown(report.results, report.unwritten, report.environment)

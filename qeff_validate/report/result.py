@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from qeff_validate.comparison.bounds import Bound
-from qeff_validate.comparison.metric import Metric
-from qeff_validate.comparison.verdict import GateResult, Power, Status
+from qeff_validate.comparison.metric import ErrorsByRow, Metric
+from qeff_validate.comparison.verdict import GateResult, Power, RowText, Status
 from qeff_validate.errors import IncomparableError
 
 
@@ -61,6 +62,10 @@ class Result:
     prechecks: tuple[Precheck, ...] = ()
     performance: Mapping[str, Any] | None = None
     """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
+    texts: tuple[RowText, ...] = ()
+    """The texts of the rows that `Metric.by_row` has the errors of; empty: only those of the worst rows are known."""
+    explanation: Mapping[str, Any] | None = None
+    """Where a failure comes from: stages and layers with their errors, in plain form; None: it was not looked for."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -88,6 +93,10 @@ class Result:
         }
         if self.performance is not None:
             plain["performance"] = dict(self.performance)
+        if self.texts:
+            plain["texts"] = [{"text": item.text, "rows": item.rows} for item in self.texts]
+        if self.explanation is not None:
+            plain["explanation"] = dict(self.explanation)
         return {key: finite(value) for key, value in plain.items()}
 
     @classmethod
@@ -101,6 +110,7 @@ class Result:
             same = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}
             if plain["status"] not in get_args(Status):
                 raise ValueError(f"status {plain['status']!r}")
+            _check_types(plain)
             power = plain["power"]
             return cls(
                 **{
@@ -111,6 +121,7 @@ class Result:
                     "findings": tuple(plain["findings"]),
                     "power": None if power is None else Power(power["tried"], tuple(power["missed"])),
                     "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
+                    "texts": tuple(RowText(item["text"], item["rows"]) for item in plain.get("texts", ())),
                 }
             )
         except (KeyError, TypeError, ValueError) as exc:
@@ -122,6 +133,27 @@ class Result:
         return tuple(item for item in self.metrics if item.bound is not None)
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("case", "runtime", "reason", "reference"), (str,)),
+    **dict.fromkeys(("stage", "precision", "expected"), (str, NoneType)),
+    "simulated": (bool,),
+    **dict.fromkeys(("coverage", "timings_s"), (dict,)),
+    **dict.fromkeys(("artifact", "power", "performance", "explanation"), (dict, NoneType)),
+    **dict.fromkeys(("metrics", "notes", "findings", "prechecks", "texts"), (list,)),
+}
+
+
+def _check_types(plain: Mapping[str, Any]) -> None:
+    """Raise a TypeError if a value of a plain result, which may come from a file, is of another type."""
+    for name, types in _TYPES.items():
+        if name in plain and not isinstance(plain[name], types):
+            raise TypeError(f"{name} is of type {type(plain[name]).__name__}")
+    if not all(isinstance(text, str) for name in ("notes", "findings") for text in plain[name]):
+        raise TypeError("a note or finding is no text")
+    if not all(isinstance(plain["coverage"][name], int) for name in ("planned", "compared")):
+        raise TypeError("coverage holds no numbers of rows")
+
+
 def _power(power: Power) -> dict[str, Any]:
     caught = power.tried - len(power.missed)
     share = caught / power.tried if power.tried else None
@@ -130,7 +162,8 @@ def _power(power: Power) -> dict[str, Any]:
 
 def _metric(item: GateResult) -> dict[str, Any]:
     bound = item.bound
-    return {
+    by_row = item.metric.by_row.bounded() if item.metric.by_row and bound else None
+    plain = {
         "name": item.metric.name,
         "value": item.metric.value,
         "bound": bound.value if bound else None,
@@ -142,6 +175,9 @@ def _metric(item: GateResult) -> dict[str, Any]:
         "worst": dict(item.metric.worst),
         "passed": item.passed,
     }
+    if by_row is not None:
+        plain["by_row"] = {"errors": [float(f"{x:.3g}") for x in by_row.values], "rows_each": by_row.rows_each}
+    return plain
 
 
 def _gate_result(plain: Mapping[str, Any]) -> GateResult:
@@ -149,7 +185,12 @@ def _gate_result(plain: Mapping[str, Any]) -> GateResult:
     if plain["bound"] is not None:
         floor = None if plain["floor"] is None else float(plain["floor"])
         bound = Bound(float(plain["bound"]), plain["source"], plain["why"], floor)
-    return GateResult(Metric(plain["name"], float(plain["value"]), plain["worst"]), bound)
+    if not isinstance(plain["name"], str) or not isinstance(plain["worst"], dict):
+        raise TypeError(f"metric {plain['name']!r}: its name is no text, or its worst row no mapping")
+    by_row = plain.get("by_row")
+    if by_row is not None:
+        by_row = ErrorsByRow(tuple(map(float, by_row["errors"])), int(by_row["rows_each"]))
+    return GateResult(Metric(plain["name"], float(plain["value"]), plain["worst"], by_row), bound)
 
 
 def finite(value: Any) -> Any:

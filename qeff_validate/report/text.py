@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Result
-from qeff_validate.report.timings import is_timing, timing_closing
+from qeff_validate.report.timings import IN_TIME, NOT_IN_TIME, is_timing, timing_closing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +23,12 @@ MARKS: Mapping[str, str] = {
     "not_run": "dim",
 }
 
+
+PROVED, HELD, NOT_PROVED = "Proved", "Held", "Not proved"
+"""What is said of a result that passes: against the original model, against itself, within a wide bound of the case."""
+
+DISPROVED, NOT_SETTLED, NOT_RUN = "Disproved", "Not settled", "Not run"
+"""What is said of other results."""
 
 LABELS: Mapping[str, str] = {"cosine": "1-cosine", "delta_cosine": "1-delta_cosine"}
 """Names of metrics in tables, where they differ from those in report.json."""
@@ -49,7 +56,7 @@ def row_cells(result: Result) -> tuple[str, ...]:
     times, power = result.timings_s, result.power
     return (
         result.case,
-        result.runtime + (" (simulated)" if result.simulated else ""),
+        runtime_name(result),
         result.precision or "",
         result.status,
         _beside_bound(nearest) if nearest else "",
@@ -97,17 +104,30 @@ def table(results: Sequence[Result], *, width: int | None = None) -> Table:
 
 def problems(results: Sequence[Result]) -> list[str]:
     """Return a line for every result that did not pass, with its reason, and for every finding and note."""
-    lines, told = [], set[tuple[str | None, ...]]()
+    lines = []
+    for result, runtimes in distinct_problems(results):
+        stage = f" at {result.stage}" if result.stage else ""
+        known = f" (expected: {result.expected})" if result.expected else ""
+        names = ", ".join(f"{result.case}-{runtime}" for runtime in runtimes)
+        lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
+    return lines + remarks(results)
+
+
+def distinct_problems(results: Sequence[Result]) -> Iterator[tuple[Result, list[str]]]:
+    """Yield each problem once: the first result that has it, and the runtimes of all that have it."""
+    told = set[tuple[str | None, ...]]()
     for result in results:
-        head = f"{result.case}-{result.runtime}"
         what = _problem(result)
         if result.status != "pass" and what not in told:
             told.add(what)
-            same = [other.runtime for other in results if _problem(other) == what]
-            stage = f" at {result.stage}" if result.stage else ""
-            known = f" (expected: {result.expected})" if result.expected else ""
-            names = ", ".join(f"{result.case}-{runtime}" for runtime in same)
-            lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
+            yield result, [other.runtime for other in results if _problem(other) == what]
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Return a line for every finding and note."""
+    lines = []
+    for result in results:
+        head = f"{result.case}-{result.runtime}"
         lines += [f"{head}: finding: {finding}" for finding in result.findings]
         lines += [f"{head}: note: {note}" for note in result.notes]
     return lines
@@ -119,13 +139,15 @@ def closing(results: Sequence[Result]) -> list[str]:
     results = [result for result in results if not is_timing(result)]
     if timed and not results:
         return timed
-    unsettled = {(result.case, result.runtime) for result in results if result.status == "error"}
+    unsettled = unsettled_places(results)
     lines = timed
     for (runtime, simulated), group in _groups(results).items():
         passed = [result for result in group if result.status == "pass"]
         held = [result for result in passed if result.reference == "itself"]
         if held:
-            lines.append(f"Held: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
+            lines.append(
+                f"{HELD}: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}."
+            )
         good = [result for result in passed if result.reference != "itself" and not own_terms(result)]
         good = [result for result in good if (result.case, result.runtime) not in unsettled]
         if not good:
@@ -134,13 +156,13 @@ def closing(results: Sequence[Result]) -> list[str]:
         where = f"{runtime}, a simulated AI 100," if simulated else runtime
         precisions = "/".join(dict.fromkeys(str(result.precision) for result in good))
         cases = ", ".join(result.case for result in good)
-        lines.append(f"Proved: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
+        lines.append(f"{PROVED}: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
     lines += [
-        f"Not proved: {result.case}-{result.runtime} passes {own_terms(result)}."
+        f"{NOT_PROVED}: {result.case}-{result.runtime} passes {own_terms(result)}."
         for result in results
         if result.status == "pass" and own_terms(result)
     ]
-    for word, statuses in (("Disproved", ("fail",)), ("Not settled", ("inconclusive", "error"))):
+    for word, statuses in ((DISPROVED, ("fail",)), (NOT_SETTLED, ("inconclusive", "error"))):
         names = [
             f"{result.case}-{result.runtime} ({'expected ' if result.expected else ''}{result.status})"
             for result in results
@@ -149,7 +171,7 @@ def closing(results: Sequence[Result]) -> list[str]:
         lines += [f"{word}: {', '.join(names)}."] if names else []
     if not any(result.runtime == "ai100" and result.status == "pass" for result in results):
         lines.append(
-            "Not proved: anything on a real AI 100 card; none took part."
+            f"{NOT_PROVED}: anything on a real AI 100 card; none took part."
             + (
                 " The simulator rounds to the card's precision on a CPU; it is no card."
                 if any(result.simulated for result in results)
@@ -157,6 +179,36 @@ def closing(results: Sequence[Result]) -> list[str]:
             )
         )
     return lines
+
+
+def unsettled_places(results: Iterable[Result]) -> set[tuple[str, str]]:
+    """Return case and runtime of results that end with an error, where nothing is called proved."""
+    return {(result.case, result.runtime) for result in results if result.status == "error" and not is_timing(result)}
+
+
+def status_word(result: Result, unsettled: Collection[tuple[str, str]] = ()) -> str:
+    """Return the word that the closing sentences say of a result, such as ``Proved`` or ``Not settled``.
+
+    Args:
+        result: of a report.
+        unsettled: `unsettled_places` of the report.
+    """
+    if result.status == "not_run":
+        return NOT_RUN
+    if is_timing(result):
+        return IN_TIME if result.status == "pass" else NOT_IN_TIME
+    if result.status != "pass":
+        return DISPROVED if result.status == "fail" else NOT_SETTLED
+    if result.reference == "itself":
+        return HELD
+    if (result.case, result.runtime) in unsettled:
+        return NOT_SETTLED
+    return NOT_PROVED if own_terms(result) else PROVED
+
+
+def runtime_name(result: Result) -> str:
+    """Return the name of a result's runtime, which says so if it is simulated."""
+    return result.runtime + (" (simulated)" if result.simulated else "")
 
 
 def _problem(result: Result) -> tuple[str | None, ...]:
@@ -190,3 +242,17 @@ def _groups(results: Iterable[Result]) -> dict[tuple[str, bool], list[Result]]:
     for result in results:
         groups.setdefault((result.runtime, result.simulated), []).append(result)
     return groups
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the values of nested plain data, each under the names that lead to it."""
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{name}.")
+        elif isinstance(value, str):
+            yield name, value
+        elif isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            yield name, " ".join(value)
+        else:
+            yield name, json.dumps(value, ensure_ascii=False, default=str)

@@ -11,6 +11,9 @@ from qeff_validate.report.result import Result
 TIMING = "timing"
 """What results of timings have as ``reference``: nothing was compared with the original model."""
 
+IN_TIME, NOT_IN_TIME = "In time", "Not shown to be in time"
+"""What the closing says of timings that keep their budgets and limits, and of the others."""
+
 HEAD = ("case", "runtime", "workload", "p50 ms", "p95 ms", "p99 ms", "rows/s", "tokens/s", "shots")
 
 
@@ -69,8 +72,8 @@ def timing_closing(results: Sequence[Result]) -> Iterator[str]:
             continue
         where = f"{runtime}, a simulated AI 100 (no claim about a card)," if passed[0].simulated else runtime
         count = sum(result.compared for result in passed)
-        yield f"In time: {where} keeps {count} budgets and limits: {', '.join(result.case for result in passed)}."
+        yield f"{IN_TIME}: {where} keeps {count} budgets and limits: {', '.join(result.case for result in passed)}."
     bad = [f"{result.case}-{result.runtime} ({result.status})" for result in timed]
     bad = [text for text, result in zip(bad, timed, strict=True) if result.status not in ("pass", "not_run")]
     if bad:
-        yield f"Not shown to be in time: {', '.join(bad)}."
+        yield f"{NOT_IN_TIME}: {', '.join(bad)}."

@@ -14,13 +14,13 @@ from qeff_validate.registry import is_built_in, registered
 
 
 def write_reports(report: object, folder: Path) -> None:
-    """Write a report in every registered form: ``report.json``, ``report.md``, and ``report.NAME`` of plug-ins.
+    """Write a report in every registered form, ``report.json`` and others, as ``report.NAME``.
 
     A form is an entry point of the group ``qeff_validate.writers``: a function from a
     `report.Report` to text. The built-in ones are written first.
 
     Raises:
-        ValidateError: a file cannot be written, or a plug-in's function failed; all other files are written.
+        ValidateError: a file cannot be written, or a function failed; all other files are written.
     """
     built_in_texts, plugin_texts = dict[str, str](), dict[str, str]()
     problems = []
@@ -28,9 +28,7 @@ def write_reports(report: object, folder: Path) -> None:
         built_in = is_built_in(entry)
         try:
             (built_in_texts if built_in else plugin_texts)[f"report.{entry.name}"] = entry.load()(report)
-        except Exception as exc:  # a plug-in's failure must lose no verdict
-            if built_in:
-                raise
+        except Exception as exc:  # a writer's failure must lose no verdict
             problems.append(f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}")
     write_texts(folder, {**built_in_texts, **plugin_texts})
     if problems:

@@ -368,7 +368,11 @@ def test_wrong_source_or_input_is_an_error_with_the_remedy_and_leaves_nothing_ha
     assert not list((tmp_path / "store").glob("*/*/provenance.json"))
     (result,) = report_in(tmp_path / "qv-report")["results"]
     assert (result["status"], result["metrics"]) == ("error", [])
-    assert sorted(path.name for path in (tmp_path / "qv-report").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "qv-report").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 @pytest.mark.slow

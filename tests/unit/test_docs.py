@@ -8,11 +8,14 @@ import importlib.util
 import itertools
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 import qeff_validate
 from qeff_validate.cli.app import app
@@ -24,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = [path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 SPECS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "specs").glob("*.md"))}
 SOURCES = [path for name in ("qeff_validate", "tests", "tools") for path in sorted((ROOT / name).rglob("*.py"))]
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+ACTION = ROOT / ".github" / "actions" / "validate" / "action.yml"
+WORKFLOWS = [*sorted((ROOT / ".github" / "workflows").glob("*.yml")), ACTION]
 
 _SPEC = importlib.util.spec_from_file_location("layers_svg", ROOT / "tools" / "layers_svg.py")
 layers_svg = importlib.util.module_from_spec(_SPEC)
@@ -179,7 +183,8 @@ def missing_pages(text: str) -> list[str]:
 def unpinned_actions(text: str) -> list[str]:
     """Actions of a workflow that are not named by a commit with the version beside it."""
     used = re.findall(r"uses: *(\S+)(.*)", text)
-    return [name for name, rest in used if not re.search(r"@[0-9a-f]{40}$", name) or not re.match(r" # v\d", rest)]
+    others = [(name, rest) for name, rest in used if not name.startswith("./")]
+    return [name for name, rest in others if not re.search(r"@[0-9a-f]{40}$", name) or not re.match(r" # v\d", rest)]
 
 
 # --- the documents hold ----------------------------------------------------------------------------
@@ -270,6 +275,57 @@ def test_actions_are_named_by_commit(path: Path) -> None:
     assert unpinned_actions(path.read_text(encoding="utf-8")) == []
 
 
+def action_steps() -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = yaml.safe_load(ACTION.read_text(encoding="utf-8"))["runs"]["steps"]
+    return steps
+
+
+def test_action_is_composite_and_its_inputs_are_declared_and_never_pasted_into_a_script() -> None:
+    text = ACTION.read_text(encoding="utf-8")
+    action = yaml.safe_load(text)
+    assert action["runs"]["using"] == "composite"
+    assert set(re.findall(r"inputs\.([\w-]+)", text)) == set(action["inputs"])
+    for step in action_steps():
+        if "run" in step:
+            assert step["shell"] == "bash"
+            assert "${{" not in step["run"], "an input in a script would be run"
+            assert wrong_commands(f"```bash\n{step['run']}```") == []
+
+
+def test_workflow_uses_the_action_with_inputs_that_it_has() -> None:
+    known = yaml.safe_load(ACTION.read_text(encoding="utf-8"))["inputs"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    uses = [step for job in jobs.values() for step in job["steps"] if step.get("uses") == "./.github/actions/validate"]
+    (step,) = uses
+    assert set(step["with"]) <= set(known)
+    assert {name for name, value in known.items() if value.get("required")} <= set(step["with"])
+    assert all((ROOT / path).is_file() for path in step["with"]["configs"].split())
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_scripts_of_the_action_keep_the_exit_code_and_the_summary(tmp_path: Path, code: int) -> None:
+    program = tmp_path / "qeff-validate"
+    program.write_text(f'#!/bin/sh\n[ "$1" = store ] && exit 0\necho "$@" > args\nexit {code}\n', encoding="utf-8")
+    program.chmod(0o755)
+    report = tmp_path / "my report"
+    report.mkdir()
+    (report / "report.md").write_text("# it\n", encoding="utf-8")
+    names = {"GITHUB_OUTPUT": "output", "GITHUB_STEP_SUMMARY": "summary"}
+    env = {name: str(tmp_path / file) for name, file in names.items()}
+    env |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "REPORT": "my report", "CONFIGS": "a.yaml b.yaml"}
+    env |= {"ARGUMENTS": "--runtimes ort,sim"}
+    scripts = {step["name"]: step["run"] for step in action_steps() if "run" in step}
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
+    done = [
+        subprocess.run([*shell, scripts[name]], cwd=tmp_path, env=env, check=False).returncode
+        for name in ("run", "summary")
+    ]
+    assert done == [code, 0]
+    assert (tmp_path / "args").read_text() == "run a.yaml b.yaml --report my report --runtimes ort,sim\n"
+    assert (tmp_path / "output").read_text() == f"exit-code={code}\n"
+    assert (tmp_path / "summary").read_text() == "# it\n"
+
+
 def test_pre_commit_runs_the_checks_of_make_check() -> None:
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     checks = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe.splitlines()]
@@ -357,6 +413,7 @@ def test_page_that_is_not_there_is_found() -> None:
 def test_action_by_tag_is_found() -> None:
     pinned = f"actions/checkout@{'0' * 40}"
     text = f"- uses: {pinned} # v4\n- uses: actions/checkout@v4\n- uses: {pinned}\n"
+    text += "- uses: ./.github/actions/validate\n"
     assert unpinned_actions(text) == ["actions/checkout@v4", pinned]
 
 

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import environ
+
+from qeff_validate.report.text import HEAD
 
 pytestmark = pytest.mark.integration
 
@@ -49,10 +53,30 @@ def test_notebook_runs_from_its_first_cell_to_its_last(notebook: Path, tmp_path:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_kept_without_outputs(notebook: Path) -> None:
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+def test_notebook_is_kept_with_the_outputs_of_one_run(notebook: Path) -> None:
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"execute_result", "stream"}, "no error, no warning"
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert not any(place in json.dumps(outputs) for place in ("/tmp/", "/home/", "/root/", "Warning"))
+    (report,) = [output["data"] for output in outputs if output["output_type"] == "execute_result"]
+    page = "".join(report["text/html"])
+    assert page.count("<table") == 1, "the report shows once"
+    assert re.findall(r"<th [^>]*>([^<]*)</th>", page) == [*HEAD], "run tools/run_notebooks.py"
+
+
+def test_outputs_are_what_cells_print_and_their_last_value() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from run_notebooks import run_cell
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    names: dict[str, Any] = {}
+    assert run_cell("x = 1", names, 1) == []
+    assert run_cell("print(x)\nprint(2)", names, 2)[0]["text"] == ["1\n", "2\n"]
+    (output,) = run_cell("from qeff_validate.report.report import Report\nReport(())", names, 3)
+    assert set(output["data"]) == {"text/html", "text/plain"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 from processes import case, config, first_run
@@ -53,7 +54,11 @@ def quick(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def report(pytester: pytest.Pytester, folder: str = "out") -> dict[str, Any]:
-    assert sorted(path.name for path in (pytester.path / folder).iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (pytester.path / folder).iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     made: dict[str, Any] = json.loads((pytester.path / folder / "report.json").read_text(encoding="utf-8"))
     return made
 
@@ -321,3 +326,20 @@ def test_suites_without_a_config_run_a_small_random_bert_on_everything_but_the_c
     plain = report(pytester)
     compared = [found for found in plain["results"] if found["status"] == "pass" and found["reference"] == "hf"]
     assert min(found["coverage"]["compared"] for found in compared) >= 24
+
+
+# --- CI --------------------------------------------------------------------------------------------
+
+
+def test_failing_case_is_annotated_on_github_and_has_its_properties_in_junit(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(pytester.path, "  - {name: gone, source: 'path:missing', runtimes: [ort]}\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(pytester.path))
+    result = quick(pytester, "--qv-config", path.name, "--qv-report", "out", "--junitxml", "junit.xml")
+    annotated = [line for line in result.outlines if line.startswith("::")]
+    assert len(annotated) == 1
+    assert annotated[0].startswith("::error file=cases.yaml,line=2,title=gone on ort%3A Not settled::")
+    found = [(item.get("name"), item.get("value")) for item in ET.parse(pytester.path / "junit.xml").iter("property")]
+    assert {("qv_status", "error"), ("qv_status", "not_run"), ("qv_simulated", "False")} <= {*found}

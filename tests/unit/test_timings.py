@@ -73,7 +73,7 @@ def test_budget_on_the_simulator_is_refused_before_anything_runs(tmp_path: Path)
 
 @pytest.mark.slow
 def test_baseline_that_has_not_the_case_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text(json.dumps({"results": []}))
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 1, "results": []}))
     code, text, _ = perf(tmp_path, WIDE, "--against", tmp_path / "old.json")
     assert code == 2
     assert "has no timings of tiny-ort" in text

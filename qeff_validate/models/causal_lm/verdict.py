@@ -29,6 +29,7 @@ from qeff_validate.comparison.verdict import (
     Verdict,
     finite_rows,
     non_finite,
+    row_texts,
     sentence,
     structure_problem,
     with_unusable_rows,
@@ -114,7 +115,8 @@ def judge_continuations(
         verdict = replace(
             verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths)}"
         )
-    verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()))
+    shown = row_texts([(text.label, len(text.rows)) for text in texts])
+    verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()), texts=shown)
     return with_unusable_rows(verdict, {"logits": unusable.tolist()}, labels)
 
 

@@ -15,7 +15,14 @@ from qeff_validate.comparison.bounds import (
     missing_bounds_reason,
     overridden,
 )
-from qeff_validate.comparison.metric import SCORE_METRICS, Metric, least_bounds, most_bounds, table_bounds
+from qeff_validate.comparison.metric import (
+    SCORE_METRICS,
+    ErrorsByRow,
+    Metric,
+    least_bounds,
+    most_bounds,
+    table_bounds,
+)
 from qeff_validate.comparison.score_metrics import order_metrics, scale_of, score_errors
 from qeff_validate.comparison.vector_metrics import worst_row
 from qeff_validate.comparison.verdict import (
@@ -24,6 +31,7 @@ from qeff_validate.comparison.verdict import (
     Verdict,
     finite_rows,
     non_finite,
+    row_texts,
     structure_problem,
     verdict_of_gates,
     with_unusable_rows,
@@ -62,7 +70,8 @@ def judge_scores(name: str, reference: Tensors, actual: Tensors, inputs: Any, co
     if places.size and "score_error" in bounds:
         results += _gates(name, wanted[places], got[places], places.tolist(), bounds, inputs)
     verdict = verdict_of_gates(results, planned)
-    verdict = replace(verdict, compared=int(usable.sum()))
+    texts = row_texts([(label, 1) for label in inputs.labels])
+    verdict = replace(verdict, compared=int(usable.sum()), texts=texts)
     if "score_error" not in bounds:
         reason = missing_bounds_reason(["score_error"], context.floor, context.precision)
         verdict = replace(verdict, status="inconclusive" if verdict.status == "pass" else verdict.status, reason=reason)
@@ -103,7 +112,9 @@ def _gates(
     for metric in metrics:
         row = places[metric.worst["row"]]
         place = {**metric.worst, "row": row, "text": inputs.labels[row]}
-        results.append(GateResult(Metric(f"{name}.{metric.name}", metric.value, place), bounds.get(metric.name)))
+        errors_by_row = metric.by_row and ErrorsByRow.of(metric.by_row.values, places, len(inputs.labels))
+        placed = Metric(f"{name}.{metric.name}", metric.value, place, errors_by_row)
+        results.append(GateResult(placed, bounds.get(metric.name)))
     return results
 
 

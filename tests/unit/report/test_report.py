@@ -11,7 +11,7 @@ import pytest
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power
-from qeff_validate.errors import IncomparableError
+from qeff_validate.errors import IncomparableError, ValidateError
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Precheck, Result, finite
 
@@ -84,7 +84,7 @@ def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Pa
     assert one["coverage"] == {"planned": 3, "compared": 3}
     assert plain["summary"]["fail"] == 1
     assert text in (tmp_path / "report.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
 def test_what_is_only_shown_never_fails() -> None:
@@ -149,10 +149,45 @@ def test_plain_form_of_something_else_is_refused(damage: Any) -> None:
         Report.from_plain(plain)
 
 
-def test_a_notebook_gets_a_table() -> None:
-    report = Report((result(),))
-    assert "<pre>" in report._repr_html_()
+def test_notebook_gets_one_table_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report((result(metrics=(judged(1e-4),)), result("fail", "sim", simulated=True, reason="<script>")))
+    page = report._repr_html_()
+    assert capsys.readouterr() == ("", ""), "rich would show it a second time"
+    assert page.count("<table") == 1
+    assert page.count("<tr") == 3
+    assert "sim (simulated)" in page
+    assert "a | b" in page
+    assert "Disproved: c-sim (fail)." in page
     assert "ort" in str(report)
+
+
+def test_notebook_escapes_what_it_shows() -> None:
+    page = Report((result(runtime="<script>alert(1)</script>"),))._repr_html_()
+    assert "<script" not in page
+
+
+def test_markdown_folds_reasons_and_environment_and_opens_failures() -> None:
+    from qeff_validate.report.markdown import markdown
+
+    explanation = {"summary": "layer.1 is wrong"}
+    failed = result("fail", reason="rel_l2 <= 1 </details>", stage="compare", explanation=explanation)
+    text = markdown((failed, result("not_run", "ai100", reason="no card")), (), {"versions": {"torch": "2"}})
+    assert "<details open><summary><b>c-ort</b>: Disproved (fail at compare)</summary>" in text
+    assert "**Where it comes from:** layer.1 is wrong" in text
+    assert "rel_l2 &lt;= 1 &lt;/details&gt;" in text
+    assert "<details><summary><b>c-ai100</b>: Not run (not_run)</summary>\n\nno card\n" in text
+    assert "| versions.torch | 2 |" in text
+    assert text.count("<details") == text.count("</details>") == 3
+
+
+def test_writer_that_fails_loses_no_other_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(report: Report) -> str:
+        raise RuntimeError(f"cannot draw {len(report.results)} results")
+
+    monkeypatch.setattr("qeff_validate.report.html_report.html_report", broken)
+    with pytest.raises(ValidateError, match=r"'html' .* cannot draw 1 results"):
+        Report((result(),)).write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
 def test_finite_goes_through_everything() -> None:
