@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from qeff_validate.cli import signals
 
 
@@ -13,6 +15,8 @@ def main(args: list[str] | None = None) -> int:
         args: command line without the program's name; None: ``sys.argv``.
     """
     signals.exit_on_signals()
+    # read when torch is loaded: its threads give way while they wait for each other, or another program slows them tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from qeff_validate.cli.app import run_command
 
     code = run_command(args)

@@ -27,8 +27,8 @@ NAMED_PROCESSES = 3
 KERNEL_VALUES = 1 << 15
 """Of the kernel that tells the speed of a processor: 128 KB, which stay in its second-level cache."""
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "QAIC_SIM_THREADS")
-"""Environment variables that change how many threads compute."""
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "QAIC_SIM_THREADS")
+"""Environment variables that change how many threads compute, and how they wait."""
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")

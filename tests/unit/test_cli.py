@@ -574,3 +574,19 @@ def test_init_writes_files_that_run_and_overwrites_nothing(tmp_path: Path) -> No
     again = cli("init", "--yes", "--source", "random:gpt2", cwd=tmp_path)
     assert (again.returncode, "is here already" in again.stderr) == (2, True)
     assert (tmp_path / "validation.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "first", ["from qeff_validate.cli import main; main(['--version'])", "import qeff_validate.suites"]
+)
+def test_threads_of_torch_do_not_spin_while_they_wait(first: str, tmp_path: Path) -> None:
+    """What its OpenMP library says when it is loaded; spinning threads take a busy machine's processors from each other."""
+    variables = {key: value for key, value in environ(tmp_path).items() if not key.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{first}; import torch"],
+        env={**variables, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr
