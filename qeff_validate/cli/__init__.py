@@ -15,7 +15,7 @@ def main(args: list[str] | None = None) -> int:
         args: command line without the program's name; None: ``sys.argv``.
     """
     signals.exit_on_signals()
-    # read when torch is loaded: its threads give way while they wait for each other, or another program slows them tenfold
+    # read when torch is loaded: waiting threads that spin take the processors of busy ones
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from qeff_validate.cli.app import run_command
 

@@ -580,7 +580,7 @@ def test_init_writes_files_that_run_and_overwrites_nothing(tmp_path: Path) -> No
     "first", ["from qeff_validate.cli import main; main(['--version'])", "import qeff_validate.suites"]
 )
 def test_threads_of_torch_do_not_spin_while_they_wait(first: str, tmp_path: Path) -> None:
-    """What its OpenMP library says when it is loaded; spinning threads take a busy machine's processors from each other."""
+    """What its OpenMP library says when it is loaded; waiting threads that spin take the processors of busy ones."""
     variables = {key: value for key, value in environ(tmp_path).items() if not key.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
         [sys.executable, "-c", f"{first}; import torch"],
