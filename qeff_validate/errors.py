@@ -3,7 +3,8 @@
 
     ValidateError
     ├── ConfigError         the question is wrong: a config, an option, an input
-    ├── Unavailable         something needed is not here: a package, an SDK, a card, a file
+    ├── Unavailable         something needed is not here: an SDK, a card, a file
+    │   └── MissingPackage  a package of an extra is not installed; the message names the extra
     ├── BuildError          an artifact could not be made: export, compile
     ├── RunError            a runtime refused or failed a run
     └── IncomparableError   nothing valid could be compared
@@ -16,7 +17,8 @@ Foreign exceptions are translated once, where they enter, with ``raise … from 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ValidateError(Exception):
@@ -35,6 +37,10 @@ class ConfigError(ValidateError):
 
 class Unavailable(ValidateError):
     """Something that is needed is not here."""
+
+
+class MissingPackage(Unavailable):
+    """A package of an extra, such as PyTorch of ``qeff-validate[torch]``, is not installed."""
 
 
 class BuildError(ValidateError):
@@ -58,3 +64,57 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+EXTRAS = {
+    "torch": ("PyTorch", "torch"),
+    "transformers": ("transformers", "torch"),
+    "huggingface_hub": ("huggingface-hub", "torch"),
+    "tokenizers": ("tokenizers", "torch"),
+    "onnxscript": ("onnxscript", "torch"),
+    "onnx_ir": ("onnx-ir", "torch"),
+    "peft": ("PEFT", "peft"),
+    "gguf": ("gguf", "gguf"),
+}
+"""Name and extra of each optional package, by the name of its module."""
+
+
+def missing_package(module: str) -> MissingPackage:
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        module: the name by which the package is imported; a key of `EXTRAS`.
+
+    Examples:
+        >>> print(missing_package("torch"))
+        this needs PyTorch, which is not installed: pip install 'qeff-validate[torch]'
+    """
+    name, extra = EXTRAS[module]
+    return MissingPackage(f"this needs {name}, which is not installed: pip install 'qeff-validate[{extra}]'")
+
+
+def as_missing_package(exc: BaseException) -> MissingPackage | None:
+    """Return the error for the optional package whose import failed in an exception or its causes; None if none did."""
+    error: BaseException | None = exc
+    while error is not None:
+        module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if module in EXTRAS:
+            return missing_package(module)
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Translate the failed import of an optional package into `MissingPackage`; other exceptions pass.
+
+    Raises:
+        MissingPackage: a package of an extra is not installed.
+    """
+    try:
+        yield
+    except ImportError as exc:
+        missing = as_missing_package(exc)
+        if missing is None:
+            raise
+        raise missing from exc

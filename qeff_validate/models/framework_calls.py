@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError, as_missing_package
 
 OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json or tokenizer_config.json), and code from a model is"
@@ -48,6 +48,7 @@ def translated_errors(action: str) -> Iterator[None]:
 
     Raises:
         ConfigError: the model needs ``trust_remote_code``.
+        MissingPackage: a package of an extra is not installed.
         Unavailable: any other exception that is not ours.
     """
     try:
@@ -55,6 +56,9 @@ def translated_errors(action: str) -> Iterator[None]:
     except ValidateError:
         raise
     except Exception as exc:
+        missing = as_missing_package(exc)
+        if missing is not None:
+            raise missing from exc
         if "trust_remote_code" in str(exc):
             raise ConfigError(f"cannot {action}: {OWN_CODE}") from exc
         raise Unavailable(f"cannot {action}: {type(exc).__name__}: {first_line(exc)}") from exc

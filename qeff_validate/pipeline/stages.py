@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
-from qeff_validate.errors import ValidateError
+from qeff_validate.errors import ValidateError, naming_extras
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ class Stages:
         if key not in self._results:
             with self.step(label or key, shown=shown):
                 try:
-                    self._results[key] = run()
+                    with naming_extras():
+                        self._results[key] = run()
                 except ValidateError as exc:
                     self._results[key] = exc
                     raise
@@ -80,7 +81,8 @@ class Stages:
         text = f"{self._case}: {label}{f' on {runtime}' if runtime else ''}"
         with self._progress.step(text) if shown else nullcontext():
             try:
-                yield
+                with naming_extras():
+                    yield
             except Exception as exc:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = label  # type: ignore[attr-defined]

@@ -570,3 +570,14 @@ def test_init_writes_files_that_run_and_overwrites_nothing(tmp_path: Path) -> No
     again = cli("init", "--yes", "--source", "random:gpt2", cwd=tmp_path)
     assert (again.returncode, "is here already" in again.stderr) == (2, True)
     assert (tmp_path / "validation.yaml").read_text() == before
+
+
+def test_init_quickstart_writes_the_quickstart_of_the_repository(tmp_path: Path) -> None:
+    done = cli("init", "--quickstart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = (HERE.parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    assert (tmp_path / "validation.yaml").read_text(encoding="utf-8") == kept
+    other = tmp_path / "other"
+    other.mkdir()
+    refused = cli("init", "--quickstart", "--source", "random:bert", cwd=other)
+    assert (refused.returncode, [*other.iterdir()]) == (2, [])

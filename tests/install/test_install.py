@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel in fresh environments from a package index: without PyTorch, and the first commands of the README.
+
+``make test-install`` runs this; tests/unit/test_extras.py blocks imports instead, in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import case, config
+from wheels import ROOT, build_wheel
+
+from qeff_validate.cli import main
+
+CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
+HEAVY = {"torch", "transformers", "peft", "tokenizers", "huggingface-hub", "onnxscript", "onnx-ir", "scipy", "gguf"}
+MOST_SECONDS = 90
+"""Of processor time from `init` to the first verdict."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.environments]
+
+
+class Environment:
+    """A fresh virtual environment; commands see nothing of this one.
+
+    Args:
+        folder: where it is made; also the working directory of its commands.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+        path = f"{folder / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self.variables = {**kept, "PATH": path, "QEFF_VALIDATE_HOME": str(folder / "store"), "COLUMNS": "200"}
+
+    def run(self, *command: str | Path, code: int = 0) -> str:
+        """Return what a command prints; its exit code must be as wanted."""
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=self.folder,
+            env=self.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout[-4000:]
+        return done.stdout
+
+    def install(self, *requirements: str | Path) -> None:
+        pinned = ("--constraint", CONSTRAINTS) if sys.version_info[:2] == (3, 11) else ()
+        self.run("pip", "install", "--quiet", *pinned, *requirements)
+
+    def packages(self) -> set[str]:
+        lines = self.run("pip", "list", "--format", "freeze", "--disable-pip-version-check").splitlines()
+        return {line.partition("==")[0].lower() for line in lines}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with what `pip install qeff-validate` brings."""
+    made = Environment(tmp_path_factory.mktemp("bare"))
+    made.install(wheel)
+    return made
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What another host has made: a bundle, an ONNX file and its recorded reference, with a measured noise floor."""
+    folder = tmp_path_factory.mktemp("host")
+    cases = config(folder, case(extra="exporter: torchscript\nruntimes: [ort, sim]"))
+    store = ("--store", str(folder / "store"))
+    assert main(["build", str(cases), "--bundle", str(folder / "bundle"), "--runtime", "sim", *store]) == 0
+    assert main(["run", str(cases), "--record", str(folder), "--report", str(folder / "r"), *store]) == 0
+    (graph,) = folder.glob("store/onnx/*/model.onnx")
+    (folder / "model.onnx").write_bytes(graph.read_bytes())
+    return folder
+
+
+def test_base_installation_has_no_pytorch_and_runs_a_bundle_and_a_recorded_reference(
+    bare: Environment, host: Path
+) -> None:
+    assert bare.packages() & HEAVY == set()
+    assert "Proved: sim, a simulated AI 100, agrees" in bare.run("qeff-validate", "run", "--bundle", host / "bundle")
+    artifacts = f"artifacts: {{onnx: {host}/model.onnx, reference: {host}/tiny.safetensors}}"
+    cases = config(bare.folder, case(extra=f"runtimes: [ort, sim]\n{artifacts}"))
+    said = bare.run("qeff-validate", "run", cases)
+    assert "Proved: ort agrees" in said
+    assert "Proved: sim, a simulated AI 100, agrees" in said
+
+
+def test_base_installation_answers_every_other_command_and_names_the_extra(bare: Environment) -> None:
+    assert "tiny" in bare.run("qeff-validate", "list", config(bare.folder, case()))
+    assert "init" in bare.run("qeff-validate", "--help")
+    assert '"$defs"' in bare.run("qeff-validate", "schema")
+    shown = bare.run("qeff-validate", "doctor")
+    assert re.search(r"ort +usable\n +sim +usable", shown)
+    wanted = "pip install 'qeff-validate[torch]'"
+    assert shown.count(wanted) >= 3
+    assert wanted in bare.run("qeff-validate", "run", config(bare.folder, case()), code=3)
+    suites = ("--qv-config", config(bare.folder, case()), "--pyargs", "qeff_validate.suites")
+    assert wanted in bare.run("pytest", "-q", *suites, "--qv-runtimes", "ort", code=1)
+    bare.run("qeff-validate", "init", "--quickstart")
+    assert "minilm-cls" in bare.run("qeff-validate", "list", "validation.yaml")
+
+
+def test_first_commands_of_the_readme_end_with_a_proof(wheel: Path, tmp_path: Path) -> None:
+    fresh = Environment(tmp_path)
+    block = re.search(r"```console\n(pip install qeff-validate .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    commands = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    assert [words[0] for words in commands] == ["pip", "pip", "qeff-validate", "qeff-validate"]
+    for words in commands[:2]:
+        assert words[1] == "install"
+        fresh.install(*(word.replace("qeff-validate", str(wheel)) for word in words[2:]))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    fresh.run(*commands[2])
+    said = fresh.run(*commands[3])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"from init to the verdict: {seconds:.0f} s of processor time")  # noqa: T201
+    assert "Proved: ort agrees with Hugging Face" in said
+    assert "Proved: sim, a simulated AI 100, agrees" in said
+    assert seconds < MOST_SECONDS
+    assert "passed" in fresh.run("pytest", "-q", "-k", "ort")
