@@ -6,6 +6,7 @@ Frameworks are imported inside the functions that need them, so that a fingerpri
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,24 @@ def without_cache(body: Any) -> Any:
     if config is not None and getattr(config, "use_cache", False):
         config.use_cache = False
     return body.eval()
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of the argument by which a causal LM takes its cache.
+
+    It is ``cache`` from transformers 5.24 on, where ``past_key_values`` is deprecated.
+
+    Args:
+        model: a transformers model, or a PeftModel around one, whose own ``forward`` passes keywords on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def returned_cache(outputs: Any) -> Any:
+    """Return the cache in the outputs of a causal LM under its newer or older name; None if there is none."""
+    cache = getattr(outputs, "cache", None)
+    return getattr(outputs, "past_key_values", None) if cache is None else cache
 
 
 @contextmanager
