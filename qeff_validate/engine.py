@@ -26,6 +26,7 @@ from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.machine import KERNELS
 from qeff_validate.pipeline.performance import (
     TimingBaseline,
     build_costs,
@@ -39,14 +40,7 @@ from qeff_validate.registry import registered
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
-from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
-
-KERNELS = (
-    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES"),
-    *("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", OPTIMIZATION),
-)
-"""Environment variables that change how numbers are rounded; reports record those that are set."""
 
 if TYPE_CHECKING:
     from qeff_validate.selftest.run import Stage
@@ -345,6 +339,10 @@ class Runner:
     def result(self, case: Case, name: str) -> Result:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
         return self.pipeline(case).result(self.runtime(name))
+
+    def relation(self, case: Case, name: str, relation: str) -> Result:
+        """Judge a metamorphic relation of a case on a runtime; what held before is taken from the store."""
+        return self.pipeline(case).relation(self.runtime(name), relation, settings=self.settings)
 
     def timed(self, case: Case, name: str, baseline: TimingBaseline | None = None) -> Result:
         """Time a case on a runtime and judge it; whatever goes wrong becomes a result."""

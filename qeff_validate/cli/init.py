@@ -31,7 +31,8 @@ INI_TEXT = """\
 [pytest]
 qv_config = validation.yaml
 qv_report = qv-report
-addopts = --pyargs qeff_validate.suites
+addopts = --pyargs
+testpaths = qeff_validate.suites
 """
 
 WORKFLOW_TEXT = """\

@@ -71,6 +71,11 @@ class CaseArtifacts:
         self.stages = Stages(case.name, progress)
         self.seconds: dict[str, float] = {}
 
+    @property
+    def in_memory(self) -> bool:
+        """True for a model that was given, not read from the case's source."""
+        return self._in_memory is not None or self._wrapper is not None
+
     def model(self) -> Model:
         """Return the model wrapper."""
         if self._wrapper is not None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -116,6 +117,19 @@ def test_base_installation_answers_every_other_command_and_names_the_extra(bare:
     assert wanted in bare.run("pytest", "-q", *suites, "--qv-runtimes", "ort", code=1)
     bare.run("qeff-validate", "init", "--quickstart")
     assert "minilm-cls" in bare.run("qeff-validate", "list", "validation.yaml")
+
+
+def test_numbers_of_passing_tests_reach_pytest_html_and_allure(bare: Environment, host: Path) -> None:
+    bare.install("pytest-html>=4", "allure-pytest>=2.15")
+    artifacts = f"artifacts: {{onnx: {host}/model.onnx, reference: {host}/tiny.safetensors}}"
+    cases = config(bare.folder, case(extra=f"runtimes: [ort]\n{artifacts}"))
+    reports = ("--html", "out.html", "--self-contained-html", "--alluredir", "allure")
+    bare.run("pytest", "-q", "--qv-config", cases, *reports, "--pyargs", "qeff_validate.suites.test_embedding")
+    line = re.compile(r"output\.rel_l2 = \S+ \(bound \S+, floor\)")
+    assert line.search((bare.folder / "out.html").read_text(encoding="utf-8"))
+    (result,) = (bare.folder / "allure").glob("*-result.json")
+    (attached,) = json.loads(result.read_text(encoding="utf-8"))["attachments"]
+    assert line.search((bare.folder / "allure" / attached["source"]).read_text(encoding="utf-8"))
 
 
 def test_first_commands_of_the_readme_end_with_a_proof(wheel: Path, tmp_path: Path) -> None:
