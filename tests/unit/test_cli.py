@@ -576,7 +576,10 @@ def test_init_quickstart_writes_the_quickstart_of_the_repository(tmp_path: Path)
     done = cli("init", "--quickstart", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = (HERE.parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8").partition("\n")[2]
-    assert (tmp_path / "validation.yaml").read_text(encoding="utf-8") == kept
+    head = "# yaml-language-server: $schema=validation.schema.json\n"
+    assert (tmp_path / "validation.yaml").read_text(encoding="utf-8") == head + kept
+    schema = HERE.parents[2] / "configs" / "schema.json"
+    assert (tmp_path / "validation.schema.json").read_bytes() == schema.read_bytes()
     other = tmp_path / "other"
     other.mkdir()
     refused = cli("init", "--quickstart", "--source", "random:bert", cwd=other)

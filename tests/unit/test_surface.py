@@ -131,7 +131,7 @@ def test_wheel_holds_every_module_and_the_data_files_and_no_test(tmp_path: Path)
     wheel, package = build_wheel(tmp_path), package_files()
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(ROOT).as_posix() for path in package} <= names
-    data = {"py.typed", "suites/default.yaml", "suites/quickstart.yaml"}
+    data = {"py.typed", "suites/default.yaml", "suites/quickstart.yaml", "config/schema.json"}
     data |= {"sdk/simulated/versions/apps.xml", "sdk/simulated/versions/platform.xml"}
     assert {f"qeff_validate/{name}" for name in data} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"qeff_validate"}
