@@ -34,7 +34,7 @@ from qeff_validate.pipeline.performance import (
     measure_case,
     stored_measurements,
 )
-from qeff_validate.pipeline.stages import Progress, Silent
+from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
 from qeff_validate.report.report import Report
@@ -158,8 +158,9 @@ def validate(
         (True, 33)
     """
     cases = [case] if isinstance(case, Case) else list(case)
-    runner = Runner(store=store, settings=settings, progress=progress, model=model, tokenizer=tokenizer)
     planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
+    numbered = NumberedProgress(progress or Silent(), len(planned))
+    runner = Runner(store=store, settings=settings, progress=numbered, model=model, tokenizer=tokenizer)
     for item, name in planned:
         check(item)
         runner.runtime(name)
@@ -170,7 +171,7 @@ def validate(
     recorded: set[str] = set()
     unwritten: list[str] = []
     stopped = ""
-    for item, name in planned:
+    for numbered.number, (item, name) in enumerate(planned, start=1):
         if stopped:
             results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
             continue

@@ -20,7 +20,7 @@ from qeff_validate.cli.options import (
     select_cases,
     split_list,
 )
-from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.cli.progress import console, print_text, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.text import NARROW_BELOW
@@ -111,7 +111,7 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    progress = TerminalProgress(verbose, quiet=quiet)
+    progress = terminal_progress(store, verbose, quiet=quiet)
     results = validate(
         cases, names, store=store, settings=settings, progress=progress, record=record, fail_fast=fail_fast
     )

@@ -33,6 +33,27 @@ class Silent:
         """Ignore the line."""
 
 
+class NumberedProgress:
+    """Puts before each step which of how many results is being made, such as ``[2/9]``.
+
+    Args:
+        progress: shows the steps.
+        count: the number of results; a single one is not numbered.
+    """
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self._progress, self._count = progress, count
+        self.number = 1
+
+    def step(self, text: str) -> AbstractContextManager[None]:
+        """Enclose one long step."""
+        return self._progress.step(f"[{self.number}/{self._count}] {text}" if self._count > 1 else text)
+
+    def line(self, text: str) -> None:
+        """Take one line of a child's output."""
+        self._progress.line(text)
+
+
 class Stages:
     """Results of the stages of one case by key.
 
