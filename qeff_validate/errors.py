@@ -134,6 +134,8 @@ EXTRAS = {
     "onnx_ir": ("onnx-ir", "torch"),
     "peft": ("PEFT", "peft"),
     "gguf": ("gguf", "gguf"),
+    "mlflow": ("MLflow", "mlflow"),
+    "opentelemetry": ("OpenTelemetry", "opentelemetry"),
 }
 """Name and extra of each optional package, by the name of its module."""
 

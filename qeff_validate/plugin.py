@@ -65,6 +65,7 @@ OPTIONS = {
     "runtimes": "comma-separated runtimes, instead of those that the cases name",
     "require": "comma-separated runtimes that must run: 'not run' is a failure",
     "report": "directory for report.json and report.md",
+    "reporters": "comma-separated reporters that get the report too, such as mlflow",
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
@@ -214,12 +215,26 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return module
 
 
+def _check_reporters(config: pytest.Config) -> None:
+    """Refuse an unknown reporter, and one whose package is not installed, before anything is run."""
+    names = _listed(config, "reporters")
+    if names:
+        from qeff_validate.errors import ValidateError
+        from qeff_validate.report.reporters import load_reporters
+
+        try:
+            load_reporters(names)
+        except ValidateError as exc:
+            raise pytest.UsageError(f"--qv-reporters: {exc}") from exc
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
     config = session.config
     if option(config, "run-timeout"):
         _run_timeout(config)
+    _check_reporters(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
     path = _place(config, "report")
@@ -487,12 +502,14 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.errors import ValidateError
     from qeff_validate.protocols import Settings
     from qeff_validate.report.report import Report
+    from qeff_validate.report.reporters import load_reporters, send_report
 
     config.stash[_REPORT] = Report(tuple(outcome.all_results()), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
     try:
         if path is not None:
             config.stash[_REPORT].write(path)
+        send_report(config.stash[_REPORT], load_reporters(_listed(config, "reporters")))
     except ValidateError as exc:
         return [str(exc)]
     return []

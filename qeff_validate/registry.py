@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry points by group: runtimes, model kinds and report writers, ours and those of other packages.
+"""Entry points by group: runtimes, model kinds, report writers and reporters, ours and those of other packages.
 
 Loads nothing until an entry is asked for, so that pytest can register markers for unrelated tests.
 """
@@ -15,7 +15,11 @@ from qeff_validate.errors import ConfigError, Unavailable, naming_extras, sugges
 
 @cache
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of the group ``qeff_validate.<group>`` by name: ``runtimes``, ``models``, ``writers``."""
+    """Return the entry points of the group ``qeff_validate.<group>`` by name.
+
+    Args:
+        group: ``runtimes``, ``models``, ``writers`` or ``reporters``.
+    """
     return {entry.name: entry for entry in entry_points(group=f"qeff_validate.{group}")}
 
 

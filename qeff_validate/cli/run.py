@@ -60,6 +60,10 @@ def run(
     ] = 600,
     sdk: SdkPrefix = None,
     report: Annotated[Path, typer.Option(help="directory for report.json and report.md")] = Path(DEFAULT_DIR),
+    reporter: Annotated[
+        list[str] | None,
+        typer.Option("--reporter", help="also hand the report to this system, e.g. mlflow; repeatable"),
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
     ] = None,
@@ -89,6 +93,7 @@ def run(
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
     from qeff_validate.report.baseline import read_baseline, with_drift
+    from qeff_validate.report.reporters import load_reporters, send_report
     from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
@@ -96,6 +101,7 @@ def run(
     if bundle_digest is not None and bundle is None:
         raise typer.BadParameter("--bundle-digest needs --bundle DIR")
     check_writable(report, "--report")
+    reporters = load_reporters(reporter or [])
     beside = performance.folder(configs[0] if configs else None, directory)
     before = read_baseline(beside, baseline) if baseline is not None else None
     remove_reports(report)
@@ -124,6 +130,7 @@ def run(
         _print(results, wide=wide, quiet=quiet)
     if write_error is not None:
         raise write_error
+    send_report(results, reporters)
     if not json_lines:
         print_text(f"report: {report / 'report.json'}, {report / 'report.md'}")
         for text in results.closing():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,9 @@ import resource
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,83 @@ def test_numbers_of_passing_tests_reach_pytest_html_and_allure(bare: Environment
     (result,) = (bare.folder / "allure").glob("*-result.json")
     (attached,) = json.loads(result.read_text(encoding="utf-8"))["attachments"]
     assert line.search((bare.folder / "allure" / attached["source"]).read_text(encoding="utf-8"))
+
+
+READ_MLFLOW = """
+import json, mlflow
+(run,) = mlflow.search_runs(output_format="list")
+files = [item.path for item in mlflow.artifacts.list_artifacts(run_id=run.info.run_id)]
+print(json.dumps({"metrics": run.data.metrics, "tags": run.data.tags, "files": files}))
+"""
+
+READ_OTLP = """
+import json, sys
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+request = ExportMetricsServiceRequest.FromString(open(sys.argv[1], "rb").read())
+points = [
+    [metric.name, {item.key: item.value.string_value for item in point.attributes}, point.as_double or point.as_int]
+    for resource in request.resource_metrics for scope in resource.scope_metrics
+    for metric in scope.metrics for point in metric.gauge.data_points
+]
+print(json.dumps(points))
+"""
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """An HTTP server on the loopback address: its endpoint, and paths and bodies of what it was sent."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append((self.path, gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", received
+        server.shutdown()
+
+
+def test_reporters_reach_mlflow_and_an_opentelemetry_collector(
+    bare: Environment, wheel: Path, host: Path, collector: tuple[str, list[tuple[str, bytes]]]
+) -> None:
+    endpoint, received = collector
+    bare.install(f"{wheel}[mlflow,opentelemetry]")
+    bare.variables |= {
+        "MLFLOW_TRACKING_URI": (bare.folder / "mlruns").as_uri(),
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+    }
+    run = ("qeff-validate", "run", "--bundle", host / "bundle", "--reporter", "mlflow", "--reporter", "opentelemetry")
+    bare.run(*run)
+    results = json.loads((bare.folder / "qv-report" / "report.json").read_text(encoding="utf-8"))["results"]
+    numbers = {metric["name"]: metric["value"] for metric in results[0]["metrics"]}
+
+    logged = json.loads(bare.run("python", "-W", "ignore", "-c", READ_MLFLOW).splitlines()[-1])
+    assert logged["metrics"] == pytest.approx({f"tiny/sim/{name}": value for name, value in numbers.items()})
+    assert (logged["tags"]["status.tiny-sim"], logged["tags"]["passed"]) == ("pass", "True")
+    assert sorted(logged["files"]) == ["report.json", "report.md"]
+
+    ((path, body),) = received
+    assert path == "/v1/metrics"
+    (bare.folder / "otlp").write_bytes(body)
+    points = json.loads(bare.run("python", "-c", READ_OTLP, "otlp"))
+    sent = {attributes["metric"]: value for name, attributes, value in points if name == "qeff_validate.metric"}
+    assert sent == pytest.approx(numbers)
+    passed = [(attributes["case"], value) for name, attributes, value in points if name == "qeff_validate.passed"]
+    assert passed == [("tiny", 1)]
+
+    bare.variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"  # the port of discard, where nothing listens
+    bare.variables["OTEL_EXPORTER_OTLP_TIMEOUT"] = "1"
+    said = bare.run(*run[:4], "--reporter", "opentelemetry", code=3)
+    assert "the reporter 'opentelemetry' failed" in said
+    assert " pass " in said
 
 
 def test_first_commands_of_the_readme_end_with_a_proof(wheel: Path, tmp_path: Path) -> None:
