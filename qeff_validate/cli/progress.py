@@ -79,8 +79,8 @@ class StepTimes:
         return found if isinstance(found, (int, float)) and math.isfinite(found) else None
 
     def keep(self, name: str, seconds: float) -> None:
-        """Remember how long a step took; of many steps the latest `MOST_STEPS`."""
-        if self._path is None:
+        """Remember how long a step took; of many steps the latest `MOST_STEPS`. No folder is made for it."""
+        if self._path is None or not self._path.parent.is_dir():
             return
         times = self._all()
         times.pop(name, None)

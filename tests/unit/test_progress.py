@@ -69,6 +69,10 @@ def test_durations_are_kept_without_the_number_of_the_result(tmp_path: Path, mon
     times = tmp_path / "store" / "times.json"
     with TerminalProgress(False, times=times).step("[1/3] bert: export"):
         pass
+    assert not times.parent.exists(), "a bundle needs no store"
+    times.parent.mkdir()
+    with TerminalProgress(False, times=times).step("[1/3] bert: export"):
+        pass
     assert [*json.loads(times.read_text())] == ["bert: export"]
 
 
