@@ -121,6 +121,8 @@ for name in qv.__all__:
 def test_only_optional_packages_are_translated() -> None:
     with pytest.raises(ModuleNotFoundError), naming_extras():
         import no_such_module  # noqa: F401
+    with pytest.raises(MissingPackage, match=r"qeff-validate\[torch\]"), naming_extras():
+        raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
     inner = ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
     outer = RuntimeError("cannot import LoraModel")
     outer.__cause__ = inner
