@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
-.PHONY: validate quick test test-kernels calibrate test-sdk qefficient check bench timing-gate support power reliability docs clean help
+.PHONY: validate quick test test-kernels calibrate test-sdk test-install qefficient check bench timing-gate support power reliability docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +37,9 @@ calibrate: $(STAMP)  ## what the table of bounds has to allow, writes its part o
 
 test-sdk: $(STAMP)  ## the simulated SDK under other Pythons and package versions: minutes, needs a package index
 	$(BIN)/python -m pytest -m environments -rs tests/dropin
+
+test-install: $(STAMP)  ## the wheel in fresh environments: without PyTorch, and the first commands of the README; needs a package index
+	$(BIN)/python -m pytest -m environments -rs tests/install
 
 qefficient: $(STAMP)  ## QEfficient on the simulated SDK at /opt/qti-aic: QEFF=checkout QEFF_PYTHON=its interpreter (ARGS='--only llama')
 	$(BIN)/qeff-validate sdk install /opt/qti-aic

@@ -32,7 +32,7 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop("GITHUB_ACTIONS", None)  # cases that fail on purpose are no annotations of this project
 
 
-INTEGRATION = ("contract", "dropin", "meta", "plugins", "suites", "unit/pipeline", "upstream")
+INTEGRATION = ("contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")
 """Folders of `tests` whose files are marked ``integration``, but for `UNIT`; other files mark themselves."""
 
 UNIT = ("meta/test_faults.py", "meta/test_guards.py")

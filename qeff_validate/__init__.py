@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         BuildError,
         ConfigError,
         IncomparableError,
+        MissingPackage,
         RunError,
         Unavailable,
         UnstableReferenceError,
@@ -42,6 +43,7 @@ _HOMES = {
     "Case": "config.case",
     "ConfigError": "errors",
     "IncomparableError": "errors",
+    "MissingPackage": "errors",
     "PooledModel": "models.embedding.pooling",
     "Report": "report.report",
     "Result": "report.result",
@@ -67,6 +69,7 @@ __all__ = [
     "Case",
     "ConfigError",
     "IncomparableError",
+    "MissingPackage",
     "PooledModel",
     "Report",
     "Result",
@@ -95,7 +98,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import importlib
 
-        return getattr(importlib.import_module(f"qeff_validate.{_HOMES[name]}"), name)
+        from qeff_validate.errors import naming_extras
+
+        with naming_extras():
+            return getattr(importlib.import_module(f"qeff_validate.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'qeff_validate' has no attribute {name!r}")
 
 

@@ -29,6 +29,11 @@ class Artifact:
         payload: the in-memory object of a module.
         untrusted: the user brings it: its graph may never end, so it is opened in a process of its own.
         buckets: values of the symbols for which it is used; sizes of retained state that no fed input tells.
+
+    Examples:
+        >>> artifact = Artifact("onnx", Path("model.onnx"), digest="0" * 64)
+        >>> artifact.kind, artifact.path.name
+        ('onnx', 'model.onnx')
     """
 
     kind: Kind

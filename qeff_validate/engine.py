@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.machine import KERNELS
 from qeff_validate.pipeline.performance import (
     TimingBaseline,
     build_costs,
@@ -33,20 +34,13 @@ from qeff_validate.pipeline.performance import (
     measure_case,
     stored_measurements,
 )
-from qeff_validate.pipeline.stages import Progress, Silent
+from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
-from qeff_validate.runtimes.ort import OPTIMIZATION
 from qeff_validate.sdk.locate import Sdk, installed, simulated
-
-KERNELS = (
-    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES"),
-    *("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", OPTIMIZATION),
-)
-"""Environment variables that change how numbers are rounded; reports record those that are set."""
 
 if TYPE_CHECKING:
     from qeff_validate.selftest.run import Stage
@@ -164,8 +158,9 @@ def validate(
         (True, 33)
     """
     cases = [case] if isinstance(case, Case) else list(case)
-    runner = Runner(store=store, settings=settings, progress=progress, model=model, tokenizer=tokenizer)
     planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
+    numbered = NumberedProgress(progress or Silent(), len(planned))
+    runner = Runner(store=store, settings=settings, progress=numbered, model=model, tokenizer=tokenizer)
     for item, name in planned:
         check(item)
         runner.runtime(name)
@@ -176,7 +171,7 @@ def validate(
     recorded: set[str] = set()
     unwritten: list[str] = []
     stopped = ""
-    for item, name in planned:
+    for numbered.number, (item, name) in enumerate(planned, start=1):
         if stopped:
             results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
             continue
@@ -346,6 +341,10 @@ class Runner:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
         return self.pipeline(case).result(self.runtime(name))
 
+    def relation(self, case: Case, name: str, relation: str) -> Result:
+        """Judge a metamorphic relation of a case on a runtime; what held before is taken from the store."""
+        return self.pipeline(case).relation(self.runtime(name), relation, settings=self.settings)
+
     def timed(self, case: Case, name: str, baseline: TimingBaseline | None = None) -> Result:
         """Time a case on a runtime and judge it; whatever goes wrong becomes a result."""
         timed_runtime = self.runtime(name)
@@ -408,40 +407,98 @@ def selftest(
 
 
 def model(case: Case, *, given: Any = None, tokenizer: Any = None) -> Model:
-    """Return the model wrapper of a case.
+    """Return the model wrapper of a case: its inputs, reference, module and verdict.
+
+    Args:
+        case: what to wrap; nothing is loaded yet.
+        given: a torch model in memory instead of the case's source.
+        tokenizer: of ``given``.
 
     Raises:
         ConfigError: an option or the source is wrong.
         Unavailable: the source is not here.
+
+    Examples:
+        >>> wrapper = model(Case(name="small", source="random:bert", inputs={"texts": ["a", "b c", "d"]}))
+        >>> inputs = wrapper.inputs(wrapper.tokenize())
+        >>> [ids.tolist() for ids in inputs.ids[:2]]
+        [[1, 55, 2], [1, 693, 847, 2]]
+        >>> print(*wrapper.interface(inputs).outputs)
+        output: float32[batch_size, hidden]
     """
     return model_kind(case).create(case, check(case), given, tokenizer)
 
 
 def build(
-    made: Model, kind: Kind, *, case: Case | None = None, store: Path | str | None = None, sdk: Sdk | None = None
+    what: Any,
+    kind: Kind = "onnx",
+    *,
+    case: Case | None = None,
+    tokenizer: Any = None,
+    store: Path | str | None = None,
+    sdk: Sdk | None = None,
 ) -> Artifact:
     """Return an artifact of a model: ``module``, ``onnx``, or ``qpc`` with the compiler of an SDK.
 
     Args:
-        made: a model wrapper from `model`.
+        what: a case; a source such as ``path:DIR`` or ``random:bert``; a torch model in memory, which is left unchanged
+            (without a case an embedding with mean pooling, or as a `PooledModel` says); or a wrapper from `model`.
         kind: what to build.
-        case: gives compile options and precision of a QPC; default: the wrapper's own case.
+        case: gives options, compile options and precision for what is no case; default: those of a case that says
+            nothing, or the wrapper's own.
+        tokenizer: of a model in memory.
         store: directory of the artifact store.
         sdk: whose compiler; default: the simulated one.
 
+    Raises:
+        ConfigError: the kind is unknown, or there is no model in ``what``.
+        BuildError: export or compilation failed.
+
     Examples:
+        >>> case = Case(name="small", source="random:bert", exporter="torchscript")
+        >>> build(case).path.name
+        'model.onnx'
         >>> import numpy as np
         >>> from qeff_validate import runtime
-        >>> artifact = build(model(Case(name="small", source="random:bert")), "module")
         >>> ids = np.array([[2, 5, 3]])
-        >>> with runtime("torch").open(artifact) as session:
+        >>> with runtime("torch").open(build("random:bert", "module")) as session:
         ...     session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["output"].shape
         (1, 64)
     """
-    owner = case or getattr(made, "case", None)
-    if owner is None:
-        raise ConfigError("build needs case=… for a model wrapper that carries none")
-    return Pipeline(owner, None, Store(store), Silent(), wrapper=made).artifact(kind, sdk or simulated())
+    if kind not in get_args(Kind):
+        raise ConfigError(f"no kind of artifact is called {kind!r}.{suggest(kind, get_args(Kind))}")
+    wrapper, owner = _wrapped(what, case, tokenizer)
+    return Pipeline(owner, None, Store(store), Silent(), wrapper=wrapper).artifact(kind, sdk or simulated())
+
+
+def _wrapped(what: Any, case: Case | None, tokenizer: Any) -> tuple[Model, Case]:
+    """Return the model wrapper of what a user hands to `build`, and its case."""
+    if isinstance(what, Case):
+        return model(what), case or what
+    if isinstance(what, str):
+        owner = case or case_for(what)
+        return model(owner.model_copy(update={"source": what})), owner
+    if hasattr(what, "named_parameters"):  # a torch module, without an import of torch
+        owner = case or Case(name="model", source="memory", options=options_of_model(what))
+        return model(owner, given=what, tokenizer=tokenizer), owner
+    found: Case | None = case or getattr(what, "case", None)
+    if found is None:
+        raise ConfigError(
+            f"build takes a case, a source, a torch model or a wrapper from qv.model, not {type(what).__name__}; a"
+            " wrapper that carries no case needs case=…"
+        )
+    return what, found
+
+
+def options_of_model(given: Any) -> dict[str, Any]:
+    """Return the options that a model in memory decides: pooling, normalize and truncate_dim of a `PooledModel`."""
+    if not hasattr(given, "named_parameters"):
+        return {}
+    from qeff_validate.models.embedding.pooling import PooledModel
+
+    if not isinstance(given, PooledModel):
+        return {}
+    return {"pooling": given.pooling, "normalize": given.normalize, "truncate_dim": given.truncate_dim}
 
 
 def environment(settings: Settings) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,13 +43,21 @@ MARKERS = {
     "perf": "times a case and judges its budgets; off under pytest-xdist, unless the runtime locks a device",
 }
 
+KIND_MARKS = frozenset(MARKERS) - {"ai100", "sim", "ort", "torch", "slow", "perf"}
+"""Marks by which a test takes the cases of one model kind; a test with none of them takes all cases."""
+
 SUITES = frozenset({"embedding", "peft"})
 """Marks of the suites that are made for one kind; `GENERIC_SUITE` takes the cases of all other kinds."""
 
-GENERIC_SUITE = Path(__file__).parent / "suites" / "test_models.py"
+SUITE_FOLDER = Path(__file__).parent / "suites"
+
+GENERIC_SUITE = SUITE_FOLDER / "test_models.py"
 
 TIMING_SUITE = GENERIC_SUITE.with_name("test_performance.py")
 """Takes the cases of every kind that have a section ``performance``."""
+
+CARD = "ai100"
+"""The runtime that is also collected for cases that do not name it, if ``-m`` or ``--qv-require`` asks for it."""
 
 OPTIONS = {
     "config": "config file with cases; may be given more than once (default: a small random BERT)",
@@ -54,6 +65,7 @@ OPTIONS = {
     "runtimes": "comma-separated runtimes, instead of those that the cases name",
     "require": "comma-separated runtimes that must run: 'not run' is a failure",
     "report": "directory for report.json, report.md and report.html",
+    "reporters": "comma-separated reporters that get the report too, such as mlflow",
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
@@ -82,10 +94,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers, and what collects the reports of the suites."""
+    """Register what collects the reports of the suites; and the markers, where suites or cases are used at all.
+
+    Elsewhere ``slow``, ``torch`` and the like stay unknown, so that ``--strict-markers`` finds a misspelt marker.
+    """
     config.stash[_OUTCOME] = SessionOutcome()
     config.pluginmanager.register(config.stash[_OUTCOME], "qeff_validate-outcome")
-    for name, text in {**_plugin_markers(), **MARKERS}.items():
+    used = _asked(config) or any(option(config, name) for name in OPTIONS)
+    for name, text in {**_plugin_markers(), **MARKERS}.items() if used else ():
         config.addinivalue_line("markers", f"{name}: {text}")
 
 
@@ -189,12 +205,36 @@ def _run_timeout(config: pytest.Config) -> float:
         raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}: {exc}") from exc
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Give a suite of ours an id that can be pasted after ``--pyargs``, wherever this package is installed."""
+    if module_path.parent != SUITE_FOLDER:
+        return None
+    module: pytest.Module = pytest.Module.from_parent(
+        parent, path=module_path, nodeid=f"qeff_validate.suites.{module_path.stem}"
+    )
+    return module
+
+
+def _check_reporters(config: pytest.Config) -> None:
+    """Refuse an unknown reporter, and one whose package is not installed, before anything is run."""
+    names = _listed(config, "reporters")
+    if names:
+        from qeff_validate.errors import ValidateError
+        from qeff_validate.report.reporters import load_reporters
+
+        try:
+            load_reporters(names)
+        except ValidateError as exc:
+            raise pytest.UsageError(f"--qv-reporters: {exc}") from exc
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Check what was asked for before anything is collected: a usage error must not look like a broken test file."""
     config = session.config
     if option(config, "run-timeout"):
         _run_timeout(config)
+    _check_reporters(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
     path = _place(config, "report")
@@ -210,23 +250,25 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize suites over case × runtime; ``ai100`` is always among them."""
+    """Parametrize suites over case × runtime."""
     if "qv_target" not in metafunc.fixturenames:
         return
     from qeff_validate.protocols import model_kind
 
-    chosen = _listed(metafunc.config, "runtimes")
     if "qv_timing" in metafunc.fixturenames:
+        chosen = _listed(metafunc.config, "runtimes")
         metafunc.parametrize("qv_target", [*_timing_params(_cases(metafunc.config), chosen)])
         return
     suites = {mark.name for mark in metafunc.definition.iter_markers()}
+    of_all_kinds = not suites & {*KIND_MARKS, *(model_kind(case).suite for case in _cases(metafunc.config))}
     by_relation = "qv_relation_name" in metafunc.fixturenames
     params = []
     for case in _cases(metafunc.config):
         kind = model_kind(case)
-        if kind.suite not in suites and not ("plugin_kinds" in suites and kind.suite not in SUITES):
+        generic = "plugin_kinds" in suites and kind.suite not in SUITES
+        if not (of_all_kinds or generic or kind.suite in suites):
             continue
-        for name in _runtimes(case, chosen):
+        for name in _runtimes(metafunc.config, case):
             marks = [getattr(pytest.mark, mark) for mark in dict.fromkeys((name, kind.suite, *case.marks))]
             target, test = (case, name), f"{case.name}-{name}"
             if by_relation:
@@ -261,8 +303,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(model_kind(case).suite not in SUITES for case in _cases(config)) else True
 
 
-def _runtimes(case: Case, chosen: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*(chosen or case.runtimes), "ai100"]))
+def _runtimes(config: pytest.Config, case: Case) -> list[str]:
+    """Return the runtimes of ``--qv-runtimes``, else of the case; the card too, if it is asked for by name.
+
+    ``-m ai100`` finds tests with any config, so a host with a card needs no config of its own; without it no test is
+    collected that is skipped on every other host.
+    """
+    chosen = _listed(config, "runtimes")
+    if chosen:
+        return list(dict.fromkeys(chosen))
+    card = CARD in _listed(config, "require") or re.search(rf"\b{CARD}\b", config.option.markexpr or "")
+    return list(dict.fromkeys([*case.runtimes, *([CARD] if card else [])]))
 
 
 @pytest.fixture(scope="session")
@@ -307,8 +358,7 @@ def qv_relation(
 ) -> Callable[[str], Result]:
     """A function that judges a metamorphic relation by its name; skips as `qv_result` does."""
     case, name = qv_target
-    runtime = qv_runner.runtime(name)
-    return lambda relation: _usable(request, qv_runner.pipeline(case).relation(runtime, relation))
+    return lambda relation: _usable(request, qv_runner.relation(case, name, relation))
 
 
 @pytest.fixture
@@ -362,7 +412,27 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     if plain is not None:
         report.qv_result = plain
         del item.stash[_RESULT]
+        _show_numbers(item.config, report, plain)
     return report
+
+
+def _show_numbers(config: pytest.Config, report: pytest.TestReport, plain: Mapping[str, Any]) -> None:
+    """Hand the metrics of a test to pytest-html and Allure, where one of them is installed and writes a report."""
+    numbers = "\n".join(_number_line(metric) for metric in plain["metrics"])
+    if not numbers:
+        return
+    shown = f"<pre>{escape(numbers)}</pre>"
+    extra = {"name": "metrics", "format_type": "html", "content": shown, "mime_type": None, "extension": None}
+    report.extras = [*getattr(report, "extras", []), extra]  # type: ignore[attr-defined]
+    if config.pluginmanager.hasplugin("allure_pytest"):
+        allure: Any = import_module("allure")
+        allure.attach(numbers, "metrics", allure.attachment_type.TEXT)
+
+
+def _number_line(metric: Mapping[str, Any]) -> str:
+    """Return a metric of a plain result as ``name = value (bound …, source)``; a value may be the string nan or inf."""
+    bound = "no bound" if metric["bound"] is None else f"bound {metric['bound']}, {metric['source']}"
+    return f"{metric['name']} = {metric['value']} ({bound})"
 
 
 def _target(item: pytest.Item) -> Target | None:
@@ -400,8 +470,11 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
     outcome = node.config.stash[_OUTCOME]
     runtimes = [*registered("runtimes")]
     if any(f"-{name}" in test for test in ids for name in runtimes):  # else leave the engine alone
-        cases, chosen = _cases(node.config), _listed(node.config, "runtimes")
-        targets = {f"{case.name}-{name}": (case.name, name) for case in cases for name in _runtimes(case, chosen)}
+        targets = {
+            f"{case.name}-{name}": (case.name, name)
+            for case in _cases(node.config)
+            for name in _runtimes(node.config, case)
+        }
         outcome.add_ids(ids, targets)
     _remove_old_report(node.config)
 
@@ -429,12 +502,14 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.errors import ValidateError
     from qeff_validate.protocols import Settings
     from qeff_validate.report.report import Report
+    from qeff_validate.report.reporters import load_reporters, send_report
 
     config.stash[_REPORT] = Report(tuple(outcome.all_results()), environment(Settings(sdk=option(config, "sdk"))))
     path = _place(config, "report")
     try:
         if path is not None:
             config.stash[_REPORT].write(path)
+        send_report(config.stash[_REPORT], load_reporters(_listed(config, "reporters")))
     except ValidateError as exc:
         return [str(exc)]
     return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry points by group: runtimes, model kinds and report writers, ours and those of other packages.
+"""Entry points by group: runtimes, model kinds, report writers and reporters, ours and those of other packages.
 
 Loads nothing until an entry is asked for, so that pytest can register markers for unrelated tests.
 """
@@ -10,12 +10,16 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from qeff_validate.errors import ConfigError, Unavailable, suggest
+from qeff_validate.errors import ConfigError, Unavailable, naming_extras, suggest
 
 
 @cache
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of the group ``qeff_validate.<group>`` by name: ``runtimes``, ``models``, ``writers``."""
+    """Return the entry points of the group ``qeff_validate.<group>`` by name.
+
+    Args:
+        group: ``runtimes``, ``models``, ``writers`` or ``reporters``.
+    """
     return {entry.name: entry for entry in entry_points(group=f"qeff_validate.{group}")}
 
 
@@ -29,12 +33,14 @@ def load_entry(group: str, name: str) -> Any:
 
     Raises:
         ConfigError: no such name.
-        Unavailable: its import failed.
+        MissingPackage: it needs a package of an extra.
+        Unavailable: its import failed otherwise.
     """
     entries = registered(group)
     if name not in entries:
         raise ConfigError(f"no {group.removesuffix('s')} is called {name!r}.{suggest(name, entries)}")
     try:
-        return entries[name].load()
+        with naming_extras():
+            return entries[name].load()
     except ImportError as exc:
         raise Unavailable(f"{group.removesuffix('s')} {name!r} cannot be imported: {exc}") from exc

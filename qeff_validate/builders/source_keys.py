@@ -45,5 +45,11 @@ def measures_key() -> str:
     return fingerprint({**_sources("comparison"), **digest_files((PACKAGE / name for name in JUDGES), root=PACKAGE)})
 
 
+@lru_cache(maxsize=1)
+def package_key() -> str:
+    """Return a digest of the whole package's source."""
+    return fingerprint(_sources("."))
+
+
 def _sources(folder: str) -> dict[str, str]:
     return digest_tree(PACKAGE / folder, suffixes=(".py",))

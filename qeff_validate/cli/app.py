@@ -20,7 +20,7 @@ from qeff_validate.cli.output_streams import safe_streams
 from qeff_validate.cli.progress import Color, print_text, set_color
 from qeff_validate.cli.run import run
 from qeff_validate.cli.selftest import selftest
-from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.errors import ConfigError, ValidateError, naming_extras
 
 app = typer.Typer(
     name="qeff-validate",
@@ -86,7 +86,8 @@ def run_command(args: list[str] | None) -> int:
 def _exit_code(args: list[str] | None) -> int:
     try:
         signals.raise_on_signals()
-        code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
+        with naming_extras():
+            code = typer.main.get_command(app).main(args=args, prog_name="qeff-validate", standalone_mode=False)
         sys.stdout.flush()
     except ConfigError as exc:
         code = _print_error(exc, 2)

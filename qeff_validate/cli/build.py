@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, select_cases
-from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.cli.progress import console, print_text, terminal_progress
 
 
 def build(
@@ -31,7 +31,7 @@ def build(
 
     cases = select_cases(load(configs), case or [])
     digest = write_bundle(
-        cases, bundle, runtime, store=store, settings=Settings(sdk=sdk), progress=TerminalProgress(verbose)
+        cases, bundle, runtime, store=store, settings=Settings(sdk=sdk), progress=terminal_progress(store, verbose)
     )
     console().print(f"bundle of {len(cases)} cases for {runtime}: {bundle}", markup=False, soft_wrap=True)
     print_text(f"digest: {digest}")

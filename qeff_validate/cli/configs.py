@@ -26,6 +26,6 @@ def list_cases(configs: Configs) -> None:
 
 def schema() -> None:
     """Print the JSON Schema of config files, for editors."""
-    from qeff_validate.config.loader import schema as json_schema
+    from qeff_validate.cli.config_schema import config_schema
 
-    sys.stdout.write(json_schema())
+    sys.stdout.write(config_schema())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from qeff_validate.cli.options import SdkPrefix, StoreDir
 from qeff_validate.cli.progress import print_text
-from qeff_validate.errors import ValidateError
+from qeff_validate.errors import EXTRAS, ValidateError, missing_package
 
 
 def doctor(sdk: SdkPrefix = None, store: StoreDir = None) -> None:
@@ -19,10 +19,11 @@ def doctor(sdk: SdkPrefix = None, store: StoreDir = None) -> None:
     settings = Settings(sdk=sdk)
     lines = ["versions"]
     versions = environment(settings)["versions"]
-    lines += [f"  {name:15} {version or 'not installed'}" for name, version in versions.items()]
+    for name, version in versions.items():
+        absent = str(missing_package(name)) if name in EXTRAS else "not installed"
+        lines.append(f"  {name:15} {version or absent}")
     lines.append("runtimes")
-    for name in sorted(registered("runtimes")):
-        lines.append(f"  {name:15} {runtime(name, settings).probe() or 'usable'}")
+    lines += [f"  {name:15} {runtime(name, settings).probe() or 'usable'}" for name in sorted(registered("runtimes"))]
     ai100 = installed(sdk)
     lines += ["AI 100 SDK", f"  {'prefix':15} {ai100.prefix}{'' if ai100.prefix.is_dir() else ' (not there)'}"]
     try:

@@ -27,7 +27,12 @@ SdkPrefix = Annotated[
 StoreDir = Annotated[
     Path | None, typer.Option("--store", help="artifact store (default: QEFF_VALIDATE_HOME, user cache)")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="stream the compiler's output")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="stream the compiler's output; tell what starts and what is taken from the store"
+    ),
+]
 
 
 def select_cases(cases: list[Case], names: list[str]) -> list[Case]:

@@ -11,7 +11,7 @@ import typer
 
 from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, select_cases, split_list
 from qeff_validate.cli.options import device_ids as parse_ids
-from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.cli.progress import console, print_text, terminal_progress
 from qeff_validate.errors import ConfigError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.timings import HEAD, TimedEntry, timing_closing, timing_lines, timing_rows
@@ -68,7 +68,7 @@ def perf(
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
     settings = Settings(sdk=sdk, device_ids=parse_ids(device_ids), run_timeout_s=run_timeout)
-    progress = TerminalProgress(verbose)
+    progress = terminal_progress(store, verbose)
     made = measure(cases, names, against=against, store=store, settings=settings, progress=progress)
     remove_reports(report)  # only now: it may be what this run was compared with
     made.write(report)

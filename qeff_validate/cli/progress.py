@@ -3,17 +3,38 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_validate.cli import signals
+from qeff_validate.errors import ValidateError
+from qeff_validate.files import read_bytes
+from qeff_validate.report.writers import write_texts
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
+SHOWN_S = 0.5
+"""Steps that take so long are told, and their durations kept."""
+
+LONG_S = 2.0
+"""After so long a step has a line in a log although it has not ended."""
+
+MOST_STEPS, MOST_BYTES = 1000, 1 << 20
+"""Limits of the file with durations."""
+
+NUMBER = re.compile(r"^\[\d+/\d+\] ")
+"""Before the name of a step: which of how many results is being made."""
 
 Color = Literal["auto", "always", "never"]
 
@@ -42,33 +63,134 @@ def print_text(text: str, *, stderr: bool = False) -> None:
     console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class TerminalProgress:
-    """Progress on standard error: a spinner on a terminal, one line per step elsewhere.
+class StepTimes:
+    """Durations of earlier runs by the name of a step, in a file; whatever is wrong with it, there are none.
 
     Args:
-        verbose: print the output of child processes, such as the compiler's, line by line.
-        quiet: print nothing.
+        path: a JSON file of seconds by name; None: nothing is remembered.
     """
 
-    def __init__(self, verbose: bool, *, quiet: bool = False) -> None:
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def seconds(self, name: str) -> float | None:
+        """Return how long a step took last time."""
+        found = self._all().get(name)
+        return found if isinstance(found, (int, float)) and math.isfinite(found) else None
+
+    def keep(self, name: str, seconds: float) -> None:
+        """Remember how long a step took; of many steps the latest `MOST_STEPS`. No folder is made for it."""
+        if self._path is None or not self._path.parent.is_dir():
+            return
+        times = self._all()
+        times.pop(name, None)
+        kept = {**dict([*times.items()][1 - MOST_STEPS :]), name: round(seconds, 2)}
+        with suppress(OSError, ValidateError):  # a store that cannot be written is told where it matters
+            write_texts(self._path.parent, {self._path.name: json.dumps(kept, indent=1)})
+
+    def _all(self) -> dict[str, Any]:
+        try:
+            found = json.loads(read_bytes(self._path, most_bytes=MOST_BYTES)) if self._path is not None else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+class TerminalProgress:
+    """Progress on standard error: a spinner with the elapsed time on a terminal, lines elsewhere.
+
+    A step that takes `SHOWN_S` or more has a line when it ends. Where there is no terminal, one that takes `LONG_S` has
+    a line by then too, so that a log tells what is running.
+
+    Args:
+        verbose: print the output of child processes, such as the compiler's, line by line; when each step starts; and
+            what is taken from the store.
+        quiet: print nothing.
+        times: file in which durations are kept, so that the next run can tell how long a step takes; None: none.
+    """
+
+    def __init__(self, verbose: bool, *, quiet: bool = False, times: Path | None = None) -> None:
         self._console = console(stderr=True)
+        self._console.file = sys.stderr  # this one, also while an exporter's output is redirected
         self._console.quiet = quiet
         self._verbose = verbose
+        self._times = StepTimes(times)
+        self._live: Progress | None = None
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Show a step while it runs, and its duration if that is half a second or more."""
         start = time.perf_counter()
+        name = NUMBER.sub("", text)
+        before = self._times.seconds(name)
+        about = "" if before is None else f", {before:.0f} s last time" if before >= 1 else ""
         try:
-            with self._console.status(text) if self._console.is_terminal and not self._verbose else nullcontext():
+            with (
+                self._spinner(text + about)
+                if self._console.is_terminal and not self._verbose
+                else self._lines(f"{text}: running{about}")
+            ):
                 yield
         finally:
             signals.raise_if_received()  # a library may have replaced the interruption by an exception of its own
         seconds = time.perf_counter() - start
-        if seconds >= 0.5:
-            self._console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False)
+        if seconds >= SHOWN_S:
+            self._print(f"{text}: {seconds:.1f} s")
+            self._times.keep(name, seconds)
 
     def line(self, text: str) -> None:
         """Print one line of a child process's output if verbose."""
         if self._verbose:
-            self._console.print(f"  | {text}", markup=False, highlight=False)
+            self._print(f"  | {text}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _spinner(self, text: str) -> Iterator[None]:
+        """Show a step with its elapsed time; a step within a step has a line below."""
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        if self._live is not None:
+            task = self._live.add_task(text, total=None)
+            try:
+                yield
+            finally:
+                self._live.remove_task(task)
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._live = Progress(*columns, console=self._console, transient=True)
+        try:
+            with self._live:
+                self._live.add_task(text, total=None)
+                yield
+        finally:
+            self._live = None
+
+    @contextmanager
+    def _lines(self, text: str) -> Iterator[None]:
+        """Print a line when a step has run for `LONG_S`; if verbose, at once."""
+        if self._verbose:
+            self._print(text)
+            yield
+            return
+        timer = threading.Timer(LONG_S, self._print, (text,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def terminal_progress(store: Path | None, verbose: bool, *, quiet: bool = False) -> TerminalProgress:
+    """Return the progress of a command; durations are kept in the store.
+
+    Args:
+        store: directory of the store; None: the default one.
+        verbose: see `TerminalProgress`.
+        quiet: print nothing.
+    """
+    from qeff_validate.builders.store import Store
+
+    return TerminalProgress(verbose, quiet=quiet, times=Store(store).root / "step-times.json")

@@ -21,7 +21,7 @@ from qeff_validate.cli.options import (
     select_cases,
     split_list,
 )
-from qeff_validate.cli.progress import TerminalProgress, console, print_text
+from qeff_validate.cli.progress import console, print_text, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.text import NARROW_BELOW
@@ -61,6 +61,10 @@ def run(
     ] = 600,
     sdk: SdkPrefix = None,
     report: Annotated[Path, typer.Option(help="directory for report.html, .json and .md")] = Path(DEFAULT_DIR),
+    reporter: Annotated[
+        list[str] | None,
+        typer.Option("--reporter", help="also hand the report to this system, e.g. mlflow; repeatable"),
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="also write inputs and reference outputs to this directory, CASE.safetensors")
     ] = None,
@@ -90,6 +94,7 @@ def run(
     from qeff_validate.folders import check_writable
     from qeff_validate.protocols import Settings
     from qeff_validate.report.baseline import read_baseline, with_drift
+    from qeff_validate.report.reporters import load_reporters, send_report
     from qeff_validate.report.writers import remove_reports
 
     if sum((bool(configs), model is not None, bundle is not None)) != 1:
@@ -97,6 +102,7 @@ def run(
     if bundle_digest is not None and bundle is None:
         raise typer.BadParameter("--bundle-digest needs --bundle DIR")
     check_writable(report, "--report")
+    reporters = load_reporters(reporter or [])
     beside = performance.folder(configs[0] if configs else None, directory)
     before = read_baseline(beside, baseline) if baseline is not None else None
     remove_reports(report)
@@ -112,7 +118,7 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    progress = TerminalProgress(verbose, quiet=quiet)
+    progress = terminal_progress(store, verbose, quiet=quiet)
     results = validate(
         cases, names, store=store, settings=settings, progress=progress, record=record, fail_fast=fail_fast
     )
@@ -126,6 +132,7 @@ def run(
     _annotate(results, configs or [], required, allow_inconclusive)
     if write_error is not None:
         raise write_error
+    send_report(results, reporters)
     if not json_lines:
         print_text(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
         for text in results.closing():

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from qeff_validate.comparison.bounds import check_bounds
 from qeff_validate.config.performance import Performance
-from qeff_validate.config.strict import Strict
+from qeff_validate.config.strict import Strict, or_one_item
 from qeff_validate.errors import ConfigError
 
 LONGEST_S = 10_000_000
@@ -156,7 +156,9 @@ class Case(Strict):
     )
     performance: Performance | None = Field(None, description="budgets for qeff-validate perf; null: none")
     runtimes: list[str] = Field(["torch", "ort", "sim"], min_length=1, description="runtimes under test")
-    expect: list[Expect] = Field([], description="known failures; one mapping or a list of them")
+    expect: list[Expect] = Field(
+        [], description="known failures; one mapping or a list of them", json_schema_extra=or_one_item
+    )
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     marks: list[str] = Field([], description="pytest marks of the case's tests")
 

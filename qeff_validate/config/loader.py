@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,6 @@ def case_places(paths: Sequence[Path]) -> dict[str, tuple[Path, int]]:
         lines = lines_by_name(_text(path), "cases")
         places |= {name: (path, line) for name, line in lines.items()}
     return places
-
-
-def schema() -> str:
-    """Return the JSON Schema of config files, for editors."""
-    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
 
 
 def _read(path: Path) -> list[Case]:

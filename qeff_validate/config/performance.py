@@ -16,6 +16,11 @@ Limit = Annotated[float, Field(gt=0, le=1e9)]
 PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
+def _or_percent(schema: dict[str, Any]) -> None:
+    share = {key: schema.pop(key) for key in ("type", "minimum", "maximum")}
+    schema["anyOf"] = [share, {"type": "string", "pattern": f"^{PERCENT.pattern}$"}]
+
+
 class Quantiles(Strict):
     """Budgets for quantiles of one duration; the slowest bucket decides."""
 
@@ -52,7 +57,7 @@ class Performance(Quantiles):
     host_mb: Limit | None = Field(None, description="peak memory of the host that the session adds, in 10^6 bytes")
     device_mb: Limit | None = Field(None, description="memory of the card that the program takes, in 10^6 bytes")
     max_slowdown: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="accepted slowdown against a baseline: 5 % or 0.05"
+        0.05, description="accepted slowdown against a baseline: 5 % or 0.05", json_schema_extra=_or_percent
     )
     launches: Annotated[int, Field(ge=3, le=50)] = Field(5, description="processes that time each side, at least 3")
     seconds: Annotated[float, Field(gt=0, le=600)] = Field(

@@ -23,6 +23,12 @@ def _texts_in(data: Any) -> Iterator[str]:
             pending += [*value, *value.values()] if isinstance(value, Mapping) else value
 
 
+def or_one_item(schema: dict[str, Any]) -> None:
+    """Change the JSON Schema of a list whose only item may stand by itself; for ``json_schema_extra``."""
+    whole = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
+    schema["anyOf"] = [whole, whole["items"]]
+
+
 class Strict(BaseModel):
     """A config section: unknown keys are errors, values are not coerced across kinds, nothing changes later."""
 

@@ -6,13 +6,14 @@ Frameworks are imported inside the functions that need them, so that a fingerpri
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError, as_missing_package
 
 OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json or tokenizer_config.json), and code from a model is"
@@ -39,6 +40,24 @@ def without_cache(body: Any) -> Any:
     return body.eval()
 
 
+def cache_argument(model: Any) -> str:
+    """Return the name of the argument by which a causal LM takes its cache.
+
+    It is ``cache`` from transformers 5.24 on, where ``past_key_values`` is deprecated.
+
+    Args:
+        model: a transformers model, or a PeftModel around one, whose own ``forward`` passes keywords on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def returned_cache(outputs: Any) -> Any:
+    """Return the cache in the outputs of a causal LM under its newer or older name; None if there is none."""
+    cache = getattr(outputs, "cache", None)
+    return getattr(outputs, "past_key_values", None) if cache is None else cache
+
+
 @contextmanager
 def translated_errors(action: str) -> Iterator[None]:
     """Translate exceptions of transformers, safetensors and torch, which share no base class.
@@ -48,6 +67,7 @@ def translated_errors(action: str) -> Iterator[None]:
 
     Raises:
         ConfigError: the model needs ``trust_remote_code``.
+        MissingPackage: a package of an extra is not installed.
         Unavailable: any other exception that is not ours.
     """
     try:
@@ -55,6 +75,9 @@ def translated_errors(action: str) -> Iterator[None]:
     except ValidateError:
         raise
     except Exception as exc:
+        missing = as_missing_package(exc)
+        if missing is not None:
+            raise missing from exc
         if "trust_remote_code" in str(exc):
             raise ConfigError(f"cannot {action}: {OWN_CODE}") from exc
         raise Unavailable(f"cannot {action}: {type(exc).__name__}: {first_line(exc)}") from exc

@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from qeff_validate.config.case import Length
-from qeff_validate.config.strict import Strict
+from qeff_validate.config.strict import Strict, or_one_item
 
 
 class RowOptions(Strict):
     """How rows of tokens are padded, batched and cut."""
 
     padding_side: Literal["right", "left"] = Field("right", description="where padding stands")
-    seq_len: list[Length] = Field([32, 64], min_length=1, description="lengths to compile for, in tokens")
+    seq_len: list[Length] = Field(
+        [32, 64], min_length=1, description="lengths to compile for, in tokens", json_schema_extra=or_one_item
+    )
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     truncate: bool = Field(False, description="cut texts that are longer than every bucket; else they are an error")
 

@@ -71,6 +71,11 @@ class CaseArtifacts:
         self.stages = Stages(case.name, progress)
         self.seconds: dict[str, float] = {}
 
+    @property
+    def in_memory(self) -> bool:
+        """True for a model that was given, not read from the case's source."""
+        return self._in_memory is not None or self._wrapper is not None
+
     def model(self) -> Model:
         """Return the model wrapper."""
         if self._wrapper is not None:
@@ -120,6 +125,12 @@ class CaseArtifacts:
             "tokenize", lambda: self.store.tensors("inputs", {**model.inputs_key(), "code": code_key()}, model.tokenize)
         )
 
+    def _stored(self, kind: str, label: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
+        """Return tensors of the store, made if they are not there; say so if they were."""
+        tensors, entry = self.store.tensors(kind, key, make)
+        self._tell(label, entry)
+        return tensors
+
     def _reference_key(self, dtype: str) -> dict[str, Any]:
         return {"model": self.body_key(), "inputs": self.stored_inputs()[1].digest, "dtype": dtype, "code": code_key()}
 
@@ -137,7 +148,7 @@ class CaseArtifacts:
             return self.stages.once("reference.recorded", self._recorded_outputs, "recorded reference")
         return self.stages.once(
             "reference",
-            lambda: self.store.tensors("reference", self._reference_key("float32"), make)[0],
+            lambda: self._stored("reference", "reference", self._reference_key("float32"), make),
             "reference",
             shown=True,
         )
@@ -158,7 +169,7 @@ class CaseArtifacts:
             return outputs
 
         def get() -> Tensors:
-            return self.store.tensors("reference", self._measured_key(), make)[0]
+            return self._stored("reference", "reference in float64", self._measured_key(), make)
 
         return self.stages.once("reference.float64", get, "reference in float64", shown=True)
 
@@ -208,7 +219,8 @@ class CaseArtifacts:
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 
         def get() -> Floor:
-            return check_floor(Floor.from_stored(self.store.tensors("floor", key, make)[0]), self.reference(), profile)
+            stored = self._stored("floor", f"noise floor in {profile}", key, make)
+            return check_floor(Floor.from_stored(stored), self.reference(), profile)
 
         return self.stages.once(f"floor.{profile}", get, f"noise floor in {profile}", shown=True)
 
@@ -229,7 +241,7 @@ class CaseArtifacts:
         key = {**self._measured_key(), "faults": faults_key(), "measures": measures_key()}
         return self.stages.once(
             "faults",
-            lambda: FaultEffects.from_stored(self.store.tensors("ceiling", key, make)[0]),
+            lambda: FaultEffects.from_stored(self._stored("ceiling", "faults tried", key, make)),
             "faults tried",
             shown=True,
         )
@@ -305,7 +317,10 @@ class CaseArtifacts:
 
         key = {"model": self.body_key(), "export": export_key(self.case.exporter), "code": code_key()}
         entry = self.stages.once(
-            "export", lambda: self.store.entry("onnx", key, make, waiting=self._waiting), "export", shown=True
+            "export",
+            lambda: self._tell("export", self.store.entry("onnx", key, make, waiting=self._waiting)),
+            "export",
+            shown=True,
         )
         self.seconds["export"] = entry.seconds
         if self.stages.drop("module"):
@@ -347,10 +362,19 @@ class CaseArtifacts:
         }
         label = "compile" if not sdk.built_in else "compile (simulated)"
         entry = self.stages.once(
-            label, lambda: self.store.entry("qpc", key, make, waiting=self._waiting), label, shown=True
+            label,
+            lambda: self._tell(label, self.store.entry("qpc", key, make, waiting=self._waiting)),
+            label,
+            shown=True,
         )
         self.seconds["compile"] = entry.seconds
         return Artifact("qpc", entry.path / "qpc", entry.digest, entry.provenance)
+
+    def _tell(self, label: str, entry: Entry) -> Entry:
+        """Say that an entry of the store is used again."""
+        if not entry.made:
+            self.progress.line(f"{self.case.name}: {label}: from the store, made in {entry.seconds:.1f} s")
+        return entry
 
     def _waiting(self) -> None:
         self.progress.line("another process is building the same artifact; waiting for it")

@@ -21,11 +21,20 @@ from qeff_validate.pipeline.case_artifacts import CaseArtifacts
 from qeff_validate.pipeline.expectations import with_expectation
 from qeff_validate.pipeline.memory import trim_memory
 from qeff_validate.pipeline.recorded_file import is_input, parts, sealed
+from qeff_validate.pipeline.relation_store import kept_relation
 from qeff_validate.pipeline.timing import TimedSession
 from qeff_validate.prechecks.checks import ABOUT, collect_evidence, run_prechecks, with_feed_prechecks, with_prechecks
 from qeff_validate.prechecks.feed_monitor import FeedMonitor
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, measurable
-from qeff_validate.protocols import ComparisonContext, FillerChecked, Prechecked, Runtime, Session, capabilities
+from qeff_validate.protocols import (
+    ComparisonContext,
+    FillerChecked,
+    Prechecked,
+    Runtime,
+    Session,
+    Settings,
+    capabilities,
+)
 from qeff_validate.report.result import Precheck, Result
 from qeff_validate.tensors import Array, Tensors, save_tensors
 
@@ -167,9 +176,23 @@ class Pipeline(CaseArtifacts):
             return (), ()
         return model.reached(session, self.inputs(), actual)
 
-    def relation(self, runtime: Runtime, name: str) -> Result:
-        """Judge a metamorphic relation on one runtime: two ways to run the same rows, compared with each other."""
-        return self._guarded(runtime, lambda base: self._related(runtime, name, {**base, "reference": "itself"}))
+    def relation(self, runtime: Runtime, name: str, *, settings: Settings | None = None) -> Result:
+        """Judge a metamorphic relation on one runtime: two ways to run the same rows, compared with each other.
+
+        Args:
+            runtime: where.
+            name: of the relation.
+            settings: that the runtime was made with; what held before is then taken from the store (`kept_relation`).
+                None: it is run in any case, as for a runtime that is not the registered one.
+        """
+
+        def judge(base: dict[str, Any]) -> Result:
+            def run() -> Result:
+                return self._related(runtime, name, {**base, "reference": "itself"})
+
+            return run() if settings is None else kept_relation(self, runtime, settings, name, run)
+
+        return self._guarded(runtime, judge)
 
     def _related(self, runtime: Runtime, name: str, base: dict[str, Any]) -> Result:
         inputs, artifact = self.inputs(), self.artifact(runtime.kind, capabilities(runtime).sdk)

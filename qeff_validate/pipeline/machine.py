@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.models.framework_calls import versions
+from qeff_validate.runtimes.ort import OPTIMIZATION
 
 BUSY_SHARE = 0.1
 """Share of all processors' time that other processes may use before a failed gate becomes inconclusive."""
@@ -29,6 +30,12 @@ KERNEL_VALUES = 1 << 15
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "QAIC_SIM_THREADS")
 """Environment variables that change how many threads compute, and how they wait."""
+
+KERNELS = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES"),
+    *("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", OPTIMIZATION),
+)
+"""Environment variables that change how numbers are rounded; reports record those that are set."""
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")

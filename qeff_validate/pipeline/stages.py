@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
-from qeff_validate.errors import ValidateError
+from qeff_validate.errors import ValidateError, naming_extras
 
 T = TypeVar("T")
 
@@ -31,6 +31,27 @@ class Silent:
 
     def line(self, text: str) -> None:
         """Ignore the line."""
+
+
+class NumberedProgress:
+    """Puts before each step which of how many results is being made, such as ``[2/9]``.
+
+    Args:
+        progress: shows the steps.
+        count: the number of results; a single one is not numbered.
+    """
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self._progress, self._count = progress, count
+        self.number = 1
+
+    def step(self, text: str) -> AbstractContextManager[None]:
+        """Enclose one long step."""
+        return self._progress.step(f"[{self.number}/{self._count}] {text}" if self._count > 1 else text)
+
+    def line(self, text: str) -> None:
+        """Take one line of a child's output."""
+        self._progress.line(text)
 
 
 class Stages:
@@ -57,7 +78,8 @@ class Stages:
         if key not in self._results:
             with self.step(label or key, shown=shown):
                 try:
-                    self._results[key] = run()
+                    with naming_extras():
+                        self._results[key] = run()
                 except ValidateError as exc:
                     self._results[key] = exc
                     raise
@@ -80,7 +102,8 @@ class Stages:
         text = f"{self._case}: {label}{f' on {runtime}' if runtime else ''}"
         with self._progress.step(text) if shown else nullcontext():
             try:
-                yield
+                with naming_extras():
+                    yield
             except Exception as exc:
                 if getattr(exc, "stage", None) is None:
                     exc.stage = label  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.artifact import Artifact, Kind
-from qeff_validate.errors import RunError
+from qeff_validate.errors import RunError, missing_package
 from qeff_validate.protocols import Graph, Session, Settings
 from qeff_validate.runtimes.retained_state import RetainedState
 from qeff_validate.tensors import Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
@@ -32,7 +32,7 @@ class TorchRuntime:
 
     def probe(self) -> str | None:
         """Return None if torch is installed, else how to install it."""
-        return None if importlib.util.find_spec("torch") else "torch is not installed: pip install torch"
+        return None if importlib.util.find_spec("torch") else str(missing_package("torch"))
 
     @contextmanager
     def open(self, artifact: Artifact) -> Iterator[Session]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.config.case import Case
-from qeff_validate.engine import validate
+from qeff_validate.engine import options_of_model, validate
 from qeff_validate.errors import ConfigError
 from qeff_validate.protocols import Settings
 from qeff_validate.report.report import Report
@@ -40,15 +40,14 @@ def check_embed_model_pytorch_vs_onnx_vs_ai100(
     Raises:
         AssertionError: an output differs, something failed, or nothing was compared; the text says what and where.
         ConfigError: an option or an input is wrong.
-    """
-    options = dict(options or {})
-    given = None if isinstance(model, str) else model
-    if given is not None:
-        from qeff_validate.models.embedding.pooling import PooledModel
 
-        if isinstance(given, PooledModel):
-            head = {"pooling": given.pooling, "normalize": given.normalize, "truncate_dim": given.truncate_dim}
-            options = {**head, **options}
+    Examples:
+        >>> report = check_embed_model_pytorch_vs_onnx_vs_ai100("random:bert", runtimes=["torch"])
+        >>> [(result.runtime, result.status) for result in report.results]
+        [('torch', 'pass')]
+    """
+    given = None if isinstance(model, str) else model
+    options = {**options_of_model(given), **(options or {})}
     case = Case(name="model", source=model if given is None else "memory", options=options, runtimes=list(runtimes))
     report = validate(case, model=given, tokenizer=tokenizer, store=store, settings=settings)
     if report.exit_code() == 2:

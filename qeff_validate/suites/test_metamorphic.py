@@ -9,6 +9,7 @@ import pytest
 
 from qeff_validate.registry import load_entry
 from qeff_validate.report.result import Result
+from qeff_validate.suites.outcome import require_pass
 
 RELATIONS = load_entry("models", "embedding").relations
 
@@ -17,5 +18,4 @@ RELATIONS = load_entry("models", "embedding").relations
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_embed_model_relation(relation: str, qv_relation: Callable[[str], Result]) -> None:
     """The same texts, run in another way, give the same vectors within the bounds of the runtime's precision."""
-    result = qv_relation(relation)
-    assert result.status == "pass", f"{relation}: {result.status}: {result.reason}"
+    require_pass(qv_relation(relation))

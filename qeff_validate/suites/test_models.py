@@ -8,16 +8,16 @@ from collections.abc import Callable
 import pytest
 
 from qeff_validate.report.result import Result
+from qeff_validate.suites.outcome import require_pass
 
 
 @pytest.mark.plugin_kinds
 def test_model_agrees_with_its_reference(qv_result: Result) -> None:
     """Outputs agree within the bounds of the runtime's precision."""
-    assert qv_result.status == "pass", f"{qv_result.status}: {qv_result.reason}"
+    require_pass(qv_result)
 
 
 @pytest.mark.plugin_kinds
 def test_model_relation(qv_relation_name: str, qv_relation: Callable[[str], Result]) -> None:
     """The same inputs, run in another way, give the same outputs."""
-    result = qv_relation(qv_relation_name)
-    assert result.status == "pass", f"{qv_relation_name}: {result.status}: {result.reason}"
+    require_pass(qv_relation(qv_relation_name))

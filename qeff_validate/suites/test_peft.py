@@ -10,6 +10,7 @@ import pytest
 from qeff_validate.protocols import Session
 from qeff_validate.registry import load_entry
 from qeff_validate.report.result import Result
+from qeff_validate.suites.outcome import require_pass
 
 RELATIONS = load_entry("models", "peft-causal-lm").relations
 
@@ -28,12 +29,11 @@ def test_auto_peft_model_for_causal_lm_export(qv_session: Session, qv_adapters: 
 @pytest.mark.peft
 def test_peft_model_pytorch_vs_onnx_vs_ai100(qv_result: Result) -> None:
     """Logits and choices agree with PEFT for the base and each adapter, and adapters can be swapped back."""
-    assert qv_result.status == "pass", f"{qv_result.status}: {qv_result.reason}"
+    require_pass(qv_result)
 
 
 @pytest.mark.peft
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_causal_lm_relation(relation: str, qv_relation: Callable[[str], Result]) -> None:
     """The same continuations, run in another way, have the same logits within the bounds of the runtime's precision."""
-    result = qv_relation(relation)
-    assert result.status == "pass", f"{relation}: {result.status}: {result.reason}"
+    require_pass(qv_relation(relation))

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 
 from qeff_validate.report.result import Result
+from qeff_validate.suites.outcome import require_pass
 
 
 @pytest.mark.perf
 def test_performance(qv_timing: Result) -> None:
     """Every budget holds, as far as noise lets tell; without a budget the test is skipped."""
-    assert qv_timing.status == "pass", f"{qv_timing.status}: {qv_timing.reason}"
+    require_pass(qv_timing)

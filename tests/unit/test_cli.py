@@ -590,3 +590,17 @@ def test_threads_of_torch_do_not_spin_while_they_wait(first: str, tmp_path: Path
         check=True,
     )
     assert "GOMP_SPINCOUNT = '0'" in done.stderr
+
+
+def test_init_quickstart_writes_the_quickstart_of_the_repository(tmp_path: Path) -> None:
+    done = cli("init", "--quickstart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = (HERE.parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    head = "# yaml-language-server: $schema=validation.schema.json\n"
+    assert (tmp_path / "validation.yaml").read_text(encoding="utf-8") == head + kept
+    schema = HERE.parents[2] / "configs" / "schema.json"
+    assert (tmp_path / "validation.schema.json").read_bytes() == schema.read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    refused = cli("init", "--quickstart", "--source", "random:bert", cwd=other)
+    assert (refused.returncode, [*other.iterdir()]) == (2, [])

@@ -11,19 +11,19 @@ import pytest
 
 import qeff_validate
 
-NAMES = [name for name in qeff_validate.__all__ if ">>>" in (getattr(qeff_validate, name).__doc__ or "")]
+NAMES = qeff_validate.__all__
 
 
 def failures(docstring: str, name: str, module: ModuleType) -> tuple[int, str]:
     """How many examples of a docstring fail, and what the runner says of them."""
     said: list[str] = []
     test = doctest.DocTestParser().get_doctest(docstring, dict(vars(module)), name, module.__file__, 0)
-    failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    failed, _ = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=said.append)
     return failed, "".join(said)
 
 
-def test_the_names_that_most_users_meet_have_examples() -> None:
-    assert {"Case", "Report", "Settings", "PooledModel", "apply_peft", "build", "runtime", "validate"} <= set(NAMES)
+def test_every_public_name_has_an_example() -> None:
+    assert [name for name in NAMES if ">>>" not in (getattr(qeff_validate, name).__doc__ or "")] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -245,6 +245,27 @@ def test_a_wrong_runtime_is_known_before_anything_is_run() -> None:
         qv.validate(case(source="path:/nowhere"), ["rot"])
 
 
+def test_build_takes_a_case_a_source_a_model_in_memory_and_a_wrapper(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    def shape(what: object, **more: object) -> tuple[int, ...]:
+        artifact = qv.build(what, "module", store=tmp_path, **more)
+        ids = np.array([[2, 5, 3]])
+        with qv.runtime("torch").open(artifact) as session:
+            return session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["output"].shape
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 37}
+    body = BertModel(BertConfig(vocab_size=97, **sizes)).eval()
+    assert shape(case()) == shape("random:bert") == shape(qv.model(case())) == (1, 64)
+    assert shape(body) == (1, 32)
+    assert shape(qv.PooledModel(body, "cls", truncate_dim=16)) == (1, 16)
+    own = case(options={"pooling": "max", "truncate_dim": 8})
+    assert shape("random:bert", case=own) == (1, 8)
+    assert qv.build(case(exporter="torchscript"), store=tmp_path).kind == "onnx"
+    with pytest.raises(qv.ConfigError, match="not dict"):
+        qv.build({})
+
+
 def test_the_notebook_lines_of_the_design_work() -> None:
     made = qv.model(case())
     rows = made.inputs(made.tokenize())

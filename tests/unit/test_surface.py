@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import config, environ, first_run
+from wheels import build_wheel, package_files
 
 import qeff_validate
 
@@ -127,26 +128,10 @@ def test_repeated_run_of_onnx_runtime_and_the_simulator_loads_neither_torch_nor_
 
 @pytest.mark.slow
 def test_wheel_holds_every_module_and_the_data_files_and_no_test(tmp_path: Path) -> None:
-    """Built offline from a copy, so that nothing is written into the checkout."""
-    copy = tmp_path / "source"
-    copy.mkdir()
-    tracked = ("pyproject.toml", "README.md", "LICENSE")
-    for name in tracked:
-        (copy / name).write_bytes((ROOT / name).read_bytes())
-    package = [
-        path for path in (ROOT / "qeff_validate").rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
-    for path in package:
-        target = copy / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path / "out"), str(copy)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (tmp_path / "out").glob("qeff_validate-*.whl")
+    wheel, package = build_wheel(tmp_path), package_files()
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(ROOT).as_posix() for path in package} <= names
-    data = {"py.typed", "suites/default.yaml", "sdk/simulated/versions/apps.xml", "sdk/simulated/versions/platform.xml"}
+    data = {"py.typed", "suites/default.yaml", "suites/quickstart.yaml", "config/schema.json"}
+    data |= {"sdk/simulated/versions/apps.xml", "sdk/simulated/versions/platform.xml"}
     assert {f"qeff_validate/{name}" for name in data} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"qeff_validate"}

@@ -69,6 +69,11 @@ def load_model_and_tokenizer(config: Any) -> tuple[Any, Any]:
     Raises:
         ConfigError: a key or value is wrong.
         Unavailable: the source is not available here.
+
+    Examples:
+        >>> model, tokenizer = load_model_and_tokenizer({"source": "random:llama"})  # has no tokenizer
+        >>> type(model).__name__, tokenizer
+        ('LlamaForCausalLM', None)
     """
     if isinstance(config, Case):
         case = config

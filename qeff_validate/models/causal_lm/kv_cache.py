@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.framework_calls import returned_cache
 
 RECURRENT = "it keeps a recurrent or convolutional state, which is not served as retained state (keys and values are)"
 
@@ -163,7 +164,7 @@ def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]
         )
     with torch.inference_mode():
         outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
-    layers = getattr(getattr(outputs, "past_key_values", None), "layers", None)
+    layers = getattr(returned_cache(outputs), "layers", None)
     if layers is None:
         raise ConfigError(f"{kind} is not supported: {RECURRENT}")
     if getattr(config, "num_kv_shared_layers", 0):

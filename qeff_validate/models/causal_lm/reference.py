@@ -32,7 +32,13 @@ from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
 from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
-from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
+from qeff_validate.models.framework_calls import (
+    cache_argument,
+    first_line,
+    quiet_transformers,
+    returned_cache,
+    translated_errors,
+)
 from qeff_validate.models.row_order import probes, refuse_change
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array, Tensors
@@ -122,8 +128,8 @@ def batched_logits(
         logits = model(
             input_ids=torch.from_numpy(np.stack(padded)),
             attention_mask=torch.from_numpy(np.stack(mask).astype(np.int64)),
-            past_key_values=cache,
             use_cache=keep,
+            **{cache_argument(model): cache},
         ).logits
         for row, values in zip(rows, logits, strict=True):
             results[row] = values[starts[row] - 1 : texts[row].size - 1].numpy().copy()
@@ -160,7 +166,9 @@ def merged_logits(
         adapted = load_adapter(model, spec, tensors)
     _untie(adapted)
     try:
-        whole = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")  # which is meant
+            whole = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError, TypeError) as exc:
         raise IncomparableError(f"PEFT cannot merge this adapter: {first_line(exc)}") from exc
     with translated_errors("run the merged model"), torch.inference_mode():
@@ -205,7 +213,7 @@ def keys_and_values(
     caches = []
     for prompt in prompts:
         with translated_errors("run the Hugging Face model"), torch.inference_mode():
-            layers = model(input_ids=torch.from_numpy(prompt)[None], use_cache=True).past_key_values.layers
+            layers = returned_cache(model(input_ids=torch.from_numpy(prompt)[None], use_cache=True)).layers
         caches.append(
             {
                 f"past_{name}.{index}": tensor[0].numpy()
@@ -277,9 +285,10 @@ def _folder(spec: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
 def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array:
     """Return the token ids of a prompt and its greedy continuation, including the end token."""
     tokens, cache, text = torch.from_numpy(prompt)[None], None, list(prompt)
+    argument = cache_argument(model)
     for _ in range(steps):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+        output = model(input_ids=tokens, use_cache=True, **{argument: cache})
+        cache, token = returned_cache(output), int(output.logits[0, -1].argmax())
         text.append(token)
         if token in eos:
             break

@@ -14,6 +14,7 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import use_row_weights
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
 from qeff_validate.models.causal_lm.kv_cache import cache_for, masks
+from qeff_validate.models.framework_calls import cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors
@@ -41,6 +42,7 @@ class Decoder(nn.Module):
         self._layers = layers
         self._adapter = dict(adapter or {})
         self._last: Tensor | None = None
+        self._cache_argument = cache_argument(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
@@ -76,7 +78,7 @@ class Decoder(nn.Module):
                 "input_ids": input_ids,
                 "position_ids": position_ids.clamp(min=0),
                 "attention_mask": masks(position_ids, slots, config, state["past_key.0"].dtype),
-                "past_key_values": cache,
+                self._cache_argument: cache,
                 "use_cache": True,
             },
         )

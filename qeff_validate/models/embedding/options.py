@@ -22,6 +22,7 @@ class EmbeddingOptions(RowOptions):
         description=f"{', '.join(POOLINGS)}; auto: what the directory's modules.json makes sentence-transformers"
         " compute; null: auto where there is such a file, else mean; or package.module:function, or a callable, that"
         " takes (hidden_states, attention_mask)",
+        json_schema_extra={"anyOf": [{"enum": [*POOLINGS, "auto", None]}, {"type": "string", "pattern": ":"}]},
     )
     normalize: bool | None = Field(
         None, description="scale each vector to length 1; null: no, or as pooling: auto finds"

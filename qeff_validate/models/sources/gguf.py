@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import digest_file
-from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.errors import ConfigError, missing_package
 from qeff_validate.models.framework_calls import quiet_transformers, translated_errors, versions, without_cache
 from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, checked, digests
 from qeff_validate.models.sources.tokenizers import Tokenize, tokenize_with
@@ -83,7 +83,7 @@ class Gguf:
         import torch
 
         if versions("gguf")["gguf"] is None:
-            raise Unavailable(f"{self.path.name} is read by the Python package gguf: pip install gguf")
+            raise missing_package("gguf")
         options = {} if auto.__name__ == "AutoTokenizer" else {"dtype": torch.float32}
         # transformers has no option to switch its progress bar off
         with translated_errors(f"load {self.path}"), quiet_transformers(), redirect_stderr(StringIO()):

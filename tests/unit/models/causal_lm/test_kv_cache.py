@@ -17,6 +17,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
 from qeff_validate.models.causal_lm.kv_cache import cache_for, masks, state_shapes
 from qeff_validate.models.causal_lm.wrapper import Decoder
+from qeff_validate.models.framework_calls import cache_argument, returned_cache
 from qeff_validate.models.sources.synthetic import Random
 from qeff_validate.protocols import Graph, runtime
 from qeff_validate.tensors import RETAINED, TensorSpec
@@ -158,8 +159,8 @@ def as_transformers_does(name: str, prompt: np.ndarray) -> np.ndarray:
     found = []
     with torch.inference_mode():
         for _ in range(STEPS):
-            out = theirs(input_ids=fed, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = theirs(input_ids=fed, use_cache=True, **{cache_argument(theirs): cache})
+            cache = returned_cache(out)
             found.append(out.logits[0, -1].numpy())
             fed = out.logits[:, -1].argmax(dim=-1, keepdim=True)
     return np.stack(found)

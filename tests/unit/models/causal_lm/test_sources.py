@@ -158,7 +158,7 @@ def test_a_gguf_file_is_a_source_and_its_key_is_its_content(tmp_path: Path, monk
     with pytest.raises(Unavailable, match=r"cannot load .*model\.gguf"):
         load_model_and_tokenizer({"source": f"path:{file}"})
     monkeypatch.setattr("qeff_validate.models.sources.gguf.versions", lambda *names: dict.fromkeys(names))
-    with pytest.raises(Unavailable, match="pip install gguf"):
+    with pytest.raises(Unavailable, match=r"pip install 'qeff-validate\[gguf\]'"):
         load_model_and_tokenizer({"source": f"path:{file}"})
     monkeypatch.undo()
     file.write_bytes(b"GGUG")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from qeff_validate.models.adapters.apply import apply_peft
 from qeff_validate.models.emulation.microscaling import E2M3, INT8, CompressedCache, CompressedWeights, in_blocks
+from qeff_validate.models.framework_calls import cache_argument
 
 IDS = torch.tensor([[5, 7, 9, 11, 2]])
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100}
@@ -111,14 +112,16 @@ def test_keys_and_values_are_compressed_along_the_head(monkeypatch: pytest.Monke
     model = built("llama", num_key_value_heads=1, head_dim=48)
     plain, held = DynamicCache(config=model.config), CompressedCache(config=model.config)
     with torch.no_grad():
-        model(IDS, past_key_values=plain, use_cache=True)
-        got = model(IDS, past_key_values=held, use_cache=True).logits
+        model(IDS, use_cache=True, **{cache_argument(model): plain})
+        got = model(IDS, use_cache=True, **{cache_argument(model): held}).logits
         for name in ("keys", "values"):  # what the first layer writes depends on no state
             wanted = microscaling.mxint8(getattr(plain.layers[0], name).numpy())
             assert np.array_equal(getattr(held.layers[0], name).numpy(), wanted)
         # attention reads what was kept, in the same run: step by step through the same cache says the same
         stepped = CompressedCache(config=model.config)
-        last = [model(IDS[:, i : i + 1], past_key_values=stepped, use_cache=True).logits[:, -1] for i in range(5)]
+        last = [
+            model(IDS[:, i : i + 1], use_cache=True, **{cache_argument(model): stepped}).logits[:, -1] for i in range(5)
+        ]
         without = model(IDS, use_cache=False).logits
     close(got, torch.stack(last, 1), rtol=1e-3, atol=1e-4)
     assert (got - without).norm() > 1e-4 * without.norm()
