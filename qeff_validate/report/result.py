@@ -12,6 +12,7 @@ from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power, Status
 from qeff_validate.errors import IncomparableError
+from qeff_validate.report.explanation import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Result:
     prechecks: tuple[Precheck, ...] = ()
     performance: Mapping[str, Any] | None = None
     """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
+    explanation: Explanation | None = None
+    """Where a failure comes from; None: it was not looked for."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -88,6 +91,8 @@ class Result:
         }
         if self.performance is not None:
             plain["performance"] = dict(self.performance)
+        if self.explanation is not None:
+            plain["explanation"] = self.explanation.to_plain()
         return {key: finite(value) for key, value in plain.items()}
 
     @classmethod
@@ -101,7 +106,7 @@ class Result:
             same = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}
             if plain["status"] not in get_args(Status):
                 raise ValueError(f"status {plain['status']!r}")
-            power = plain["power"]
+            power, explanation = plain["power"], plain.get("explanation")
             return cls(
                 **{
                     **same,
@@ -111,6 +116,7 @@ class Result:
                     "findings": tuple(plain["findings"]),
                     "power": None if power is None else Power(power["tried"], tuple(power["missed"])),
                     "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
+                    "explanation": None if explanation is None else Explanation.from_plain(explanation),
                 }
             )
         except (KeyError, TypeError, ValueError) as exc:
