@@ -20,7 +20,7 @@ from qeff_validate.builders.source_keys import JUDGES, SHAPES_ARTIFACTS
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
-    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"selftest"},
+    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"explain", "selftest"},
     {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"protocols"},
     {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"}, {"registry"},
     {"files", "folders"}, {"errors"},
@@ -32,7 +32,7 @@ FRAMEWORKS = frozenset({
     "torch", "transformers", "peft", "sentence_transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir",
     "qaicrt", "QAicApi_pb2",
 })  # fmt: skip
-MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest"})
+MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest", "explain"})
 SIMULATOR_USES = frozenset({"numpy", "onnx", "onnxruntime", "google", "yaml"})
 
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"})

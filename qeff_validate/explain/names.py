@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def common_module(paths: Sequence[str]) -> str:
+    """Return the longest path that several paths begin with.
+
+    Examples:
+        >>> common_module(["encoder.layer.1.attention.self", "encoder.layer.1.output"])
+        'encoder.layer.1'
+    """
+    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
+
+
+def is_within(path: str, module: str) -> bool:
+    """Return True for a module and what is below it."""
+    return path == module or path.startswith(f"{module}.")

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a graph beside those of the original model: equal, changed, another module's, or not there.
+
+No run is needed. Weights are found by their content, as they are or transposed; what is left on both sides is paired by
+name, else by shape and likeness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.explain.differences import difference
+from qeff_validate.explain.names import common_module
+from qeff_validate.prechecks.weights_in_graph import UNUSED
+from qeff_validate.tensors import Array
+
+MIN_SIZE = 4
+"""Elements below which a constant is no weight."""
+
+ALIKE = 0.5
+"""Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFinding:
+    """A weight of the original model that is not in the graph as it is.
+
+    Attributes:
+        parameter: its name in the original model.
+        initializer: the graph's tensor that stands for it; None: there is none.
+        text: what differs.
+    """
+
+    parameter: str
+    initializer: str | None
+    text: str
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns it."""
+        return self.parameter.rpartition(".")[0]
+
+    def sentence(self) -> str:
+        """Return the last part of the parameter's name, and what differs."""
+        return f"{self.parameter.rpartition('.')[2]} {self.text}"
+
+
+@dataclass
+class WeightComparison:
+    """All weights.
+
+    Attributes:
+        findings: of parameters that differ or are missing.
+        by_initializer: name of the parameter that an initializer is equal to.
+        names: of all parameters.
+    """
+
+    findings: list[WeightFinding] = field(default_factory=list)
+    by_initializer: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def lacking_layer(self) -> str:
+        """Return the path of the one layer none of whose weights is in the graph; empty if there is none."""
+        lacking = {item.parameter for item in self.findings if item.initializer is None}
+        layer = common_module([name.rpartition(".")[0] for name in lacking])
+        whole = [name for name in self.names if name.startswith(f"{layer}.")]
+        return layer if layer.rpartition(".")[2].isdecimal() and lacking.issuperset(whole) else ""
+
+    def of(self, module: str) -> list[WeightFinding]:
+        """Return the findings of a module and of those below it."""
+        return [
+            finding
+            for finding in self.findings
+            if finding.module == module or finding.module.startswith(f"{module}.")
+        ]
+
+
+def compare_weights(
+    module: Any, initializers: Mapping[str, Array], check: Callable[[], None] = lambda: None
+) -> WeightComparison:
+    """Compare the parameters and buffers of a torch module with the initializers of a graph.
+
+    Args:
+        module: float32.
+        initializers: by name.
+        check: raises when the time is up.
+    """
+    parameters = dict(_parameters(module))
+    floats = {
+        name: array
+        for name, array in initializers.items()
+        if array.dtype.kind == "f" and array.size >= MIN_SIZE
+    }
+    by_digest: dict[str, list[str]] = {}
+    for name, array in floats.items():
+        by_digest.setdefault(_digest(array), []).append(name)
+    result, open_parameters, used = WeightComparison(names=list(parameters)), list[str](), set[str]()
+    for name, array in parameters.items():
+        check()
+        found = [*by_digest.get(_digest(array), ()), *(by_digest.get(_digest(array.T), ()) if array.ndim == 2 else ())]
+        for initializer in found:
+            result.by_initializer.setdefault(initializer, name)
+        used.update(found)
+        if not found:
+            open_parameters.append(name)
+    rest = {name: array for name, array in floats.items() if name not in used}
+    for name in open_parameters:
+        check()
+        partner = _partner(name, parameters[name], rest)
+        if partner is None:
+            result.findings.append(WeightFinding(name, None, "is not in the graph"))
+            continue
+        text = _describe(parameters[name], rest.pop(partner))
+        result.by_initializer.setdefault(partner, name)
+        if text:
+            result.findings.append(WeightFinding(name, partner, text))
+    return result
+
+
+def _parameters(module: Any) -> Iterator[tuple[str, Array]]:
+    """Yield the floating parameters and buffers by name, but those of a pooler, which pooled models do not run."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel() >= MIN_SIZE and UNUSED not in name.split("."):
+            yield name, np.squeeze(tensor.detach().float().numpy())
+
+
+def _digest(array: Array) -> str:
+    squeezed = np.squeeze(np.asarray(array, dtype=np.float32))
+    return hashlib.sha1(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
+
+
+def _partner(name: str, expected: Array, rest: Mapping[str, Array]) -> str | None:
+    """Return the tensor that stands for a parameter: by its name, else the most alike of its shape."""
+    fitting = {
+        other: np.squeeze(array)
+        for other, array in rest.items()
+        if np.squeeze(array).shape in (expected.shape, expected.shape[::-1])
+    }
+    named = [other for other in fitting if other == name or other.endswith(f".{name}")]
+    if named:
+        return named[0]
+    if not fitting:
+        return None
+    shares = {other: _likeness(expected, array) for other, array in fitting.items()}
+    best = max(shares, key=lambda other: shares[other])
+    if shares[best] >= ALIKE:
+        return best
+    empty = [other for other, array in fitting.items() if not array.any()]
+    return empty[0] if empty else None
+
+
+def _likeness(expected: Array, actual: Array) -> float:
+    sides = [actual] if actual.shape == expected.shape else []
+    sides += [actual.T] if actual.T.shape == expected.shape else []
+    return max(_share(expected, side) for side in sides)
+
+
+def _share(expected: Array, actual: Array) -> float:
+    """Return the share of equal elements, or the cosine, whichever is greater."""
+    norm = float(np.linalg.norm(expected) * np.linalg.norm(np.nan_to_num(actual)))
+    cosine = abs(float(np.vdot(expected, np.nan_to_num(actual)))) / norm if norm else 0.0
+    return max(float(np.mean(expected == actual)), cosine)
+
+
+def _describe(expected: Array, actual: Array) -> str:
+    """Return what differs, with the tensor turned as the graph's product reads it, whichever way is more alike."""
+    actual = np.squeeze(np.asarray(actual, np.float32))
+    if actual.ndim == 2:
+        if actual.shape != expected.shape or _share(expected, actual.T if actual.T.shape == expected.shape else actual) > _share(expected, actual):
+            actual = actual.T
+    return difference(expected, actual)
+
+
+def used_weights(nodes: Sequence[Any], initializers: Mapping[str, Array], producer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the initializers that some nodes read, also through transpositions and reshapes."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        for name in node.input:
+            source = name
+            while source in producer and producer[source].op_type in ("Transpose", "Reshape", "Identity", "Cast"):
+                source = producer[source].input[0]
+            if source in initializers:
+                found[source] = None
+    return list(found)
