@@ -417,13 +417,15 @@ class Explained(Protocol):
     """Optional part of a `Model`: a failure can be traced to a module of the original model."""
 
     @abstractmethod
-    def original_run(self, inputs: Any, reference: Tensors, sizes: Mapping[str, int]) -> OriginalRun:
+    def original_run(self, inputs: Any, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
         """Return one run of a few texts, as `Measured.subset` gives them.
 
         Args:
             inputs: a few texts.
-            reference: of these texts; a language model runs prompt and continuation together.
+            reference: of these texts.
             sizes: values of the symbols of the interface that the graph fixes; others are free.
+            row: index of the row of the reference that failed; a language model runs its prompt and continuation up to
+                it, in one run.
 
         Raises:
             IncomparableError: the texts do not fit into one run of these sizes.

@@ -351,17 +351,24 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
 
-    def original_run(self, inputs: Prompts, reference: Tensors, sizes: Mapping[str, int]) -> OriginalRun:
-        """Return one run of prompts and continuations with the last adapter of the inputs."""
+    def original_run(self, inputs: Prompts, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
+        """Return one run of a prompt and its continuation up to a row of the logits, with that row's adapter."""
         from qeff_validate.models.causal_lm.original_run import original_run
         from qeff_validate.models.causal_lm.reference import adapted_models
 
-        *_, name = inputs.adapters
-        *_, model = adapted_models(self._take_model(), self._specs(inputs, served=True), inputs.adapters)
-        texts = _split(reference["tokens"], reference["steps"])[-len(inputs.ids) :]
-        whole = [np.concatenate([prompt, text[:-1]]) for prompt, text in zip(inputs.ids, texts, strict=True)]
-        adapter = self._served_tensors(inputs.adapters, name)
-        return original_run(model, self.interface(inputs), whole, adapter, sizes, inputs.pad)
+        ends = np.cumsum(reference["steps"])
+        at = int(np.searchsorted(ends, row, side="right"))
+        adapter, prompt = divmod(at, len(inputs.ids))
+        step = row - int(ends[at] - reference["steps"][at])
+        tokens = _split(reference["tokens"], reference["steps"])[at][:step]
+        name = list(inputs.adapters)[adapter]
+        models = adapted_models(self._take_model(), self._specs(inputs, served=True), inputs.adapters)
+        for _, model in zip(list(inputs.adapters)[: adapter + 1], models):  # noqa: B007, B905 (the generator would unload it)
+            pass
+        text = np.concatenate([inputs.ids[prompt], tokens])
+        tensors = self._served_tensors(inputs.adapters, name)
+        place = adapter if self.options.mixed_batch else 0
+        return original_run(model, self.interface(inputs), text, tensors, sizes, pad=inputs.pad, adapter_id=place)
 
     def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
         """Return the prompt that a row of the logits continues."""

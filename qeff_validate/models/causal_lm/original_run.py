@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,39 @@ from qeff_validate.tensors import RETAINED, Array, Tensors
 
 
 def original_run(
-    model: Any, graph: Graph, texts: Sequence[Array], adapter: Tensors, sizes: Mapping[str, int], pad: int
+    model: Any,
+    graph: Graph,
+    text: Array,
+    adapter: Tensors,
+    sizes: Mapping[str, int],
+    *,
+    pad: int,
+    adapter_id: int,
 ) -> OriginalRun:
     """Return one run; see `protocols.Explained`.
 
     Args:
         model: float32, with the adapter attached by PEFT.
         graph: the interface.
-        texts: token ids of prompt and continuation.
+        text: token ids of prompt and continuation.
         adapter: the adapter's tensors, as the graph is fed them.
         sizes: of the batch, where the graph fixes them.
         pad: id of the padding token.
+        adapter_id: of the adapter among those that a mixed batch serves.
 
     Raises:
-        IncomparableError: the texts do not fit into the sizes.
+        IncomparableError: the text does not fit into the sizes.
     """
-    longest = max(text.size for text in texts)
-    batch, length = sizes.get("batch_size", len(texts)), sizes.get("seq_len", longest)
-    slots = sizes.get("ctx_len", max(longest, graph.buckets[0]["ctx_len"]))
-    if batch < len(texts) or length < longest or slots < longest:
-        raise IncomparableError(f"{len(texts)} texts of {longest} tokens do not fit into {batch} x {length} of {slots}")
+    batch, length = sizes.get("batch_size", 1), sizes.get("seq_len", text.size)
+    slots = sizes.get("ctx_len", max(text.size, graph.buckets[0]["ctx_len"]))
+    if length < text.size or slots < text.size:
+        raise IncomparableError(f"a text of {text.size} tokens does not fit into {length} tokens and {slots} slots")
     ids = np.full((batch, length), pad, dtype=np.int64)
     places = np.full((batch, length), -1, dtype=np.int64)
     for row in range(batch):
-        text = texts[min(row, len(texts) - 1)]
         ids[row, : text.size], places[row, : text.size] = text, np.arange(text.size)
     dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots}
-    feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.zeros(batch, np.int64)}
+    feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.full(batch, adapter_id)}
     for spec in graph.inputs:
         if spec.name in adapter:
             feeds[spec.name] = adapter[spec.name]

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Explains one failing result: runs what stands between reference and runtime, and looks into the graph.
+
+Only a few rows are run again. Nothing here judges: the verdict is what it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.artifact import Artifact
+from qeff_validate.errors import ValidateError
+from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.layers import Layers, find_layers
+from qeff_validate.explain.locate import Location, locate
+from qeff_validate.explain.outside import ReadingSession, outside_finding
+from qeff_validate.explain.reference_values import ReferenceValues, record
+from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
+from qeff_validate.explain.weights import compare_weights
+from qeff_validate.files import temporary_folder
+from qeff_validate.protocols import Explained, Measured, OriginalRun, Runtime, Session, Settings, capabilities, runtime
+from qeff_validate.report.explanation import Explanation, StageShare
+from qeff_validate.report.result import Result
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
+from qeff_validate.sdk.locate import simulated
+from qeff_validate.tensors import Array, Tensors
+
+HEALTHY_ROWS = 2
+"""Rows without an error that are looked at beside the failing one; they let other poolings be told apart."""
+
+MOST_LAYERS = 40
+"""Layers that a report holds: those with the greatest local error over floor."""
+
+NOISE = {"fp32": 2e-5, "fp16": 5e-3}
+"""Relative L2 of an output up to which no stage is named, if no floor was measured."""
+
+
+class TimeIsUpError(ValidateError):
+    """The time limit of an explanation has passed; what was found until then is kept."""
+
+
+@dataclass
+class _Clock:
+    """Seconds of an explanation."""
+
+    limit: float
+    start: float
+
+    def check(self) -> None:
+        """Raise `TimeIsUpError` if the limit has passed."""
+        if time.monotonic() - self.start > self.limit:
+            raise TimeIsUpError(f"the time limit of {self.limit:g} s has passed")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken."""
+        return time.monotonic() - self.start
+
+
+def explain(pipeline: Any, on: Runtime, result: Result, settings: Settings, *, limit_s: float = 60.0) -> Explanation:
+    """Return where the error of a result comes from.
+
+    Args:
+        pipeline: of the case (`pipeline.case_pipeline.Pipeline`), just after `result` was made.
+        on: the runtime of the result.
+        result: of the case on the runtime, with metrics.
+        settings: of other runtimes that are opened.
+        limit_s: time limit; what is known when it has passed is returned.
+
+    Raises:
+        ValidateError: something could not be built, loaded or run.
+    """
+    clock = _Clock(limit_s, time.monotonic())
+    work = _Explainer(pipeline, on, result, settings, clock)
+    try:
+        work.run()
+    except TimeIsUpError as exc:
+        work.unfinished = str(exc)
+    return work.explanation()
+
+
+class _Explainer:
+    """The steps of one explanation, and what is known after each."""
+
+    def __init__(self, pipeline: Any, on: Runtime, result: Result, settings: Settings, clock: _Clock) -> None:
+        self._pipeline, self._on, self._result, self._settings, self._clock = pipeline, on, result, settings, clock
+        self._compute = "fp16" if str(result.precision).startswith("fp16") else "fp32"
+        self.unfinished = ""
+        self._shares: tuple[StageShare, ...] = ()
+        self._stage: str | None = None
+        self._layers: Layers | None = None
+        self._location = Location(None, "")
+        self._rows: list[int] = []
+
+    def run(self) -> None:
+        """Attribute the error to a stage, and look for the layer if it is made in the graph."""
+        pipeline, model = self._pipeline, self._pipeline.model()
+        actual, reference = pipeline.actual, pipeline.reference()
+        name = next(iter(reference), "")
+        if not isinstance(model, Measured) or name not in actual or actual[name].shape != reference[name].shape:
+            return
+        row, texts = self._choose(reference[name], actual[name])
+        subset = model.subset(pipeline.inputs(), reference, texts)
+        self._rows = [int(place) for place in subset[2]]
+        self._attribute(name, subset, actual[name][subset[2]])
+        self._clock.check()
+        if self._stage in ("runtime", "compiler and runtime"):
+            self._location = Location(None, self._outside(name))
+            return
+        if isinstance(model, Explained) and self._graph_artifact() is not None and not self._on.kind == "module":
+            self._look_inside(subset, int(np.flatnonzero(subset[2] == row)[0]))
+
+    # --- rows ------------------------------------------------------------------------------
+
+    def _choose(self, reference: Array, actual: Array) -> tuple[int, list[int]]:
+        """Return the row with the greatest error, and its text with a few others."""
+        pipeline, model = self._pipeline, self._pipeline.model()
+        with np.errstate(all="ignore"):
+            flat = [array.reshape(len(array), -1).astype(np.float64) for array in (reference, actual)]
+            errors = np.linalg.norm(flat[1] - flat[0], axis=1) / np.linalg.norm(flat[0], axis=1)
+        errors[np.linalg.norm(flat[0], axis=1) == 0] = 0
+        order = np.argsort(np.where(np.isnan(errors), np.inf, errors), kind="stable")
+        row = int(order[-1])
+        if not isinstance(model, Explained):
+            return row, [row]
+        text = model.text_of_row(pipeline.inputs(), pipeline.reference(), row)
+        texts = [text]
+        ids = pipeline.inputs().ids
+        for other in map(int, order):
+            candidate = model.text_of_row(pipeline.inputs(), pipeline.reference(), other)
+            sizes = {ids[known].size for known in texts}
+            if len(texts) <= HEALTHY_ROWS and candidate not in texts and ids[candidate].size and ids[candidate].size not in sizes:
+                texts.append(candidate)
+        return row, sorted(texts)
+
+    # --- stages ----------------------------------------------------------------------------
+
+    def _attribute(self, name: str, subset: tuple[Any, Tensors, Any], actual: Array) -> None:
+        inputs, reference, rows = subset
+        pipeline, model = self._pipeline, self._pipeline.model()
+        outputs: list[tuple[str, Array]] = []
+        exact = self._exact(name, rows)
+        if exact is not None:
+            outputs.append(("reference", exact))
+        outputs.append((FLOAT32, reference[name]))
+
+        def run(label: str, opened: Any) -> None:
+            self._clock.check()
+            with opened as session:
+                outputs.append((label, np.asarray(model.infer(session, inputs, reference)[name])))
+
+        kind, foreign = self._on.kind, pipeline.is_foreign(self._on.kind)
+        if not foreign and pipeline.case.artifacts.reference is None:
+            run("wrapper", pipeline.opened(runtime("torch"), pipeline.module()))
+        if kind != "module" and (graph := self._graph_artifact()) is not None:
+            plain = replace(self._settings, ort_optimization="disabled")
+            run("export", pipeline.opened(self._isolated("ort", plain), graph))
+            if kind == "onnx":
+                run("optimizer", pipeline.opened(self._isolated("ort", self._settings), graph))
+            elif pipeline.case.artifacts.qpc is None:
+                sdk = simulated()
+                run("precision", pipeline.opened(self._isolated("sim", self._settings), pipeline.qpc(sdk)))
+        outputs.append(("compiler and runtime" if kind == "qpc" else "runtime", actual))
+        self._shares = stage_shares(outputs)
+        self._stage = guilty_stage(self._shares, self._noise())
+
+    def _exact(self, name: str, rows: Any) -> Array | None:
+        """Return the stored float64 reference of rows; None if it is not there for all of them."""
+        sample = self._pipeline.sample()
+        if self._pipeline.case.artifacts.reference is not None or self._pipeline.case.tolerance == "table":
+            return None
+        known = np.arange(len(self._pipeline.reference()[name])) if sample.rows is None else sample.rows
+        if not set(rows) <= set(known.tolist()):
+            return None
+        exact: Array = self._pipeline.exact()[name][np.searchsorted(known, rows)]
+        return exact
+
+    def _noise(self) -> float:
+        return NOISE[self._compute]
+
+    def _isolated(self, name: str, settings: Settings) -> Runtime:
+        return IsolatedRuntime(runtime(name, settings), name, settings)
+
+    def _graph_artifact(self) -> Artifact | None:
+        """Return the ONNX file that the runtime's artifact is made from; None if there is none."""
+        if self._on.kind == "qpc" and self._pipeline.case.artifacts.qpc is not None:
+            return None
+        artifact: Artifact = self._pipeline.onnx()
+        return artifact
+
+    # --- outside of the graph --------------------------------------------------------------
+
+    def _outside(self, name: str) -> str:
+        """Return what differs between the runtime's outputs and those that its file gives when it is run again."""
+        pipeline, model = self._pipeline, self._pipeline.model()
+        held = self._adapters_held()
+        if held:
+            return held
+        clean = self._isolated(self._on.name, self._settings)
+        artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
+        with pipeline.opened(clean, artifact) as session:
+            expected = np.asarray(model.infer(session, pipeline.inputs(), pipeline.reference())[name])
+        return outside_finding(expected, pipeline.actual[name], pipeline.inputs().labels)
+
+    def _adapters_held(self) -> str:
+        """Return which of an adapter's tensors the runtime holds otherwise than it was fed; empty if none is."""
+        pipeline, model, inputs = self._pipeline, self._pipeline.model(), self._pipeline.inputs()
+        adapters = getattr(inputs, "adapters", {})
+        names = [tensor for tensors in adapters.values() for tensor in tensors]
+        if not names:
+            return ""
+        artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
+        with pipeline.opened(self._on, artifact) as opened:
+            session = ReadingSession(opened, list(dict.fromkeys(names)))
+            session.others = {
+                tensor: {f"adapter {name!r}": tensors[tensor] for name, tensors in adapters.items()}
+                for tensor in session_names(session, names)
+            }
+            model.infer(session, inputs, pipeline.reference())
+        return adapters_finding(session.differences)
+
+    # --- inside the graph ------------------------------------------------------------------
+
+    def _look_inside(self, subset: tuple[Any, Tensors, Any], row: int) -> None:
+        inputs, reference, _ = subset
+        pipeline, model = self._pipeline, self._pipeline.model()
+        artifact = self._graph_artifact()
+        assert artifact is not None
+        assert artifact.path is not None
+        level = self._settings if self._stage == "optimizer" else replace(self._settings, ort_optimization="disabled")
+        with temporary_folder() as folder:
+            graph = GraphValues(
+                Path(artifact.path), folder, self._isolated("ort", level).open, untrusted=artifact.untrusted
+            )
+            self._clock.check()
+            original: OriginalRun = model.original_run(inputs, reference, graph.sizes(), row)
+            self._clock.check()
+            names = pipeline.case.artifacts
+            feeds = {names.inputs.get(name, name): array for name, array in original.feeds.items()}
+            fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
+            weights = compare_weights(original.module, {**graph.weights, **fed}, self._clock.check)
+            recorded = _with_names(record(original), names.outputs)
+            self._clock.check()
+            layers = find_layers(original, recorded, graph, feeds, "fp32", self._clock.check)
+            self._layers = layers
+            self._location = locate(original, recorded, graph, layers, weights)
+
+    # --- the result ------------------------------------------------------------------------
+
+    def explanation(self) -> Explanation:
+        """Return what is known."""
+        errors = list(self._layers.errors) if self._layers is not None else []
+        if len(errors) > MOST_LAYERS:
+            ratios = sorted((error.local / error.floor for error in errors), reverse=True)
+            errors = [error for error in errors if error.local / error.floor >= ratios[MOST_LAYERS - 1]][:MOST_LAYERS]
+        module = self._location.module
+        return Explanation(
+            summary=self._summary(),
+            stages=self._shares,
+            stage=self._stage,
+            layers=tuple(replace(error, module=short(error.module)) for error in errors),
+            module=None if module is None else short(module),
+            finding=short_text(self._location.finding),
+            rows=tuple(self._rows),
+            seconds=round(self._clock.seconds, 2),
+        )
+
+    def _summary(self) -> str:
+        module, finding = self._location.module, short_text(self._location.finding)
+        stage = f" ({self._stage})" if self._stage else ""
+        if module is not None:
+            where = module if module == "pooling" else f"layer {short(module)}"
+            text = f"{where}, {finding}" if finding else f"{where} differs from the original model"
+        elif finding:
+            text = f"outside of the graph: {finding}"
+        elif self._stage in ("runtime", "compiler and runtime"):
+            text = "outside of the graph: its file gives the right values when it is run again"
+        elif self._stage is not None:
+            text = f"made at the stage {self._stage}; no layer stands out"
+        else:
+            text = "no stage and no layer stands out"
+        return f"{text}{stage}{f'; {self.unfinished}' if self.unfinished else ''}"
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def short(path: str) -> str:
+    """Return a path without the two levels that PEFT puts around a model."""
+    return path.removeprefix(PEFT_PREFIX)
+
+
+def short_text(text: str) -> str:
+    """Return a finding whose paths are without PEFT's levels."""
+    return text.replace(PEFT_PREFIX, "")
+
+
+def session_names(session: Session, names: Sequence[str]) -> list[str]:
+    """Return the names that are inputs of a session."""
+    known = {spec.name for spec in session.inputs}
+    return [name for name in dict.fromkeys(names) if name in known]
+
+
+def adapters_finding(differences: dict[str, str]) -> str:
+    """Return a sentence about the tensors of adapters that a runtime holds otherwise than it was fed."""
+    if not differences:
+        return ""
+    first, text = next(iter(differences.items()))
+    more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
+    return f"adapter tensor {first} {text}{more}"
+
+
+def _with_names(recorded: ReferenceValues, names: dict[str, str]) -> ReferenceValues:
+    """Return the values with the names that a user's graph gives its outputs."""
+    values = tuple(
+        replace(value, output=names.get(value.output, value.output)) if value.output else value
+        for value in recorded.values
+    )
+    return replace(recorded, values=values)
