@@ -19,12 +19,12 @@ from qeff_validate.errors import ValidateError
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
-from qeff_validate.explain.outside import ReadingSession, outside_finding
+from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
 from qeff_validate.explain.reference_values import ReferenceValues, record
 from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
-from qeff_validate.explain.weights import compare_weights
+from qeff_validate.explain.weights import compare_weights, repairs
 from qeff_validate.files import temporary_folder
-from qeff_validate.protocols import Explained, Measured, OriginalRun, Runtime, Session, Settings, capabilities, runtime
+from qeff_validate.protocols import Explained, Measured, OriginalRun, Runtime, Settings, capabilities, runtime
 from qeff_validate.report.explanation import Explanation, StageShare
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
@@ -34,12 +34,11 @@ from qeff_validate.tensors import Array, Tensors
 HEALTHY_ROWS = 2
 """Rows without an error that are looked at beside the failing one; they let other poolings be told apart."""
 
+OUTSIDE = ("runtime", "compiler and runtime")
+"""Stages in which no graph is to blame."""
+
 MOST_LAYERS = 40
 """Layers that a report holds: those with the greatest local error over floor."""
-
-NOISE = {"fp32": 2e-5, "fp16": 5e-3}
-"""Relative L2 of an output up to which no stage is named, if no floor was measured."""
-
 
 class TimeIsUpError(ValidateError):
     """The time limit of an explanation has passed; what was found until then is kept."""
@@ -90,7 +89,6 @@ class _Explainer:
 
     def __init__(self, pipeline: Any, on: Runtime, result: Result, settings: Settings, clock: _Clock) -> None:
         self._pipeline, self._on, self._result, self._settings, self._clock = pipeline, on, result, settings, clock
-        self._compute = "fp16" if str(result.precision).startswith("fp16") else "fp32"
         self.unfinished = ""
         self._shares: tuple[StageShare, ...] = ()
         self._stage: str | None = None
@@ -102,19 +100,37 @@ class _Explainer:
         """Attribute the error to a stage, and look for the layer if it is made in the graph."""
         pipeline, model = self._pipeline, self._pipeline.model()
         actual, reference = pipeline.actual, pipeline.reference()
-        name = next(iter(reference), "")
-        if not isinstance(model, Measured) or name not in actual or actual[name].shape != reference[name].shape:
+        name = pipeline.graph().outputs[0].name
+        if not isinstance(model, Measured) or name not in actual or name not in reference or actual[name].shape != reference[name].shape:
             return
         row, texts = self._choose(reference[name], actual[name])
-        subset = model.subset(pipeline.inputs(), reference, texts)
-        self._rows = [int(place) for place in subset[2]]
-        self._attribute(name, subset, actual[name][subset[2]])
-        self._clock.check()
-        if self._stage in ("runtime", "compiler and runtime"):
-            self._location = Location(None, self._outside(name))
-            return
+        subset = self._attributed(name, texts)
+        if self._stage in OUTSIDE:
+            self._location = self._adapters_held() or Location(None, self._outside(name))
+            if self._location.finding != BESIDE:
+                return
+            # the graph is wrong, but with these rows alone it is right: look at the row in its own batch
+            subset = self._attributed(name, self._batch(texts[-1]))
+            if self._stage in OUTSIDE:
+                return
         if isinstance(model, Explained) and self._graph_artifact() is not None and not self._on.kind == "module":
             self._look_inside(subset, int(np.flatnonzero(subset[2] == row)[0]))
+
+    def _attributed(self, name: str, texts: list[int]) -> tuple[Any, Tensors, Any]:
+        """Attribute the error of some texts to a stage, and return them with their reference and rows."""
+        pipeline = self._pipeline
+        subset: tuple[Any, Tensors, Any] = pipeline.model().subset(pipeline.inputs(), pipeline.reference(), texts)
+        self._rows = [int(place) for place in subset[2]]
+        self._attribute(name, subset, pipeline.actual[name][subset[2]])
+        self._clock.check()
+        return subset
+
+    def _batch(self, text: int) -> list[int]:
+        """Return the texts that are run together with one."""
+        size = int(getattr(self._pipeline.options, "batch_size", 1))
+        ids = self._pipeline.inputs().ids
+        start = text // size * size
+        return [place for place in range(start, min(start + size, len(ids))) if ids[place].size]
 
     # --- rows ------------------------------------------------------------------------------
 
@@ -137,7 +153,7 @@ class _Explainer:
             sizes = {ids[known].size for known in texts}
             if len(texts) <= HEALTHY_ROWS and candidate not in texts and ids[candidate].size and ids[candidate].size not in sizes:
                 texts.append(candidate)
-        return row, sorted(texts)
+        return row, texts[::-1]  # not the first of its batch, whose place is special in some faults
 
     # --- stages ----------------------------------------------------------------------------
 
@@ -166,9 +182,9 @@ class _Explainer:
             elif pipeline.case.artifacts.qpc is None:
                 sdk = simulated()
                 run("precision", pipeline.opened(self._isolated("sim", self._settings), pipeline.qpc(sdk)))
-        outputs.append(("compiler and runtime" if kind == "qpc" else "runtime", actual))
+        outputs.append((OUTSIDE[kind == "qpc"], actual))
         self._shares = stage_shares(outputs)
-        self._stage = guilty_stage(self._shares, self._noise())
+        self._stage = guilty_stage(self._shares) if self._result.status == "fail" else None
 
     def _exact(self, name: str, rows: Any) -> Array | None:
         """Return the stored float64 reference of rows; None if it is not there for all of them."""
@@ -180,9 +196,6 @@ class _Explainer:
             return None
         exact: Array = self._pipeline.exact()[name][np.searchsorted(known, rows)]
         return exact
-
-    def _noise(self) -> float:
-        return NOISE[self._compute]
 
     def _isolated(self, name: str, settings: Settings) -> Runtime:
         return IsolatedRuntime(runtime(name, settings), name, settings)
@@ -199,31 +212,23 @@ class _Explainer:
     def _outside(self, name: str) -> str:
         """Return what differs between the runtime's outputs and those that its file gives when it is run again."""
         pipeline, model = self._pipeline, self._pipeline.model()
-        held = self._adapters_held()
-        if held:
-            return held
         clean = self._isolated(self._on.name, self._settings)
         artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
         with pipeline.opened(clean, artifact) as session:
             expected = np.asarray(model.infer(session, pipeline.inputs(), pipeline.reference())[name])
         return outside_finding(expected, pipeline.actual[name], pipeline.inputs().labels)
 
-    def _adapters_held(self) -> str:
-        """Return which of an adapter's tensors the runtime holds otherwise than it was fed; empty if none is."""
+    def _adapters_held(self) -> Location | None:
+        """Return where the runtime holds other adapter tensors than it was fed; None if it holds them all."""
         pipeline, model, inputs = self._pipeline, self._pipeline.model(), self._pipeline.inputs()
         adapters = getattr(inputs, "adapters", {})
-        names = [tensor for tensors in adapters.values() for tensor in tensors]
-        if not names:
-            return ""
+        if not any(adapters.values()):
+            return None
         artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
         with pipeline.opened(self._on, artifact) as opened:
-            session = ReadingSession(opened, list(dict.fromkeys(names)))
-            session.others = {
-                tensor: {f"adapter {name!r}": tensors[tensor] for name, tensors in adapters.items()}
-                for tensor in session_names(session, names)
-            }
+            session = ReadingSession(opened, adapters)
             model.infer(session, inputs, pipeline.reference())
-        return adapters_finding(session.differences)
+        return session.location()
 
     # --- inside the graph ------------------------------------------------------------------
 
@@ -245,6 +250,7 @@ class _Explainer:
             feeds = {names.inputs.get(name, name): array for name, array in original.feeds.items()}
             fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
             weights = compare_weights(original.module, {**graph.weights, **fed}, self._clock.check)
+            graph.repairs = repairs(original.module, graph.weights, weights)
             recorded = _with_names(record(original), names.outputs)
             self._clock.check()
             layers = find_layers(original, recorded, graph, feeds, "fp32", self._clock.check)
@@ -274,12 +280,14 @@ class _Explainer:
     def _summary(self) -> str:
         module, finding = self._location.module, short_text(self._location.finding)
         stage = f" ({self._stage})" if self._stage else ""
-        if module is not None:
+        if module is not None and self._layers is None:
+            text = f"adapter of {short(module)}, {finding}"
+        elif module is not None:
             where = module if module == "pooling" else f"layer {short(module)}"
             text = f"{where}, {finding}" if finding else f"{where} differs from the original model"
         elif finding:
             text = f"outside of the graph: {finding}"
-        elif self._stage in ("runtime", "compiler and runtime"):
+        elif self._stage in OUTSIDE:
             text = "outside of the graph: its file gives the right values when it is run again"
         elif self._stage is not None:
             text = f"made at the stage {self._stage}; no layer stands out"
@@ -299,21 +307,6 @@ def short(path: str) -> str:
 def short_text(text: str) -> str:
     """Return a finding whose paths are without PEFT's levels."""
     return text.replace(PEFT_PREFIX, "")
-
-
-def session_names(session: Session, names: Sequence[str]) -> list[str]:
-    """Return the names that are inputs of a session."""
-    known = {spec.name for spec in session.inputs}
-    return [name for name in dict.fromkeys(names) if name in known]
-
-
-def adapters_finding(differences: dict[str, str]) -> str:
-    """Return a sentence about the tensors of adapters that a runtime holds otherwise than it was fed."""
-    if not differences:
-        return ""
-    first, text = next(iter(differences.items()))
-    more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
-    return f"adapter tensor {first} {text}{more}"
 
 
 def _with_names(recorded: ReferenceValues, names: dict[str, str]) -> ReferenceValues:

@@ -50,6 +50,8 @@ class GraphValues:
         }
         self._folder, self._open, self._untrusted = folder, open_graph, untrusted
         self._numbers = itertools.count()
+        self.repairs: dict[str, Array] = {}
+        """The right content of initializers that differ; runs with ``repaired`` use it."""
         skeleton = folder / "graph.onnx"
         onnx.save(model, str(skeleton), save_as_external_data=True, location="weights", size_threshold=1024)
         self.model = onnx.load(str(skeleton), load_external_data=False)
@@ -77,7 +79,8 @@ class GraphValues:
         feeds: Tensors,
         wanted: Sequence[str] | None = None,
         cuts: Tensors | None = None,
-        change: Callable[[Any], None] | None = None,
+        *,
+        repaired: bool = False,
     ) -> dict[str, Array]:
         """Run the graph once.
 
@@ -85,7 +88,7 @@ class GraphValues:
             feeds: its inputs, by its own names.
             wanted: values to return; None: every value of a node.
             cuts: content of values that the nodes behind them read instead.
-            change: changes the ModelProto before it is run.
+            repaired: run with the right weights in place of those that differ.
 
         Returns:
             The values that are real numbers, as they are computed.
@@ -99,8 +102,9 @@ class GraphValues:
         for name in names:
             if name not in outputs:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
-        if change is not None:
-            change(model)
+        for tensor in model.graph.initializer if repaired else ():
+            if tensor.name in self.repairs:
+                tensor.CopyFrom(numpy_helper.from_array(self.repairs[tensor.name], tensor.name))
         path = self._folder / f"run{next(self._numbers)}.onnx"
         onnx.save(model, str(path))
         artifact = Artifact("onnx", path, str(path), untrusted=self._untrusted)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.matching import Matcher, Matches, of_tokens, relative_error
-from qeff_validate.explain.names import common_module
+from qeff_validate.explain.names import common_module, numbered
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues, local_errors
 from qeff_validate.models.emulation.precision import Compute
 from qeff_validate.protocols import OriginalRun
@@ -59,7 +59,9 @@ class Layers:
         own = self.values[self.guilty].module
         if not self.missing:
             return own
-        return common_module(self.missing) or own
+        common = common_module(self.missing)
+        # a chain of layers that cannot be told apart: it begins in the first of them
+        return common if numbered(common) else numbered(self.missing[0]) or common or own
 
 
 def find_layers(

@@ -10,7 +10,7 @@ from typing import Any
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import LEAST, Layers
 from qeff_validate.explain.matching import of_tokens, relative_error
-from qeff_validate.explain.names import common_module, is_within
+from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import operator_finding, output_finding
 from qeff_validate.explain.reference_values import ReferenceValues
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, used_weights
@@ -70,6 +70,9 @@ def _locate(
     lacking = weights.lacking_layer()
     if lacking:
         return Location(lacking, "is not in the graph")
+    absent = [item for item in weights.of(module) if item.initializer is None] if layers.missing else []
+    if absent:
+        return Location(module, f"{len(absent)} of its weights are not in the graph")
     # a weight that differs inside the module says most
     own = [item for item in weights.of(module) if item.initializer is not None] if module else []
     if own:
@@ -112,8 +115,7 @@ def _of_weights(own: Sequence[WeightFinding], weights: WeightComparison) -> Loca
     common = common_module([item.module for item in alike])
     if len(alike) <= MANY:
         return Location(own[0].module, _told([item.sentence() for item in own if item.module == own[0].module]))
-    numbered = any(part.isdecimal() for part in common.split("."))
-    return Location(common if numbered else own[0].module, f"{len(alike)} weights {own[0].text}")
+    return Location(common if numbered(common) else own[0].module, f"{len(alike)} weights {own[0].text}")
 
 
 def _of_another(module: str, owner: str, graph: GraphValues, weights: WeightComparison) -> Location:

@@ -89,13 +89,16 @@ class Matcher:
     ) -> None:
         self._graph, self._feeds, self._values, self._tokens, self._check = graph, feeds, values, tokens, check
         self._runs = 0
+        self._last: dict[str, Array] = {}
         self._expected = [of_tokens(value.array, tokens) for value in values]
         self._scopes = _scopes(graph.nodes)
 
     def match(self) -> Matches:
         """Return the matches."""
         found = Matches()
-        current = found.inherited = self._run({})
+        found.inherited = self._run({})
+        # with the right weights, values behind wrong ones are found at once; the names are the same
+        current = self._run({}, repaired=True) if self._graph.repairs else found.inherited
         for index, value in enumerate(self._values):
             if value.output in self._graph.index:
                 found.names[index] = value.output
@@ -112,19 +115,21 @@ class Matcher:
                 found.missing.append(index)
             else:
                 found.names[index] = name
-                current = self._run(found.names)
+                current = self._run(found.names, repaired=True)
+        if self._graph.repairs:
+            current = self._run(found.names)
         found.local = {index: current[name] for index, name in found.names.items() if name in current}
         return found
 
-    def _run(self, names: Mapping[int, str]) -> dict[str, Array]:
+    def _run(self, names: Mapping[int, str], *, repaired: bool = False) -> dict[str, Array]:
         self._check()
         self._runs += 1
         cuts = {}
         for index, name in names.items():
-            like = self._last.get(name) if hasattr(self, "_last") else None
+            like = self._last.get(name)
             if like is not None and name not in self._graph.outputs:
                 cuts[name] = np.nan_to_num(self._values[index].array).astype(like.dtype).reshape(like.shape)
-        result = self._graph.run(self._feeds, None, cuts)
+        result = self._graph.run(self._feeds, None, cuts, repaired=repaired)
         if not names:
             self._last = result
         return result
@@ -136,7 +141,7 @@ class Matcher:
             if not equal:
                 return current
             found.names.update(equal)
-            current = self._run(found.names)
+            current = self._run(found.names, repaired=True)
 
     def _equal(self, found: Matches, current: Mapping[str, Array]) -> dict[int, str]:
         taken, equal = set(found.names.values()), dict[int, str]()
@@ -228,7 +233,7 @@ class Matcher:
             if self._runs >= MOST_RUNS:
                 break
             trial = Matches(names={**found.names, index: name}, missing=[])
-            gain = len(self._equal(trial, self._run(trial.names)))
+            gain = len(self._equal(trial, self._run(trial.names, repaired=True)))
             gain -= len(self._equal(Matches(names=dict(found.names)), current))
             if gain > most:
                 best, most = name, gain

@@ -20,3 +20,15 @@ def common_module(paths: Sequence[str]) -> str:
 def is_within(path: str, module: str) -> bool:
     """Return True for a module and what is below it."""
     return path == module or path.startswith(f"{module}.")
+
+
+def numbered(path: str) -> str:
+    """Return a path up to its first number, which is the layer; empty if it has none.
+
+    Examples:
+        >>> numbered("encoder.layer.1.attention.self")
+        'encoder.layer.1'
+    """
+    parts = path.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if at is None else ".".join(parts[: at + 1])

@@ -56,15 +56,10 @@ def _size(arrays: Sequence[Array], place: int, norm: float) -> float:
     return float(np.linalg.norm(arrays[place] - arrays[place - 1])) / norm
 
 
-def guilty_stage(shares: Sequence[StageShare], noise: float) -> str | None:
-    """Return the name of the stage with the greatest share; None if none makes half of it, or all of it is noise.
-
-    Args:
-        shares: from `stage_shares`.
-        noise: relative L2 up to which an error is expected of the precision.
-    """
+def guilty_stage(shares: Sequence[StageShare]) -> str | None:
+    """Return the name of the stage with the greatest share; None if none makes half of it."""
     blamed = [stage for stage in shares if stage.name != FLOAT32]
     if not blamed:
         return None
     worst = max(blamed, key=lambda stage: stage.share)
-    return worst.name if worst.share >= GUILTY and worst.error > noise else None
+    return worst.name if worst.share >= GUILTY else None

@@ -22,6 +22,9 @@ from qeff_validate.tensors import Array
 MIN_SIZE = 4
 """Elements below which a constant is no weight."""
 
+MOST_REPAIRED = 1 << 26
+"""Bytes of weights that differ above which the graph is not run with the right ones."""
+
 ALIKE = 0.5
 """Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
 
@@ -122,6 +125,27 @@ def compare_weights(
     return result
 
 
+def repairs(module: Any, initializers: Mapping[str, Array], comparison: WeightComparison) -> dict[str, Array]:
+    """Return the right content of the initializers that differ, in the graph's shape and dtype; none if it is much.
+
+    Args:
+        module: the original model.
+        initializers: of the graph.
+        comparison: of both.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    right: dict[str, Array] = {}
+    for finding in comparison.findings:
+        if finding.initializer is None or finding.initializer not in initializers:
+            continue
+        held = initializers[finding.initializer]
+        expected = np.squeeze(tensors[finding.parameter].detach().float().numpy())
+        if _is_turned(expected, np.squeeze(held)):
+            expected = expected.T
+        right[finding.initializer] = np.ascontiguousarray(expected.reshape(held.shape), dtype=held.dtype)
+    return right if sum(array.nbytes for array in right.values()) <= MOST_REPAIRED else {}
+
+
 def _parameters(module: Any) -> Iterator[tuple[str, Array]]:
     """Yield the floating parameters and buffers by name, but those of a pooler, which pooled models do not run."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -168,12 +192,16 @@ def _share(expected: Array, actual: Array) -> float:
 
 
 def _describe(expected: Array, actual: Array) -> str:
-    """Return what differs, with the tensor turned as the graph's product reads it, whichever way is more alike."""
+    """Return what differs, with the tensor turned whichever way is more alike."""
     actual = np.squeeze(np.asarray(actual, np.float32))
-    if actual.ndim == 2:
-        if actual.shape != expected.shape or _share(expected, actual.T if actual.T.shape == expected.shape else actual) > _share(expected, actual):
-            actual = actual.T
-    return difference(expected, actual)
+    return difference(expected, actual.T if _is_turned(expected, actual) else actual)
+
+
+def _is_turned(expected: Array, actual: Array) -> bool:
+    """Return True if a tensor is more like the transposed one than like the expected one."""
+    if actual.ndim != 2 or actual.shape[::-1] != expected.shape:
+        return False
+    return actual.shape != expected.shape or _share(expected, actual.T) > _share(expected, actual)
 
 
 def used_weights(nodes: Sequence[Any], initializers: Mapping[str, Array], producer: Mapping[str, Any]) -> list[str]:

@@ -86,6 +86,10 @@ def original_run(
         for kept, name in ((place > 1, "first"), ((place < last) & (place > 0), "last")):
             total = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
             results[f"the mean without the {name} token"] = {"output": finished(total.numpy())}
+        for most in range(1, tokens.shape[1]):
+            kept = (place > 0) & (place <= most)
+            total = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+            results[f"the mean of the first {most} tokens"] = {"output": finished(total.numpy())}
         raw = run_unfinished()
         results["not normalized"] = {"output": raw}
         lengths = np.linalg.norm(raw, axis=-1, keepdims=True)
