@@ -28,7 +28,7 @@ SAMPLED = 2048
 TRIED = 4
 """Values of the graph that are tried for one value of the original model that none is equal to."""
 
-MOST_RUNS = 24
+MOST_RUNS = 16
 """Runs of the graph with cuts; each opens a session."""
 
 
@@ -172,23 +172,44 @@ class Matcher:
         Returns:
             With the local values of the new cuts; None if no such move makes the block behind it right.
         """
-        name = found.names[guilty]
-        block = self._graph.block(name, set(found.names.values()))
+        block = self._graph.block(found.names[guilty], set(found.names.values()))
         sources = {source for node in block for source in node.input}
         for index in [index for index, source in found.names.items() if source in sources]:
-            made = [output for node in block for output in node.output if output in found.inherited and output != name]
-            names = self._by_size(made).get(self._expected[index].size, [])
-            current = self._run(found.names)
-            scored = zip(self._errors(index, names, current), names, strict=True)
-            for _, other in sorted(item for item in scored if item[0] < 1)[:TRIED]:
-                moved = self._run({**found.names, index: other})
-                error = relative_error(
-                    of_tokens(self._values[guilty].array, self._tokens), of_tokens(moved[name], self._tokens)
-                )
-                if error < EQUAL / 10:
-                    names_moved = {**found.names, index: other}
-                    local = {place: moved[value] for place, value in names_moved.items() if value in moved}
-                    return Matches(names_moved, local, found.missing, found.inherited)
+            moved = self._placed(found, guilty, index, block)
+            if moved is not None:
+                return moved
+        return None
+
+    def refined(self, found: Matches, guilty: int) -> Matches | None:
+        """Return the matches with the value before a divergent one found in its block, though it was missing there.
+
+        It is the value which, cut, makes the divergent one right.
+        """
+        index = guilty - 1
+        if index not in found.missing:
+            return None
+        block = self._graph.block(found.names[guilty], set(found.names.values()))
+        placed = self._placed(found, guilty, index, block)
+        if placed is not None:
+            placed.missing = [other for other in placed.missing if other != index]
+        return placed
+
+    def _placed(self, found: Matches, guilty: int, index: int, block: Sequence[Any]) -> Matches | None:
+        """Return the matches with a value in a block for which the block's own value is right; None without one."""
+        name = found.names[guilty]
+        inner = [output for node in block for output in node.output if output in found.inherited and output != name]
+        names = self._by_size(inner).get(self._expected[index].size, [])
+        current = self._run(found.names)
+        scored = sorted(zip(self._errors(index, names, current), names, strict=True))
+        for _, other in scored[: 2 * TRIED]:
+            local = self._run({**found.names, index: other})
+            error = relative_error(
+                of_tokens(self._values[guilty].array, self._tokens), of_tokens(local[name], self._tokens)
+            )
+            if error < EQUAL / 10:
+                moved = {**found.names, index: other}
+                values = {place: local[value] for place, value in moved.items() if value in local}
+                return Matches(moved, values, found.missing, found.inherited)
         return None
 
     def _by_size(self, names: Iterable[str]) -> dict[int, list[str]]:

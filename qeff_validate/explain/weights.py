@@ -114,7 +114,8 @@ def compare_weights(
     rest = {name: array for name, array in floats.items() if name not in used}
     for name in open_parameters:
         check()
-        partner = _partner(name, parameters[name], rest)
+        alone = sum(parameters[other].shape == parameters[name].shape for other in open_parameters) == 1
+        partner = _partner(name, parameters[name], rest, alone=alone)
         if partner is None:
             result.findings.append(WeightFinding(name, None, "is not in the graph"))
             continue
@@ -158,8 +159,15 @@ def _digest(array: Array) -> str:
     return hashlib.sha1(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
 
 
-def _partner(name: str, expected: Array, rest: Mapping[str, Array]) -> str | None:
-    """Return the tensor that stands for a parameter: by its name, else the most alike of its shape."""
+def _partner(name: str, expected: Array, rest: Mapping[str, Array], *, alone: bool) -> str | None:
+    """Return the tensor that stands for a parameter: by its name, else the most alike of its shape.
+
+    Args:
+        name: of the parameter.
+        expected: its content.
+        rest: tensors that are no other parameter's.
+        alone: no other parameter of its shape is without a tensor, so that a single one must be its.
+    """
     fitting = {
         other: np.squeeze(array)
         for other, array in rest.items()
@@ -170,6 +178,8 @@ def _partner(name: str, expected: Array, rest: Mapping[str, Array]) -> str | Non
         return named[0]
     if not fitting:
         return None
+    if alone and len(fitting) == 1 and expected.ndim > 1:
+        return next(iter(fitting))
     shares = {other: _likeness(expected, array) for other, array in fitting.items()}
     best = max(shares, key=lambda other: shares[other])
     if shares[best] >= ALIKE:
