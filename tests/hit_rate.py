@@ -32,6 +32,7 @@ from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.selftest.run import CaseUnderTest, InapplicableRecorder, changed_graph
 
 KINDS: Sequence[tuple[str, str]] = (
+    ("rotary base", "base"),
     ("dropped in one|one bias|bias is zero", "bias is zero|no bias"),
     ("last layer dropped|first layer skipped", "not in the graph|skipped"),
     ("layers swapped", "swapped|are those of"),
@@ -55,7 +56,6 @@ KINDS: Sequence[tuple[str, str]] = (
     ("MXFP6", "MXFP6"),
     ("int8", "int8"),
     ("positions \\+ 1", "shifted|position"),
-    ("rotary base", "base"),
     ("pooled by|mask ignored in pooling|mean over|sum in place|mean without|pooling cut|pooled from", "pooled|mean|sum"),
     ("served for|swapped$|another adapter", "that of"),
     ("without adapter", "zero|that of adapter 'base'"),

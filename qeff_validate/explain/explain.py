@@ -301,12 +301,12 @@ PEFT_PREFIX = "base_model.model."
 
 def short(path: str) -> str:
     """Return a path without the two levels that PEFT puts around a model."""
-    return path.removeprefix(PEFT_PREFIX)
+    return path.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
 def short_text(text: str) -> str:
     """Return a finding whose paths are without PEFT's levels."""
-    return text.replace(PEFT_PREFIX, "")
+    return text.replace(PEFT_PREFIX, "").replace(".base_layer", "")
 
 
 def _with_names(recorded: ReferenceValues, names: dict[str, str]) -> ReferenceValues:

@@ -159,9 +159,10 @@ class _Recorder:
     def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
         """Yield the first value with each content, and then the outputs of the graph."""
         contents: set[bytes] = set()
+        whole = {owners[name] for name in outputs}
         for value in self._found:
             content = np.ascontiguousarray(value.array).tobytes()
-            if content not in contents and _is_comparable(value) and value.module not in owners.values():
+            if content not in contents and _is_comparable(value) and value.module not in whole:
                 contents.add(content)
                 yield value
         for name, array in outputs.items():
