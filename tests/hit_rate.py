@@ -23,7 +23,15 @@ from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.errors import ValidateError
 from qeff_validate.explain.explain import PEFT_PREFIX
 from qeff_validate.explain.names import common_module
-from qeff_validate.mutation.mutant import AdapterMutant, GraphMutant, Mutant, PoolingMutant, SessionMutant, mutants
+from qeff_validate.mutation.mutant import (
+    AdapterMutant,
+    GraphMutant,
+    Inapplicable,
+    Mutant,
+    PoolingMutant,
+    SessionMutant,
+    mutants,
+)
 from qeff_validate.pipeline.explanation import explained
 from qeff_validate.protocols import Settings, model_kind, runtime
 from qeff_validate.report.explanation import Explanation
@@ -129,7 +137,7 @@ class HitRate:
             if re.search(only, mutant.name) is None:
                 continue
             for name in runtimes:
-                with suppress(_NotCaughtError):
+                with suppress(_NotCaughtError, Inapplicable):
                     yield self._hit(mutant, name)
 
     def _hit(self, mutant: Mutant, name: str) -> Hit:
