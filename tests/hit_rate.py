@@ -21,6 +21,7 @@ import onnx
 
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.errors import ValidateError
+from qeff_validate.explain import explain as explain_module
 from qeff_validate.explain.explain import PEFT_PREFIX
 from qeff_validate.explain.names import common_module
 from qeff_validate.mutation.mutant import (
@@ -64,11 +65,18 @@ KINDS: Sequence[tuple[str, str]] = (
     ("MXFP6", "MXFP6"),
     ("int8", "int8"),
     ("positions \\+ 1", "shifted|position"),
-    ("pooled by|mask ignored in pooling|mean over|sum in place|mean without|pooling cut|pooled from", "pooled|mean|sum"),
+    (
+        "pooled by|mask ignored in pooling|mean over|sum in place|mean without|pooling cut|pooled from",
+        "pooled|mean|sum",
+    ),
     ("served for|swapped$|another adapter", "that of"),
     ("without adapter", "zero|that of adapter 'base'"),
 )
 """Mutants by a pattern of their name, and the words that a finding of the same kind has."""
+
+
+# the graphs are this project's own: a process for each session would take most of the time
+explain_module.IsolatedRuntime = lambda direct, *_: direct  # type: ignore[assignment, misc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,11 @@ class Hit:
         if not self.where:
             return named is None
         return named is not None and any(
-            named == path or named == common_module(sorted(self.where)) or named.startswith(f"{path}.") or named == path.rpartition(".")[0] for path in self.where
+            named == path
+            or named == common_module(sorted(self.where))
+            or named.startswith(f"{path}.")
+            or named == path.rpartition(".")[0]
+            for path in self.where
         )
 
     @property
@@ -124,9 +136,7 @@ class HitRate:
         anonymous: strip all names and metadata from the graphs.
     """
 
-    def __init__(
-        self, case: Case, pipeline: Callable[[Case], Any], folder: Path, *, anonymous: bool = False
-    ) -> None:
+    def __init__(self, case: Case, pipeline: Callable[[Case], Any], folder: Path, *, anonymous: bool = False) -> None:
         self._case, self._pipeline, self._folder, self._anonymous = case, pipeline, folder, anonymous
         self._tested = CaseUnderTest(case, pipeline, folder)
         self._healthy = pipeline(case)
@@ -155,7 +165,8 @@ class HitRate:
         one = len(where) == 1 or all(_layer(place) == _layer(next(iter(where))) for place in where)
         return Hit(self._case.name, name, mutant.name, mutant.level, where, "export", one, explanation, note)
 
-    def _explained(self, pipeline: Any, on: Any) -> tuple[Explanation | None, str]:
+    @staticmethod
+    def _explained(pipeline: Any, on: Any) -> tuple[Explanation | None, str]:
         result = pipeline.result(on)
         if result.status != "fail" or not result.metrics:
             raise _NotCaughtError
@@ -217,7 +228,17 @@ class HitRate:
             raise _NotCaughtError
         stage = "compiler and runtime" if name == "sim" else "runtime"
         one = len(where) <= 1
-        return Hit(self._case.name, name, mutant.name, mutant.level, where if one else frozenset(), stage, one, explanation, note)
+        return Hit(
+            self._case.name,
+            name,
+            mutant.name,
+            mutant.level,
+            where if one else frozenset(),
+            stage,
+            one,
+            explanation,
+            note,
+        )
 
 
 class _NotCaughtError(Exception):
@@ -325,12 +346,12 @@ def healthy_explanations(
             made = pipeline(changed)
             original = made.result
 
-            def result(on: Any) -> Any:
+            def result(on: Any, made: Any = made, original: Any = original) -> Any:
                 found = original(on)
                 kept.append(explained(made, on, found, Settings(), 600.0) if found.metrics else found)
                 return found
 
-            made.result = result
+            made.result = result  # noqa: B023
             return made
 
         variant.run(make, seeded(case, seed), folder)
@@ -341,7 +362,10 @@ def healthy_explanations(
 
 def table(hits: Sequence[Hit]) -> list[str]:
     """Return lines of a Markdown table: hits by case and runtime."""
-    lines = ["| case | runtime | caught | module | kind | stage | outside of the graph |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case | runtime | caught | module | kind | stage | outside of the graph |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case, name in dict.fromkeys((hit.case, hit.runtime) for hit in hits):
         group = [hit for hit in hits if (hit.case, hit.runtime) == (case, name)]
         placed = [hit for hit in group if hit.where]
@@ -358,3 +382,57 @@ def table(hits: Sequence[Hit]) -> list[str]:
 
 def _share(values: Sequence[bool]) -> str:
     return f"{sum(values)}/{len(values)} ({sum(values) / len(values):.0%})" if values else "none"
+
+
+HEADING = "## Explanations"
+
+
+def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence[tuple[str, str, Any]]) -> str:
+    """Return the section of docs/power.md.
+
+    Args:
+        hits: of graphs with names.
+        without_names: of the same graphs without names and metadata.
+        healthy: case, variant and explanation of each legitimate variant.
+    """
+    accused = [(case, name) for case, name, found in healthy if found is not None and found.module is not None]
+    lines = [
+        HEADING,
+        "",
+        "Mutants that a verdict caught, each explained by force of nothing but the case and the outputs. *module*: the"
+        " named module is one that the mutant changes, a part of it, or the one that owns it (of faults in several places,"
+        " any of them); *kind*: the finding says what was done; *stage*: of all caught mutants, those outside of the graph"
+        " included; *outside*: of those, how many are told as such, with no module named. Module and graph mutants are"
+        " exported and come as a user's file.",
+        "",
+        *table(hits),
+        "",
+        "The same graphs with numbered values and nodes and without metadata, as from another exporter:",
+        "",
+        *table(without_names),
+        "",
+        f"Of {len(healthy)} legitimate variants ({', '.join(dict.fromkeys(case for case, _, _ in healthy))}) explained by"
+        f" force, {len(accused)} name a module.",
+        "",
+        "### Wrong or incomplete",
+        "",
+        *([f"- {text}" for text in _misses([*hits, *without_names])] or ["None."]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _misses(hits: Sequence[Hit]) -> Iterator[str]:
+    """Yield a sentence for each mutant whose module, stage or, in the graph, kind is not told."""
+    for hit in hits:
+        missed = [
+            word
+            for word, right in (
+                ("module", hit.module_hit),
+                ("stage", hit.stage_hit),
+                ("kind", hit.kind_hit or not hit.where),
+            )
+            if not right
+        ]
+        if missed:
+            said = "nothing" if hit.explanation is None else hit.explanation.summary
+            yield f"{hit.case}, {hit.runtime}, {hit.mutant}: {', '.join(missed)}; it says: {said}"

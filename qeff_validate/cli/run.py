@@ -77,7 +77,9 @@ def run(
     ] = False,
     explain: Annotated[
         ExplainMode,
-        typer.Option(help="say where failing results come from: off; auto, within a minute each; full, without a limit"),
+        typer.Option(
+            help="say where failing results come from: off; auto, within a minute each; full, without a limit"
+        ),
     ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print problems and what was proved alone")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="print each result as a line of JSON alone")] = False,

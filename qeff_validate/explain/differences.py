@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two arrays that should be equal, in words: zero, transposed, scaled, permuted, rounded, …"""
+"""What differs between two arrays that should be equal, in words such as zero, transposed, scaled or rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,22 @@ CLOSE = 1e-5
 MOST_ELEMENTS = 1 << 24
 """Elements above which only the cheap hypotheses are tried."""
 
+GRID = 256
+"""Most magnitudes of an array that is called rounded to a grid: those of 8 bits and a sign."""
+
 Numbers = Any
 
 
-def difference(expected: Numbers, actual: Numbers, others: Mapping[str, Numbers] | None = None) -> str:
+def difference(
+    expected: Numbers, actual: Numbers, others: Mapping[str, Numbers] | None = None, close: float = CLOSE
+) -> str:
     """Return in words how an array differs from the expected one; empty if they are equal.
 
     Args:
         expected: float32 or float64; of a matrix, the first axis is called rows.
         actual: of the same number of elements.
         others: arrays by name that could be there in its place.
+        close: relative L2 up to which a factor explains an array.
 
     Examples:
         >>> weight = np.arange(12.0, dtype=np.float32).reshape(3, 4) + 1
@@ -45,10 +52,10 @@ def difference(expected: Numbers, actual: Numbers, others: Mapping[str, Numbers]
         if expected.ndim == 2 and expected.T.shape == actual.shape and np.array_equal(expected.T, actual):
             return "transposed"
         return f"has shape {list(actual.shape)} instead of {list(expected.shape)}"
-    return next(_hypotheses(expected.astype(np.float64), actual.astype(np.float64)))
+    return next(_hypotheses(expected.astype(np.float64), actual.astype(np.float64), close))
 
 
-def _hypotheses(expected: Numbers, actual: Numbers) -> Iterator[str]:
+def _hypotheses(expected: Numbers, actual: Numbers, close: float) -> Iterator[str]:
     """Yield what explains the whole difference, the simplest first; at last the size of the difference."""
     bad = ~np.isfinite(actual)
     if bad.any():
@@ -57,15 +64,15 @@ def _hypotheses(expected: Numbers, actual: Numbers) -> Iterator[str]:
         yield "is zero"
     if expected.ndim == 2 and expected.shape[0] == expected.shape[1] and np.array_equal(expected.T, actual):
         yield "transposed"
-    yield from _of_rows(expected, actual)
-    yield from _scaled(expected, actual)
+    yield from _of_rows(expected, actual, close)
+    yield from _scaled(expected, actual, close)
     yield from _moved(expected, actual)
     yield from _rounded(expected, actual)
     yield from _of_elements(expected, actual)
     yield f"differs by {_relative(expected, actual):.2g} (relative L2)"
 
 
-def _of_rows(expected: Numbers, actual: Numbers) -> Iterator[str]:
+def _of_rows(expected: Numbers, actual: Numbers, close: float) -> Iterator[str]:
     """Yield what is wrong with one row or column, or a few, while all others are equal."""
     for axis, word in ((0, "row"), (1, "column")):
         if axis >= expected.ndim:
@@ -86,7 +93,7 @@ def _of_rows(expected: Numbers, actual: Numbers) -> Iterator[str]:
             if order is not None:
                 yield f"{names} are swapped" if wrong.size == 2 else f"{names} are permuted"
         if expected.ndim > 1:
-            factor = _factor(left, right)
+            factor = _factor(left, right, close)
             if factor is not None:
                 yield f"{names} {are} scaled by {factor:.4g}"
             if wrong.size <= max(1, expected.shape[axis] // 8):
@@ -119,10 +126,10 @@ def _of_elements(expected: Numbers, actual: Numbers) -> Iterator[str]:
         yield f"{int(wrong.sum())} of {wrong.size} values differ, by {_relative(expected, actual):.2g} (relative L2)"
 
 
-def _scaled(expected: Numbers, actual: Numbers) -> Iterator[str]:
+def _scaled(expected: Numbers, actual: Numbers, close: float) -> Iterator[str]:
     if np.array_equal(-expected, actual):
         yield "negated"
-    factor = _factor(expected, actual)
+    factor = _factor(expected, actual, close)
     if factor is not None:
         yield f"scaled by {factor:.6g}"
     if expected.ndim == 1 and np.ptp(actual) == 0:
@@ -152,27 +159,34 @@ def _rounded(expected: Numbers, actual: Numbers) -> Iterator[str]:
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
         if np.array_equal(values.to(dtype).float().numpy(), actual.astype(np.float32)):
             yield f"rounded to {name}"
-    if expected.ndim < 2:
-        return
-    for bits in (8, 4):
-        for axes in ((-1,), (0,), None):
-            top = 2 ** (bits - 1) - 1
-            for levels in (top, top + 0.5):
-                scale = np.abs(expected).max(axis=axes, keepdims=True) / levels
-                scale = np.where(scale == 0, 1, scale)
-                steps = actual / scale
-                if np.abs(steps - np.rint(steps)).max() < 2e-2 and np.abs(expected - actual).max() <= 0.51 * scale.max():
-                    yield f"rounded to int{bits}" + ("" if axes is None else " by row" if axes == (-1,) else " by column")
-    for axis in range(expected.ndim):
-        for block in (32, 16, 64):
-            if block == 32 or expected.shape[axis] % block == 0:
-                blocks = _in_blocks(values, axis)
-                if blocks is not None and np.array_equal(blocks, actual.astype(np.float32)):
-                    yield "rounded to MXFP6"
-                break
+    if expected.ndim > 1:
+        yield from _in_integers(expected, actual)
+        yield from _compressed(values, actual)
     grid = np.unique(np.abs(actual)).size
-    if grid <= 256 < np.unique(np.abs(expected)).size:
+    if grid <= GRID < np.unique(np.abs(expected)).size:
         yield f"rounded to a grid of {grid} magnitudes"
+
+
+def _in_integers(expected: Numbers, actual: Numbers) -> Iterator[str]:
+    """Yield integers with a scale for each row, for each column, or for all."""
+    words = {(-1,): " by row", (0,): " by column", None: ""}
+    for bits, (axes, word) in itertools.product((8, 4), words.items()):
+        top = 2 ** (bits - 1) - 1
+        for levels in (top, top + 0.5):
+            scale = np.abs(expected).max(axis=axes, keepdims=True) / levels
+            scale = np.where(scale == 0, 1, scale)
+            steps = actual / scale
+            on_grid = np.abs(steps - np.rint(steps)).max() < 2e-2
+            if on_grid and np.abs(expected - actual).max() <= 0.51 * scale.max():
+                yield f"rounded to int{bits}{word}"
+
+
+def _compressed(values: Any, actual: Numbers) -> Iterator[str]:
+    """Yield MXFP6, with blocks along either axis."""
+    for axis in range(values.ndim):
+        blocks = _in_blocks(values, axis)
+        if blocks is not None and np.array_equal(blocks, actual.astype(np.float32)):
+            yield "rounded to MXFP6"
 
 
 def _in_blocks(values: Any, axis: int) -> Numbers | None:
@@ -182,13 +196,13 @@ def _in_blocks(values: Any, axis: int) -> Numbers | None:
         return None
 
 
-def _factor(expected: Numbers, actual: Numbers) -> float | None:
+def _factor(expected: Numbers, actual: Numbers, close: float) -> float | None:
     """Return the number that one array is of the other; None if it is none."""
     norm = float(np.vdot(expected, expected))
     if not norm:
         return None
     factor = float(np.vdot(expected, actual)) / norm
-    return factor if factor and _relative(factor * expected, actual) < CLOSE else None
+    return factor if factor and _relative(factor * expected, actual) < close else None
 
 
 def _permutation(expected: Numbers, actual: Numbers) -> Sequence[int] | None:
@@ -221,8 +235,3 @@ def _listed(word: str, indices: Any) -> str:
 
 def _place(where: Any) -> str:
     return str([int(index) for index in np.argwhere(where)[0]])
-
-
-def explains(expected: Numbers, actual: Numbers, size: Callable[[Any, Any], float], floor: float) -> bool:
-    """Return True if a hypothesis gives what is there, within the noise of the precision."""
-    return expected.shape == actual.shape and size(expected, actual) <= floor

@@ -7,7 +7,6 @@ Only a few rows are run again. Nothing here judges: the verdict is what it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qeff_validate.errors import ValidateError
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
+from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
 from qeff_validate.explain.reference_values import ReferenceValues, record
 from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
@@ -37,8 +37,12 @@ HEALTHY_ROWS = 2
 OUTSIDE = ("runtime", "compiler and runtime")
 """Stages in which no graph is to blame."""
 
+NOISE = {"fp32": 5e-6, "fp16": 5e-3}
+"""Relative L2 that a stage in float32, and the rounding of a device, make in a healthy run, where none is measured."""
+
 MOST_LAYERS = 40
 """Layers that a report holds: those with the greatest local error over floor."""
+
 
 class TimeIsUpError(ValidateError):
     """The time limit of an explanation has passed; what was found until then is kept."""
@@ -101,7 +105,12 @@ class _Explainer:
         pipeline, model = self._pipeline, self._pipeline.model()
         actual, reference = pipeline.actual, pipeline.reference()
         name = pipeline.graph().outputs[0].name
-        if not isinstance(model, Measured) or name not in actual or name not in reference or actual[name].shape != reference[name].shape:
+        if (
+            not isinstance(model, Measured)
+            or name not in actual
+            or name not in reference
+            or actual[name].shape != reference[name].shape
+        ):
             return
         row, texts = self._choose(reference[name], actual[name])
         subset = self._attributed(name, texts)
@@ -113,7 +122,7 @@ class _Explainer:
             subset = self._attributed(name, self._batch(texts[-1]))
             if self._stage in OUTSIDE:
                 return
-        if isinstance(model, Explained) and self._graph_artifact() is not None and not self._on.kind == "module":
+        if isinstance(model, Explained) and self._on.kind != "module" and self._graph_artifact() is not None:
             self._look_inside(subset, int(np.flatnonzero(subset[2] == row)[0]))
 
     def _attributed(self, name: str, texts: list[int]) -> tuple[Any, Tensors, Any]:
@@ -151,7 +160,12 @@ class _Explainer:
         for other in map(int, order):
             candidate = model.text_of_row(pipeline.inputs(), pipeline.reference(), other)
             sizes = {ids[known].size for known in texts}
-            if len(texts) <= HEALTHY_ROWS and candidate not in texts and ids[candidate].size and ids[candidate].size not in sizes:
+            if (
+                len(texts) <= HEALTHY_ROWS
+                and candidate not in texts
+                and ids[candidate].size
+                and ids[candidate].size not in sizes
+            ):
                 texts.append(candidate)
         return row, texts[::-1]  # not the first of its batch, whose place is special in some faults
 
@@ -177,14 +191,27 @@ class _Explainer:
         if kind != "module" and (graph := self._graph_artifact()) is not None:
             plain = replace(self._settings, ort_optimization="disabled")
             run("export", pipeline.opened(self._isolated("ort", plain), graph))
-            if kind == "onnx":
+            if kind == "onnx" and relative_error(outputs[-1][1], actual) <= NOISE["fp32"]:
+                outputs.append(("optimizer", actual))  # the file gives the same without it: it need not be run
+            elif kind == "onnx":
                 run("optimizer", pipeline.opened(self._isolated("ort", self._settings), graph))
             elif pipeline.case.artifacts.qpc is None:
                 sdk = simulated()
                 run("precision", pipeline.opened(self._isolated("sim", self._settings), pipeline.qpc(sdk)))
         outputs.append((OUTSIDE[kind == "qpc"], actual))
         self._shares = stage_shares(outputs)
-        self._stage = guilty_stage(self._shares) if self._result.status == "fail" else None
+        self._stage = guilty_stage(self._shares, self._expected()) if self._result.status == "fail" else None
+
+    def _expected(self) -> dict[str, float]:
+        """Return what each stage makes in a healthy run (relative L2): the measured floor of its precision."""
+        expected = dict.fromkeys(("wrapper", "export", "optimizer", "runtime"), NOISE["fp32"])
+        expected["precision"] = NOISE["fp16"]
+        pipeline = self._pipeline
+        if self._on.kind == "qpc" and pipeline.case.tolerance != "table":
+            floor = pipeline.floor(pipeline.case.precision)
+            if floor is not None and "rel_l2" in floor.errors:
+                expected["precision"] = 2 * floor.level("rel_l2")
+        return expected
 
     def _exact(self, name: str, rows: Any) -> Array | None:
         """Return the stored float64 reference of rows; None if it is not there for all of them."""
@@ -226,7 +253,7 @@ class _Explainer:
             return None
         artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
         with pipeline.opened(self._on, artifact) as opened:
-            session = ReadingSession(opened, adapters)
+            session = ReadingSession(opened, adapters, half=str(self._result.precision).startswith("fp16"))
             model.infer(session, inputs, pipeline.reference())
         return session.location()
 

@@ -22,7 +22,7 @@ LEAST: Mapping[str, float] = {"fp32": 2e-7, "fp16": 3e-4}
 """Relative L2 that no value is expected to stay below: a few units in the last place."""
 
 FACTOR: Mapping[str, float] = {"fp32": 8.0, "fp16": 6.0}
-"""Multiple of its floor from which a local error counts; legitimate graphs stay below (`tests/power.py` measures it)."""
+"""Multiple of its floor from which a local error counts; legitimate graphs reach 1 (docs/power.md)."""
 
 NEAR_WORST = 0.05
 """Part of the greatest ratio from which an earlier value counts as divergent too."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,8 @@ def _locate(
     elif value.place is not None and observed.shape == value.array.shape:
         text = operator_finding(original.module, value.place, module, recorded.calls, observed, size, tolerance)
         call = recorded.calls.get(module)
-        given = None if call is None or not call[0] else call[0][0]
-        given = given.numpy() if hasattr(given, "numpy") and given.is_floating_point() else None
+        given: Any = None if call is None or not call[0] else call[0][0]
+        given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
         text = text or output_finding(value.array, observed, given, size, tolerance)
     if not text and observed.shape == value.array.shape:
         text = output_finding(value.array, observed, None, size, tolerance)
@@ -124,7 +124,9 @@ def _of_another(module: str, owner: str, graph: GraphValues, weights: WeightComp
     at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), len(here))
     if at < len(here) and at < len(there) and here[at].isdecimal() and there[at].isdecimal():
         own, other = (".".join(path[: at + 1]) for path in (here, there))
-        order = [weights.by_initializer.get(name, "") for name in used_weights(graph.nodes, graph.weights, graph.producer)]
+        order = [
+            weights.by_initializer.get(name, "") for name in used_weights(graph.nodes, graph.weights, graph.producer)
+        ]
         first = [place for place, name in enumerate(order) if is_within(name, other)]
         second = [place for place, name in enumerate(order) if is_within(name, own)]
         if first and second and max(first) < min(second):

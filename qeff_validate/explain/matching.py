@@ -104,17 +104,19 @@ class Matcher:
                 found.names[index] = value.output
         while True:
             current = self._settle(found, current)
-            index = self._next_open(found)
-            if index is None:
+            place = self._next_open(found)
+            if place is None:
                 break
             if self._runs >= MOST_RUNS:
-                found.missing += [i for i in range(len(self._values)) if i not in found.names and i not in found.missing]
+                found.missing += [
+                    i for i in range(len(self._values)) if i not in found.names and i not in found.missing
+                ]
                 break
-            name = self._guess(found, current, index)
+            name = self._guess(found, current, place)
             if name is None:
-                found.missing.append(index)
+                found.missing.append(place)
             else:
-                found.names[index] = name
+                found.names[place] = name
                 current = self._run(found.names, repaired=True)
         if self._graph.repairs:
             current = self._run(found.names)
@@ -141,6 +143,8 @@ class Matcher:
             if not equal:
                 return current
             found.names.update(equal)
+            if len(found.names) == len(self._values) and self._graph.repairs:
+                return current  # the last run, with the weights as they are, is still to come
             current = self._run(found.names, repaired=True)
 
     def _equal(self, found: Matches, current: Mapping[str, Array]) -> dict[int, str]:
@@ -231,9 +235,7 @@ class Matcher:
             actual = of_tokens(current[name], self._tokens).ravel()[::step]
             difference = sample - actual
             finite = np.isfinite(difference)
-            errors.append(
-                float(np.linalg.norm(difference[finite])) / size if finite.mean() > 0.1 else float("inf")
-            )
+            errors.append(float(np.linalg.norm(difference[finite])) / size if finite.mean() > 0.1 else float("inf"))
         return errors
 
     def _next_open(self, found: Matches) -> int | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 
@@ -14,7 +13,12 @@ def common_module(paths: Sequence[str]) -> str:
         >>> common_module(["encoder.layer.1.attention.self", "encoder.layer.1.output"])
         'encoder.layer.1'
     """
-    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
+    common: list[str] = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def is_within(path: str, module: str) -> bool:

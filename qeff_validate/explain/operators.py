@@ -163,9 +163,7 @@ def _linear(
         yield "its product is clipped", observed
 
 
-def _norm(
-    tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]
-) -> Iterator[tuple[str, Any]]:
+def _norm(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
     module = tried.module
     before = getattr(module, name)
 
@@ -209,9 +207,7 @@ def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]
             yield f"{name} instead of {known or type(module).__name__}", function(given).numpy()
 
 
-def _scale(
-    tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]
-) -> Iterator[tuple[str, Any]]:
+def _scale(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
     """Yield attention with the scale of its scores that fits best, by a search for the least error."""
     module = tried.module
     before = getattr(module, name)
@@ -246,7 +242,9 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def output_finding(expected: Any, observed: Any, given: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
+def output_finding(
+    expected: Any, observed: Any, given: Any, size: Callable[[Any, Any], float], tolerance: float
+) -> str:
     """Return how a block's output is made from the right one; empty if it is not.
 
     Args:

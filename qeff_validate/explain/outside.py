@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qeff_validate.explain.differences import difference
+from qeff_validate.explain.differences import CLOSE, difference
 from qeff_validate.explain.locate import Location
 from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.names import common_module
@@ -20,6 +20,9 @@ SAME = 1e-4
 
 ADAPTER_PARTS = ("lora_", "hada_", "lokr_", "ia3_", "vera_", "oft_", "randlora_", "boft_")
 """Beginnings of the parts of PEFT's names that belong to an adapter, not to a module of the model."""
+
+HALF_CLOSE = 2e-3
+"""Relative L2 up to which a factor explains a tensor that is held in fp16."""
 
 BESIDE = "rows depend on the rows of their batch"
 """The finding where a file gives the same wrong rows again, but only with all others beside them."""
@@ -42,13 +45,18 @@ def outside_finding(expected: Array, actual: Array, labels: Sequence[str]) -> st
     moved = _other_rows(expected, actual, wrong)
     if moved:
         row, source = next(iter(moved.items()))
-        return f"{len(moved)} of {len(expected)} rows hold another row's output, first row {row} ({labels[row]!r}) that of row {source}"
+        first = f"first row {row} ({labels[row]!r}) that of row {source}"
+        return f"{len(moved)} of {len(expected)} rows hold another row's output, {first}"
     if not wrong:
         return BESIDE
     text = difference(expected[wrong], actual[wrong])
     if text.startswith("differs by") or "values differ" in text:
         return f"{len(wrong)} of {len(expected)} rows differ, first row {wrong[0]} ({labels[wrong[0]]!r})"
-    return f"output {text}" if len(wrong) == len(expected) else f"output of {len(wrong)} rows, first row {wrong[0]}: {text}"
+    return (
+        f"output {text}"
+        if len(wrong) == len(expected)
+        else f"output of {len(wrong)} rows, first row {wrong[0]}: {text}"
+    )
 
 
 def _other_rows(expected: Array, actual: Array, wrong: Sequence[int]) -> dict[int, int]:
@@ -69,12 +77,14 @@ class ReadingSession(SessionWrapper):
     Args:
         session: open.
         adapters: tensors of ``base`` and of each adapter, by name.
+        half: the runtime computes in fp16, so that it holds them rounded.
     """
 
-    def __init__(self, session: Session, adapters: Mapping[str, Tensors]) -> None:
+    def __init__(self, session: Session, adapters: Mapping[str, Tensors], *, half: bool = False) -> None:
         super().__init__(session)
         known = {spec.name for spec in session.outputs}
         self._adapters = adapters
+        self._half = half
         self._names = [name for name in next(iter(adapters.values())) if f"{name}{RETAINED}" in known]
         self._read: dict[str, int] = {}
         self._differences: dict[str, dict[str, str]] = {}
@@ -84,7 +94,9 @@ class ReadingSession(SessionWrapper):
         fed = [name for name in self._names if name in feeds]
         wanted = [spec.name for spec in self.outputs] if fetch is None else list(fetch)
         outputs = dict(self.session.run(feeds, fetch=[*wanted, *(f"{name}{RETAINED}" for name in fed)]))
-        owner = next((name for name, tensors in self._adapters.items() if _holds(tensors, feeds, fed)), "") if fed else ""
+        owner = (
+            next((name for name, tensors in self._adapters.items() if _holds(tensors, feeds, fed)), "") if fed else ""
+        )
         if owner and owner not in self._differences:
             self._differences[owner] = {}
             for name in fed:
@@ -94,11 +106,15 @@ class ReadingSession(SessionWrapper):
         return {name: outputs[name] for name in wanted}
 
     def _difference(self, owner: str, name: str, expected: Array, held: Array) -> str:
-        if held.dtype != expected.dtype:
-            expected, held = expected.astype(held.dtype).astype(np.float32), held.astype(np.float32)
         others = {f"adapter {other!r}": tensors[name] for other, tensors in self._adapters.items() if other != owner}
         others |= {key: array for key, array in self._adapters[owner].items() if key != name and array.any()}
-        return difference(expected, held, others)
+        rounded = {key: self._as_held(array) for key, array in others.items()}
+        close = HALF_CLOSE if self._half else CLOSE
+        return difference(self._as_held(expected), held.astype(np.float32), rounded, close)
+
+    def _as_held(self, array: Array) -> Array:
+        with np.errstate(over="ignore"):
+            return (array.astype(np.float16) if self._half else array).astype(np.float32)
 
     def location(self) -> Location | None:
         """Return the module whose tensors differ, and how; None if none do."""

@@ -76,9 +76,9 @@ def record(original: OriginalRun) -> ReferenceValues:
         one_thread_if_small(root),
         attention_implementation(root, "eager"),
         compute_in_dtype(root, "float64", probe=original.run),
+        recorder.hooks(),
     ):
-        with recorder.hooks():
-            outputs = original.run()
+        outputs = original.run()
     return ReferenceValues((*recorder.distinct(outputs, original.owners),), recorder.calls)
 
 
@@ -110,9 +110,14 @@ def local_errors(
         return forced
 
     variant = ComputationVariant("explanation")
-    with torch.no_grad(), one_thread_if_small(root), attention_implementation(root, "eager"), exportable_experts(root):
-        with replaced(root, replace), emulate_precision(root, compute, variant):
-            outputs = original.run()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(one_thread_if_small(root))
+        stack.enter_context(attention_implementation(root, "eager"))
+        stack.enter_context(exportable_experts(root))
+        stack.enter_context(replaced(root, replace))
+        stack.enter_context(emulate_precision(root, compute, variant))
+        outputs = original.run()
     return [
         errors.get(value.place, float("nan")) if value.place is not None else size(value.array, outputs[value.output])
         for value in values

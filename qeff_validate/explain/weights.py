@@ -77,9 +77,7 @@ class WeightComparison:
     def of(self, module: str) -> list[WeightFinding]:
         """Return the findings of a module and of those below it."""
         return [
-            finding
-            for finding in self.findings
-            if finding.module == module or finding.module.startswith(f"{module}.")
+            finding for finding in self.findings if finding.module == module or finding.module.startswith(f"{module}.")
         ]
 
 
@@ -94,11 +92,7 @@ def compare_weights(
         check: raises when the time is up.
     """
     parameters = dict(_parameters(module))
-    floats = {
-        name: array
-        for name, array in initializers.items()
-        if array.dtype.kind == "f" and array.size >= MIN_SIZE
-    }
+    floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
     by_digest: dict[str, list[str]] = {}
     for name, array in floats.items():
         by_digest.setdefault(_digest(array), []).append(name)
@@ -156,7 +150,7 @@ def _parameters(module: Any) -> Iterator[tuple[str, Array]]:
 
 def _digest(array: Array) -> str:
     squeezed = np.squeeze(np.asarray(array, dtype=np.float32))
-    return hashlib.sha1(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
 
 
 def _partner(name: str, expected: Array, rest: Mapping[str, Array], *, alone: bool) -> str | None:

@@ -44,7 +44,9 @@ def explained(pipeline: Pipeline, runtime: Runtime, result: Result, settings: Se
             explanation = explain(pipeline, runtime, result, settings, limit_s=limit_s)
     except Exception as exc:  # no explanation is worth a verdict
         kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
-        return replace(result, findings=(*result.findings, f"not explained: {kind}{str(exc).splitlines()[0] if str(exc) else ''}"))
+        return replace(
+            result, findings=(*result.findings, f"not explained: {kind}{str(exc).splitlines()[0] if str(exc) else ''}")
+        )
     finally:
         release_memory()
     return replace(result, explanation=explanation)

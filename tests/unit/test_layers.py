@@ -32,7 +32,9 @@ FRAMEWORKS = frozenset({
     "torch", "transformers", "peft", "sentence_transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir",
     "qaicrt", "QAicApi_pb2",
 })  # fmt: skip
-MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest", "explain"})
+MAY_USE_FRAMEWORKS = frozenset(
+    {"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest", "explain"}
+)
 SIMULATOR_USES = frozenset({"numpy", "onnx", "onnxruntime", "google", "yaml"})
 
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"})

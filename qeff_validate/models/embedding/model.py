@@ -480,7 +480,11 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
 
     def original_run(
-        self, inputs: TokenRows, reference: Tensors, sizes: Mapping[str, int], row: int  # noqa: ARG002
+        self,
+        inputs: TokenRows,
+        reference: Tensors,  # noqa: ARG002
+        sizes: Mapping[str, int],
+        row: int,  # noqa: ARG002
     ) -> OriginalRun:
         """Return one run of the original body on some rows, pooled by the numpy oracle."""
         from qeff_validate.models.embedding.original_run import original_run

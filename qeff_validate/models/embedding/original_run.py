@@ -48,7 +48,7 @@ def original_run(
         raise IncomparableError(f"{len(inputs.ids)} rows of {longest} tokens do not fit into {batch} x {length}")
     known = padded(inputs.ids, batch, length, pad=inputs.pad, side=side, types=inputs.types)
     feeds = {spec.name: known[spec.name] for spec in graph.inputs}
-    tokens = feeds["attention_mask"] > 0
+    tokens = feeds["attention_mask"].astype(bool)
     states: list[Floats] = []
 
     def run() -> Tensors:

@@ -56,9 +56,7 @@ def test_exception_in_an_explanation_is_a_finding_and_leaves_the_verdict(
         (Result("small", "ort", "fail", metrics=METRICS), "off"),
     ],
 )
-def test_what_is_not_to_be_explained_is_left_alone(
-    result: Result, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_to_be_explained_is_left_alone(result: Result, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "explain", None)  # calling it would be a finding
     assert add(result, mode) is result
 

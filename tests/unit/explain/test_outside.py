@@ -25,7 +25,10 @@ def first_zero(rows: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        (lambda rows: np.roll(rows, 1, 0), "6 of 6 rows hold another row's output, first row 0 ('text 0') that of row 5"),
+        (
+            lambda rows: np.roll(rows, 1, 0),
+            "6 of 6 rows hold another row's output, first row 0 ('text 0') that of row 5",
+        ),
         (first_zero, "output of 1 rows, first row 0: is zero"),
         (lambda rows: np.roll(rows, 1, 1), "output columns are shifted by 1"),
         (lambda rows: rows * 1.02, "output scaled by 1.02"),
@@ -71,7 +74,11 @@ def one_zero(feeds: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "module", "finding"),
     [
-        (one_zero, "base_model.model.model.layers.1.q_proj", f"tensor {NAMES[3]} of adapter 'a': is that of adapter 'base'"),
+        (
+            one_zero,
+            "base_model.model.model.layers.1.q_proj",
+            f"tensor {NAMES[3]} of adapter 'a': is that of adapter 'base'",
+        ),
         (lambda feeds: ADAPTERS["b"], None, "4 of 4 tensors of adapter 'base': is that of adapter 'b'"),
         (lambda feeds: {n: 0.5 * a for n, a in feeds.items()}, None, "4 of 4 tensors of adapter 'a': scaled by 0.5"),
     ],
@@ -83,6 +90,24 @@ def test_adapter_tensors_that_are_not_held_as_fed_are_found(change: Any, module:
     location = session.location()
     assert location is not None
     assert (location.module, location.finding) == (module, finding)
+
+
+def test_adapter_that_a_device_holds_in_fp16_is_compared_in_fp16() -> None:
+    def held(feeds: Any) -> Any:
+        return {name: (1.02 * array).astype(np.float16).astype(np.float32) for name, array in feeds.items()}
+
+    session = ReadingSession(Holder(held), ADAPTERS, half=True)
+    for tensors in ADAPTERS.values():
+        session.run(tensors, fetch=[])
+    location = session.location()
+    assert location is not None
+    assert location.finding.startswith("4 of 4 tensors of adapter 'a': scaled by 1.0")
+    healthy = ReadingSession(
+        Holder(lambda feeds: {n: a.astype(np.float16) for n, a in feeds.items()}), ADAPTERS, half=True
+    )
+    for tensors in ADAPTERS.values():
+        healthy.run(tensors, fetch=[])
+    assert healthy.location() is None
 
 
 def test_adapters_that_are_held_as_fed_are_none_to_tell_of() -> None:

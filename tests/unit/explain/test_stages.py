@@ -43,6 +43,15 @@ def test_no_stage_is_named_where_none_makes_half_or_float32_makes_it() -> None:
     assert guilty_stage(stage_shares([("", zero), ("export", one), ("runtime", one)])) == "export"
 
 
+def test_stage_within_what_is_expected_of_it_is_not_named_if_another_makes_more() -> None:
+    zero, fault, rounded = np.zeros(2), np.array([1.0, 0.0]), np.array([1.0, 2.0])
+    shares = stage_shares([("", np.ones(2)), ("float32", zero), ("export", fault), ("precision", rounded)])
+    blamed = [stage for stage in shares if stage.name != "float32"]
+    assert guilty_stage(blamed) == "precision"
+    assert guilty_stage(blamed, {"precision": 2.0}) == "export"
+    assert guilty_stage(blamed, {"precision": 2.0, "export": 1.0}) is None
+
+
 def test_equal_outputs_have_no_share() -> None:
     same = np.ones(3)
     assert [stage.share for stage in stage_shares([("", same), ("export", same)])] == [0.0]

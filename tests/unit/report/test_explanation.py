@@ -38,7 +38,7 @@ def test_result_without_an_explanation_has_no_such_key() -> None:
 def test_explanation_with_a_missing_value_is_no_result() -> None:
     plain = Result("small", "ort", "fail", explanation=EXPLANATION).plain()
     del plain["explanation"]["stages"][0]["share"]
-    with pytest.raises(IncomparableError, match="no result of report.json"):
+    with pytest.raises(IncomparableError, match="no result of report"):
         Result.from_plain(plain)
 
 
