@@ -386,6 +386,13 @@ def _share(values: Sequence[bool]) -> str:
 
 HEADING = "## Explanations"
 
+LEGEND = (
+    "Mutants that a verdict caught, each explained from the case and the outputs alone. *module*: the named module is one"
+    " that the mutant changes, a part of it, or the one that owns it (of several, any); *kind*: the finding says what was"
+    " done; *stage*: of all caught mutants, with those outside of the graph; *outside*: of those, how many are told as"
+    " such, with no module named. Module and graph mutants come as a user's file."
+)
+
 
 def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence[tuple[str, str, Any]]) -> str:
     """Return the section of docs/power.md.
@@ -396,14 +403,11 @@ def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence
         healthy: case, variant and explanation of each legitimate variant.
     """
     accused = [(case, name) for case, name, found in healthy if found is not None and found.module is not None]
+    cases = ", ".join(dict.fromkeys(case for case, _, _ in healthy))
     lines = [
         HEADING,
         "",
-        "Mutants that a verdict caught, each explained by force of nothing but the case and the outputs. *module*: the"
-        " named module is one that the mutant changes, a part of it, or the one that owns it (of faults in several places,"
-        " any of them); *kind*: the finding says what was done; *stage*: of all caught mutants, those outside of the graph"
-        " included; *outside*: of those, how many are told as such, with no module named. Module and graph mutants are"
-        " exported and come as a user's file.",
+        LEGEND,
         "",
         *table(hits),
         "",
@@ -411,8 +415,7 @@ def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence
         "",
         *table(without_names),
         "",
-        f"Of {len(healthy)} legitimate variants ({', '.join(dict.fromkeys(case for case, _, _ in healthy))}) explained by"
-        f" force, {len(accused)} name a module.",
+        f"Of {len(healthy)} legitimate variants ({cases}), explained by force, {len(accused)} name a module.",
         "",
         "### Wrong or incomplete",
         "",

@@ -18,7 +18,7 @@ from qeff_validate.errors import ValidateError
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
 from qeff_validate.explain.reference_values import ReferenceValues, record
 from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
@@ -113,6 +113,10 @@ class _Explainer:
         ):
             return
         row, texts = self._choose(reference[name], actual[name])
+        revisits = revisits_finding(reference, actual, name)
+        if revisits:
+            self._stage, self._location = OUTSIDE[self._on.kind == "qpc"], Location(None, revisits)
+            return
         subset = self._attributed(name, texts)
         if self._stage in OUTSIDE:
             self._location = self._adapters_held() or Location(None, self._outside(name))
@@ -243,7 +247,15 @@ class _Explainer:
         artifact = pipeline.artifact(self._on.kind, capabilities(self._on).sdk)
         with pipeline.opened(clean, artifact) as session:
             expected = np.asarray(model.infer(session, pipeline.inputs(), pipeline.reference())[name])
-        return outside_finding(expected, pipeline.actual[name], pipeline.inputs().labels)
+        return outside_finding(expected, pipeline.actual[name], self._labels(len(expected)))
+
+    def _labels(self, rows: int) -> list[str]:
+        """Return the text of each row of an output."""
+        pipeline, model = self._pipeline, self._pipeline.model()
+        labels, reference = list(pipeline.inputs().labels), pipeline.reference()
+        if len(labels) == rows or not isinstance(model, Explained):
+            return [labels[row] if row < len(labels) else "" for row in range(rows)]
+        return [labels[model.text_of_row(pipeline.inputs(), reference, row)] for row in range(rows)]
 
     def _adapters_held(self) -> Location | None:
         """Return where the runtime holds other adapter tensors than it was fed; None if it holds them all."""
@@ -283,6 +295,8 @@ class _Explainer:
             layers = find_layers(original, recorded, graph, feeds, "fp32", self._clock.check)
             self._layers = layers
             self._location = locate(original, recorded, graph, layers, weights)
+            if self._stage == "precision" and self._location.module is None:
+                self._location = overflow(recorded, original.tokens)
 
     # --- the result ------------------------------------------------------------------------
 
@@ -322,6 +336,28 @@ class _Explainer:
             text = "no stage and no layer stands out"
         return f"{text}{stage}{f'; {self.unfinished}' if self.unfinished else ''}"
 
+
+def revisits_finding(reference: Tensors, actual: Tensors, name: str) -> str:
+    """Return what is wrong if an output is right and only a repetition of its first rows is not; else empty."""
+    if relative_error(reference[name], actual[name]) > NOISE["fp16"]:
+        return ""
+    for other in actual.keys() - reference.keys():
+        first = actual[name][: len(actual[other])]
+        if first.shape == actual[other].shape and not np.array_equal(first, actual[other]):
+            return "a second visit gives other values than the first: state is left over from what ran between"
+    return ""
+
+
+def overflow(recorded: ReferenceValues, tokens: Array) -> Location:
+    """Return the first module whose values are beyond the range of fp16, with the greatest; none if all fit."""
+    for value in recorded.values:
+        most = float(np.abs(of_tokens(value.array, tokens)).max())
+        if most > FP16_MAX:
+            return Location(value.module, f"values up to {most:.4g} overflow fp16 (65504)")
+    return Location(None, "")
+
+
+FP16_MAX = 65504.0
 
 PEFT_PREFIX = "base_model.model."
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qeff_validate.explain.explain import overflow, revisits_finding
 from qeff_validate.explain.outside import BESIDE, ReadingSession, module_of, outside_finding
+from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues
 from qeff_validate.tensors import TensorSpec
 
 RNG = np.random.default_rng(0)
@@ -119,3 +121,20 @@ def test_adapters_that_are_held_as_fed_are_none_to_tell_of() -> None:
 
 def test_module_of_an_adapter_tensor() -> None:
     assert module_of("base_model.model.h.0.attn.c_attn.lora_magnitude_vector") == "base_model.model.h.0.attn.c_attn"
+
+
+def test_first_module_beyond_the_range_of_fp16_is_told_and_padding_is_no_part_of_it() -> None:
+    small, large = np.ones((1, 2, 3)), np.ones((1, 2, 3))
+    large[0, 0, 1], small[0, 1, 0] = -7e4, 1e6
+    values = (ReferenceValue("up", small), ReferenceValue("down", large), ReferenceValue("norm", large))
+    found = overflow(ReferenceValues(values, {}), np.array([[True, False]]))
+    assert (found.module, found.finding) == ("down", "values up to 7e+04 overflow fp16 (65504)")
+    assert overflow(ReferenceValues(values[:1], {}), np.array([[True, False]])).module is None
+
+
+def test_second_visit_that_differs_from_the_first_is_told_where_the_first_is_right() -> None:
+    reference, again = {"logits": ROWS}, ROWS[:2].copy()
+    assert revisits_finding(reference, {"logits": ROWS, "again": again}, "logits") == ""
+    again[0, 0] += 1
+    assert revisits_finding(reference, {"logits": ROWS, "again": again}, "logits").startswith("a second visit")
+    assert revisits_finding(reference, {"logits": 2 * ROWS, "again": again}, "logits") == ""
