@@ -387,10 +387,10 @@ def _share(values: Sequence[bool]) -> str:
 HEADING = "## Explanations"
 
 LEGEND = (
-    "Mutants that a verdict caught, each explained from the case and the outputs alone. *module*: the named module is one"
-    " that the mutant changes, a part of it, or the one that owns it (of several, any); *kind*: the finding says what was"
-    " done; *stage*: of all caught mutants, with those outside of the graph; *outside*: of those, how many are told as"
-    " such, with no module named. Module and graph mutants come as a user's file."
+    "Mutants that a verdict caught, each explained from the case and the outputs alone. *module*: the named module"
+    " is one that the mutant changes, a part of it, or the one that owns it (of several, any); *kind*: the finding"
+    " says what was done; *stage*: of all caught mutants, with those outside of the graph; *outside*: of those, how"
+    " many are told as such, with no module named. Module and graph mutants come as a user's file."
 )
 
 

@@ -83,8 +83,10 @@ def explain(pipeline: Any, on: Runtime, result: Result, settings: Settings, *, l
     work = _Explainer(pipeline, on, result, settings, clock)
     try:
         work.run()
-    except TimeIsUpError as exc:
-        work.unfinished = str(exc)
+    except ValidateError as exc:  # such as a time limit, or no original model here
+        if not work.known:
+            raise
+        work.unfinished = str(exc).splitlines()[0]
     return work.explanation()
 
 
@@ -99,6 +101,11 @@ class _Explainer:
         self._layers: Layers | None = None
         self._location = Location(None, "")
         self._rows: list[int] = []
+
+    @property
+    def known(self) -> bool:
+        """Whether the shares of the stages are known."""
+        return bool(self._shares)
 
     def run(self) -> None:
         """Attribute the error to a stage, and look for the layer if it is made in the graph."""
@@ -157,7 +164,7 @@ class _Explainer:
         order = np.argsort(np.where(np.isnan(errors), np.inf, errors), kind="stable")
         row = int(order[-1])
         if not isinstance(model, Explained):
-            return row, [row]
+            return row, list(range(len(pipeline.inputs().ids)))
         text = model.text_of_row(pipeline.inputs(), pipeline.reference(), row)
         texts = [text]
         ids = pipeline.inputs().ids

@@ -14,7 +14,7 @@ from qeff_validate.explain import explain as module
 from qeff_validate.pipeline.explanation import with_explanation
 from qeff_validate.pipeline.stages import Silent, Stages
 from qeff_validate.protocols import Settings, runtime
-from qeff_validate.report.explanation import Explanation
+from qeff_validate.report.explanation import Explanation, StageShare
 from qeff_validate.report.result import Result
 
 METRICS = (GateResult(Metric("output.rel_l2", 1.0), None),)
@@ -72,3 +72,20 @@ def test_failing_result_gets_its_explanation(monkeypatch: pytest.MonkeyPatch) ->
     result = add(Result("small", "ort", "fail", metrics=METRICS))
     assert result.explanation == Explanation("here")
     assert limits == [60.0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_known_when_the_time_is_up_is_kept(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(work: Any) -> None:
+        if known:
+            work._shares, work._stage = (StageShare("export", 1.0, 0.5),), "export"
+        raise module.TimeIsUpError("the time limit of 60 s has passed")
+
+    monkeypatch.setattr(module._Explainer, "run", run)
+    result = add(Result("small", "ort", "fail", metrics=METRICS))
+    if known:
+        assert result.explanation is not None
+        assert result.explanation.stage == "export"
+        assert result.explanation.summary.endswith("; the time limit of 60 s has passed")
+    else:
+        assert result.findings == ("not explained: the time limit of 60 s has passed",)
