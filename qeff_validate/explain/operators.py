@@ -270,10 +270,10 @@ def output_finding(
 
 def _clipped(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
     top = np.abs(observed).max()
-    if top < 0.98 * np.abs(expected).max() and size(np.clip(expected, -top, top), observed) <= tolerance:
+    if 0 < top < 0.98 * np.abs(expected).max() and size(np.clip(expected, -top, top), observed) <= tolerance:
         return f"its output is clipped at {top:.4g}"
     rows = np.abs(observed).max(axis=-1, keepdims=True)
-    smaller = rows < 0.98 * np.abs(expected).max(axis=-1, keepdims=True)
+    smaller = (rows > 0) & (rows < 0.98 * np.abs(expected).max(axis=-1, keepdims=True))
     if smaller.any() and size(np.clip(expected, -rows, rows), observed) <= tolerance:
         return "its output is clipped, row by row"
     return ""
