@@ -9,27 +9,28 @@ from pathlib import Path
 from qeff_validate.artifact import digest_files, digest_tree, fingerprint
 
 SHAPES_ARTIFACTS = ("builders", "models")
-"""Folders whose source is part of the key of every artifact, except for the modules in `JUDGES`."""
+"""Folders whose source is part of the key of every artifact, except for the modules in `JUDGES` and `EXPLAINS`."""
 
 JUDGES = (
     "models/padding_hint.py",
     "models/row_relations.py",
     "models/classification/verdict.py",
     "models/embedding/filler_rows.py",
-    "models/embedding/original_run.py",
     "models/embedding/relations.py",
     "models/multi_vector/verdict.py",
     "models/multi_vector/whole_texts.py",
     "models/sparse_embedding/verdict.py",
     "models/causal_lm/failure_hints.py",
-    "models/causal_lm/original_run.py",
     "models/causal_lm/relation_kv_cache.py",
     "models/causal_lm/relation_linearity.py",
     "models/causal_lm/relations.py",
     "models/causal_lm/verdict.py",
     "models/causal_lm/workloads.py",
 )
-"""Modules in these folders that judge or explain: no artifact, reference or input depends on them."""
+"""Modules in these folders that judge: no artifact, reference or input depends on them."""
+
+EXPLAINS = ("models/embedding/original_run.py", "models/causal_lm/original_run.py")
+"""Modules in these folders that serve explanations alone: nothing that is stored depends on them."""
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -38,7 +39,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 def code_key() -> str:
     """Return a digest of the source of everything that shapes an artifact."""
     digests = {f"{folder}/{name}": digest for folder in SHAPES_ARTIFACTS for name, digest in _sources(folder).items()}
-    return fingerprint({name: digest for name, digest in digests.items() if name not in JUDGES})
+    return fingerprint({name: digest for name, digest in digests.items() if name not in (*JUDGES, *EXPLAINS)})
 
 
 @lru_cache(maxsize=1)

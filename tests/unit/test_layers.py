@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qeff_validate.builders.source_keys import JUDGES, SHAPES_ARTIFACTS
+from qeff_validate.builders.source_keys import EXPLAINS, JUDGES, SHAPES_ARTIFACTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
@@ -146,9 +146,11 @@ def side_by_side(source: str, name: str) -> list[str]:
 def shaped_by_judges(source: str, name: str) -> list[str]:
     """Imports of what judges or explains, as a module that shapes artifacts is loaded."""
     path = name.removeprefix("qeff_validate.").replace(".", "/") + ".py"
-    if not path.startswith(tuple(f"{folder}/" for folder in SHAPES_ARTIFACTS)) or path in JUDGES:
+    if not path.startswith(tuple(f"{folder}/" for folder in SHAPES_ARTIFACTS)) or path in (*JUDGES, *EXPLAINS):
         return []
-    judges = tuple("qeff_validate." + judge.removesuffix(".py").replace("/", ".") + "." for judge in JUDGES)
+    judges = tuple(
+        "qeff_validate." + judge.removesuffix(".py").replace("/", ".") + "." for judge in (*JUDGES, *EXPLAINS)
+    )
     return [
         f"{name} imports {item.module}" for item in imports(source, name) if item.top and item.module.startswith(judges)
     ]
