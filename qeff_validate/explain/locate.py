@@ -17,6 +17,9 @@ from qeff_validate.explain.weights import WeightComparison, WeightFinding, used_
 from qeff_validate.models.emulation.precision import Compute
 from qeff_validate.protocols import OriginalRun
 
+NEARBY = 40
+"""Values before a divergent one that are tried as its input."""
+
 MANY = 3
 """Findings of weights that are told one by one; more are told as a number."""
 
@@ -99,7 +102,10 @@ def _locate(
     if value.output:
         text = _candidate(original, value.output, observed, tolerance)
     elif value.place is not None and observed.shape == value.array.shape:
-        text = operator_finding(original.module, value.place, module, recorded.calls, observed, size, tolerance)
+        before = [(item.module, item.array) for item in layers.values[: layers.guilty] if item.place is not None]
+        text = operator_finding(
+            original.module, value.place, module, recorded.calls, observed, size, tolerance, before[-NEARBY:]
+        )
         call = recorded.calls.get(module)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
 
+LEAST_MASK = -1e3
+"""Value from which a number among an attention's arguments hides a place."""
+
 GRID = torch.linspace(-4, 4, 33, dtype=torch.float64)
 
 
@@ -51,6 +54,7 @@ def operator_finding(
     observed: Any,
     size: Callable[[Any, Any], float],
     tolerance: float,
+    others: Sequence[tuple[str, Any]] = (),
 ) -> str:
     """Return what a block computes in place of a module; empty if no hypothesis gives it.
 
@@ -62,6 +66,7 @@ def operator_finding(
         observed: the block's output, in the shape of the original's.
         size: of an error, from the expected and the actual value.
         tolerance: error up to which a hypothesis holds.
+        others: paths of modules, and the values that they compute before this one.
     """
     if module not in calls:
         return ""
@@ -71,7 +76,8 @@ def operator_finding(
     tried = _Tried(copied, calls[module], module, place)
     try:
         with torch.no_grad():
-            for text, output in _hypotheses(tried, observed, size, tolerance):
+            hypotheses = _hypotheses(tried, observed, size, tolerance)
+            for text, output in itertools.chain(hypotheses, _other_inputs(tried, others)):
                 if output.shape == observed.shape and size(output, observed) <= tolerance:
                     return text
     except Exception:  # a hypothesis that the module does not take explains nothing
@@ -90,16 +96,16 @@ class _Tried:
     """
 
     def __init__(self, module: Any, call: tuple[Any, Any], path: str, place: Place) -> None:
-        self.module, self.call, self._path, self._place = module, call, path, place
+        self.module, self.call, self.path, self.place = module, call, path, place
 
     def run(self) -> Any:
         """Return the value at the place, float64."""
-        path, side, index = self._place
-        if path == self._path:
+        path, side, index = self.place
+        if path == self.path:
             output = self.module(*self.call[0], **self.call[1])
             found = output[index] if isinstance(output, (tuple, list)) else output
         else:
-            child, seen = self.module.get_submodule(path.removeprefix(f"{self._path}.")), list[Any]()
+            child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
 
             def keep(_: Any, args: Any, out: Any = None) -> None:
                 values = args if side == "in" else out
@@ -128,7 +134,32 @@ def _hypotheses(
     scales = [name for name in SCALES if isinstance(getattr(module, name, None), float)]
     if scales:
         yield from _scale(tried, scales[0], observed, size)
+        yield from _without_mask(tried)
     yield from _swapped(tried)
+
+
+def _without_mask(tried: _Tried) -> Iterator[tuple[str, Any]]:
+    """Yield the module without its additive masks."""
+    args, kwargs = tried.call
+
+    def cleared(value: Any) -> Any:
+        is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
+        return torch.zeros_like(value) if is_mask else value
+
+    changed_args = tuple(map(cleared, args)), {name: cleared(value) for name, value in kwargs.items()}
+    yield "the mask is left out", _Tried(tried.module, changed_args, tried.path, tried.place).run()
+
+
+def _other_inputs(tried: _Tried, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield a module without children on the values of others in place of its input, the nearest first."""
+    args, kwargs = tried.call
+    if next(tried.module.children(), None) is not None or not args or not isinstance(args[0], Tensor):
+        return
+    for path, array in reversed(others):
+        if array.shape == tuple(args[0].shape):
+            call = (torch.from_numpy(array), *args[1:]), kwargs
+            text = f"it reads what {path} gives, not its own input"
+            yield text, _Tried(tried.module, call, tried.path, tried.place).run()
 
 
 def _swapped(tried: _Tried) -> Iterator[tuple[str, Any]]:

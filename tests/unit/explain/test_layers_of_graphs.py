@@ -135,6 +135,16 @@ def half_operands(proto: Any, _: Body) -> None:
         proto.graph.node.insert(at, new)
 
 
+def without_mask(proto: Any, _: Body) -> None:
+    softmax = nodes(proto, "Softmax")[1]
+    softmax.input[0] = next(node for node in proto.graph.node if node.output[0] == softmax.input[0]).input[0]
+
+
+def without_residual(proto: Any, _: Body) -> None:
+    norm = nodes(proto, "LayerNormalization")[1]
+    norm.input[0] = next(node for node in proto.graph.node if node.output[0] == norm.input[0]).input[1]
+
+
 def pooled_by_cls(proto: Any, _: Body) -> None:
     states = nodes(proto, "Mul")[-1].input[0]
     proto.graph.initializer.append(numpy_helper.from_array(np.int64(0), "first"))
@@ -170,6 +180,8 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("gelu", gelu_tanh, "layers.0.act", "gelu_tanh instead of gelu"),
     ("relu", relu, "layers.1.act", "relu instead of gelu"),
     ("scale", scale, "layers.1.attention", "scores scaled by 0.9"),
+    ("mask", without_mask, "layers.1.attention", "the mask is left out"),
+    ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
     ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),
     ("scaled output", output_scaled, "pooling", "its output is scaled by 1.01"),
