@@ -114,6 +114,11 @@ class Hit:
         )
 
     @property
+    def exact(self) -> bool:
+        """True if the named module itself is a changed one."""
+        return self.explanation is not None and self.explanation.module in self.where
+
+    @property
     def kind_hit(self) -> bool:
         """True if the finding says what the mutant does."""
         finding = "" if self.explanation is None else self.explanation.finding
@@ -363,8 +368,8 @@ def healthy_explanations(
 def table(hits: Sequence[Hit]) -> list[str]:
     """Return lines of a Markdown table: hits by case and runtime."""
     lines = [
-        "| case | runtime | caught | module | kind | stage | outside of the graph |",
-        "|---|---|---|---|---|---|---|",
+        "| case | runtime | caught | module | exactly | kind | stage | outside of the graph |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case, name in dict.fromkeys((hit.case, hit.runtime) for hit in hits):
         group = [hit for hit in hits if (hit.case, hit.runtime) == (case, name)]
@@ -372,6 +377,7 @@ def table(hits: Sequence[Hit]) -> list[str]:
         outside = [hit for hit in group if not hit.where]
         cells = [
             _share([hit.module_hit for hit in placed]),
+            _share([hit.exact for hit in placed]),
             _share([hit.kind_hit for hit in placed]),
             _share([hit.stage_hit for hit in group]),
             _share([hit.module_hit and hit.stage_hit for hit in outside]),
@@ -388,7 +394,8 @@ HEADING = "## Explanations"
 
 LEGEND = (
     "Mutants that a verdict caught, each explained from the case and the outputs alone. *module*: the named module"
-    " is one that the mutant changes, a part of it, or the one that owns it (of several, any); *kind*: the finding"
+    " is one that the mutant changes, a part of it, or the one that owns it (of several, any); *exactly*: it is a"
+    " changed one itself; *kind*: the finding"
     " says what was done; *stage*: of all caught mutants, with those outside of the graph; *outside*: of those, how"
     " many are told as such, with no module named. Module and graph mutants come as a user's file."
 )
