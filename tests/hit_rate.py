@@ -295,12 +295,14 @@ def _scope(node: Any) -> str:
     listed = next((e.value for e in node.metadata_props if e.key == "pkg.torch.onnx.name_scopes"), "[]")
     paths = re.findall(r"'([^']*)'", listed)
     path = paths[-2] if len(paths) > 1 else ""
+    if not paths:  # the TorchScript exporter writes the path into the name
+        path = ".".join(node.name.strip("/").split("/")[:-1]).removeprefix("module.")
     for prefix in ("module.model.", "base_model."):
         if path.startswith(prefix):
             path = path.removeprefix(prefix)
             break
     else:
-        return "pooling" if path in ("", "base_model") else path
+        return "pooling" if path in ("", "base_model", "module") else path
     return path.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
