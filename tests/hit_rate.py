@@ -330,7 +330,19 @@ def anonymous(model: Any) -> Any:
 
     for tensor in graph.initializer:
         tensor.name = renamed(tensor.name)
+
+    def in_branches(node: Any) -> None:
+        """Rename what the branches of a node read from outside."""
+        for entry in node.attribute:
+            for branch in [entry.g] if entry.HasField("g") else []:
+                for inner in branch.node:
+                    inner.input[:] = [names.get(name, name) for name in inner.input]
+                    in_branches(inner)
+                for value in branch.output:
+                    value.name = names.get(value.name, value.name)
+
     for number, node in enumerate(graph.node):
+        in_branches(node)
         node.input[:] = [renamed(name) for name in node.input]
         node.output[:] = [renamed(name) for name in node.output]
         node.name = f"n{number}"
