@@ -18,7 +18,7 @@ from qeff_validate.builders.store import Store
 from qeff_validate.comparison.bounds import check_tolerance
 from qeff_validate.comparison.metric import most_bounds
 from qeff_validate.config.case import Artifacts, Case, Inputs
-from qeff_validate.config.explain import explain
+from qeff_validate.config.explain import explain as explain_config
 from qeff_validate.config.loader import load_cases
 from qeff_validate.config.yaml_reader import parse_yaml
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError, suggest
@@ -26,6 +26,7 @@ from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.explanation import LIMITS_S, ExplainMode, explained, with_explanation
 from qeff_validate.pipeline.machine import KERNELS
 from qeff_validate.pipeline.performance import (
     TimingBaseline,
@@ -82,7 +83,7 @@ def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = (
     try:
         case = Case(name=name or "model", model=kind, source=source, options=values)
     except ValidationError as exc:
-        raise ConfigError(explain(exc, "--model")) from exc
+        raise ConfigError(explain_config(exc, "--model")) from exc
     check(case)
     return case
 
@@ -116,7 +117,7 @@ def check(case: Case) -> Any:
     try:
         return kind.options.model_validate(case.options)
     except ValidationError as exc:
-        raise ConfigError(explain(exc, f"case {case.name!r}: options")) from exc
+        raise ConfigError(explain_config(exc, f"case {case.name!r}: options")) from exc
 
 
 def validate(
@@ -130,6 +131,7 @@ def validate(
     progress: Progress | None = None,
     record: Path | None = None,
     fail_fast: bool = False,
+    explain: ExplainMode = "off",
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -143,6 +145,7 @@ def validate(
         progress: is told of each long step.
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
         fail_fast: after the first result that fails, is inconclusive or an error, the others are ``not_run``.
+        explain: whether results that fail get an explanation: ``off``, ``auto`` (within a minute each) or ``full``.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
@@ -175,7 +178,7 @@ def validate(
         if stopped:
             results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
             continue
-        results.append(runner.result(item, name))
+        results.append(runner.result(item, name, explain))
         if fail_fast and results[-1].expected is None and results[-1].status in ("fail", "inconclusive", "error"):
             stopped = f"{item.name}-{name}"
         if record is not None and results[-1].planned and item.name not in recorded:
@@ -337,9 +340,16 @@ class Runner:
             self._runtimes[name] = IsolatedRuntime(direct, name, self.settings) if direct.kind != "module" else direct
         return self._runtimes[name]
 
-    def result(self, case: Case, name: str) -> Result:
+    def result(self, case: Case, name: str, explain: ExplainMode = "off") -> Result:
         """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
-        return self.pipeline(case).result(self.runtime(name))
+        pipeline, on = self.pipeline(case), self.runtime(name)
+        return with_explanation(pipeline, on, pipeline.result(on), self.settings, explain)
+
+    def explained(self, case: Case, name: str) -> Result:
+        """Run and judge a case on a runtime, and explain the result, even if it passes."""
+        pipeline, on = self.pipeline(case), self.runtime(name)
+        result = pipeline.result(on)
+        return explained(pipeline, on, result, self.settings, LIMITS_S["full"]) if result.metrics else result
 
     def relation(self, case: Case, name: str, relation: str) -> Result:
         """Judge a metamorphic relation of a case on a runtime; what held before is taken from the store."""

@@ -20,7 +20,7 @@ from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.comparison.metric import VECTOR_METRICS, MetricSpec
 from qeff_validate.errors import ConfigError
 from qeff_validate.registry import load_entry
-from qeff_validate.tensors import Shapes, Tensors, TensorSpec
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -388,6 +388,52 @@ class Sharing(Protocol):
 
     share: Share
     """Set by the pipeline before the first run."""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalRun:
+    """One run of the original model on what one run of the graph is fed.
+
+    Attributes:
+        module: the torch module that is run; its submodules give their paths to an explanation.
+        feeds: of the graph, by the names of `Model.interface`, with a row for each text and empty state.
+        tokens: which places of ``input_ids`` hold a token, bool ``[batch, seq_len]``.
+        run: runs ``module``, in its present dtype, and returns the graph's outputs as far as the original has them.
+        owners: path of the module that an output belongs to, or a word for what is no module, such as ``pooling``.
+        candidates: for outputs that are no module's, what other computations of the same inputs would give, by name;
+            called after ``run``.
+    """
+
+    module: Any
+    feeds: Tensors
+    tokens: Array
+    run: Callable[[], Tensors]
+    owners: Mapping[str, str]
+    candidates: Callable[[], Mapping[str, Tensors]] = dict
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """Optional part of a `Model`: a failure can be traced to a module of the original model."""
+
+    @abstractmethod
+    def original_run(self, inputs: Any, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
+        """Return one run of a few texts, as `Measured.subset` gives them.
+
+        Args:
+            inputs: a few texts.
+            reference: of these texts.
+            sizes: values of the symbols of the interface that the graph fixes; others are free.
+            row: index of the row of the reference that failed; a language model runs its prompt and continuation up to
+                it, in one run.
+
+        Raises:
+            IncomparableError: the texts do not fit into one run of these sizes.
+        """
+
+    @abstractmethod
+    def text_of_row(self, inputs: Any, reference: Tensors, row: int) -> int:
+        """Return the index of the text, as `Measured.subset` takes it, that a row of an output belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration import HEADING
+from hit_rate import HEADING as EXPLANATIONS
+from hit_rate import HitRate, healthy_explanations, section
 from upstream.stand_ins import rows
 
+from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
-from qeff_validate.engine import Runner, environment, load, selftest
+from qeff_validate.engine import Runner, check, environment, load, selftest
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Settings
 from qeff_validate.report.result import finite
 from qeff_validate.selftest.score import Score, markdown
@@ -50,12 +55,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--parts", type=Path, default=ROOT / "build" / "power", help="where sections that are done are")
     parser.add_argument("--only", help="measure this config alone, and write no page")
+    parser.add_argument("--explanations", action="store_true", help="measure how often explanations are right, alone")
     given = parser.parse_args()
+    if given.explanations:
+        write_explanations(explanations(given))
+        return
     sections = [part(path, names, given) for path, names in TESTED.items() if given.only in (None, path)]
     if given.only is None:
         file = ROOT / "docs" / "power.md"
         _, heading, table = file.read_text(encoding="utf-8").partition(HEADING)  # `make calibrate` writes that
-        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", heading + table]
+        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", explanations(given), heading + table]
         file.write_text("\n".join(page), encoding="utf-8")
 
 
@@ -71,6 +80,43 @@ def part(path: str, names: Sequence[str], given: argparse.Namespace) -> str:
         file.with_suffix(".json").write_text(json.dumps(finite(score.plain())), encoding="utf-8")
         file.write_text(text, encoding="utf-8")
     return file.read_text(encoding="utf-8")
+
+
+EXPLAINED = {
+    "configs/embedding.yaml": ("bert-mean", "llama-last"),
+    "configs/peft.yaml": ("llama-lora",),
+}
+
+
+def explanations(given: argparse.Namespace) -> str:
+    """Return the section about explanations, measured unless it is there."""
+    file: Path = given.parts / "explanations.md"
+    if not file.is_file():
+        store = Store(given.parts / "explanations-store")
+
+        def pipeline(case: Case) -> Pipeline:
+            return Pipeline(case, check(case), store, Silent())
+
+        cases = [case for path, names in EXPLAINED.items() for case in load([ROOT / path]) if case.name in names]
+        graphs = given.parts / "explanations-graphs"
+        hits = [hit for case in cases for hit in HitRate(case, pipeline, graphs).hits(("ort", "sim"))]
+        bare = [hit for case in cases for hit in HitRate(case, pipeline, graphs, anonymous=True).hits(("ort",))]
+        healthy = [
+            (case.name, name, found)
+            for case in cases
+            for name, found, _ in healthy_explanations(case, pipeline, graphs, 1001)
+        ]
+        file.write_text(section(hits, bare, healthy), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def write_explanations(text: str) -> None:
+    """Replace the section about explanations in docs/power.md, or add it before the calibration."""
+    file = ROOT / "docs" / "power.md"
+    page = file.read_text(encoding="utf-8")
+    before, _, after = page.partition(EXPLANATIONS) if EXPLANATIONS in page else page.partition(HEADING)
+    _, heading, table = (EXPLANATIONS + after if EXPLANATIONS in page else HEADING + after).partition(HEADING)
+    file.write_text(f"{before}{text}\n{heading}{table}", encoding="utf-8")
 
 
 def upstream() -> str:

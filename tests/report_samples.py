@@ -9,6 +9,7 @@ from typing import Any
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import ErrorsByRow, Metric
 from qeff_validate.comparison.verdict import GateResult, Power, RowText
+from qeff_validate.report.explanation import Explanation
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Precheck, Result
 
@@ -22,7 +23,7 @@ HOSTILE = (
 )
 """Texts that break a page if they are not escaped, or do not wrap."""
 
-EXPLANATION: dict[str, Any] = {
+PLAIN_EXPLANATION: dict[str, Any] = {
     "stages": [
         {"name": "wrapper", "share": -0.05, "error": 1e-6},
         {"name": "export", "share": 1.05, "error": 4e-3},
@@ -37,9 +38,12 @@ EXPLANATION: dict[str, Any] = {
     "module": "layer.1",
     "finding": "row 77 of the weight is zero",
     "summary": "layer.1, weight row 77 is zero (export)",
+    "rows": [1],
     "seconds": 1.5,
 }
 """Where a failure comes from, as report.json holds it."""
+
+EXPLANATION = Explanation.from_plain(PLAIN_EXPLANATION)
 
 
 def sample_result(

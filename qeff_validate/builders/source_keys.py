@@ -9,7 +9,7 @@ from pathlib import Path
 from qeff_validate.artifact import digest_files, digest_tree, fingerprint
 
 SHAPES_ARTIFACTS = ("builders", "models")
-"""Folders whose source is part of the key of every artifact, except for the modules in `JUDGES`."""
+"""Folders whose source is part of the key of every artifact, except for the modules in `JUDGES` and `EXPLAINS`."""
 
 JUDGES = (
     "models/padding_hint.py",
@@ -27,7 +27,10 @@ JUDGES = (
     "models/causal_lm/verdict.py",
     "models/causal_lm/workloads.py",
 )
-"""Modules in these folders that judge or explain: no artifact, reference or input depends on them."""
+"""Modules in these folders that judge: no artifact, reference or input depends on them."""
+
+EXPLAINS = ("models/embedding/original_run.py", "models/causal_lm/original_run.py")
+"""Modules in these folders that serve explanations alone: nothing that is stored depends on them."""
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -36,7 +39,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 def code_key() -> str:
     """Return a digest of the source of everything that shapes an artifact."""
     digests = {f"{folder}/{name}": digest for folder in SHAPES_ARTIFACTS for name, digest in _sources(folder).items()}
-    return fingerprint({name: digest for name, digest in digests.items() if name not in JUDGES})
+    return fingerprint({name: digest for name, digest in digests.items() if name not in (*JUDGES, *EXPLAINS)})
 
 
 @lru_cache(maxsize=1)

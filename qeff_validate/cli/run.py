@@ -23,6 +23,7 @@ from qeff_validate.cli.options import (
 )
 from qeff_validate.cli.progress import console, print_text, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.text import NARROW_BELOW
 
@@ -79,6 +80,12 @@ def run(
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", "-x", help="stop after the first result that does not pass")
     ] = False,
+    explain: Annotated[
+        ExplainMode,
+        typer.Option(
+            help="say where failing results come from: off; auto, within a minute each; full, without a limit"
+        ),
+    ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print problems and what was proved alone")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="print each result as a line of JSON alone")] = False,
     wide: Annotated[bool, typer.Option("--wide", help="all columns, also on a narrow terminal")] = False,
@@ -120,7 +127,14 @@ def run(
     required = required_runtimes(require)
     progress = terminal_progress(store, verbose, quiet=quiet)
     results = validate(
-        cases, names, store=store, settings=settings, progress=progress, record=record, fail_fast=fail_fast
+        cases,
+        names,
+        store=store,
+        settings=settings,
+        progress=progress,
+        record=record,
+        fail_fast=fail_fast,
+        explain=explain,
     )
     results = results if before is None else with_drift(results, before)
     write_error = _write(results, report)

@@ -40,8 +40,8 @@ def github_annotations(
             file, line = places[result.case]
             properties = {"file": _relative(file), "line": str(line), **properties}
         listed = ",".join(f"{name}={_property(value)}" for name, value in properties.items())
-        summary = (result.explanation or {}).get("summary")
-        text = "\n".join(filter(None, (str(summary or ""), result.reason, result.expected))) or result.status
+        summary = result.explanation.summary if result.explanation else ""
+        text = "\n".join(filter(None, (summary, result.reason, result.expected))) or result.status
         yield f"::{'notice' if known else 'error'} {listed}::{_data(text)}"
 
 

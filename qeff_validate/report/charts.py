@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from qeff_validate.comparison.verdict import GateResult
+from qeff_validate.report.explanation import Explanation, LayerError
 
 MOST_DECADES = 6
 """Range of an axis on each side of its middle; what lies beyond is drawn at the edge."""
@@ -117,14 +117,6 @@ def strip(item: GateResult) -> Strip | None:
     )
 
 
-def number(value: Any) -> float:
-    """Return a number of a plain form, which may be the text ``nan`` or ``inf``; NaN if it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
 @dataclass(frozen=True, slots=True)
 class StageBar:
     """A stage's share of the error, which is negative where it cancels other stages' error."""
@@ -137,22 +129,19 @@ class StageBar:
     named: bool
 
 
-def stage_bars(explanation: Mapping[str, Any]) -> tuple[float, list[StageBar]]:
+def stage_bars(explanation: Explanation) -> tuple[float, list[StageBar]]:
     """Return where the share 0 stands, and the bars of an explanation's stages."""
-    stages = explanation.get("stages") or []
-    shares = [number(stage.get("share")) for stage in stages]
-    known = [share for share in shares if math.isfinite(share)]
+    known = [stage.share for stage in explanation.stages if math.isfinite(stage.share)]
     low, high = min([0.0, *known]), max([1.0, *known])
 
     def at(share: float) -> float:
         return 100 * (share - low) / (high - low) if math.isfinite(share) else 0.0
 
     bars = []
-    for stage, share in zip(stages, shares, strict=True):
-        ends = sorted((at(0.0), at(share) if math.isfinite(share) else at(0.0)))
-        name = str(stage.get("name", ""))
-        named = name == explanation.get("stage")
-        bars.append(StageBar(name, share, number(stage.get("error")), ends[0], max(ends[1] - ends[0], 0.4), named))
+    for stage in explanation.stages:
+        start, end = sorted((at(0.0), at(stage.share) if math.isfinite(stage.share) else at(0.0)))
+        named = stage.name == explanation.stage
+        bars.append(StageBar(stage.name, stage.share, stage.error, start, max(end - start, 0.4), named))
     return at(0.0), bars
 
 
@@ -160,40 +149,26 @@ def stage_bars(explanation: Mapping[str, Any]) -> tuple[float, list[StageBar]]:
 class LayerBar:
     """A layer of the waterfall: the error that it inherits, and the one that it makes itself."""
 
-    module: str
-    node: str
-    operator: str
-    inherited: float
-    local: float
-    floor: float
+    layer: LayerError
     inherited_at: float
     local_at: float
     floor_at: float | None
     named: bool
 
 
-def layer_bars(explanation: Mapping[str, Any]) -> list[LayerBar]:
+def layer_bars(explanation: Explanation) -> list[LayerBar]:
     """Return the bars of an explanation's layers, on one log scale."""
-    layers: Sequence[Mapping[str, Any]] = explanation.get("layers") or []
-    numbers = [[number(layer.get(name)) for name in ("inherited", "local", "floor")] for layer in layers]
-    positive = [value for row in numbers for value in row if 0 < value < math.inf]
+    values = [value for layer in explanation.layers for value in (layer.inherited, layer.local, layer.floor)]
+    positive = [value for value in values if 0 < value < math.inf]
     high = max(positive, default=1.0) * 1.2
     scale = LogScale(max(min(positive, default=0.1) / 2, high * 10.0 ** -(2 * MOST_DECADES)), high)
-    bars = []
-    for layer, (inherited, local, floor) in zip(layers, numbers, strict=True):
-        module, node, operator = (str(layer.get(name) or "") for name in ("module", "node", "operator"))
-        bars.append(
-            LayerBar(
-                module=module,
-                node=node,
-                operator=operator,
-                inherited=inherited,
-                local=local,
-                floor=floor,
-                inherited_at=0.0 if math.isnan(inherited) else scale.at(inherited),
-                local_at=scale.at(local),
-                floor_at=scale.at(floor) if floor > 0 else None,
-                named=bool(module) and module == explanation.get("module"),
-            )
+    return [
+        LayerBar(
+            layer=layer,
+            inherited_at=0.0 if math.isnan(layer.inherited) else scale.at(layer.inherited),
+            local_at=scale.at(layer.local),
+            floor_at=scale.at(layer.floor) if layer.floor > 0 else None,
+            named=bool(layer.module) and layer.module == explanation.module,
         )
-    return bars
+        for layer in explanation.layers
+    ]

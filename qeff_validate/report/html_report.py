@@ -116,9 +116,9 @@ class ResultView:
     def searched(self) -> str:
         """The text that the search of the page looks in, in small letters."""
         result = self.result
-        named = result.explanation or {}
+        named = result.explanation
         parts = [result.case, self.runtime, self.word, result.status, result.precision, self.kind, result.reason]
-        parts += [*result.findings, *result.notes, named.get("summary"), named.get("module")]
+        parts += [*result.findings, *result.notes, *((named.summary, named.module) if named else ())]
         return " ".join(str(part) for part in parts if part).lower()
 
     @property
@@ -162,12 +162,12 @@ class ResultView:
     @property
     def stages(self) -> tuple[float, list[StageBar]]:
         """Where the share 0 stands, and the stages of the explanation."""
-        return stage_bars(self.result.explanation or {})
+        return stage_bars(self.result.explanation) if self.result.explanation else (0.0, [])
 
     @property
     def layers(self) -> list[LayerBar]:
         """The layers of the explanation."""
-        return layer_bars(self.result.explanation or {})
+        return layer_bars(self.result.explanation) if self.result.explanation else []
 
     @property
     def workloads(self) -> list[tuple[str, ...]]:

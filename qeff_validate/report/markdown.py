@@ -61,9 +61,8 @@ def _problem(result: Result, runtimes: Sequence[str]) -> Iterator[str]:
     lines = [_text(result.reason) or "No reason was given."]
     if result.expected:
         lines += ["", f"Expected: {_text(result.expected)}"]
-    summary = (result.explanation or {}).get("summary")
-    if summary:
-        lines += ["", f"**Where it comes from:** {_text(str(summary))}"]
+    if result.explanation:
+        lines += ["", f"**Where it comes from:** {_text(result.explanation.summary)}"]
     yield from _folded(title, lines, opened=result.status == "fail" and not result.expected)
 
 

@@ -13,6 +13,7 @@ from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import ErrorsByRow, Metric
 from qeff_validate.comparison.verdict import GateResult, Power, RowText, Status
 from qeff_validate.errors import IncomparableError
+from qeff_validate.report.explanation import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Result:
     """Timings as distributions, costs, machine and judgements, of `pipeline.performance`; None of other results."""
     texts: tuple[RowText, ...] = ()
     """The texts of the rows that `Metric.by_row` has the errors of; empty: only those of the worst rows are known."""
-    explanation: Mapping[str, Any] | None = None
-    """Where a failure comes from: stages and layers with their errors, in plain form; None: it was not looked for."""
+    explanation: Explanation | None = None
+    """Where a failure comes from; None: it was not looked for."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -96,7 +97,7 @@ class Result:
         if self.texts:
             plain["texts"] = [{"text": item.text, "rows": item.rows} for item in self.texts]
         if self.explanation is not None:
-            plain["explanation"] = dict(self.explanation)
+            plain["explanation"] = self.explanation.to_plain()
         return {key: finite(value) for key, value in plain.items()}
 
     @classmethod
@@ -111,7 +112,7 @@ class Result:
             if plain["status"] not in get_args(Status):
                 raise ValueError(f"status {plain['status']!r}")
             _check_types(plain)
-            power = plain["power"]
+            power, explanation = plain["power"], plain.get("explanation")
             return cls(
                 **{
                     **same,
@@ -122,6 +123,7 @@ class Result:
                     "power": None if power is None else Power(power["tried"], tuple(power["missed"])),
                     "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
                     "texts": tuple(RowText(item["text"], item["rows"]) for item in plain.get("texts", ())),
+                    "explanation": None if explanation is None else Explanation.from_plain(explanation),
                 }
             )
         except (KeyError, TypeError, ValueError) as exc:

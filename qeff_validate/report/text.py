@@ -178,7 +178,16 @@ def closing(results: Sequence[Result]) -> list[str]:
                 else ""
             )
         )
-    return lines
+    return [*lines, *explanations(results)]
+
+
+def explanations(results: Iterable[Result]) -> list[str]:
+    """Return a sentence for each result that was explained: where it goes wrong."""
+    return [
+        f"{result.case}-{result.runtime}: {result.explanation.summary}"
+        for result in results
+        if result.explanation is not None
+    ]
 
 
 def unsettled_places(results: Iterable[Result]) -> set[tuple[str, str]]:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from qeff_validate.builders.source_keys import JUDGES, SHAPES_ARTIFACTS
+from qeff_validate.builders.source_keys import EXPLAINS, JUDGES, SHAPES_ARTIFACTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
-    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"selftest"},
+    {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"explain", "selftest"},
     {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"protocols"},
     {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"}, {"registry"},
     {"files", "folders"}, {"errors"},
@@ -32,7 +32,9 @@ FRAMEWORKS = frozenset({
     "torch", "transformers", "peft", "sentence_transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir",
     "qaicrt", "QAicApi_pb2",
 })  # fmt: skip
-MAY_USE_FRAMEWORKS = frozenset({"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest"})
+MAY_USE_FRAMEWORKS = frozenset(
+    {"models", "runtimes", "builders", "sdk", "mutation", "prechecks", "selftest", "explain"}
+)
 SIMULATOR_USES = frozenset({"numpy", "onnx", "onnxruntime", "google", "yaml"})
 
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"})
@@ -144,9 +146,11 @@ def side_by_side(source: str, name: str) -> list[str]:
 def shaped_by_judges(source: str, name: str) -> list[str]:
     """Imports of what judges or explains, as a module that shapes artifacts is loaded."""
     path = name.removeprefix("qeff_validate.").replace(".", "/") + ".py"
-    if not path.startswith(tuple(f"{folder}/" for folder in SHAPES_ARTIFACTS)) or path in JUDGES:
+    if not path.startswith(tuple(f"{folder}/" for folder in SHAPES_ARTIFACTS)) or path in (*JUDGES, *EXPLAINS):
         return []
-    judges = tuple("qeff_validate." + judge.removesuffix(".py").replace("/", ".") + "." for judge in JUDGES)
+    judges = tuple(
+        "qeff_validate." + judge.removesuffix(".py").replace("/", ".") + "." for judge in (*JUDGES, *EXPLAINS)
+    )
     return [
         f"{name} imports {item.module}" for item in imports(source, name) if item.top and item.module.startswith(judges)
     ]

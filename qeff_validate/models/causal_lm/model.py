@@ -38,8 +38,10 @@ from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
+    Explained,
     FaultTested,
     Graph,
+    OriginalRun,
     Prechecked,
     RecordingChecked,
     Session,
@@ -96,7 +98,7 @@ class Prompts:
         return frozenset()
 
 
-class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed):
+class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
     """The model kind ``peft-causal-lm`` (graph interface: design §3).
 
     Args:
@@ -348,6 +350,29 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed):
         """
         run = run_batched if self.options.mixed_batch else run_sequentially
         return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
+
+    def original_run(self, inputs: Prompts, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
+        """Return one run of a prompt and its continuation up to a row of the logits, with that row's adapter."""
+        from qeff_validate.models.causal_lm.original_run import original_run
+        from qeff_validate.models.causal_lm.reference import adapted_models
+
+        ends = np.cumsum(reference["steps"])
+        at = int(np.searchsorted(ends, row, side="right"))
+        adapter, prompt = divmod(at, len(inputs.ids))
+        step = row - int(ends[at] - reference["steps"][at])
+        tokens = _split(reference["tokens"], reference["steps"])[at][:step]
+        name = list(inputs.adapters)[adapter]
+        models = adapted_models(self._take_model(), self._specs(inputs, served=True), inputs.adapters)
+        for _, model in zip(list(inputs.adapters)[: adapter + 1], models):  # noqa: B007, B905 (the generator would unload it)
+            pass
+        text = np.concatenate([inputs.ids[prompt], tokens])
+        tensors = self._served_tensors(inputs.adapters, name)
+        place = adapter if self.options.mixed_batch else 0
+        return original_run(model, self.interface(inputs), text, tensors, sizes, pad=inputs.pad, adapter_id=place)
+
+    def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
+        """Return the prompt that a row of the logits continues."""
+        return int(np.searchsorted(np.cumsum(reference["steps"]), row, side="right")) % len(inputs.ids)
 
     def workloads(self, session: Session, inputs: Prompts) -> Sequence[Workload]:
         """Return the prefill of the shortest and the longest prompt, a decode step after each, and a swap of adapters.

@@ -41,9 +41,11 @@ from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text,
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
+    Explained,
     FaultTested,
     FillerChecked,
     Graph,
+    OriginalRun,
     Prechecked,
     Session,
     Share,
@@ -66,7 +68,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Explained):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -476,6 +478,26 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed):
             RunError: no allowed shape of the session fits, or an output has lost its rows.
         """
         return run_rows(session, inputs, batch_size=self.options.batch_size, side=self.options.padding_side)
+
+    def original_run(
+        self,
+        inputs: TokenRows,
+        reference: Tensors,  # noqa: ARG002
+        sizes: Mapping[str, int],
+        row: int,  # noqa: ARG002
+    ) -> OriginalRun:
+        """Return one run of the original body on some rows, pooled by the numpy oracle."""
+        from qeff_validate.models.embedding.original_run import original_run
+
+        pool = partial(self._pool_row, dtype="float64")
+        side = self.options.padding_side
+        return original_run(self._body(), self.graph, inputs, sizes, pool=pool, finish=self._finish, side=side)
+
+    def text_of_row(self, inputs: TokenRows, reference: Tensors, row: int) -> int:  # noqa: ARG002
+        """Return the row; without pooling, the text of a token."""
+        if not inputs.per_token:
+            return row
+        return int(np.searchsorted(np.cumsum([ids.size for ids in inputs.ids]), row, side="right"))
 
     def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
         """Return one full batch, without padding, for each length and batch size that the session takes."""

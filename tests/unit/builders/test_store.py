@@ -483,6 +483,14 @@ def test_another_message_of_a_judge_rebuilds_no_artifact(package: Path) -> None:
         measures = keys()[1]
 
 
+def test_another_line_of_what_explains_changes_no_key(package: Path) -> None:
+    before = keys()
+    for name in (*source_keys.EXPLAINS, "explain/matching.py", "report/explanation.py"):
+        with (package / name).open("a") as file:
+            file.write("# another line\n")
+    assert keys() == before
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -12,12 +12,13 @@ from typing import Any
 
 import chromium
 import pytest
-from report_samples import EXPLANATION, HOSTILE, sample_report, sample_result
+from report_samples import EXPLANATION, HOSTILE, PLAIN_EXPLANATION, sample_report, sample_result
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import ErrorsByRow, Metric
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.charts import LogScale, bound_mark, bound_scale, layer_bars, stage_bars, strip
+from qeff_validate.report.explanation import Explanation
 from qeff_validate.report.html_report import html_report
 from qeff_validate.report.report import Report
 
@@ -72,7 +73,7 @@ def test_simulated_runtime_is_called_simulated_wherever_it_stands() -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_text(text: str) -> None:
     hostile = sample_report(5, text)
-    results = [replace(item, case=text, explanation=_hostile(EXPLANATION, text)) for item in hostile.results]
+    results = [replace(item, case=text, explanation=_hostile(text)) for item in hostile.results]
     page = html_report(replace(hostile, results=tuple(results), unwritten=(text,)))
     plain, elements = Elements(html_report(_same_shape())), Elements(page)
     assert set(elements.tags) == set(plain.tags), "no element comes from a text"
@@ -91,17 +92,21 @@ def _same_shape() -> Report:
     )
 
 
-def _hostile(value: Any, text: str) -> Any:
-    """Return an explanation with each of its texts replaced."""
-    if isinstance(value, dict):
-        return {key: _hostile(item, text) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_hostile(item, text) for item in value]
-    return text if isinstance(value, str) else value
+def _hostile(text: str) -> Explanation:
+    """Return the explanation with each of its texts replaced."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [replaced(item) for item in value]
+        return text if isinstance(value, str) and value not in ("nan", "inf") else value
+
+    return Explanation.from_plain(replaced(PLAIN_EXPLANATION))
 
 
-@pytest.mark.parametrize("explanation", [{}, {"summary": "s", "stages": [], "layers": []}, {"stages": [{}]}])
-def test_explanation_may_lack_any_part(explanation: dict[str, Any]) -> None:
+@pytest.mark.parametrize("explanation", [Explanation("s"), replace(EXPLANATION, layers=(), module=None, finding="")])
+def test_explanation_may_lack_any_part(explanation: Explanation) -> None:
     assert "Where it comes from" in html_report(Report((sample_result(status="fail", explanation=explanation),)))
     assert "Where it comes from" not in html_report(Report((sample_result(status="fail"),)))
 
@@ -238,9 +243,7 @@ def test_page_is_used_with_the_keyboard(tab: chromium.Page, tmp_path: Path) -> N
 
 @pytest.mark.integration
 def test_hostile_texts_neither_run_nor_break_a_narrow_page(tab: chromium.Page, tmp_path: Path) -> None:
-    results = [
-        sample_result(text, status="fail", text=text, explanation=_hostile(EXPLANATION, text)) for text in HOSTILE
-    ]
+    results = [sample_result(text, status="fail", text=text, explanation=_hostile(text)) for text in HOSTILE]
     file = tmp_path / "report.html"
     Report(tuple(results), {}).write(tmp_path)
     tab.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)

@@ -12,6 +12,7 @@ from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power
 from qeff_validate.errors import IncomparableError, ValidateError
+from qeff_validate.report.explanation import Explanation
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Precheck, Result, finite
 
@@ -169,7 +170,7 @@ def test_notebook_escapes_what_it_shows() -> None:
 def test_markdown_folds_reasons_and_environment_and_opens_failures() -> None:
     from qeff_validate.report.markdown import markdown
 
-    explanation = {"summary": "layer.1 is wrong"}
+    explanation = Explanation("layer.1 is wrong")
     failed = result("fail", reason="rel_l2 <= 1 </details>", stage="compare", explanation=explanation)
     text = markdown((failed, result("not_run", "ai100", reason="no card")), (), {"versions": {"torch": "2"}})
     assert "<details open><summary><b>c-ort</b>: Disproved (fail at compare)</summary>" in text

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values inside an ONNX graph: any of them as outputs, and any of them replaced by given content.
+
+A replaced value is cut: its node still computes it, as an output, while the nodes behind it read the given content.
+With all values of the original model cut at once, one run shows the error that each block makes by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, inliner, numpy_helper
+
+from qeff_validate.artifact import Artifact
+from qeff_validate.builders.onnx_patterns import producers
+from qeff_validate.protocols import Session
+from qeff_validate.tensors import Array, Tensors
+
+FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
+
+CUT = "/explain.reference"
+"""Ends the name of the input that stands for a cut value."""
+
+Open = Callable[[Artifact], AbstractContextManager[Session]]
+
+
+class GraphValues:
+    """An ONNX file whose inner values can be read and replaced.
+
+    Args:
+        path: the file.
+        folder: an empty directory for changed copies; weights are written there once.
+        open_graph: opens such a copy.
+        untrusted: whether the file is somebody else's, which is opened in a process of its own.
+    """
+
+    def __init__(self, path: Path, folder: Path, open_graph: Open, *, untrusted: bool = False) -> None:
+        model = onnx.load(str(path))
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        _constants_as_initializers(model.graph)
+        self.weights: dict[str, Array] = {
+            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+        }
+        self._folder, self._open, self._untrusted = folder, open_graph, untrusted
+        self._numbers = itertools.count()
+        self.repairs: dict[str, Array] = {}
+        """The right content of initializers that differ; runs with ``repaired`` use it."""
+        skeleton = folder / "graph.onnx"
+        onnx.save(model, str(skeleton), save_as_external_data=True, location="weights", size_threshold=1024)
+        self.model = onnx.load(str(skeleton), load_external_data=False)
+        self.nodes: list[Any] = list(self.model.graph.node)
+        self.producer: Mapping[str, Any] = producers(self.model.graph)
+        self.index: Mapping[str, int] = {
+            name: place for place, node in enumerate(self.nodes) for name in node.output if name
+        }
+        self.inputs = [value.name for value in self.model.graph.input if value.name not in self.weights]
+        self.outputs = [value.name for value in self.model.graph.output]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the dims of ``input_ids`` that are fixed, as ``batch_size`` and ``seq_len``."""
+        fixed: dict[str, int] = {}
+        for value in self.model.graph.input:
+            dims = value.type.tensor_type.shape.dim
+            if len(dims) == 2 and value.type.tensor_type.elem_type in (TensorProto.INT64, TensorProto.INT32):
+                for name, dim in zip(("batch_size", "seq_len"), dims, strict=True):
+                    if dim.dim_value:
+                        fixed[name] = dim.dim_value
+        return fixed
+
+    def run(
+        self,
+        feeds: Tensors,
+        wanted: Sequence[str] | None = None,
+        cuts: Tensors | None = None,
+        *,
+        repaired: bool = False,
+    ) -> dict[str, Array]:
+        """Run the graph once.
+
+        Args:
+            feeds: its inputs, by its own names.
+            wanted: values to return; None: every value of a node.
+            cuts: content of values that the nodes behind them read instead.
+            repaired: run with the right weights in place of those that differ.
+
+        Returns:
+            The values that are real numbers, as they are computed.
+        """
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        cuts = dict(cuts or {})
+        names = list(self.index) if wanted is None else list(dict.fromkeys([*wanted, *cuts]))
+        extra = _cut(model, cuts)
+        outputs = {value.name for value in model.graph.output}
+        for name in names:
+            if name not in outputs:
+                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        for tensor in model.graph.initializer if repaired else ():
+            if tensor.name in self.repairs:
+                tensor.CopyFrom(numpy_helper.from_array(self.repairs[tensor.name], tensor.name))
+        path = self._folder / f"run{next(self._numbers)}.onnx"
+        onnx.save(model, str(path))
+        artifact = Artifact("onnx", path, str(path), untrusted=self._untrusted)
+        with self._open(artifact) as session:
+            dtypes = {spec.name: spec.dtype for spec in session.inputs}
+            given = {**feeds, **extra}
+            fed = {name: given[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+            floats = {spec.name for spec in session.outputs if spec.dtype in ("float32", "float16", "float64")}
+            return dict(session.run(fed, fetch=[name for name in names if name in floats]))
+
+    def operator(self, name: str) -> tuple[str, str]:
+        """Return the name and the operator of the node that computes a value."""
+        node = self.producer.get(name)
+        return ("", "") if node is None else (node.name or node.output[0], node.op_type)
+
+    def block(self, name: str, stops: Mapping[str, Any] | set[str]) -> list[Any]:
+        """Return the nodes between other values and a value, in the order of the graph."""
+        places: set[int] = set()
+        pending = [name]
+        while pending:
+            at = self.index.get(pending.pop())
+            if at is None or at in places:
+                continue
+            places.add(at)
+            pending += [source for source in self.nodes[at].input if source and source not in stops]
+        return [self.nodes[place] for place in sorted(places)]
+
+
+def _cut(model: Any, cuts: Tensors) -> dict[str, Array]:
+    """Let the nodes behind some values read inputs in their place; return the content of these inputs."""
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name in cuts:
+                node.input[place] = name + CUT
+    for name, array in cuts.items():
+        kind = next(key for key, dtype in FLOATS.items() if dtype == array.dtype)
+        model.graph.input.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
+    return {name + CUT: array for name, array in cuts.items()}
+
+
+def _constants_as_initializers(graph: Any) -> None:
+    """Turn Constant nodes that hold a tensor into initializers."""
+    kept = []
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
+        if value is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = node.output[0]
+    if len(kept) != len(graph.node):
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(copies)

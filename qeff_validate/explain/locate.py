@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a divergent layer and a comparison of weights to one module, and what differs inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.layers import LEAST, Layers
+from qeff_validate.explain.matching import of_tokens, relative_error
+from qeff_validate.explain.names import common_module, is_within, numbered
+from qeff_validate.explain.operators import operator_finding, output_finding
+from qeff_validate.explain.reference_values import ReferenceValues
+from qeff_validate.explain.weights import WeightComparison, WeightFinding, used_weights
+from qeff_validate.models.emulation.precision import Compute
+from qeff_validate.protocols import OriginalRun
+
+NEARBY = 40
+"""Values before a divergent one that are tried as its input."""
+
+MANY = 3
+"""Findings of weights that are told one by one; more are told as a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The module that differs, and what differs there."""
+
+    module: str | None
+    finding: str
+
+
+def locate(
+    original: OriginalRun,
+    recorded: ReferenceValues,
+    graph: GraphValues,
+    layers: Layers,
+    weights: WeightComparison,
+    compute: Compute = "fp32",
+) -> Location:
+    """Return the module and the finding.
+
+    Args:
+        original: the run of the original model.
+        recorded: its values.
+        graph: the graph.
+        layers: the local errors.
+        weights: the comparison of weights.
+        compute: what the graph computes in.
+    """
+    location = _locate(original, recorded, graph, layers, weights, compute)
+    if location.module is not None and not location.finding:
+        moved = layers.moved()
+        other = None if moved is None else _locate(original, recorded, graph, moved, weights, compute)
+        if other is not None and other.finding:
+            return other
+    return location
+
+
+def _locate(
+    original: OriginalRun,
+    recorded: ReferenceValues,
+    graph: GraphValues,
+    layers: Layers,
+    weights: WeightComparison,
+    compute: Compute,
+) -> Location:
+    if layers.guilty is None:
+        return Location(None, "")
+    module = layers.module or ""
+    lacking = weights.lacking_layer()
+    if lacking:
+        return Location(lacking, "is not in the graph")
+    absent = [item for item in weights.of(module) if item.initializer is None] if layers.missing else []
+    if absent:
+        return Location(module, f"{len(absent)} of its weights are not in the graph")
+    # a weight that differs inside the module says most
+    own = [item for item in weights.of(module) if item.initializer is not None] if module else []
+    if own:
+        return _of_weights(own, weights)
+    value = layers.values[layers.guilty]
+    observed = layers.matches.local[layers.guilty]
+    observed = observed.reshape(value.array.shape) if observed.size == value.array.size else observed
+    nodes = graph.block(layers.matches.names[layers.guilty], set(layers.matches.names.values()))
+    for name in used_weights(nodes, graph.weights, graph.producer):
+        differing = [item for item in weights.findings if item.initializer == name]
+        if differing:
+            return _of_weights(differing, weights)
+        parameter = weights.by_initializer.get(name)
+        owner = parameter.rpartition(".")[0] if parameter is not None else module
+        if parameter is not None and not is_within(owner, module) and not is_within(module, owner):
+            return _of_another(module, owner, graph, weights)
+    tokens = original.tokens
+
+    def size(expected: Any, actual: Any) -> float:
+        return relative_error(of_tokens(expected, tokens), of_tokens(actual, tokens))
+
+    tolerance = max(5 * LEAST[compute], 2 * layers.floor)
+    text = ""
+    if value.output:
+        text = _candidate(original, value.output, observed, tolerance)
+    elif value.place is not None and observed.shape == value.array.shape:
+        before = [(item.module, item.array) for item in layers.values[: layers.guilty] if item.place is not None]
+        text = operator_finding(
+            original.module, value.place, module, recorded.calls, observed, size, tolerance, before[-NEARBY:]
+        )
+        call = recorded.calls.get(module)
+        given: Any = None if call is None or not call[0] else call[0][0]
+        given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
+        text = text or output_finding(value.array, observed, given, size, tolerance)
+    if not text and observed.shape == value.array.shape:
+        text = output_finding(value.array, observed, None, size, tolerance)
+    return Location(module, text)
+
+
+def _of_weights(own: Sequence[WeightFinding], weights: WeightComparison) -> Location:
+    """Return the module of some weights; if many weights differ alike, what these have in common."""
+    alike = [item for item in weights.findings if item.text == own[0].text]
+    common = common_module([item.module for item in alike])
+    if len(alike) <= MANY:
+        return Location(own[0].module, _told([item.sentence() for item in own if item.module == own[0].module]))
+    return Location(common if numbered(common) else own[0].module, f"{len(alike)} weights {own[0].text}")
+
+
+def _of_another(module: str, owner: str, graph: GraphValues, weights: WeightComparison) -> Location:
+    """Return where the weights of another module are used: in one module, or in a whole layer."""
+    here, there = module.split("."), owner.split(".")
+    at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), len(here))
+    if at < len(here) and at < len(there) and here[at].isdecimal() and there[at].isdecimal():
+        own, other = (".".join(path[: at + 1]) for path in (here, there))
+        order = [
+            weights.by_initializer.get(name, "") for name in used_weights(graph.nodes, graph.weights, graph.producer)
+        ]
+        first = [place for place, name in enumerate(order) if is_within(name, other)]
+        second = [place for place, name in enumerate(order) if is_within(name, own)]
+        if first and second and max(first) < min(second):
+            return Location(own, f"weights are those of {other}: the layers are swapped")
+    return Location(module, f"weight is that of {owner}")
+
+
+def _candidate(original: OriginalRun, output: str, observed: Any, tolerance: float) -> str:
+    """Return which other computation of an output's inputs gives what the graph gives; empty if none does."""
+    for name, outputs in original.candidates().items():
+        if output in outputs and relative_error(outputs[output], observed) <= tolerance:
+            return name
+    return ""
+
+
+def _told(texts: Sequence[str]) -> str:
+    shown = ", ".join(texts[:MANY])
+    return shown if len(texts) <= MANY else f"{shown} and {len(texts) - MANY} more"

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block of a graph computes in place of a module: tries other formulas on the reference's own inputs.
+
+Each hypothesis is the original module with one change, run on the inputs of its recorded call. The one that gives what
+the graph gives is the finding.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qeff_validate.explain.reference_values import Place
+from qeff_validate.models.emulation.ensemble import attention_implementation
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "mish": functional.mish,
+    "softplus": functional.softplus,
+    "relu squared": lambda x: torch.relu(x).square(),
+    "no activation": lambda x: x,
+}
+
+EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
+SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
+
+LEAST_MASK = -1e3
+"""Value from which a number among an attention's arguments hides a place."""
+
+GRID = torch.linspace(-4, 4, 33, dtype=torch.float64)
+
+
+def operator_finding(
+    root: Any,
+    place: Place,
+    module: str,
+    calls: Mapping[str, tuple[Any, Any]],
+    observed: Any,
+    size: Callable[[Any, Any], float],
+    tolerance: float,
+    others: Sequence[tuple[str, Any]] = (),
+) -> str:
+    """Return what a block computes in place of a module; empty if no hypothesis gives it.
+
+    Args:
+        root: the original model, float32.
+        place: where the block's output is in the original model.
+        module: path of the module that computes it.
+        calls: positional and keyword arguments of each module's recorded call, float64.
+        observed: the block's output, in the shape of the original's.
+        size: of an error, from the expected and the actual value.
+        tolerance: error up to which a hypothesis holds.
+        others: paths of modules, and the values that they compute before this one.
+    """
+    if module not in calls:
+        return ""
+    observed = np.asarray(observed, dtype=np.float64)
+    with attention_implementation(root, "eager"):  # as in the recorded run; the copy has a config of its own
+        copied = copy.deepcopy(root.get_submodule(module)).double()
+    tried = _Tried(copied, calls[module], module, place)
+    try:
+        with torch.no_grad():
+            hypotheses = _hypotheses(tried, observed, size, tolerance)
+            for text, output in itertools.chain(hypotheses, _other_inputs(tried, others)):
+                if output.shape == observed.shape and size(output, observed) <= tolerance:
+                    return text
+    except Exception:  # a hypothesis that the module does not take explains nothing
+        return ""
+    return ""
+
+
+class _Tried:
+    """A module to try changes on.
+
+    Args:
+        module: a copy, in float64.
+        call: arguments of its recorded call.
+        path: of the module.
+        place: where the block's output is: its own output, or what enters or leaves a module below it.
+    """
+
+    def __init__(self, module: Any, call: tuple[Any, Any], path: str, place: Place) -> None:
+        self.module, self.call, self.path, self.place = module, call, path, place
+
+    def run(self) -> Any:
+        """Return the value at the place, float64."""
+        path, side, index = self.place
+        if path == self.path:
+            output = self.module(*self.call[0], **self.call[1])
+            found = output[index] if isinstance(output, (tuple, list)) else output
+        else:
+            child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
+
+            def keep(_: Any, args: Any, out: Any = None) -> None:
+                values = args if side == "in" else out
+                seen.append(values[index] if isinstance(values, (tuple, list)) else values)
+
+            hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
+            try:
+                self.module(*self.call[0], **self.call[1])
+            finally:
+                hook.remove()
+            found = seen[0]
+        return found.double().numpy()
+
+
+def _hypotheses(
+    tried: _Tried, observed: Any, size: Callable[[Any, Any], float], tolerance: float
+) -> Iterator[tuple[str, Any]]:
+    module, call = tried.module, tried.call
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        yield from _linear(module, call, observed, size, tolerance)
+    names = [name for name in EPSILONS if isinstance(getattr(module, name, None), float)]
+    if names and getattr(module, "weight", None) is not None:
+        yield from _norm(tried, names[0], observed, size)
+    if next(module.children(), None) is None and next(module.parameters(), None) is None:
+        yield from _activation(module, call)
+    scales = [name for name in SCALES if isinstance(getattr(module, name, None), float)]
+    if scales:
+        yield from _scale(tried, scales[0], observed, size)
+        yield from _without_mask(tried)
+    yield from _swapped(tried)
+
+
+def _without_mask(tried: _Tried) -> Iterator[tuple[str, Any]]:
+    """Yield the module without its additive masks."""
+    args, kwargs = tried.call
+
+    def cleared(value: Any) -> Any:
+        is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
+        return torch.zeros_like(value) if is_mask else value
+
+    changed_args = tuple(map(cleared, args)), {name: cleared(value) for name, value in kwargs.items()}
+    yield "the mask is left out", _Tried(tried.module, changed_args, tried.path, tried.place).run()
+
+
+def _other_inputs(tried: _Tried, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield a module without children on the values of others in place of its input, the nearest first."""
+    args, kwargs = tried.call
+    if next(tried.module.children(), None) is not None or not args or not isinstance(args[0], Tensor):
+        return
+    for path, array in reversed(others):
+        if array.shape == tuple(args[0].shape):
+            call = (torch.from_numpy(array), *args[1:]), kwargs
+            text = f"it reads what {path} gives, not its own input"
+            yield text, _Tried(tried.module, call, tried.path, tried.place).run()
+
+
+def _swapped(tried: _Tried) -> Iterator[tuple[str, Any]]:
+    """Yield the module with two of its linear layers of one shape in each other's place."""
+    linear = [(name, child) for name, child in tried.module.named_children() if isinstance(child, nn.Linear)]
+    for (first, left), (second, right) in itertools.combinations(linear, 2):
+        if left.weight.shape == right.weight.shape:
+            setattr(tried.module, first, right)
+            setattr(tried.module, second, left)
+            yield f"{first} and {second} are swapped", tried.run()
+            setattr(tried.module, first, left)
+            setattr(tried.module, second, right)
+
+
+def _linear(
+    module: Any, call: tuple[Any, Any], observed: Any, size: Callable[[Any, Any], float], tolerance: float
+) -> Iterator[tuple[str, Any]]:
+    given = call[0][0] if call[0] else next(iter(call[1].values()))
+    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+    product = (given @ weight).numpy()
+    bias = 0 if module.bias is None else module.bias.numpy()
+    if module.bias is not None:
+        yield "no bias", product
+        yield "the bias is added twice", product + 2 * bias
+    if weight.shape[0] == weight.shape[1]:
+        yield "weight transposed", (given @ weight.T).numpy() + bias
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        left, right = (tensor.to(dtype).double() for tensor in (given, weight))
+        yield f"computed from {name} operands", (left @ right).numpy() + bias
+    yield "its output is negated", -(product + bias)
+    if observed.shape == product.shape and _clipped(product, observed - bias, size, tolerance):
+        yield "its product is clipped", observed
+
+
+def _norm(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
+    module = tried.module
+    before = getattr(module, name)
+
+    def with_epsilon(value: float) -> Any:
+        with changed(module, name, value):
+            return tried.run()
+
+    ladder = [10.0**power for power in range(-13, 0)]
+    errors = [size(with_epsilon(value), observed) for value in ladder]
+    best = ladder[int(np.argmin(errors))]
+    fine = np.geomspace(best / 10, best * 10, 41)
+    value = float(fine[int(np.argmin([size(with_epsilon(item), observed) for item in fine]))])
+    for _ in range(4):  # each round narrows the interval tenfold
+        step = (fine[1] / fine[0]) if len(fine) > 1 else 1.1
+        fine = np.geomspace(value / step, value * step, 21)
+        value = float(fine[int(np.argmin([size(with_epsilon(item), observed) for item in fine]))])
+    nearest = min(ladder, key=lambda item: abs(np.log(item / value)))
+    shown = nearest if abs(np.log(nearest / value)) < 0.05 else value
+    yield f"epsilon {shown:.3g} instead of {before:.3g}", with_epsilon(value)
+    weight = module.weight
+    for text, other in (("no weight", torch.ones_like(weight)), ("no weight", torch.zeros_like(weight))):
+        saved = weight.data.clone()
+        weight.data.copy_(other)
+        yield text, tried.run()
+        weight.data.copy_(saved)
+
+
+def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]:
+    given = call[0][0] if call[0] else next(iter(call[1].values()), None)
+    if not isinstance(given, Tensor):
+        return
+    try:
+        own = module(GRID)
+    except Exception:  # it takes no grid of numbers, so it is no activation
+        return
+    if not isinstance(own, Tensor) or own.shape != GRID.shape:
+        return
+    known = next((name for name, f in ACTIVATIONS.items() if torch.allclose(own, f(GRID), atol=1e-9)), None)
+    for name, function in ACTIVATIONS.items():
+        if name != known:
+            yield f"{name} instead of {known or type(module).__name__}", function(given).numpy()
+
+
+def _scale(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
+    """Yield attention with the scale of its scores that fits best, by a search for the least error."""
+    module = tried.module
+    before = getattr(module, name)
+
+    def error(factor: float) -> float:
+        with changed(module, name, before * factor):
+            output = tried.run()
+        return size(output, observed) if output.shape == observed.shape else float("inf")
+
+    coarse = [0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0, 16.0]
+    best = min([*coarse, 1.0], key=error)
+    low, high = best * 0.7 - 0.02, best * 1.4 + 0.02
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(40):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+        if high - low < 1e-7:
+            break
+    factor = (low + high) / 2
+    with changed(module, name, before * factor):
+        yield f"scores scaled by {factor:.5g}", tried.run()
+
+
+@contextmanager
+def changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute until the context ends."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def output_finding(
+    expected: Any, observed: Any, given: Any, size: Callable[[Any, Any], float], tolerance: float
+) -> str:
+    """Return how a block's output is made from the right one; empty if it is not.
+
+    Args:
+        expected: the right output.
+        observed: of the same shape.
+        given: the module's input, if it has the same shape, else None.
+        size: of an error.
+        tolerance: error up to which a hypothesis holds.
+    """
+    expected, observed = (np.asarray(values, dtype=np.float64) for values in (expected, observed))
+    if not np.isfinite(observed).all():
+        bad = ~np.isfinite(observed)
+        return f"{int(bad.sum())} of {observed.size} values of its output are NaN or infinite"
+    if not observed.any():
+        return "its output is zero"
+    if given is not None and given.shape == observed.shape and size(given, observed) <= tolerance:
+        return "skipped: its output is its input"
+    factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
+    if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
+        return f"its output is scaled by {factor:.5g}"
+    return _clipped(expected, observed, size, tolerance)
+
+
+def _clipped(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
+    top = np.abs(observed).max()
+    if 0 < top < 0.98 * np.abs(expected).max() and size(np.clip(expected, -top, top), observed) <= tolerance:
+        return f"its output is clipped at {top:.4g}"
+    rows = np.abs(observed).max(axis=-1, keepdims=True)
+    smaller = (rows > 0) & (rows < 0.98 * np.abs(expected).max(axis=-1, keepdims=True))
+    if smaller.any() and size(np.clip(expected, -rows, rows), observed) <= tolerance:
+        return "its output is clipped, row by row"
+    return ""

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values inside the original model: what its modules return, and what their parents compute between them.
+
+A value is the first tensor with its content: the output of a module, or the input of a module that no module has
+returned, such as a residual sum, which belongs to the parent. Hooks record them; a second run in another precision
+replaces each by its recorded content, so that the difference at each is made there alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qeff_validate.models.emulation.ensemble import attention_implementation
+from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
+from qeff_validate.models.emulation.precision import (
+    DEPENDS_ON_WEIGHTS,
+    ComputationVariant,
+    Compute,
+    emulate_precision,
+)
+from qeff_validate.models.sources.exportable_experts import exportable_experts
+from qeff_validate.prechecks.weights_in_graph import UNUSED
+from qeff_validate.protocols import OriginalRun
+from qeff_validate.tensors import Tensors
+
+MASK = 1e30
+"""Magnitude from which a value is a mask."""
+
+Place = tuple[str, str, int]
+"""Path of the module whose hook sees a value, ``out`` or ``in``, and the index among its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceValue:
+    """One value of the original model.
+
+    Attributes:
+        module: path of the module that computes it; of an output of the graph, its owner.
+        array: float64.
+        place: where the hooks see it; None of an output of the graph.
+        output: name of the graph's output that it is; else empty.
+    """
+
+    module: str
+    array: Any
+    place: Place | None = None
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceValues:
+    """The values of one run, in the order in which they are computed.
+
+    Attributes:
+        values: the outputs of the graph are last.
+        calls: positional and keyword arguments of each leaf module's last call, for trying other formulas.
+    """
+
+    values: tuple[ReferenceValue, ...]
+    calls: Mapping[str, tuple[Any, Any]]
+
+
+def record(original: OriginalRun) -> ReferenceValues:
+    """Run the original model in float64, and record its values."""
+    root = original.module
+    recorder = _Recorder(root)
+    with (
+        torch.no_grad(),
+        one_thread_if_small(root),
+        attention_implementation(root, "eager"),
+        compute_in_dtype(root, "float64", probe=original.run),
+        recorder.hooks(),
+    ):
+        outputs = original.run()
+    return ReferenceValues((*recorder.distinct(outputs, original.owners),), recorder.calls)
+
+
+def local_errors(
+    original: OriginalRun, values: Sequence[ReferenceValue], compute: Compute, size: Callable[[Any, Any], float]
+) -> list[float]:
+    """Run the original model in a precision, with each value replaced by its recorded content after it is measured.
+
+    Args:
+        original: the run.
+        values: from `record`.
+        compute: the precision.
+        size: of the error, from the reference and the value.
+
+    Returns:
+        For each value the error that is made between the values before it and itself.
+    """
+    root, errors = original.module, dict[Place, float]()
+    by_place = {value.place: value for value in values if value.place is not None}
+
+    def replace(place: Place, tensor: Tensor) -> Tensor:
+        value = by_place.get(place)
+        if value is None or value.array.shape != tuple(tensor.shape):
+            return tensor
+        got = tensor.detach().to(torch.float16 if compute == "fp16" else torch.float32).double().numpy()
+        errors[place] = size(value.array, got)
+        forced = torch.from_numpy(value.array).to(tensor.dtype)
+        setattr(forced, DEPENDS_ON_WEIGHTS, True)  # rounded when it is read, as the tensor that it stands for
+        return forced
+
+    variant = ComputationVariant("explanation")
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(one_thread_if_small(root))
+        stack.enter_context(attention_implementation(root, "eager"))
+        stack.enter_context(exportable_experts(root))
+        stack.enter_context(replaced(root, replace))
+        stack.enter_context(emulate_precision(root, compute, variant))
+        outputs = original.run()
+    return [
+        errors.get(value.place, float("nan")) if value.place is not None else size(value.array, outputs[value.output])
+        for value in values
+    ]
+
+
+def _is_comparable(value: ReferenceValue) -> bool:
+    """Return True unless a value is constant, a mask, or of a pooler, which pooled models do not run."""
+    array = value.array
+    if array.size < 2 or UNUSED in value.module.split("."):
+        return False
+    return bool(np.isfinite(array).all() and np.abs(array).max() < MASK and np.ptp(array) > 0)
+
+
+class _Recorder:
+    """Records the values of a run.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._seen: dict[tuple[Any, ...], Tensor] = {}
+        self._found: list[ReferenceValue] = []
+        self.calls: dict[str, tuple[Any, Any]] = {}
+
+    def hooks(self) -> Any:
+        """Return the context in which a run is recorded."""
+        return replaced(self._root, self._take, self._call)
+
+    def _call(self, path: str, args: Any, kwargs: Any) -> None:
+        self.calls[path] = args, kwargs
+
+    def _take(self, place: Place, tensor: Tensor) -> Tensor:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version)
+        if key not in self._seen:
+            self._seen[key] = tensor  # alive, so that no other tensor gets its memory
+            path, side, _ = place
+            module = path if side == "out" else path.rpartition(".")[0]
+            self._found.append(ReferenceValue(module, tensor.detach().double().numpy().copy(), place))
+        return tensor
+
+    def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
+        """Yield the first value with each content, and then the outputs of the graph."""
+        contents: set[bytes] = set()
+        whole = {owners[name] for name in outputs}
+        for value in self._found:
+            content = np.ascontiguousarray(value.array).tobytes()
+            if content not in contents and _is_comparable(value) and value.module not in whole:
+                contents.add(content)
+                yield value
+        for name, array in outputs.items():
+            yield ReferenceValue(owners[name], np.asarray(array, dtype=np.float64), output=name)
+
+
+@contextmanager
+def replaced(
+    root: Any, change: Callable[[Place, Tensor], Tensor], called: Callable[[str, Any, Any], None] | None = None
+) -> Iterator[None]:
+    """Pass every real tensor that enters or leaves a submodule through a function, until the context ends.
+
+    Args:
+        root: the model; it itself is left out.
+        change: gets the place and the tensor, and returns the tensor to go on with.
+        called: gets the path and the arguments of each call, before the change.
+    """
+    with ExitStack() as stack:
+        for path, module in root.named_modules():
+            if not path:
+                continue
+
+            def before(module: Any, args: Any, kwargs: Any, path: str = path) -> Any:  # noqa: ARG001
+                if called is not None:
+                    called(path, args, kwargs)
+                return _mapped(args, path, "in", change), kwargs
+
+            def after(module: Any, args: Any, out: Any, path: str = path) -> Any:  # noqa: ARG001
+                return _mapped(out, path, "out", change)
+
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+def _mapped(values: Any, path: str, side: str, change: Callable[[Place, Tensor], Tensor]) -> Any:
+    """Return values with each float tensor changed; of a tuple each element, of other containers none."""
+    if isinstance(values, Tensor):
+        return change((path, side, 0), values) if values.is_floating_point() else values
+    if type(values) in (tuple, list):
+        changed = [
+            change((path, side, index), value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for index, value in enumerate(values)
+        ]
+        return type(values)(changed)
+    return values

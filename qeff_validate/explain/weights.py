@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a graph beside those of the original model: equal, changed, another module's, or not there.
+
+No run is needed. Weights are found by their content, as they are or transposed; what is left on both sides is paired by
+name, else by shape and likeness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.explain.differences import difference
+from qeff_validate.explain.names import common_module
+from qeff_validate.prechecks.weights_in_graph import UNUSED
+from qeff_validate.tensors import Array
+
+MIN_SIZE = 4
+"""Elements below which a constant is no weight."""
+
+MOST_REPAIRED = 1 << 26
+"""Bytes of weights that differ above which the graph is not run with the right ones."""
+
+ALIKE = 0.5
+"""Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFinding:
+    """A weight of the original model that is not in the graph as it is.
+
+    Attributes:
+        parameter: its name in the original model.
+        initializer: the graph's tensor that stands for it; None: there is none.
+        text: what differs.
+    """
+
+    parameter: str
+    initializer: str | None
+    text: str
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns it."""
+        return self.parameter.rpartition(".")[0]
+
+    def sentence(self) -> str:
+        """Return the last part of the parameter's name, and what differs."""
+        return f"{self.parameter.rpartition('.')[2]} {self.text}"
+
+
+@dataclass
+class WeightComparison:
+    """All weights.
+
+    Attributes:
+        findings: of parameters that differ or are missing.
+        by_initializer: name of the parameter that an initializer is equal to.
+        names: of all parameters.
+    """
+
+    findings: list[WeightFinding] = field(default_factory=list)
+    by_initializer: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def lacking_layer(self) -> str:
+        """Return the path of the one layer none of whose weights is in the graph; empty if there is none."""
+        lacking = {item.parameter for item in self.findings if item.initializer is None}
+        layer = common_module([name.rpartition(".")[0] for name in lacking])
+        whole = [name for name in self.names if name.startswith(f"{layer}.")]
+        return layer if layer.rpartition(".")[2].isdecimal() and lacking.issuperset(whole) else ""
+
+    def of(self, module: str) -> list[WeightFinding]:
+        """Return the findings of a module and of those below it."""
+        return [
+            finding for finding in self.findings if finding.module == module or finding.module.startswith(f"{module}.")
+        ]
+
+
+def compare_weights(
+    module: Any, initializers: Mapping[str, Array], check: Callable[[], None] = lambda: None
+) -> WeightComparison:
+    """Compare the parameters and buffers of a torch module with the initializers of a graph.
+
+    Args:
+        module: float32.
+        initializers: by name.
+        check: raises when the time is up.
+    """
+    parameters = dict(_parameters(module))
+    floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
+    by_digest: dict[str, list[str]] = {}
+    for name, array in floats.items():
+        by_digest.setdefault(_digest(array), []).append(name)
+    result, open_parameters, used = WeightComparison(names=list(parameters)), list[str](), set[str]()
+    for name, array in parameters.items():
+        check()
+        found = [*by_digest.get(_digest(array), ()), *(by_digest.get(_digest(array.T), ()) if array.ndim == 2 else ())]
+        for initializer in found:
+            result.by_initializer.setdefault(initializer, name)
+        used.update(found)
+        if not found:
+            open_parameters.append(name)
+    rest = {name: array for name, array in floats.items() if name not in used}
+    for name in open_parameters:
+        check()
+        alone = sum(parameters[other].shape == parameters[name].shape for other in open_parameters) == 1
+        partner = _partner(name, parameters[name], rest, alone=alone)
+        if partner is None:
+            result.findings.append(WeightFinding(name, None, "is not in the graph"))
+            continue
+        text = _describe(parameters[name], rest.pop(partner))
+        result.by_initializer.setdefault(partner, name)
+        if text:
+            result.findings.append(WeightFinding(name, partner, text))
+    return result
+
+
+def repairs(module: Any, initializers: Mapping[str, Array], comparison: WeightComparison) -> dict[str, Array]:
+    """Return the right content of the initializers that differ, in the graph's shape and dtype; none if it is much.
+
+    Args:
+        module: the original model.
+        initializers: of the graph.
+        comparison: of both.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    right: dict[str, Array] = {}
+    for finding in comparison.findings:
+        if finding.initializer is None or finding.initializer not in initializers:
+            continue
+        held = initializers[finding.initializer]
+        expected = np.squeeze(tensors[finding.parameter].detach().float().numpy())
+        if _is_turned(expected, np.squeeze(held)):
+            expected = expected.T
+        right[finding.initializer] = np.ascontiguousarray(expected.reshape(held.shape), dtype=held.dtype)
+    return right if sum(array.nbytes for array in right.values()) <= MOST_REPAIRED else {}
+
+
+def _parameters(module: Any) -> Iterator[tuple[str, Array]]:
+    """Yield the floating parameters and buffers by name, but those of a pooler, which pooled models do not run."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel() >= MIN_SIZE and UNUSED not in name.split("."):
+            yield name, np.squeeze(tensor.detach().float().numpy())
+
+
+def _digest(array: Array) -> str:
+    squeezed = np.squeeze(np.asarray(array, dtype=np.float32))
+    return hashlib.blake2b(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
+
+
+def _partner(name: str, expected: Array, rest: Mapping[str, Array], *, alone: bool) -> str | None:
+    """Return the tensor that stands for a parameter: by its name, else the most alike of its shape.
+
+    Args:
+        name: of the parameter.
+        expected: its content.
+        rest: tensors that are no other parameter's.
+        alone: no other parameter of its shape is without a tensor, so that a single one must be its.
+    """
+    fitting = {
+        other: np.squeeze(array)
+        for other, array in rest.items()
+        if np.squeeze(array).shape in (expected.shape, expected.shape[::-1])
+    }
+    named = [other for other in fitting if other == name or other.endswith(f".{name}")]
+    if named:
+        return named[0]
+    if not fitting:
+        return None
+    if alone and len(fitting) == 1 and expected.ndim > 1:
+        return next(iter(fitting))
+    shares = {other: _likeness(expected, array) for other, array in fitting.items()}
+    best = max(shares, key=lambda other: shares[other])
+    if shares[best] >= ALIKE:
+        return best
+    empty = [other for other, array in fitting.items() if not array.any()]
+    return empty[0] if empty else None
+
+
+def _likeness(expected: Array, actual: Array) -> float:
+    sides = [actual] if actual.shape == expected.shape else []
+    sides += [actual.T] if actual.T.shape == expected.shape else []
+    return max(_share(expected, side) for side in sides)
+
+
+def _share(expected: Array, actual: Array) -> float:
+    """Return the share of equal elements, or the cosine, whichever is greater."""
+    norm = float(np.linalg.norm(expected) * np.linalg.norm(np.nan_to_num(actual)))
+    cosine = abs(float(np.vdot(expected, np.nan_to_num(actual)))) / norm if norm else 0.0
+    return max(float(np.mean(expected == actual)), cosine)
+
+
+def _describe(expected: Array, actual: Array) -> str:
+    """Return what differs, with the tensor turned whichever way is more alike."""
+    actual = np.squeeze(np.asarray(actual, np.float32))
+    return difference(expected, actual.T if _is_turned(expected, actual) else actual)
+
+
+def _is_turned(expected: Array, actual: Array) -> bool:
+    """Return True if a tensor is more like the transposed one than like the expected one."""
+    if actual.ndim != 2 or actual.shape[::-1] != expected.shape:
+        return False
+    return actual.shape != expected.shape or _share(expected, actual.T) > _share(expected, actual)
+
+
+def used_weights(nodes: Sequence[Any], initializers: Mapping[str, Array], producer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the initializers that some nodes read, also through transpositions and reshapes."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        for name in node.input:
+            source = name
+            while source in producer and producer[source].op_type in ("Transpose", "Reshape", "Identity", "Cast"):
+                source = producer[source].input[0]
+            if source in initializers:
+                found[source] = None
+    return list(found)

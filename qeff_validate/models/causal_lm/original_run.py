@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the original causal LM on a whole text, for explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from qeff_validate.errors import IncomparableError
+from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.protocols import Graph, OriginalRun
+from qeff_validate.tensors import RETAINED, Array, Tensors
+
+
+def original_run(
+    model: Any,
+    graph: Graph,
+    text: Array,
+    adapter: Tensors,
+    sizes: Mapping[str, int],
+    *,
+    pad: int,
+    adapter_id: int,
+) -> OriginalRun:
+    """Return one run; see `protocols.Explained`.
+
+    Args:
+        model: float32, with the adapter attached by PEFT.
+        graph: the interface.
+        text: token ids of prompt and continuation.
+        adapter: the adapter's tensors, as the graph is fed them.
+        sizes: of the batch, where the graph fixes them.
+        pad: id of the padding token.
+        adapter_id: of the adapter among those that a mixed batch serves.
+
+    Raises:
+        IncomparableError: the text does not fit into the sizes.
+    """
+    batch, length = sizes.get("batch_size", 1), sizes.get("seq_len", text.size)
+    slots = sizes.get("ctx_len", max(text.size, graph.buckets[0]["ctx_len"]))
+    if length < text.size or slots < text.size:
+        raise IncomparableError(f"a text of {text.size} tokens does not fit into {length} tokens and {slots} slots")
+    ids = np.full((batch, length), pad, dtype=np.int64)
+    places = np.full((batch, length), -1, dtype=np.int64)
+    for row in range(batch):
+        ids[row, : text.size], places[row, : text.size] = text, np.arange(text.size)
+    dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots}
+    feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.full(batch, adapter_id)}
+    for spec in graph.inputs:
+        if spec.name in adapter:
+            feeds[spec.name] = adapter[spec.name]
+        elif spec.name not in feeds:
+            shape = [dims[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)
+    feeds = {spec.name: feeds[spec.name] for spec in graph.inputs}
+    tokens = places >= 0
+    outputs = {spec.name for spec in graph.outputs}
+    layers = _attention_paths(model, outputs)
+    owners = {"logits": _head_path(model), **layers}
+
+    def run() -> Tensors:
+        with translated_errors("run the Hugging Face model"), torch.no_grad():
+            output = model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(tokens.astype(np.int64)),
+                position_ids=torch.from_numpy(np.maximum(places, 0)),
+                use_cache=False,
+            )
+        logits = output.logits.double().numpy()
+        return {"logits": logits[np.arange(batch), places.argmax(axis=1)][:, None]}
+
+    return OriginalRun(model, feeds, tokens, run, owners)
+
+
+def _head_path(model: Any) -> str:
+    """Return the path of the LM head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), "lm_head")
+
+
+def _attention_paths(model: Any, outputs: set[str]) -> dict[str, str]:
+    """Return the path of each layer's attention, by the name of its keys and values."""
+    paths = [path for path, module in model.named_modules() if getattr(module, "layer_idx", None) is not None]
+    attentions = [path for path in paths if "att" in path.rpartition(".")[2].lower()]
+    named = {}
+    for index, path in enumerate(attentions):
+        for name in ("key", "value"):
+            if f"past_{name}.{index}{RETAINED}" in outputs:
+                named[f"past_{name}.{index}{RETAINED}"] = path
+    return named

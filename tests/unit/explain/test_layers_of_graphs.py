@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of a small graph whose names say nothing: the module and what differs in it are found by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from tiny_graph import Body, body, examine, graph
+
+
+def initializers(proto: Any, like: Any) -> Any:
+    """Return the initializer with some content."""
+    return next(t for t in proto.graph.initializer if np.array_equal(numpy_helper.to_array(t), like))
+
+
+def changed(tensor: Any, edit: Callable[[Any], Any]) -> None:
+    """Replace the content of an initializer."""
+    values = edit(numpy_helper.to_array(tensor).copy())
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values.astype(np.float32)), tensor.name))
+
+
+def in_weight(path: str, edit: Callable[[Any], Any], name: str = "weight") -> Callable[[Any, Body], None]:
+    """Return a fault of a weight, which the edit takes as torch has it."""
+
+    def apply(proto: Any, model: Body) -> None:
+        value = model.get_submodule(path).get_parameter(name).detach().numpy()
+        turned = value.T if value.ndim == 2 and path != "words" else value
+        turn = (lambda array: array.T) if turned is not value else (lambda array: array)
+        changed(initializers(proto, turned), lambda array: turn(edit(turn(array))))
+
+    return apply
+
+
+def zero_row(array: Any) -> Any:
+    array[3] = 0
+    return array
+
+
+def swap_rows(array: Any) -> Any:
+    array[[1, 4]] = array[[4, 1]]
+    return array
+
+
+def negated_column(array: Any) -> Any:
+    array[:, 2] *= -1
+    return array
+
+
+def int8(array: Any) -> Any:
+    scale = np.abs(array).max(-1, keepdims=True) / 127
+    return np.rint(array / scale) * scale
+
+
+def not_a_number(array: Any) -> Any:
+    array[0, 1] = np.nan
+    return array
+
+
+def one_element(array: Any) -> Any:
+    array[2, 3] += 0.25
+    return array
+
+
+def nodes(proto: Any, operator: str) -> list[Any]:
+    return [node for node in proto.graph.node if node.op_type == operator]
+
+
+def epsilon(proto: Any, _: Body) -> None:
+    node = nodes(proto, "LayerNormalization")[1]
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("epsilon", 1e-3))
+
+
+def gelu_tanh(proto: Any, _: Body) -> None:
+    nodes(proto, "Gelu")[0].attribute.append(helper.make_attribute("approximate", "tanh"))
+
+
+def relu(proto: Any, _: Body) -> None:
+    nodes(proto, "Gelu")[1].op_type = "Relu"
+
+
+def scale(proto: Any, model: Body) -> None:
+    scaling = model.layers[1].attention.scaling
+    node = nodes(proto, "Softmax")[1]
+    before = next(n for n in proto.graph.node if n.output[0] == node.input[0])
+    product = next(n for n in proto.graph.node if n.output[0] == before.input[0])
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.9 * scaling), "other"))
+    product.input[1] = "other"
+
+
+def swapped_weights(proto: Any, model: Body) -> None:
+    first, second = (layer.up.weight.detach().numpy().T for layer in model.layers)
+    one, other = initializers(proto, first), initializers(proto, second)
+    changed(one, lambda _: second)
+    changed(other, lambda _: first)
+
+
+def wrap(proto: Any, node: Any, make: Callable[[str, str], list[Any]]) -> None:
+    """Insert nodes behind a node."""
+    name = node.output[0]
+    node.output[0] = "inner"
+    place = list(proto.graph.node).index(node)
+    for new in reversed(make("inner", name)):
+        proto.graph.node.insert(place + 1, new)
+
+
+def output_scaled(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(1.01), "factor"))
+    wrap(proto, proto.graph.node[-1], lambda a, b: [helper.make_node("Mul", [a, "factor"], [b])])
+
+
+def clipped_norm(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.6), "high"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(-0.6), "low"))
+    node = nodes(proto, "LayerNormalization")[1]
+    wrap(proto, node, lambda a, b: [helper.make_node("Clip", [a, "low", "high"], [b])])
+
+
+def half_operands(proto: Any, _: Body) -> None:
+    node = nodes(proto, "MatMul")[-1]
+    casts = []
+    for place in (0, 1):
+        casts.append(helper.make_node("Cast", [node.input[place]], [f"half{place}"], to=TensorProto.FLOAT16))
+        casts.append(helper.make_node("Cast", [f"half{place}"], [f"whole{place}"], to=TensorProto.FLOAT))
+        node.input[place] = f"whole{place}"
+    at = list(proto.graph.node).index(node)
+    for new in reversed(casts):
+        proto.graph.node.insert(at, new)
+
+
+def without_mask(proto: Any, _: Body) -> None:
+    softmax = nodes(proto, "Softmax")[1]
+    softmax.input[0] = next(node for node in proto.graph.node if node.output[0] == softmax.input[0]).input[0]
+
+
+def without_residual(proto: Any, _: Body) -> None:
+    norm = nodes(proto, "LayerNormalization")[1]
+    norm.input[0] = next(node for node in proto.graph.node if node.output[0] == norm.input[0]).input[1]
+
+
+def pooled_by_cls(proto: Any, _: Body) -> None:
+    states = nodes(proto, "Mul")[-1].input[0]
+    proto.graph.initializer.append(numpy_helper.from_array(np.int64(0), "first"))
+    proto.graph.node[-1].CopyFrom(helper.make_node("Gather", [states, "first"], ["output"], axis=1))
+
+
+def without_last_layer(proto: Any, model: Body) -> None:
+    proto.CopyFrom(graph(short(model)))
+
+
+def short(model: Body) -> Body:
+    made = body()
+    made.layers = torch.nn.ModuleList(list(model.layers)[:1])
+    return made
+
+
+FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
+    ("zero row", in_weight("layers.1.up", zero_row), "layers.1.up", "weight row 3 is zero"),
+    ("swapped rows", in_weight("layers.0.down", swap_rows), "layers.0.down", "weight 2 rows (1, 4) are swapped"),
+    ("negated column", in_weight("layers.0.up", negated_column), "layers.0.up", "weight column 2 is negated"),
+    ("int8", in_weight("layers.1.down", int8), "layers.1.down", "weight rounded to int8 by row"),
+    ("bf16", in_weight("layers.1.down", lambda a: torch.from_numpy(a).bfloat16().float().numpy()), "layers.1.down",
+     "weight rounded to bf16"),
+    ("scaled", in_weight("layers.0.attention.value", lambda a: a * 1.02), "layers.0.attention.value",
+     "weight scaled by 1.02"),
+    ("NaN", in_weight("layers.0.up", not_a_number), "layers.0.up", "weight 1 of 96 values are NaN or infinite"),
+    ("one element", in_weight("layers.0.up", one_element), "layers.0.up", "weight element [2, 3] is"),
+    ("words", in_weight("words", lambda a: np.roll(a, 1, 1)), "words", "weight columns are shifted by 1"),
+    ("no bias", in_weight("layers.1.down", np.zeros_like, "bias"), "layers.1.down", "bias is zero"),
+    ("transposed", in_weight("layers.1.output", lambda a: a.T), "layers.1.output", "weight transposed"),
+    ("swapped", swapped_weights, "layers.0.up", "weight is that of layers.1.up"),
+    ("epsilon", epsilon, "layers.1.norm", "epsilon 0.001 instead of 1e-06"),
+    ("gelu", gelu_tanh, "layers.0.act", "gelu_tanh instead of gelu"),
+    ("relu", relu, "layers.1.act", "relu instead of gelu"),
+    ("scale", scale, "layers.1.attention", "scores scaled by 0.9"),
+    ("mask", without_mask, "layers.1.attention", "the mask is left out"),
+    ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
+    ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
+    ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),
+    ("scaled output", output_scaled, "pooling", "its output is scaled by 1.01"),
+    ("pooling", pooled_by_cls, "pooling", "pooled by cls"),
+    ("missing layer", without_last_layer, "layers.1", "is not in the graph"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "module", "finding"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_fault_is_found_in_its_module_with_what_differs_there(
+    fault: Callable[[Any, Body], None], module: str, finding: str, tmp_path: Path
+) -> None:
+    model = body()
+    proto = graph(model)
+    fault(proto, model)
+    onnx.checker.check_model(proto)
+    found = examine(model, proto, tmp_path)
+    assert found.location.module == module
+    assert found.location.finding.startswith(finding)
+
+
+def test_healthy_graph_names_nothing_and_every_module_is_matched(tmp_path: Path) -> None:
+    model = body()
+    found = examine(model, graph(model), tmp_path)
+    assert (found.location.module, found.location.finding) == (None, "")
+    leaves = {path for path, module in model.named_modules() if next(module.children(), None) is None}
+    assert leaves <= {error.module for error in found.layers.errors}
+    assert max(error.local / error.floor for error in found.layers.errors) < 5
+
+
+def test_error_behind_a_fault_is_inherited_and_not_made_there(tmp_path: Path) -> None:
+    model = body()
+    proto = graph(model)
+    in_weight("layers.0.up", zero_row)(proto, model)
+    errors = {error.module: error for error in examine(model, proto, tmp_path).layers.errors}
+    behind = errors["layers.1.down"]
+    assert behind.inherited > 1e-2
+    assert behind.local < 5 * behind.floor
+    assert errors["layers.0.up"].local > 1e4 * errors["layers.0.up"].floor
