@@ -11,7 +11,7 @@ from dataclasses import replace
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytest
 
@@ -21,6 +21,7 @@ from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOu
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case
     from qeff_validate.engine import Runner
+    from qeff_validate.pipeline.explanation import ExplainMode
     from qeff_validate.protocols import Session
     from qeff_validate.report.report import Report
     from qeff_validate.report.result import Result
@@ -69,6 +70,7 @@ OPTIONS = {
     "store": "directory of the artifact store",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
+    "explain": "say where failures come from: off; auto, within a minute each (default); full, within an hour each",
     "run-timeout": "seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)",
 }
 
@@ -205,6 +207,16 @@ def _run_timeout(config: pytest.Config) -> float:
         raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}: {exc}") from exc
 
 
+def _explain_mode(config: pytest.Config) -> ExplainMode:
+    from qeff_validate.pipeline.explanation import ExplainMode
+
+    mode = option(config, "explain") or "auto"
+    found: ExplainMode | None = next((known for known in get_args(ExplainMode) if known == mode), None)
+    if found is None:
+        raise pytest.UsageError(f"--qv-explain: wanted {', '.join(get_args(ExplainMode))}, got {mode!r}")
+    return found
+
+
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Give a suite of ours an id that can be pasted after ``--pyargs``, wherever this package is installed."""
     if module_path.parent != SUITE_FOLDER:
@@ -234,6 +246,8 @@ def pytest_collection(session: pytest.Session) -> None:
     config = session.config
     if option(config, "run-timeout"):
         _run_timeout(config)
+    if option(config, "explain"):
+        _explain_mode(config)
     _check_reporters(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
@@ -335,7 +349,7 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
 def qv_result(request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]) -> Result:
     """The result of one case on one runtime; skips with the reason if the runtime is not usable here."""
     case, name = qv_target
-    return _usable(request, qv_runner.result(case, name))
+    return _usable(request, qv_runner.result(case, name, _explain_mode(request.config)))
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def run(
     explain: Annotated[
         ExplainMode,
         typer.Option(
-            help="say where failing results come from: off; auto, within a minute each; full, without a limit"
+            help="say where failing results come from: off; auto, within a minute each; full, within an hour each"
         ),
     ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print problems and what was proved alone")] = False,

@@ -15,7 +15,7 @@ def require_pass(result: Result) -> None:
         result: of `qv_result`, `qv_relation` or `qv_timing`.
 
     Raises:
-        pytest.fail.Exception: status, stage, reason and findings, one a line.
+        pytest.fail.Exception: status, stage, reason, where it comes from, and findings, one a line.
 
     Examples:
         >>> require_pass(Result("small", "ort", "pass", planned=3, compared=3))
@@ -28,6 +28,8 @@ def require_pass(result: Result) -> None:
         return
     stage = f" at {result.stage}" if result.stage else ""
     lines = [f"{result.case}-{result.runtime}: {result.status}{stage}: {result.reason}"]
+    if result.explanation is not None:
+        lines.append(f"where: {result.explanation.summary}")
     lines += [f"finding: {finding}" for finding in result.findings]
     lines += [f"note: {note}" for note in result.notes]
     pytest.fail("\n".join(lines), pytrace=False)

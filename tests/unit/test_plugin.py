@@ -209,6 +209,12 @@ def test_time_limit_that_is_none_is_a_usage_error(value: str, pytester: pytest.P
     result.stderr.fnmatch_lines([f"*--qv-run-timeout: wanted seconds, got '{value}'*"])
 
 
+def test_unknown_way_to_explain_is_a_usage_error(pytester: pytest.Pytester) -> None:
+    result = quick(pytester, "--qv-explain=always")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--qv-explain: wanted off, auto, full, got 'always'"])
+
+
 def test_missing_config_is_a_usage_error_that_names_it(pytester: pytest.Pytester) -> None:
     result = quick(pytester, "--qv-config", "nowhere.yaml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
