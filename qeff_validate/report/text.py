@@ -109,8 +109,13 @@ def problems(results: Sequence[Result]) -> list[str]:
         stage = f" at {result.stage}" if result.stage else ""
         known = f" (expected: {result.expected})" if result.expected else ""
         names = ", ".join(f"{result.case}-{runtime}" for runtime in runtimes)
-        lines.append(f"{names}: {result.status}{stage}{known}: {result.reason}")
+        lines.append(f"{names}: {result.status}{stage}{known}: {listed_reason(result)}")
     return lines + remarks(results)
+
+
+def listed_reason(result: Result) -> str:
+    """Return the reason; that of a failure has a line for each metric beyond its bound."""
+    return result.reason.replace("; ", ";\n  ") if result.status == "fail" else result.reason
 
 
 def distinct_problems(results: Sequence[Result]) -> Iterator[tuple[Result, list[str]]]:

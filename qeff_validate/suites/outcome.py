@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from qeff_validate.report.result import Result
+from qeff_validate.report.text import listed_reason
 
 
 def require_pass(result: Result) -> None:
@@ -27,7 +28,7 @@ def require_pass(result: Result) -> None:
     if result.status == "pass":
         return
     stage = f" at {result.stage}" if result.stage else ""
-    lines = [f"{result.case}-{result.runtime}: {result.status}{stage}: {result.reason}"]
+    lines = [f"{result.case}-{result.runtime}: {result.status}{stage}: {listed_reason(result)}"]
     if result.explanation is not None:
         lines.append(f"where: {result.explanation.summary}")
     lines += [f"finding: {finding}" for finding in result.findings]
