@@ -135,7 +135,7 @@ def lines(tuning: Tuning, name: str) -> list[str]:
     """
     before = f"as it is: {_verdict(tuning.before)}"
     if tuning.search is None:
-        return [before, "the case passes without nodes in float32; nothing is written"]
+        return [before, "the case passes without further nodes in float32; nothing is written"]
     if tuning.after is None or tuning.search.names is None:
         tried = [f"  {name}" for name in tuning.search.tried] or ["  none: no value leaves the range or rounds badly"]
         return [before, f"no list of nodes was found in {tuning.search.trials} trials; tried were", *tried]

@@ -36,6 +36,10 @@ class Search:
     smallest: bool = False
 
 
+class _TrialsRanOutError(Exception):
+    """No further list may be tried."""
+
+
 def starting_lists(audit: RangeAudit) -> list[list[str]]:
     """Return the lists to begin with, shorter ones first: what overflows; then also what rounds or clips badly."""
     beyond = audit.out_of_range()
@@ -52,7 +56,7 @@ def search(
     """Return the smallest list that can be reached by leaving out halves, quarters and at last single nodes.
 
     Args:
-        starts: lists to begin with; the first that passes is made smaller.
+        starts: lists to begin with, shorter ones first; the first that passes is made smaller.
         passes: compiles the case with a list, and judges it.
         most_trials: how often it may be called.
 
@@ -60,34 +64,40 @@ def search(
         >>> search([["a", "b", "c", "d"]], lambda names: "c" in names).names
         ('c',)
     """
+    failed: set[tuple[str, ...]] = set()
     trials = 0
-    names: list[str] | None = None
-    for start in starts:
+
+    def judged(names: Sequence[str]) -> bool:
+        nonlocal trials
+        if tuple(names) in failed:
+            return False
         if trials == most_trials:
-            break
+            raise _TrialsRanOutError
         trials += 1
-        if passes(start):
-            names = list(start)
-            break
-    if names is None:
-        return Search(None, tuple(max(starts, key=lambda names: len(names), default=())), trials)
-    longest = tuple(names)
-    size = max(1, len(names) // 2)
-    while len(names) > 1:
-        at = 0
-        shorter = False
-        while at < len(names) and len(names) > 1:
-            rest = names[:at] + names[at + size :]
-            if not rest:
-                break
-            if trials == most_trials:
-                return Search(tuple(names), longest, trials)
-            trials += 1
-            if passes(rest):
-                names, shorter = rest, True
-            else:
-                at += size
-        if size == 1 and not shorter:
-            break
-        size = max(1, min(size, len(names)) // 2)
-    return Search(tuple(names), longest, trials, smallest=True)
+        passed = passes(names)
+        if not passed:
+            failed.add(tuple(names))
+        return passed
+
+    best: list[str] | None = None
+    longest = tuple(starts[-1]) if starts else ()
+    try:
+        best = next((list(start) for start in starts if judged(start)), None)
+        if best is None:
+            return Search(None, longest, trials)
+        longest = tuple(best)
+        size = len(best) // 2
+        while size:
+            shorter = False
+            at = 0
+            while at < len(best):
+                rest = best[:at] + best[at + size :]
+                if rest and judged(rest):
+                    best, shorter = rest, True
+                else:
+                    at += size
+            if size > 1 or not shorter:
+                size //= 2
+    except _TrialsRanOutError:
+        return Search(None if best is None else tuple(best), longest, trials)
+    return Search(tuple(best), longest, trials, smallest=True)
