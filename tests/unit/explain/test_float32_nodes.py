@@ -30,6 +30,7 @@ def test_smallest_list_is_found_in_the_order_of_the_graph(needed: str) -> None:
     found = search([NAMES], passes, 100)
     assert (found.names, found.smallest, found.trials) == (tuple(needed), True, len(asked))
     assert found.tried == tuple(NAMES)
+    assert len({tuple(names) for names in asked}) == len(asked), "no list is compiled twice"
 
 
 def test_search_ends_with_its_trials_and_keeps_a_list_that_passed() -> None:
