@@ -36,6 +36,7 @@ from qeff_validate.pipeline.performance import (
     stored_measurements,
 )
 from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
+from qeff_validate.pipeline.tuning import Tuning, audit, tune
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
 from qeff_validate.report.report import Report
@@ -44,6 +45,7 @@ from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
 if TYPE_CHECKING:
+    from qeff_validate.explain.range_audit import RangeAudit
     from qeff_validate.selftest.run import Stage
     from qeff_validate.selftest.score import Score
 
@@ -350,6 +352,14 @@ class Runner:
         pipeline, on = self.pipeline(case), self.runtime(name)
         result = pipeline.result(on)
         return explained(pipeline, on, result, self.settings, LIMITS_S["full"]) if result.metrics else result
+
+    def audited(self, case: Case) -> RangeAudit:
+        """Return what fp16 does to the values of each node of a case's graph; errors are those of `tuning.audit`."""
+        return audit(self.pipeline(case), self.settings)
+
+    def tuned(self, case: Case, name: str) -> Tuning:
+        """Look for the nodes in float32 with which a case passes on a runtime; errors are those of `tuning.tune`."""
+        return tune(case, self.runtime(name), self.settings, self.pipeline)
 
     def relation(self, case: Case, name: str, relation: str) -> Result:
         """Judge a metamorphic relation of a case on a runtime; what held before is taken from the store."""

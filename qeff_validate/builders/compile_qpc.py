@@ -5,10 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.builders.compiler_inputs import compiler_flags, read_graph, write_specializations
+from qeff_validate.artifact import digest_file
+from qeff_validate.builders.compiler_inputs import (
+    NODE_PRECISION,
+    compiler_flags,
+    flag_name,
+    read_graph,
+    write_specializations,
+)
 from qeff_validate.builders.provenance import QPC_PROVENANCE
 from qeff_validate.config.case import Compile, Precision
 from qeff_validate.errors import BuildError
@@ -20,9 +28,17 @@ TAIL = 30
 
 
 def compile_key(options: Compile, precision: Precision, buckets: Sequence[Mapping[str, int]], sdk: Sdk) -> Any:
-    """Return plain data that changes with everything a QPC depends on beside the ONNX file."""
+    """Return plain data that changes with everything a QPC depends on beside the ONNX file.
+
+    A node precision file counts by its content: an edited one makes another QPC, and a moved one the same.
+    """
+    plain = options.model_dump(mode="json", exclude={"timeout_s"})
+    for key, value in options.flags.items():
+        if flag_name(key) == NODE_PRECISION:
+            with suppress(OSError):  # the compiler will say that it is missing
+                plain["flags"][key] = f"sha256:{digest_file(Path(str(value)))}"
     return {
-        "options": options.model_dump(mode="json", exclude={"timeout_s"}),
+        "options": plain,
         "precision": precision.model_dump(mode="json"),
         "buckets": [dict(bucket) for bucket in buckets],
         "sdk": sdk.fingerprint(),

@@ -23,6 +23,9 @@ RESERVED_FLAGS = frozenset({
 
 PARTITIONS = "mdp-load-partition-config"
 
+NODE_PRECISION = "node-precision-info"
+"""Names the file that lists the nodes in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
@@ -127,13 +130,22 @@ def _node_precision(names: Sequence[str], options: Compile, precision: Precision
     operator instead. Listed nodes are also exempt from MXFP6, and the frequencies of rotary angles are no weights, even
     where a MatMul reads them.
     """
-    listed = "node-precision-info" in map(_flag_name, options.flags)
+    listed = NODE_PRECISION in map(flag_name, options.flags)
     if listed or not names or (precision.compute != "fp16" and precision.weights is None):
         return []
     path = folder / "node_precision.yaml"
+    path.write_text(node_precision_text(names), encoding="utf-8")
+    return [f"-{NODE_PRECISION}={path}"]
+
+
+def node_precision_text(names: Sequence[str]) -> str:
+    """Return the content of a node precision file (card-contract §6.4).
+
+    Args:
+        names: first outputs of the nodes that compute in float32; at least one.
+    """
     entries = "".join(f"\n  - {json.dumps(name)}" for name in names)
-    path.write_text(f"FP32NodeInstanceNames:{entries}\n", encoding="utf-8")
-    return [f"-node-precision-info={path}"]
+    return f"FP32NodeInstanceNames:{entries}\n"
 
 
 def _custom_io(states: Mapping[str, bool], precision: Precision, folder: Path) -> list[str]:
@@ -166,7 +178,7 @@ def _partitions(options: Compile, folder: Path) -> list[str]:
     """
     if options.num_devices == 1:
         return []
-    if PARTITIONS in map(_flag_name, options.flags):
+    if PARTITIONS in map(flag_name, options.flags):
         raise ConfigError(
             f"compile.num_devices: {options.num_devices} and compile.flags.{PARTITIONS}: the partition config sets the"
             " number of cards; leave out one of them"
@@ -184,7 +196,7 @@ def _partitions(options: Compile, folder: Path) -> list[str]:
 def _case_flags(flags: Mapping[str, str | int | bool]) -> list[str]:
     arguments = []
     for key, value in flags.items():
-        name = _flag_name(key)
+        name = flag_name(key)
         if name in RESERVED_FLAGS:
             raise ConfigError(f"compile.flags.{key}: this flag is set from the case's own keys; leave it out")
         if value is True:
@@ -194,5 +206,6 @@ def _case_flags(flags: Mapping[str, str | int | bool]) -> list[str]:
     return arguments
 
 
-def _flag_name(key: str) -> str:
+def flag_name(key: str) -> str:
+    """Return a flag as the compiler spells it, without the leading dash."""
     return key.lstrip("-").replace("_", "-")

@@ -21,6 +21,8 @@ from qeff_validate.cli.output_streams import safe_streams
 from qeff_validate.cli.progress import Color, print_text, set_color
 from qeff_validate.cli.run import run
 from qeff_validate.cli.selftest import selftest
+from qeff_validate.cli.tune import EPILOG as TUNE_EPILOG
+from qeff_validate.cli.tune import tune
 from qeff_validate.errors import ConfigError, ValidateError, naming_extras
 
 app = typer.Typer(
@@ -58,6 +60,7 @@ app.command(epilog=EPILOG)(run)
 app.command(epilog="Exit codes: 0 there is an explanation · 2 wrong usage or config · 3 there is nothing to explain.")(
     explain
 )
+app.command(epilog=TUNE_EPILOG)(tune)
 app.command(epilog="Exit codes: 0 every goal was reached · 1 one was not · 2 wrong usage or config · 3 an error.")(
     selftest
 )

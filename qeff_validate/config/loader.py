@@ -110,6 +110,10 @@ def _absolute(case: Case, config: Path) -> Case:
     given = {name: place(path) for name, path in files.items() if path is not None}
     if given:
         update["artifacts"] = case.artifacts.model_copy(update=given)
+    precision = case.compile.flags.get("node-precision-info")
+    if isinstance(precision, str):
+        flags = {**case.compile.flags, "node-precision-info": place(precision)}
+        update["compile"] = case.compile.model_copy(update={"flags": flags})
     adapters = case.options.get("adapters")
     if isinstance(adapters, dict):
         found = {name: place(made) if isinstance(made, str) else made for name, made in adapters.items()}

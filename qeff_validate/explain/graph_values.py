@@ -8,8 +8,8 @@ With all values of the original model cut at once, one run shows the error that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
+
+REAL = ("float32", "float16", "float64")
+"""Dtypes of real numbers as sessions name them."""
 
 CUT = "/explain.reference"
 """Ends the name of the input that stands for a cut value."""
@@ -93,11 +96,27 @@ class GraphValues:
         Returns:
             The values that are real numbers, as they are computed.
         """
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
         cuts = dict(cuts or {})
         names = list(self.index) if wanted is None else list(dict.fromkeys([*wanted, *cuts]))
-        extra = _cut(model, cuts)
+        with self.opened(names, cuts, repaired=repaired) as session:
+            dtypes = {spec.name: spec.dtype for spec in session.inputs}
+            given = {**feeds, **{name + CUT: array for name, array in cuts.items()}}
+            fed = {name: given[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+            floats = {spec.name for spec in session.outputs if spec.dtype in REAL}
+            return dict(session.run(fed, fetch=[name for name in names if name in floats]))
+
+    @contextmanager
+    def opened(self, names: Sequence[str], cuts: Tensors | None = None, *, repaired: bool = False) -> Iterator[Session]:
+        """Open the graph with some values as further outputs.
+
+        Args:
+            names: of the values.
+            cuts: content of values that become inputs; only dtypes and shapes matter here.
+            repaired: with the content of ``repairs`` in place of the initializers of these names.
+        """
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        _cut(model, cuts or {})
         outputs = {value.name for value in model.graph.output}
         for name in names:
             if name not in outputs:
@@ -107,13 +126,8 @@ class GraphValues:
                 tensor.CopyFrom(numpy_helper.from_array(self.repairs[tensor.name], tensor.name))
         path = self._folder / f"run{next(self._numbers)}.onnx"
         onnx.save(model, str(path))
-        artifact = Artifact("onnx", path, str(path), untrusted=self._untrusted)
-        with self._open(artifact) as session:
-            dtypes = {spec.name: spec.dtype for spec in session.inputs}
-            given = {**feeds, **extra}
-            fed = {name: given[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
-            floats = {spec.name for spec in session.outputs if spec.dtype in ("float32", "float16", "float64")}
-            return dict(session.run(fed, fetch=[name for name in names if name in floats]))
+        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
+            yield session
 
     def operator(self, name: str) -> tuple[str, str]:
         """Return the name and the operator of the node that computes a value."""
@@ -133,8 +147,8 @@ class GraphValues:
         return [self.nodes[place] for place in sorted(places)]
 
 
-def _cut(model: Any, cuts: Tensors) -> dict[str, Array]:
-    """Let the nodes behind some values read inputs in their place; return the content of these inputs."""
+def _cut(model: Any, cuts: Tensors) -> None:
+    """Let the nodes behind some values read inputs in their place."""
     for node in model.graph.node:
         for place, name in enumerate(node.input):
             if name in cuts:
@@ -142,7 +156,6 @@ def _cut(model: Any, cuts: Tensors) -> dict[str, Array]:
     for name, array in cuts.items():
         kind = next(key for key, dtype in FLOATS.items() if dtype == array.dtype)
         model.graph.input.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
-    return {name + CUT: array for name, array in cuts.items()}
 
 
 def _constants_as_initializers(graph: Any) -> None:

@@ -91,7 +91,7 @@ class Matcher:
         self._runs = 0
         self._last: dict[str, Array] = {}
         self._expected = [of_tokens(value.array, tokens) for value in values]
-        self._scopes = _scopes(graph.nodes)
+        self._scopes = module_scopes(graph.nodes)
 
     def match(self) -> Matches:
         """Return the matches."""
@@ -278,7 +278,7 @@ class Matcher:
 SCOPE_KEY = "pkg.torch.onnx.name_scopes"
 
 
-def _scopes(nodes: Sequence[Any]) -> dict[str, str]:
+def module_scopes(nodes: Sequence[Any]) -> dict[str, str]:
     """Return the path of the module that the exporter says a value belongs to, by the value's name.
 
     The dynamo exporter writes it into the metadata of a node, the TorchScript exporter into its name.

@@ -13,7 +13,7 @@ from bounds import close
 from onnx import TensorProto, helper
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.builders.compile_qpc import compile_qpc
+from qeff_validate.builders.compile_qpc import compile_key, compile_qpc
 from qeff_validate.builders.compiler_inputs import RESERVED_FLAGS
 from qeff_validate.config.case import Compile, Precision
 from qeff_validate.errors import ConfigError, Unavailable
@@ -92,6 +92,21 @@ def test_compressed_cache_of_a_graph_without_keys_and_values_is_an_error(tmp_pat
 def test_precision_flags_are_refused_in_compile_flags() -> None:
     """Otherwise a case could be compressed and judged with the bounds of an uncompressed one."""
     assert {"mxfp6-matmul", "custom-IO-list-file"} <= RESERVED_FLAGS
+
+
+def test_key_of_a_program_knows_a_node_precision_file_by_its_content(tmp_path: Path) -> None:
+    def key(file: Path) -> object:
+        options = Compile(flags={"node-precision-info": str(file)})
+        return compile_key(options, Precision(), [], simulated())
+
+    files = [tmp_path / name for name in ("a.yaml", "b.yaml")]
+    for file in files:
+        file.write_text("FP32NodeInstanceNames: [y]", encoding="utf-8")
+    first = key(files[0])
+    assert first == key(files[1])
+    files[0].write_text("FP32NodeInstanceNames: [x]", encoding="utf-8")
+    assert first != key(files[0])
+    key(tmp_path / "missing.yaml")  # the compiler will say so
 
 
 @pytest.mark.numeric
