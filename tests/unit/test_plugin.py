@@ -367,7 +367,8 @@ def test_failing_case_is_annotated_on_github_and_has_its_properties_in_junit(
     path = config(pytester.path, "  - {name: gone, source: 'path:missing', runtimes: [ort]}\n")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_WORKSPACE", str(pytester.path))
-    result = quick(pytester, "--qv-config", path.name, "--qv-report", "out", "--junitxml", "junit.xml")
+    options = ("--qv-runtimes", "ort,ai100", "--qv-report", "out", "--junitxml", "junit.xml")
+    result = quick(pytester, "--qv-config", path.name, *options)
     annotated = [line for line in result.outlines if line.startswith("::")]
     assert len(annotated) == 1
     assert annotated[0].startswith("::error file=cases.yaml,line=2,title=gone on ort%3A Not settled::")
@@ -405,7 +406,7 @@ def test_numbers_reach_other_reports(pytester: pytest.Pytester) -> None:
         from qeff_validate.report.result import Result
 
         metric = GateResult(Metric("output.rel_l2", 2e-07, {}), Bound(1e-06, "measured", "<floor>"))
-        Runner.result = lambda self, case, name: Result(case.name, name, "pass", metrics=(metric,), compared=1)
+        Runner.result = lambda self, case, name, explain: Result(case.name, name, "pass", metrics=(metric,), compared=1)
 
         def pytest_runtest_logreport(report):
             for extra in getattr(report, "extras", ()):

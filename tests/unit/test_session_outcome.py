@@ -20,7 +20,7 @@ import pytest
 from qeff_validate.report.result import Result
 
 class Runner:
-    def result(self, case, name):
+    def result(self, case, name, explain):
         what = os.environ.get(f"QV_TEST_{case.name}_{name}".upper(), "not_run" if name == "ai100" else "pass")
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
