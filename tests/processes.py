@@ -140,6 +140,19 @@ def copied_store(folder: Path) -> Path:
     return own
 
 
+def made_for_another_host(folder: Path, extra: str = "") -> Path:
+    """Make a bundle, an ONNX file and its recorded reference in a folder, in this process; return the folder."""
+    from qeff_validate.cli import main
+
+    cases = config(folder, case(extra=f"exporter: torchscript\nruntimes: [ort, sim]\n{extra}"))
+    store = ("--store", str(folder / "store"))
+    assert main(["build", str(cases), "--bundle", str(folder / "bundle"), "--runtime", "sim", *store]) == 0
+    assert main(["run", str(cases), "--record", str(folder), "--report", str(folder / "r"), *store]) == 0
+    (graph,) = folder.glob("store/onnx/*/model.onnx")
+    (folder / "model.onnx").write_bytes(graph.read_bytes())
+    return folder
+
+
 def unfinished(store: Path) -> list[str]:
     """What lies half-made in a store."""
     return sorted(path.name for path in (store / "tmp").glob("*"))

@@ -20,6 +20,7 @@ from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
 from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
+from qeff_validate.explain.range_audit import FP16_MAX
 from qeff_validate.explain.reference_values import ReferenceValues, record
 from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
 from qeff_validate.explain.weights import compare_weights, repairs
@@ -363,8 +364,6 @@ def overflow(recorded: ReferenceValues, tokens: Array) -> Location:
             return Location(value.module, f"values up to {most:.4g} overflow fp16 (65504)")
     return Location(None, "")
 
-
-FP16_MAX = 65504.0
 
 PEFT_PREFIX = "base_model.model."
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FILE = "result.json"
 
 MOST_BYTES = 16 << 20
+"""A greater result is not read."""
 
 KEPT = "kept in the store: it held before, for the same files, inputs, bounds, code, versions and machine"
 

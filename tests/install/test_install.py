@@ -20,10 +20,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from processes import case, config
+from processes import case, config, made_for_another_host
 from wheels import ROOT, build_wheel
-
-from qeff_validate.cli import main
 
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "huggingface-hub", "onnxscript", "onnx-ir", "scipy", "gguf"}
@@ -86,14 +84,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What another host has made: a bundle, an ONNX file and its recorded reference, with a measured noise floor."""
-    folder = tmp_path_factory.mktemp("host")
-    cases = config(folder, case(extra="exporter: torchscript\nruntimes: [ort, sim]"))
-    store = ("--store", str(folder / "store"))
-    assert main(["build", str(cases), "--bundle", str(folder / "bundle"), "--runtime", "sim", *store]) == 0
-    assert main(["run", str(cases), "--record", str(folder), "--report", str(folder / "r"), *store]) == 0
-    (graph,) = folder.glob("store/onnx/*/model.onnx")
-    (folder / "model.onnx").write_bytes(graph.read_bytes())
-    return folder
+    return made_for_another_host(tmp_path_factory.mktemp("host"))
 
 
 def test_base_installation_has_no_pytorch_and_runs_a_bundle_and_a_recorded_reference(

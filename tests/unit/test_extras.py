@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import case, config, environ
+from processes import case, config, environ, made_for_another_host
 
 import qeff_validate
-from qeff_validate.cli import main
 from qeff_validate.errors import (
     EXTRAS,
     MissingPackage,
@@ -43,14 +42,7 @@ def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle, an ONNX file and its recorded reference."""
-    folder = tmp_path_factory.mktemp("made")
-    cases = config(folder, case(extra="exporter: torchscript\ntolerance: table\nruntimes: [ort, sim]"))
-    store = ("--store", str(folder / "store"))
-    assert main(["build", str(cases), "--bundle", str(folder / "bundle"), "--runtime", "sim", *store]) == 0
-    assert main(["run", str(cases), "--record", str(folder), "--report", str(folder / "r"), *store]) == 0
-    (graph,) = folder.glob("store/onnx/*/model.onnx")
-    (folder / "model.onnx").write_bytes(graph.read_bytes())
-    return folder
+    return made_for_another_host(tmp_path_factory.mktemp("made"), "tolerance: table")
 
 
 def test_bundle_runs_without_the_packages_of_extras(made: Path, tmp_path: Path) -> None:

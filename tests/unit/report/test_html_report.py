@@ -172,6 +172,13 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
         yield page
 
 
+def open_sample(tab: chromium.Page, folder: Path, count: int = 5) -> None:
+    """Open the page of the sample report."""
+    file = folder / "report.html"
+    file.write_text(html_report(sample_report(count)), encoding="utf-8")
+    tab.open(file)
+
+
 def shown(tab: chromium.Page) -> Any:
     return tab.value("document.querySelectorAll('details.result:not([hidden])').length")
 
@@ -190,9 +197,7 @@ def search(tab: chromium.Page, text: str) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("count", [5, 500])
 def test_filters_work_and_nothing_is_logged_or_requested(tab: chromium.Page, tmp_path: Path, count: int) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(html_report(sample_report(count)), encoding="utf-8")
-    tab.open(file)
+    open_sample(tab, tmp_path, count)
     each = count // 5
     assert shown(tab) == count
     tick(tab, "word", "Disproved")
@@ -217,9 +222,7 @@ def test_filters_work_and_nothing_is_logged_or_requested(tab: chromium.Page, tmp
 
 @pytest.mark.integration
 def test_page_is_used_with_the_keyboard(tab: chromium.Page, tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(html_report(sample_report()), encoding="utf-8")
-    tab.open(file)
+    open_sample(tab, tmp_path)
     focused = "(document.activeElement.closest('details') || {}).id"
     tab.press("j")
     tab.press("j")
@@ -257,9 +260,7 @@ def test_hostile_texts_neither_run_nor_break_a_narrow_page(tab: chromium.Page, t
 
 @pytest.mark.integration
 def test_what_did_not_pass_is_printed_with_its_details(tab: chromium.Page, tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(html_report(sample_report()), encoding="utf-8")
-    tab.open(file)
+    open_sample(tab, tmp_path)
     opened = "Array.from(document.querySelectorAll('details.result[open]'), (item) => item.id).join()"
     assert tab.value(opened) == "r3"
     tab.value("window.dispatchEvent(new Event('beforeprint'))")

@@ -181,6 +181,14 @@ def test_markdown_folds_reasons_and_environment_and_opens_failures() -> None:
     assert text.count("<details") == text.count("</details>") == 3
 
 
+def test_reason_of_a_failure_has_a_line_for_each_metric() -> None:
+    reason = "rel_l2 0.5, allowed 0.1; cosine 0.2, allowed 0.1"
+    assert Report((result("fail", reason=reason),)).problems() == [
+        "c-ort: fail: rel_l2 0.5, allowed 0.1;\n  cosine 0.2, allowed 0.1"
+    ]
+    assert Report((result("error", reason="gone; run again"),)).problems() == ["c-ort: error: gone; run again"]
+
+
 def test_writer_that_fails_loses_no_other_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(report: Report) -> str:
         raise RuntimeError(f"cannot draw {len(report.results)} results")
