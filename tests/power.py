@@ -106,7 +106,8 @@ def explanations(given: argparse.Namespace) -> str:
             for case in cases
             for name, found, _ in healthy_explanations(case, pipeline, graphs, 1001)
         ]
-        file.write_text(section(hits, bare, healthy), encoding="utf-8")
+        made = f"Measured on {time.strftime('%Y-%m-%d')}; {len(cases)} cases with small random bodies.\n"
+        file.write_text(f"{section(hits, bare, healthy)}\n{made}", encoding="utf-8")
     return file.read_text(encoding="utf-8")
 
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
+from qeff_validate.explain import layers
+from qeff_validate.explain.explain import TimeIsUpError, _Clock
 from qeff_validate.explain.stages import guilty_stage, stage_shares
 
 RNG = np.random.default_rng(0)
@@ -55,3 +59,23 @@ def test_stage_within_what_is_expected_of_it_is_not_named_if_another_makes_more(
 def test_equal_outputs_have_no_share() -> None:
     same = np.ones(3)
     assert [stage.share for stage in stage_shares([("", same), ("export", same)])] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "place"),
+    [
+        ([1.0, 9.0, 2.0], 1),
+        ([1.0, 7.0, 2.0], None),  # below the factor of 8
+        ([9.0, 200.0, 2000.0, 50.0], 1),  # the first that is not far below the greatest
+        ([9.0, 20.0, np.inf, 3.0], 0),  # beside a value that is not finite every divergent one counts
+    ],
+)
+def test_first_layer_near_the_worst_is_named(ratios: list[float], place: int | None) -> None:
+    assert layers._first(ratios, 8.0) == place
+
+
+def test_time_that_is_up_is_told() -> None:
+    clock = _Clock(60.0, time.monotonic())
+    clock.check()
+    with pytest.raises(TimeIsUpError, match="the time limit of 60 s has passed"):
+        _Clock(60.0, time.monotonic() - 61).check()
