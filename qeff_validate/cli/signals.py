@@ -18,6 +18,14 @@ _received: list[int] = []
 """Received signals. Libraries swallow the exception (in a ``__del__``, in an import), so each step checks them too."""
 
 
+class Interruption(KeyboardInterrupt):
+    """SIGINT came.
+
+    A class of its own, because Python ends by the signal, whatever our exit code, once a plain KeyboardInterrupt has
+    left a library's ``exec`` under ``python -m`` (``unhandled_keyboard_interrupt`` in CPython's ``pythonrun.c``).
+    """
+
+
 def exit_on_signals() -> None:
     """Exit at once on a signal: only modules are loaded, so there is nothing to clean up."""
     _received.clear()
@@ -41,14 +49,14 @@ def raise_if_received() -> None:
     """Raise the exception of the first received signal, if there was one.
 
     Raises:
-        KeyboardInterrupt: it was SIGINT.
+        Interruption: it was SIGINT.
         SystemExit: it was SIGTERM.
     """
     code = exit_code()
     if code == EXIT_CODES[signal.SIGTERM]:
         sys.exit(code)
     if code is not None:
-        raise KeyboardInterrupt
+        raise Interruption
 
 
 def _exit(signum: int, _frame: Any) -> None:

@@ -44,3 +44,22 @@ def test_signal_while_modules_are_loaded_ends_the_run_without_a_traceback(
     assert "Traceback" not in done.stderr
     assert "interrupted" in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+EXEC = """
+import os, signal, sys
+from qeff_validate.cli import signals
+
+signals.raise_on_signals()
+try:
+    exec("os.kill(os.getpid(), signal.SIGINT)")  # as torch's exporter does with code that it writes
+except KeyboardInterrupt:
+    sys.exit(signals.exit_code())
+"""
+
+
+def test_ctrl_c_in_code_that_a_library_executes_keeps_our_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(EXEC, encoding="utf-8")
+    command = [sys.executable, "-m", "script"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
