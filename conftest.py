@@ -32,6 +32,13 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop("GITHUB_ACTIONS", None)  # cases that fail on purpose are no annotations of this project
 
 
+@pytest.fixture
+def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Sessions inside of tests without the plug-in of hypothesis, which takes half of their time to be imported."""
+    pytester.plugins.append("no:hypothesispytest")
+    return pytester
+
+
 INTEGRATION = ("contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")
 """Folders of `tests` whose files are marked ``integration``, but for `UNIT`; other files mark themselves."""
 

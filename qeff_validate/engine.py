@@ -39,8 +39,10 @@ from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
 from qeff_validate.pipeline.tuning import Tuning, audit, tune
 from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
 from qeff_validate.registry import registered
+from qeff_validate.report.notebook_progress import in_notebook, notebook_progress
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
+from qeff_validate.report.step_times import STEP_TIMES
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
@@ -144,7 +146,7 @@ def validate(
         tokenizer: the tokenizer of ``model``.
         store: directory of the artifact store; default: ``$QEFF_VALIDATE_HOME``, else the user's cache.
         settings: SDK prefix, cards, threads.
-        progress: is told of each long step.
+        progress: is told of each long step; default: a line below the cell in a notebook, nothing elsewhere.
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
         fail_fast: after the first result that fails, is inconclusive or an error, the others are ``not_run``.
         explain: whether results that fail get an explanation: ``off``, ``auto`` (within a minute each) or ``full``.
@@ -164,7 +166,7 @@ def validate(
     """
     cases = [case] if isinstance(case, Case) else list(case)
     planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
-    numbered = NumberedProgress(progress or Silent(), len(planned))
+    numbered = NumberedProgress(progress or _default_progress(store), len(planned))
     runner = Runner(store=store, settings=settings, progress=numbered, model=model, tokenizer=tokenizer)
     for item, name in planned:
         check(item)
@@ -191,6 +193,10 @@ def validate(
                 kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
                 unwritten.append(f"{item.name}: not recorded: {kind}{exc}")
     return Report(tuple(results), environment(runner.settings), tuple(unwritten))
+
+
+def _default_progress(store: Path | str | None) -> Progress:
+    return notebook_progress(Store(store).root / STEP_TIMES) if in_notebook() else Silent()
 
 
 def perf(

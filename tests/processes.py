@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -10,11 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from warm_cli import WarmCli, WarmProcess
 
 DEADLINE_S = 60
 """When waiting for an event is given up; far beyond what any of them takes."""
@@ -44,25 +49,28 @@ def environ(folder: Path) -> dict[str, str]:
     return {**os.environ, "QEFF_VALIDATE_SDK": str(folder / "no-sdk"), "COLUMNS": "200", "NO_COLOR": "1"}
 
 
-def start(*arguments: str | Path, cwd: Path, stderr: Path | None = None) -> subprocess.Popen[str]:
+@functools.cache
+def _warm_cli() -> WarmCli:
+    from warm_cli import WarmCli  # it imports this module
+
+    kept = ExitStack()
+    atexit.register(kept.close)
+    return kept.enter_context(WarmCli(Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="warm-cli-")))))
+
+
+def start(*arguments: str | Path, cwd: Path, stderr: Path | None = None) -> WarmProcess:
     """Start the command line in a session of its own, so that a signal to it reaches nothing else.
+
+    It is a fork of a process that has imported torch already; `cli_from_the_start` imports all itself.
 
     Args:
         arguments: of the command line.
         cwd: where.
         stderr: a file, for a test that reads along.
     """
-    with open(stderr or os.devnull, "w", encoding="utf-8") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)],
-            cwd=cwd,
-            env=environ(cwd),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=file if stderr else subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    from warm_cli import WarmProcess
+
+    return WarmProcess(_warm_cli(), *arguments, cwd=cwd, variables=environ(cwd), err=stderr)
 
 
 def cli(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -70,14 +78,30 @@ def cli(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return finish(start(*arguments, cwd=cwd))
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+def cli_from_the_start(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end in an interpreter of its own, with what it imports on the way."""
+    command = [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environ(cwd),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=4 * DEADLINE_S,
+        check=False,
+    )
+
+
+def finish(process: WarmProcess) -> subprocess.CompletedProcess[str]:
     with ended(process):
         out, err = process.communicate(timeout=4 * DEADLINE_S)
+    assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+def ended(process: subprocess.Popen[str] | WarmProcess) -> Iterator[None]:
     """Leave nothing running behind, whatever a test finds."""
     try:
         yield
@@ -128,7 +152,7 @@ def report_in(folder: Path) -> dict[str, Any]:
 def first_run(folder: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """The small case on torch, ort and sim into the session's store; built on the first call."""
     folder.mkdir(parents=True)
-    done = cli("run", config(folder), "--report", folder / "report", cwd=folder)
+    done = cli_from_the_start("run", config(folder), "--report", folder / "report", cwd=folder)
     return done, report_in(folder / "report")
 
 

@@ -2,8 +2,8 @@
 """The command line in forks of a process that has imported all frameworks: hundreds of runs in minutes.
 
 Each run is a process in a session of its own, with its own exit code, signals and memory, as the console script is;
-what it saves is the import of torch. `WarmCli` is the client; as a script this file is the server, which reads one JSON
-request a line from stdin and answers each with one line.
+what it saves is the import of torch. `WarmCli` is the client, `WarmProcess` one run of it; as a script this file is the
+server, which reads one JSON request a line from stdin and answers each with one line.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class WarmCli:
         self.folder = folder
         self.token = uuid.uuid4().hex
         self._started: dict[int, tuple[Path, float]] = {}
+        self._threads = {"OMP_NUM_THREADS": "1", "QAIC_SIM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, __file__],
-            env={**environ(folder), "OMP_NUM_THREADS": "1", "QAIC_SIM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **self._threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,7 +83,7 @@ class WarmCli:
         variables: Mapping[str, str] | None = None,
         largest_file: int | None = None,
     ) -> int:
-        """Start a run and return its process id.
+        """Start a run, which may take `MOST_BYTES`, and return its process id.
 
         Args:
             arguments: of the command line.
@@ -91,18 +92,48 @@ class WarmCli:
             largest_file: bytes that a file may have (RLIMIT_FSIZE).
         """
         log = self.folder / f"log-{uuid.uuid4().hex}"
-        pid = self._ask(
-            {
-                "do": "start",
-                "arguments": [str(part) for part in arguments],
-                "cwd": str(cwd),
-                "log": str(log),
-                "variables": {TOKEN: self.token, **(variables or {})},
-                "largest_file": largest_file,
-            }
-        )["pid"]
+        variables = {**environ(self.folder), **self._threads, TOKEN: self.token, **(variables or {})}
+        limits = {"RLIMIT_DATA": MOST_BYTES, "RLIMIT_FSIZE": largest_file}
+        pid = self.fork(*arguments, cwd=cwd, variables=variables, out=log, err=log, limits=limits)
         self._started[pid] = (log, time.monotonic())
-        return int(pid)
+        return pid
+
+    def fork(
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        variables: Mapping[str, str],
+        out: Path,
+        err: Path,
+        limits: Mapping[str, int | None] | None = None,
+    ) -> int:
+        """Start a run and return its process id; whoever asks for it has to end it, by `end`.
+
+        Args:
+            arguments: of the command line.
+            cwd: its working directory.
+            variables: its environment.
+            out: file of its standard output.
+            err: file of its standard error; may be the same.
+            limits: of resources, by their names in the module `resource`; None: none.
+        """
+        return int(
+            self._ask(
+                {
+                    "do": "start",
+                    "arguments": [str(part) for part in arguments],
+                    "cwd": str(cwd),
+                    "out": str(out),
+                    "err": str(err),
+                    "variables": dict(variables),
+                    "limits": {name: value for name, value in (limits or {}).items() if value is not None},
+                }
+            )["pid"]
+        )
+
+    def end(self, pid: int, limit: float) -> dict[str, Any]:
+        """Wait for a run and return its exit code and greatest memory; it is killed after a limit in seconds."""
+        return self._ask({"do": "wait", "pid": pid, "limit": limit})
 
     def ended(self, pid: int, limit: float) -> bool:
         """Wait so many seconds for the end of a run; say whether it has come."""
@@ -111,7 +142,7 @@ class WarmCli:
     def wait(self, pid: int, limit: float) -> Run:
         """Wait for the end of a run, and kill it with all its children if it takes longer than a limit in seconds."""
         log, start = self._started.pop(pid)
-        reply = self._ask({"do": "wait", "pid": pid, "limit": limit})
+        reply = self.end(pid, limit)
         seconds = time.monotonic() - start
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         log.unlink(missing_ok=True)
@@ -140,6 +171,60 @@ class WarmCli:
         self._server.stdin.flush()
         reply: dict[str, Any] = json.loads(self._server.stdout.readline())
         return reply
+
+
+class WarmProcess:
+    """A run as a process, with what tests use of `subprocess.Popen`.
+
+    Args:
+        cli: forks it.
+        arguments: of the command line.
+        cwd: its working directory.
+        variables: its environment.
+        err: file of its standard error; None: `communicate` returns it.
+    """
+
+    def __init__(
+        self, cli: WarmCli, *arguments: str | Path, cwd: Path, variables: Mapping[str, str], err: Path | None = None
+    ) -> None:
+        self.args = ["qeff-validate", *map(str, arguments)]
+        self.returncode: int | None = None
+        self._cli, self._err = cli, err
+        self._files = [cli.folder / f"{stream}-{uuid.uuid4().hex}" for stream in ("out", "err")]
+        out, own = self._files
+        self.pid = cli.fork(*arguments, cwd=cwd, variables=variables, out=out, err=err or own)
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        return self.wait() if self.returncode is None and self._cli.ended(self.pid, 0) else self.returncode
+
+    def wait(self, timeout: float = 240) -> int | None:
+        """Wait for its end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than so many seconds, and was killed.
+        """
+        if self.returncode is None:
+            code = self._cli.end(self.pid, timeout)["code"]
+            self.returncode = -signal.SIGKILL if code is None else code
+            if code is None:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str | None]:
+        """Wait for its end and return what it wrote to both streams."""
+        self.wait(timeout)
+        out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in self._files)
+        return out, err if self._err is None else None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended; until `wait` its process id is nobody else's."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
 
 
 def _serve() -> int:
@@ -177,18 +262,17 @@ def _serve() -> int:
 
 def _prepare(request: Mapping[str, Any]) -> None:
     os.setsid()
+    os.environ.clear()
     os.environ.update(request["variables"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-    os.close(log)
-    os.close(null)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    for target, name in enumerate((os.devnull, request["out"], request["err"])):
+        number = os.open(name, flags if target else os.O_RDONLY)
+        os.dup2(number, target)
+        os.close(number)
     os.chdir(request["cwd"])
     sys.argv = ["qeff-validate", *request["arguments"]]
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
-    if request["largest_file"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], request["largest_file"]))
+    for name, value in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
 
 
 def _leave(code: int) -> None:

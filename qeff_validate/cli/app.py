@@ -18,7 +18,7 @@ from qeff_validate.cli.explain import explain
 from qeff_validate.cli.init import init
 from qeff_validate.cli.options import EPILOG
 from qeff_validate.cli.output_streams import safe_streams
-from qeff_validate.cli.progress import Color, print_text, set_color
+from qeff_validate.cli.progress import Color, print_text, print_wrapped, set_color
 from qeff_validate.cli.run import run
 from qeff_validate.cli.selftest import selftest
 from qeff_validate.cli.tune import EPILOG as TUNE_EPILOG
@@ -119,5 +119,5 @@ def _exit_code(args: list[str] | None) -> int:
 
 
 def _print_error(problem: object, code: int) -> int:
-    print_text(f"qeff-validate: {problem}", stderr=True)
+    print_wrapped(f"qeff-validate: {problem}", stderr=True)
     return code

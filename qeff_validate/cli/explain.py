@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qeff_validate.cli.options import SdkPrefix, StoreDir, Verbose, device_ids, select_cases
-from qeff_validate.cli.progress import TerminalProgress, print_text
+from qeff_validate.cli.progress import TerminalProgress, print_text, print_wrapped
 from qeff_validate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def explain(
     if json_output and explanation is not None:
         print_text(json.dumps(finite(explanation.to_plain()), ensure_ascii=False, allow_nan=False))
     else:
-        print_text(f"{case}-{runtime}: {result.status}{f': {result.reason}' if result.reason else ''}")
+        print_wrapped(f"{case}-{runtime}: {result.status}{f': {result.reason}' if result.reason else ''}")
         for finding in result.findings:
-            print_text(f"finding: {finding}")
+            print_wrapped(f"finding: {finding}")
         for line in lines(explanation) if explanation is not None else []:
-            print_text(line)
+            print_wrapped(line)
     if explanation is None:
         if result.stage == "config":
             raise ConfigError(result.reason)

@@ -11,7 +11,7 @@ import typer
 
 from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, select_cases, split_list
 from qeff_validate.cli.options import device_ids as parse_ids
-from qeff_validate.cli.progress import console, print_text, terminal_progress
+from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
 from qeff_validate.errors import ConfigError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.timings import HEAD, TimedEntry, timing_closing, timing_lines, timing_rows
@@ -74,8 +74,8 @@ def perf(
     made.write(report)
     console().print(timings_table(made.results))
     for text in (*timing_lines(made.results), *made.problems(), *timing_closing(made.results)):
-        print_text(text)
-    print_text(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
+        print_wrapped(text)
+    print_wrapped(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
     raise typer.Exit(exit_code(made, allow_inconclusive=allow_inconclusive))
 
 

@@ -3,38 +3,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.cli import signals
-from qeff_validate.errors import ValidateError
-from qeff_validate.files import read_bytes
-from qeff_validate.report.writers import write_texts
+from qeff_validate.report.step_times import SHOWN_S, STEP_TIMES, StepTimes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-SHOWN_S = 0.5
-"""Steps that take so long are told, and their durations kept."""
-
 LONG_S = 2.0
 """After so long a step has a line in a log although it has not ended."""
-
-MOST_STEPS, MOST_BYTES = 1000, 1 << 20
-"""Limits of the file with durations."""
-
-NUMBER = re.compile(r"^\[\d+/\d+\] ")
-"""Before the name of a step: which of how many results is being made."""
 
 Color = Literal["auto", "always", "never"]
 
@@ -63,37 +50,28 @@ def print_text(text: str, *, stderr: bool = False) -> None:
     console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class StepTimes:
-    """Durations of earlier runs by the name of a step, in a file; whatever is wrong with it, there are none.
+def print_wrapped(text: str, *, stderr: bool = False) -> None:
+    """Print text as `print_text` does; on a terminal its lines end between words, and go on below a hanging indent.
 
-    Args:
-        path: a JSON file of seconds by name; None: nothing is remembered.
+    A word that is longer than a line, such as a path, stays whole, so that it can be copied.
     """
+    terminal = console(stderr=stderr)
+    if terminal.is_terminal:
+        text = "\n".join(_wrapped(line, terminal.width) for line in text.split("\n"))
+    print_text(text, stderr=stderr)
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
 
-    def seconds(self, name: str) -> float | None:
-        """Return how long a step took last time."""
-        found = self._all().get(name)
-        return found if isinstance(found, (int, float)) and math.isfinite(found) else None
-
-    def keep(self, name: str, seconds: float) -> None:
-        """Remember how long a step took; of many steps the latest `MOST_STEPS`. No folder is made for it."""
-        if self._path is None or not self._path.parent.is_dir():
-            return
-        times = self._all()
-        times.pop(name, None)
-        kept = {**dict([*times.items()][1 - MOST_STEPS :]), name: round(seconds, 2)}
-        with suppress(OSError, ValidateError):  # a store that cannot be written is told where it matters
-            write_texts(self._path.parent, {self._path.name: json.dumps(kept, indent=1)})
-
-    def _all(self) -> dict[str, Any]:
-        try:
-            found = json.loads(read_bytes(self._path, most_bytes=MOST_BYTES)) if self._path is not None else {}
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        tabsize=1,
+    )
 
 
 class TerminalProgress:
@@ -121,9 +99,7 @@ class TerminalProgress:
     def step(self, text: str) -> Iterator[None]:
         """Show a step while it runs, and its duration if that is half a second or more."""
         start = time.perf_counter()
-        name = NUMBER.sub("", text)
-        before = self._times.seconds(name)
-        about = "" if before is None else f", {before:.0f} s last time" if before >= 1 else ""
+        about = self._times.estimate(text)
         try:
             with (
                 self._spinner(text + about)
@@ -136,7 +112,7 @@ class TerminalProgress:
         seconds = time.perf_counter() - start
         if seconds >= SHOWN_S:
             self._print(f"{text}: {seconds:.1f} s")
-            self._times.keep(name, seconds)
+            self._times.keep(text, seconds)
 
     def line(self, text: str) -> None:
         """Print one line of a child process's output if verbose."""
@@ -193,4 +169,4 @@ def terminal_progress(store: Path | None, verbose: bool, *, quiet: bool = False)
     """
     from qeff_validate.builders.store import Store
 
-    return TerminalProgress(verbose, quiet=quiet, times=Store(store).root / "step-times.json")
+    return TerminalProgress(verbose, quiet=quiet, times=Store(store).root / STEP_TIMES)

@@ -21,7 +21,7 @@ from qeff_validate.cli.options import (
     select_cases,
     split_list,
 )
-from qeff_validate.cli.progress import console, print_text, terminal_progress
+from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
@@ -142,15 +142,13 @@ def run(
         for result in results.results:
             print_text(json.dumps(result.plain(), ensure_ascii=False, allow_nan=False))
     else:
-        _print(results, wide=wide, quiet=quiet)
+        print_results(results, wide=wide, quiet=quiet)
     _annotate(results, configs or [], required, allow_inconclusive)
     if write_error is not None:
         raise write_error
     send_report(results, reporters)
     if not json_lines:
-        print_text(f"report: {report / 'report.html'}, {report / 'report.json'}, {report / 'report.md'}")
-        for text in results.closing():
-            print_text(text)
+        print_closing(results, report)
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
 
 
@@ -163,12 +161,26 @@ def _write(results: Report, folder: Path) -> ValidateError | None:
     return None
 
 
-def _print(results: Report, *, wide: bool, quiet: bool) -> None:
+def print_results(results: Report, *, wide: bool = False, quiet: bool = False) -> None:
+    """Print the table of the results, unless quiet, and below it what is to be told of them.
+
+    Args:
+        results: of a run.
+        wide: all columns, whatever the width of the terminal.
+        quiet: no table.
+    """
     if not quiet:
         terminal = console(least=NARROW_BELOW if wide else 0)
         terminal.print(results.table(width=terminal.width))
     for text in results.problems():
-        print_text(f"\n{text}" if "\n" in text else text)
+        print_wrapped(f"\n{text}" if "\n" in text else text)
+
+
+def print_closing(results: Report, folder: Path) -> None:
+    """Print the last lines of a run: where the report is, and what was proved."""
+    print_wrapped(f"report: {folder / 'report.html'}, {folder / 'report.json'}, {folder / 'report.md'}")
+    for text in results.closing():
+        print_wrapped(text)
 
 
 def _annotate(results: Report, configs: Sequence[Path], required: Sequence[str], allow_inconclusive: bool) -> None:

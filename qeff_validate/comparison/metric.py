@@ -42,6 +42,10 @@ class ErrorsByRow:
         return ErrorsByRow(tuple(values.tolist()), joined * self.rows_each)
 
 
+LABELS: Mapping[str, str] = {"cosine": "1-cosine", "delta_cosine": "1-delta_cosine"}
+"""Names of metrics as people read them, where they differ from those in configs and report.json."""
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One measurement: its name, its worst value, and the position of the worst value."""
@@ -51,6 +55,12 @@ class Metric:
     worst: Mapping[str, Any] = field(default_factory=dict)
     by_row: ErrorsByRow | None = field(default=None, compare=False, repr=False)
     """The errors whose greatest is the value; None where the value is of all rows together."""
+
+    @property
+    def label(self) -> str:
+        """The name as people read it: a metric that is 1 - cosine is called so."""
+        output, dot, name = self.name.rpartition(".")
+        return f"{output}{dot}{LABELS.get(name, name)}"
 
 
 @dataclass(frozen=True, slots=True)

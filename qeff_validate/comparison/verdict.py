@@ -437,7 +437,7 @@ def sentence(item: GateResult) -> str:
     assert item.bound is not None  # only gates fail
     if item.metric.name.endswith(f".{NON_FINITE}"):
         return _non_finite_sentence(item.metric)
-    text = f"{item.metric.name} {item.metric.value:.3g}, allowed {item.bound.value:.3g} ({item.bound.source})"
+    text = f"{item.metric.label} {item.metric.value:.3g}, allowed {item.bound.value:.3g} ({item.bound.source})"
     worst = item.metric.worst
     if "row" not in worst:
         return f"{text}, over all {worst['rows']} rows"

@@ -27,7 +27,6 @@ from qeff_validate.report.result import Result
 from qeff_validate.report.text import (
     DISPROVED,
     HELD,
-    LABELS,
     NOT_PROVED,
     NOT_RUN,
     NOT_SETTLED,
@@ -217,8 +216,8 @@ def _views(results: Sequence[Result]) -> Iterator[ResultView]:
 
 
 def _metric_view(item: GateResult, scale: LogScale) -> MetricView:
-    output, _, name = item.metric.name.rpartition(".")
-    return MetricView(item, output, LABELS.get(name, name), bound_mark(item, scale), strip(item))
+    output, _, name = item.metric.label.rpartition(".")
+    return MetricView(item, output, name, bound_mark(item, scale), strip(item))
 
 
 def _matrix(views: Sequence[ResultView], runtimes: Collection[str]) -> list[tuple[str, list[list[ResultView]]]]:

@@ -30,9 +30,6 @@ PROVED, HELD, NOT_PROVED = "Proved", "Held", "Not proved"
 DISPROVED, NOT_SETTLED, NOT_RUN = "Disproved", "Not settled", "Not run"
 """What is said of other results."""
 
-LABELS: Mapping[str, str] = {"cosine": "1-cosine", "delta_cosine": "1-delta_cosine"}
-"""Names of metrics in tables, where they differ from those in report.json."""
-
 HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
 
 NARROW = (0, 1, 3, 4, 6)
@@ -78,8 +75,8 @@ def nearness(item: GateResult) -> tuple[bool, float]:
 def _beside_bound(item: GateResult) -> str:
     """Return value and bound."""
     assert item.bound is not None
-    name = item.metric.name.rpartition(".")[2]
-    return f"{LABELS.get(name, name)} {_number(item.metric.value)} of {_number(item.bound.value)}"
+    name = item.metric.label.rpartition(".")[2]
+    return f"{name} {_number(item.metric.value)} of {_number(item.bound.value)}"
 
 
 def _place(worst: Mapping[str, Any]) -> str:
@@ -236,7 +233,7 @@ def own_terms(result: Result) -> str:
     if not own or result.reference == "itself":
         return ""
     bounds = [
-        f"{item.metric.name.rpartition('.')[2]} <= {item.bound.value:g}{_times_noise(item)}"
+        f"{item.metric.label.rpartition('.')[2]} <= {item.bound.value:g}{_times_noise(item)}"
         for item in own
         if item.bound
     ]

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from processes import until
 
 from qeff_validate.cli import progress as module
-from qeff_validate.cli.progress import MOST_STEPS, StepTimes, TerminalProgress
+from qeff_validate.cli.progress import TerminalProgress
 from qeff_validate.config.case import Case
 from qeff_validate.engine import validate
 from qeff_validate.pipeline.stages import NumberedProgress
+from qeff_validate.report import notebook_progress
+from qeff_validate.report.notebook_progress import NotebookProgress, in_notebook
+from qeff_validate.report.step_times import MOST_STEPS, StepTimes
 
 
 def logged(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
@@ -147,3 +152,31 @@ def test_run_numbers_its_results_and_tells_what_came_from_the_store(tmp_path: Pa
     assert first.lines == []
     stored = [line.partition(" from the store, made in ")[0] for line in again.lines]
     assert stored == ["bert: reference:", "bert: export:"]
+
+
+def test_notebook_shows_running_steps_with_elapsed_and_earlier_time_and_nothing_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook_progress, "PERIOD_S", 0.01)
+    monkeypatch.setattr(notebook_progress, "SHOWN_S", 0.0)
+    times = tmp_path / "times.json"
+    StepTimes(times).keep("bert: export <1>", 19.6)
+    shown: list[str] = []
+    progress = NotebookProgress(shown.append, times)
+    with progress.step("[2/9] bert: export <1>"), progress.step("inner"):
+        begun = len(shown)
+        until(lambda: len(shown) > begun + 2, "the elapsed time is shown anew")
+        inside = shown[-1]
+    assert re.findall(r">([^<]*)</div>", inside) == [
+        "[2/9] bert: export &lt;1&gt;, 20 s last time · 0 s",
+        "inner · 0 s",
+    ]
+    assert shown[-1] == ""
+    assert {*json.loads(times.read_text())} == {"bert: export <1>", "inner"}
+
+
+def test_notebook_is_known_by_the_kernel_of_its_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not in_notebook()
+    for shell, expected in ((None, False), (SimpleNamespace(), False), (SimpleNamespace(kernel=object()), True)):
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        assert in_notebook() == expected
