@@ -7,16 +7,17 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
-from qeff_validate.artifact import Artifact, Kind
+from qeff_validate.artifact import Artifact, Kind, fingerprint
+from qeff_validate.builders.source_keys import code_key, measures_key
 from qeff_validate.builders.store import Store
-from qeff_validate.comparison.bounds import check_tolerance
-from qeff_validate.comparison.metric import most_bounds
 from qeff_validate.config.case import Artifacts, Case, Inputs
 from qeff_validate.config.explain import explain as explain_config
 from qeff_validate.config.loader import load_cases
@@ -25,31 +26,46 @@ from qeff_validate.errors import ConfigError, IncomparableError, ValidateError, 
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
+from qeff_validate.pipeline.case_check import check
 from qeff_validate.pipeline.case_pipeline import Pipeline
-from qeff_validate.pipeline.explanation import LIMITS_S, ExplainMode, explained, with_explanation
-from qeff_validate.pipeline.machine import KERNELS
+from qeff_validate.pipeline.executors.in_process import Executor, InProcess
+from qeff_validate.pipeline.executors.local_processes import LocalProcesses
+from qeff_validate.pipeline.explanation import ExplainMode
+from qeff_validate.pipeline.machine import KERNELS, available_mb
 from qeff_validate.pipeline.performance import (
     TimingBaseline,
-    build_costs,
     check_performance,
-    measure_case,
     stored_measurements,
 )
+from qeff_validate.pipeline.runner import Runner
 from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
-from qeff_validate.pipeline.tuning import Tuning, audit, tune
-from qeff_validate.protocols import Model, Prechecked, Runtime, Settings, capabilities, model_kind, runtime
-from qeff_validate.registry import registered
+from qeff_validate.protocols import Model, Prechecked, Settings, capabilities, model_kind
 from qeff_validate.report.notebook_progress import in_notebook, notebook_progress
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
 from qeff_validate.report.step_times import STEP_TIMES
-from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 from qeff_validate.sdk.locate import Sdk, installed, simulated
 
 if TYPE_CHECKING:
-    from qeff_validate.explain.range_audit import RangeAudit
     from qeff_validate.selftest.run import Stage
     from qeff_validate.selftest.score import Score
+
+
+__all__ = [
+    "Runner",
+    "build",
+    "bundle",
+    "case_for",
+    "check",
+    "environment",
+    "load",
+    "model",
+    "options_of_model",
+    "perf",
+    "result_key",
+    "selftest",
+    "validate",
+]
 
 
 def load(paths: Sequence[Path]) -> list[Case]:
@@ -92,38 +108,6 @@ def case_for(source: str, *, kind: str = "embedding", options: Sequence[str] = (
     return case
 
 
-def check(case: Case) -> Any:
-    """Return a case's validated options; its runtimes and model kind must be known.
-
-    Raises:
-        ConfigError: an option, a runtime or the model kind is wrong.
-    """
-    tolerances = case.tolerance if isinstance(case.tolerance, dict) else {}
-    timed = () if case.performance is None else case.performance.runtimes or ()
-    for name in (*case.runtimes, *tolerances, *(item.runtime for item in case.expect), *timed):
-        if name not in registered("runtimes"):
-            raise ConfigError(
-                f"case {case.name!r}: no runtime is called {name!r}.{suggest(name, registered('runtimes'))}"
-            )
-    kind = model_kind(case)
-    for mark in case.marks:
-        if mark in registered("runtimes"):  # `-m ai100` would select tests of other runtimes
-            raise ConfigError(
-                f"case {case.name!r}: marks: {mark!r} is the mark of the tests on that runtime: choose another name"
-            )
-    for name, bounds in tolerances.items():
-        check_tolerance(f"case {case.name!r}: tolerance.{name}", bounds, most_bounds(kind.metrics))
-    if case.exporter not in kind.exporters:
-        raise ConfigError(
-            f"case {case.name!r}: exporter {case.exporter} cannot export the model kind {case.model!r}: leave exporter"
-            f" out, or say {' or '.join(kind.exporters)}"
-        )
-    try:
-        return kind.options.model_validate(case.options)
-    except ValidationError as exc:
-        raise ConfigError(explain_config(exc, f"case {case.name!r}: options")) from exc
-
-
 def validate(
     case: Case | Sequence[Case],
     runtimes: Sequence[str] | None = None,
@@ -136,6 +120,9 @@ def validate(
     record: Path | None = None,
     fail_fast: bool = False,
     explain: ExplainMode = "off",
+    jobs: int = 1,
+    known: Mapping[tuple[str, str], Result] | None = None,
+    on_result: Callable[[Case, Result], object] | None = None,
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -150,6 +137,10 @@ def validate(
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
         fail_fast: after the first result that fails, is inconclusive or an error, the others are ``not_run``.
         explain: whether results that fail get an explanation: ``off``, ``auto`` (within a minute each) or ``full``.
+        jobs: how many processes run stages of cases side by side; the processors are divided among them. 1: none, all
+            is done here.
+        known: results of an earlier run by case and runtime, which are not made again.
+        on_result: is told of each result as it is made.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
@@ -166,7 +157,8 @@ def validate(
     """
     cases = [case] if isinstance(case, Case) else list(case)
     planned = [(item, name) for item in cases for name in runtimes or item.runtimes]
-    numbered = NumberedProgress(progress or _default_progress(store), len(planned))
+    shown = progress or _default_progress(store)
+    numbered = NumberedProgress(shown, len(planned))
     runner = Runner(store=store, settings=settings, progress=numbered, model=model, tokenizer=tokenizer)
     for item, name in planned:
         check(item)
@@ -174,29 +166,57 @@ def validate(
     installed(runner.settings.sdk)  # the report asks it in the end
     if record is not None:
         check_writable(record, "--record")
-    results: list[Result] = []
-    recorded: set[str] = set()
-    unwritten: list[str] = []
+    executor: Executor = InProcess(runner, numbered, explain)
+    if jobs > 1:
+        if model is not None:
+            raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs out")
+        executor = LocalProcesses(
+            jobs,
+            runner.runtime,
+            store=Store(store).root,
+            settings=runner.settings,
+            progress=shown,
+            explain=explain,
+            memory_mb=available_mb(),
+        )
+    done = dict(known or {})
+    missing = [(item, name) for item, name in planned if (item.name, name) not in done]
     stopped = ""
-    for numbered.number, (item, name) in enumerate(planned, start=1):
-        if stopped:
-            results.append(Result(item.name, name, "not_run", f"{stopped} did not pass, and --fail-fast is on"))
-            continue
-        results.append(runner.result(item, name, explain))
-        if fail_fast and results[-1].expected is None and results[-1].status in ("fail", "inconclusive", "error"):
-            stopped = f"{item.name}-{name}"
-        if record is not None and results[-1].planned and item.name not in recorded:
-            recorded.add(item.name)
+    with closing(executor.results(missing)) as results:
+        for item, name, result in results:
+            done[item.name, name] = result
+            if on_result is not None:
+                on_result(item, result)
+            if fail_fast and result.expected is None and result.status in ("fail", "inconclusive", "error"):
+                stopped = f"{item.name}-{name}"
+                break
+    dropped = Result("", "", "not_run", f"{stopped} did not pass, and --fail-fast is on")
+    ordered = [done.get((item.name, name)) or replace(dropped, case=item.name, runtime=name) for item, name in planned]
+    unwritten = _record(runner, cases, ordered, record) if record is not None else []
+    return Report(tuple(ordered), environment(runner.settings), tuple(unwritten))
+
+
+def _record(runner: Runner, cases: Sequence[Case], results: Sequence[Result], folder: Path) -> list[str]:
+    """Record the cases that have a result with rows; return why some could not be written."""
+    unwritten = []
+    for case in cases:
+        if any(result.planned for result in results if result.case == case.name):
             try:
-                runner.pipeline(item).record(record)
+                runner.pipeline(case).record(folder)
             except Exception as exc:  # whatever happens to a file, verdicts are kept
                 kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
-                unwritten.append(f"{item.name}: not recorded: {kind}{exc}")
-    return Report(tuple(results), environment(runner.settings), tuple(unwritten))
+                unwritten.append(f"{case.name}: not recorded: {kind}{exc}")
+    return unwritten
 
 
 def _default_progress(store: Path | str | None) -> Progress:
     return notebook_progress(Store(store).root / STEP_TIMES) if in_notebook() else Silent()
+
+
+def result_key(case: Case, name: str, settings: Settings) -> str:
+    """Return a digest of what a result is made from, but for the files of its model: case, runtime, code, settings."""
+    key = {"case": case.model_dump(mode="json"), "runtime": name, "settings": asdict(settings)}
+    return fingerprint({**key, "code": code_key(), "measures": measures_key(), **versions("qeff-validate")})
 
 
 def perf(
@@ -321,75 +341,6 @@ def _with_texts(case: Case, model: Any) -> Case:
     name = files[0].removesuffix("_file")
     given = model.asked()[name] if isinstance(model, Prechecked) else None
     return case.model_copy(update={"inputs": Inputs.model_validate({name: given})})
-
-
-class Runner:
-    """Runs one (case, runtime) at a time; what a case's runtimes share is made once while the case stays the same."""
-
-    def __init__(
-        self,
-        *,
-        store: Path | str | None = None,
-        settings: Settings | None = None,
-        progress: Progress | None = None,
-        model: Any = None,
-        tokenizer: Any = None,
-    ) -> None:
-        self.settings = settings or Settings()
-        self._store, self._progress = Store(store), progress or Silent()
-        self._model, self._tokenizer = model, tokenizer
-        self._runtimes: dict[str, Runtime] = {}
-        self._pipeline: Pipeline | None = None
-
-    def runtime(self, name: str) -> Runtime:
-        """Return the runtime of this name, created once; what opens files may do so in a child process."""
-        if name not in self._runtimes:
-            direct = runtime(name, self.settings)
-            self._runtimes[name] = IsolatedRuntime(direct, name, self.settings) if direct.kind != "module" else direct
-        return self._runtimes[name]
-
-    def result(self, case: Case, name: str, explain: ExplainMode = "off") -> Result:
-        """Run and judge a case on a runtime; whatever goes wrong in it becomes a result."""
-        pipeline, on = self.pipeline(case), self.runtime(name)
-        return with_explanation(pipeline, on, pipeline.result(on), self.settings, explain)
-
-    def explained(self, case: Case, name: str) -> Result:
-        """Run and judge a case on a runtime, and explain the result, even if it passes."""
-        pipeline, on = self.pipeline(case), self.runtime(name)
-        result = pipeline.result(on)
-        return explained(pipeline, on, result, self.settings, LIMITS_S["full"]) if result.metrics else result
-
-    def audited(self, case: Case) -> RangeAudit:
-        """Return what fp16 does to the values of each node of a case's graph; errors are those of `tuning.audit`."""
-        return audit(self.pipeline(case), self.settings)
-
-    def tuned(self, case: Case, name: str) -> Tuning:
-        """Look for the nodes in float32 with which a case passes on a runtime; errors are those of `tuning.tune`."""
-        return tune(case, self.runtime(name), self.settings, self.pipeline)
-
-    def relation(self, case: Case, name: str, relation: str) -> Result:
-        """Judge a metamorphic relation of a case on a runtime; what held before is taken from the store."""
-        return self.pipeline(case).relation(self.runtime(name), relation, settings=self.settings)
-
-    def timed(self, case: Case, name: str, baseline: TimingBaseline | None = None) -> Result:
-        """Time a case on a runtime and judge it; whatever goes wrong becomes a result."""
-        timed_runtime = self.runtime(name)
-
-        def prepare() -> None:
-            if baseline is not None and baseline.case is not None:
-                build_costs(self.pipeline(baseline.case), timed_runtime)
-
-        pipeline = Pipeline(case, check(case), self._store, self._progress)
-        return measure_case(pipeline, timed_runtime, self.settings, baseline=baseline, prepare=prepare)
-
-    def pipeline(self, case: Case) -> Pipeline:
-        """Return the case's pipeline, the same one as long as the case stays the same."""
-        if self._pipeline is None or self._pipeline.case != case:
-            self._pipeline = None  # let go of the last case's module before the next is loaded
-            self._pipeline = Pipeline(
-                case, check(case), self._store, self._progress, model=self._model, tokenizer=self._tokenizer
-            )
-        return self._pipeline
 
 
 def selftest(

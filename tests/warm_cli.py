@@ -192,6 +192,7 @@ class WarmProcess:
         self._cli, self._err = cli, err
         self._files = [cli.folder / f"{stream}-{uuid.uuid4().hex}" for stream in ("out", "err")]
         out, own = self._files
+        (err or own).touch()  # a test may read along from now on
         self.pid = cli.fork(*arguments, cwd=cwd, variables=variables, out=out, err=err or own)
 
     def poll(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qeff_validate.cli import compare, performance, sdk, signals, store
+from qeff_validate.cli import compare, merge, performance, plan, sdk, signals, store
 from qeff_validate.cli.build import build
 from qeff_validate.cli.configs import list_cases, schema
 from qeff_validate.cli.doctor import doctor
@@ -67,6 +67,8 @@ app.command(epilog="Exit codes: 0 every goal was reached · 1 one was not · 2 w
 app.command(epilog="Exit codes: 0 the bundle is there · 2 wrong usage or config · 3 something could not be built.")(
     build
 )
+app.command(epilog=merge.EPILOG)(merge.merge)
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command("list", epilog="Exit codes: 0 the configs are sound · 2 one of them is not.")(list_cases)
 app.command()(doctor)
 app.add_typer(store.app, name="store")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,9 @@ EPILOG = (
     "Exit codes: 0 everything asked for agrees · 1 a mismatch or an inconclusive result · 2 wrong usage or config · "
     "3 an error, a required runtime that did not run, or nothing compared · 130 interrupted."
 )
+
+MOST_JOBS = 1024
+"""Processes that a run may start."""
 
 Configs = Annotated[list[Path], typer.Argument(help="YAML config files", metavar="CONFIG…")]
 CaseNames = Annotated[list[str] | None, typer.Option("--case", help="run only this case; repeatable")]
@@ -93,3 +97,34 @@ def required_runtimes(text: str) -> list[str]:
         if name not in known:
             raise ConfigError(f"--require: no runtime is called {name!r}.{suggest(name, known)}")
     return names
+
+
+def job_count(text: str) -> int:
+    """Parse ``--jobs``: a number, or ``auto`` for the number of processors.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text == "auto":
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST_JOBS:
+        raise ConfigError(f"--jobs: {text[:40]!r} is no number of processes: give 1 to {MOST_JOBS}, or auto")
+    return int(text)
+
+
+def shard(cases: list[Case], text: str | None) -> list[Case]:
+    """Return each N-th case, from the K-th on, of ``--shard K/N``; all cases if there is no text.
+
+    Raises:
+        ConfigError: it is no K/N with 1 <= K <= N, or this shard has no case.
+    """
+    if text is None:
+        return cases
+    number, slash, count = text.partition("/")
+    known = slash and number.isdecimal() and count.isdecimal() and len(text) <= 20
+    if not known or not 1 <= int(number) <= int(count):
+        raise ConfigError(f"--shard: {text[:40]!r} is no share: give K/N with K from 1 to N, such as 3/8")
+    chosen = cases[int(number) - 1 :: int(count)]
+    if not chosen:
+        raise ConfigError(f"--shard {text}: there are {len(cases)} cases, so this share has none: give a smaller N")
+    return chosen

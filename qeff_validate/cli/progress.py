@@ -124,24 +124,21 @@ class TerminalProgress:
 
     @contextmanager
     def _spinner(self, text: str) -> Iterator[None]:
-        """Show a step with its elapsed time; a step within a step has a line below."""
+        """Show a step with its elapsed time; a step within or beside another has a line below."""
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        if self._live is not None:
-            task = self._live.add_task(text, total=None)
-            try:
-                yield
-            finally:
-                self._live.remove_task(task)
-            return
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        self._live = Progress(*columns, console=self._console, transient=True)
+        if self._live is None:
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            self._live = Progress(*columns, console=self._console, transient=True)
+            self._live.start()
+        live, task = self._live, self._live.add_task(text, total=None)
         try:
-            with self._live:
-                self._live.add_task(text, total=None)
-                yield
+            yield
         finally:
-            self._live = None
+            live.remove_task(task)
+            if not live.tasks:  # steps of several processes end in any order
+                live.stop()
+                self._live = None
 
     @contextmanager
     def _lines(self, text: str) -> Iterator[None]:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,19 +17,25 @@ from qeff_validate.cli.options import (
     StoreDir,
     Verbose,
     device_ids,
+    job_count,
     matching_cases,
     required_runtimes,
     select_cases,
+    shard,
     split_list,
 )
 from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
+from qeff_validate.report.results_file import ResultsFile
 from qeff_validate.report.text import NARROW_BELOW
 
 if TYPE_CHECKING:
+    from qeff_validate.config.case import Case
+    from qeff_validate.protocols import Settings
     from qeff_validate.report.report import Report
+    from qeff_validate.report.result import Result
 
 
 def run(
@@ -74,9 +81,22 @@ def run(
         str | None, typer.Option(help="tell what drifted since this baseline, of baselines/ beside the config")
     ] = None,
     directory: Annotated[Path | None, typer.Option("--directory", help="of baselines, instead")] = None,
+    part: Annotated[
+        str | None, typer.Option("--shard", metavar="K/N", help="run only every N-th case, from the K-th on")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="directory of the report of a run that was cut off: make only the results that it lacks"),
+    ] = None,
     allow_inconclusive: Annotated[
         bool, typer.Option("--allow-inconclusive", help="inconclusive results do not fail the run")
     ] = False,
+    jobs: Annotated[
+        str,
+        typer.Option(
+            "--jobs", "-j", help="processes that run stages of cases side by side; auto: one for each processor"
+        ),
+    ] = "1",
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", "-x", help="stop after the first result that does not pass")
     ] = False,
@@ -112,12 +132,12 @@ def run(
     reporters = load_reporters(reporter or [])
     beside = performance.folder(configs[0] if configs else None, directory)
     before = read_baseline(beside, baseline) if baseline is not None else None
-    remove_reports(report)
+    kept = ResultsFile(resume).read() if resume is not None else {}
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
     else:
         cases = load(configs or []) if bundle is None else read_bundle(bundle, digest=bundle_digest)
-    cases = matching_cases(select_cases(cases, case or []), keyword)
+    cases = shard(matching_cases(select_cases(cases, case or []), keyword), part)
     names = split_list(runtimes) if runtimes is not None else None
     if names is not None and not names:
         raise ConfigError("--runtimes names no runtime")
@@ -125,17 +145,23 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    progress = terminal_progress(store, verbose, quiet=quiet)
-    results = validate(
-        cases,
-        names,
-        store=store,
-        settings=settings,
-        progress=progress,
-        record=record,
-        fail_fast=fail_fast,
-        explain=explain,
-    )
+    made = _MadeResults(report, [(one, name) for one in cases for name in names or one.runtimes], settings, kept)
+    count = job_count(jobs)
+    remove_reports(report)
+    with made.reported_if_interrupted():
+        results = validate(
+            cases,
+            names,
+            store=store,
+            settings=settings,
+            progress=terminal_progress(store, verbose, quiet=quiet),
+            record=record,
+            fail_fast=fail_fast,
+            explain=explain,
+            jobs=count,
+            known=made.known,
+            on_result=made.add,
+        )
     results = results if before is None else with_drift(results, before)
     write_error = _write(results, report)
     if json_lines:
@@ -150,6 +176,63 @@ def run(
     if not json_lines:
         print_closing(results, report)
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
+
+
+class _MadeResults:
+    """The results of a run as they are made, in `results_file.ResultsFile`.
+
+    Args:
+        folder: of the report.
+        planned: cases and names of runtimes, in the order of the report.
+        settings: of the runtimes.
+        kept: keys and results of the run that is resumed, by case and runtime.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        planned: Sequence[tuple[Case, str]],
+        settings: Settings,
+        kept: Mapping[tuple[str, str], tuple[str, Result]],
+    ) -> None:
+        from qeff_validate.engine import result_key
+
+        self._folder, self._file, self._settings = folder, ResultsFile(folder), settings
+        self._keys = {(case.name, name): result_key(case, name, settings) for case, name in planned}
+        self.known = {
+            place: result
+            for place, (key, result) in kept.items()
+            if self._keys.get(place) == key and result.status in ("pass", "fail", "inconclusive")
+        }
+        self._made: dict[tuple[str, str], Result] = {}
+
+    def add(self, _case: Case, result: Result) -> None:
+        """Take a result of the run."""
+        place = result.case, result.runtime
+        self._made[place] = result
+        with suppress(ValidateError):  # the report tells that the folder cannot be written
+            self._file.add(self._keys[place], result)
+
+    @contextmanager
+    def reported_if_interrupted(self) -> Iterator[None]:
+        """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
+        from qeff_validate.engine import environment
+        from qeff_validate.report.report import Report
+        from qeff_validate.report.result import Result
+
+        self._file.clear()
+        for result in self.known.values():
+            self._file.add(self._keys[result.case, result.runtime], result)
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            made = {**self.known, **self._made}
+            if made:
+                missing = (Result(*place, "not_run", "the run was interrupted") for place in self._keys)
+                results = tuple(made.get((one.case, one.runtime), one) for one in missing)
+                _write(Report(results, environment(self._settings)), self._folder)
+                print_text(f"{len(made)} of {len(results)} results are in {self._folder}; --resume makes the others")
+            raise
 
 
 def _write(results: Report, folder: Path) -> ValidateError | None:

@@ -59,7 +59,7 @@ class Pipeline(CaseArtifacts):
                 return Result(**base, status="not_run", reason=missing)
             base["simulated"] = capabilities(runtime).simulated
             base["reference"] = "hf" if self.case.artifacts.reference is None else "recorded"
-            base["precision"] = self._precision(runtime).profile
+            base["precision"] = self.precision(runtime).profile
             return judge(base)
         except UnstableReferenceError as exc:
             return Result(**base, status="inconclusive", reason=str(exc), stage="reference")
@@ -71,7 +71,7 @@ class Pipeline(CaseArtifacts):
             reason = f"unexpected {type(exc).__name__}: {exc}"
             return Result(**base, status="error", reason=reason, stage=getattr(exc, "stage", None), notes=notes)
 
-    def _precision(self, runtime: Runtime) -> Precision:
+    def precision(self, runtime: Runtime) -> Precision:
         """Return what a runtime computes in, by its capabilities; a user's file has a precision of its own."""
         compute = capabilities(runtime).compute
         asked = self.case.precision if compute is None else Precision(compute=compute)
@@ -80,13 +80,13 @@ class Pipeline(CaseArtifacts):
     def _file_may_be_the_cause(self, runtime: Runtime) -> bool:
         """Return whether a user's file rounds in ways that no bound allows for."""
         file = self.file_precision(runtime.kind)
-        return bool(file.weights) or (bool(file.where) and self._precision(runtime).compute == "fp32")
+        return bool(file.weights) or (bool(file.where) and self.precision(runtime).compute == "fp32")
 
     def _file_findings(self, runtime: Runtime) -> Iterator[str]:
         """Say in what precision a user's file computes, if it is not float32."""
         file = self.file_precision(runtime.kind)
         if file != GraphPrecision():
-            precision = self._precision(runtime)
+            precision = self.precision(runtime)
             said = f"the bounds are those of {precision.profile}" if measurable(precision) else "no noise is measured"
             yield f"the file computes in {file.words} ({file.where}); {said}"
 
@@ -118,7 +118,7 @@ class Pipeline(CaseArtifacts):
 
     def _numbers(self, runtime: Runtime, base: dict[str, Any]) -> Result:
         inputs = self.inputs()
-        reference, precision = self.reference(), self._precision(runtime)
+        reference, precision = self.reference(), self.precision(runtime)
         floor = self.floor(precision) if measurable(precision) else None
         artifact = self.artifact(runtime.kind, capabilities(runtime).sdk)
         with ExitStack() as held:

@@ -150,6 +150,12 @@ def reset_resident_peak() -> None:
         (_PROC / "self" / "clear_refs").write_text("5")
 
 
+def available_mb() -> float:
+    """Return the memory that can be taken without swapping, in 10^6 bytes (proc(5), MemAvailable); unknown: inf."""
+    value = next((line.split()[1] for line in _lines("meminfo") if line.startswith("MemAvailable:")), None)
+    return float("inf") if value is None else int(value) * 1024 / 1e6
+
+
 def _status(name: str) -> float | None:
     value = next((line.split()[1] for line in _lines("self/status") if line.startswith(f"{name}:")), None)
     return None if value is None else int(value) * 1024 / 1e6

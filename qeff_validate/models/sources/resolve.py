@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from qeff_validate.config.case import Case
-from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError
 from qeff_validate.files import expand_user
 from qeff_validate.models.adapters.files import content
 from qeff_validate.models.framework_calls import (
@@ -376,6 +376,18 @@ def resolve(case: Case) -> Source:
         )
     local = Path(case.source)
     return _folder(local if local.is_dir() else _hub(case.source, case.revision), case)
+
+
+def weights_size(case: Case) -> int:
+    """Return the size in bytes of the weight files of a ``package:`` or ``path:`` source; 0 of any other."""
+    prefix, _, rest = case.source.partition(":")
+    if prefix not in {"package", "path"}:
+        return 0
+    with suppress(ValidateError, OSError):
+        path = _package(rest) if prefix == "package" else expand_user(rest)
+        files = [path] if path.suffix == ".gguf" else path.rglob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+    return 0
 
 
 def _tiny(rest: str, case: Case) -> Tiny:

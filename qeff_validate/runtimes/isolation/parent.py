@@ -158,7 +158,7 @@ class Child:
                     str(child_end.fileno()),
                     str(os.getpid()),
                 ],
-                env=_environment(),
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
@@ -269,7 +269,7 @@ def _child(name: str, *, card: bool) -> Iterator[Child]:
         child.end(grace)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return an environment in which the child imports the same modules, and none from its working directory."""
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What units took in earlier runs, and what is expected of those that were never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qeff_validate.config.case import Case
+from qeff_validate.models.sources.resolve import weights_size
+from qeff_validate.pipeline.executors.units import Unit
+from qeff_validate.report.step_times import StepTimes
+
+MEMORY, SECONDS = "unit-memory.json", "unit-times.json"
+"""In a store's directory."""
+
+BASE_MB = 700.0
+"""Memory of a process with torch and transformers loaded, in 10^6 bytes: 560 to 690 were seen with random bodies."""
+
+COPIES = {"reference": 1.5, "measure": 3.5, "export": 3.0, "compile": 2.0, "run": 2.5}
+"""Bytes that each stage takes for a byte of weights in the model's files, rounded up from MiniLM and SmolLM2."""
+
+
+class UnitCosts:
+    """Time and memory of units, as measured in an earlier run; memory else estimated from the weights.
+
+    Args:
+        store: directory of the store, which keeps the measured ones.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._memory, self._times = StepTimes(store / MEMORY), StepTimes(store / SECONDS)
+
+    def seconds(self, unit: Unit) -> float | None:
+        """Return how long a unit took last time; None if it never ran."""
+        return self._times.seconds(unit.id)
+
+    def megabytes(self, unit: Unit, case: Case) -> float:
+        """Return the most memory that a unit is expected to take, in 10^6 bytes.
+
+        Args:
+            unit: one of the case.
+            case: whose source has weights.
+        """
+        known = self._memory.seconds(unit.id)
+        return known if known is not None else BASE_MB + COPIES[unit.stage] * weights_size(case) / 1e6
+
+    def keep(self, unit: Unit, seconds: float, megabytes: float | None) -> None:
+        """Remember what a unit took.
+
+        Args:
+            unit: has ended.
+            seconds: its duration.
+            megabytes: its greatest memory, in 10^6 bytes; None: the system does not tell.
+        """
+        self._times.keep(unit.id, seconds)
+        if megabytes is not None:
+            self._memory.keep(unit.id, megabytes)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that does one unit after the other for `local_processes.LocalProcesses`.
+
+python -m qeff_validate.pipeline.executors.worker SOCKET PARENT
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from qeff_validate.config.case import Case
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.executors.units import JUDGES, Unit
+from qeff_validate.pipeline.machine import reset_resident_peak, resident_peak_mb
+from qeff_validate.pipeline.runner import Runner
+from qeff_validate.prechecks.graph_precision import measurable
+from qeff_validate.protocols import Runtime, Settings, capabilities
+from qeff_validate.runtimes.isolation.channel import Channel, Closed
+from qeff_validate.sdk.processes import die_with_parent
+
+
+class ForwardedProgress:
+    """Progress that the parent shows.
+
+    Args:
+        channel: to the parent.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._count = channel, 0
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Enclose one long step."""
+        self._count += 1
+        number = self._count
+        self._channel.send({"begin": text, "step": number})
+        try:
+            yield
+        finally:
+            self._channel.send({"end": number})
+
+    def line(self, text: str) -> None:
+        """Forward one line of a child's output."""
+        self._channel.send({"line": text})
+
+
+def serve(channel: Channel) -> None:
+    """Do the units that arrive.
+
+    Raises:
+        Closed: the parent has closed its end or ended.
+    """
+    job, _ = channel.receive()
+    settings = Settings(**{**job["settings"], "device_ids": tuple(job["settings"]["device_ids"])})
+    runner = Runner(store=Path(job["store"]), settings=settings, progress=ForwardedProgress(channel))
+    cases = {plain["name"]: Case.model_validate(plain) for plain in job["cases"]}
+    while True:
+        request, _ = channel.receive()
+        unit, case = Unit(**{**request["unit"], "needs": ()}), cases[request["unit"]["case"]]
+        reset_resident_peak()
+        start, result = time.perf_counter(), None
+        if unit.stage == JUDGES:
+            result = runner.result(case, unit.runtime, job["explain"]).plain()
+        else:
+            with suppress(Exception):  # whoever needs what could not be made meets the error again, and tells it
+                prepare(runner.pipeline(case), unit, [runner.runtime(name) for name in request["runtimes"]])
+        seconds = time.perf_counter() - start
+        channel.send({"result": result, "seconds": seconds, "megabytes": resident_peak_mb()})
+
+
+def prepare(pipeline: Pipeline, unit: Unit, runtimes: Sequence[Runtime]) -> None:
+    """Make what a unit's stage leaves in the store.
+
+    Args:
+        pipeline: of its case.
+        unit: any stage but ``run``.
+        runtimes: on which the case runs; for ``compile`` the one it is compiled for.
+
+    Raises:
+        ValidateError: it cannot be made.
+    """
+    if unit.stage == "reference":
+        pipeline.reference()
+    elif unit.stage == "export":
+        pipeline.onnx()
+    elif unit.stage == "compile":
+        (runtime,) = runtimes
+        pipeline.qpc(capabilities(runtime).sdk)
+    else:
+        for precision in dict.fromkeys(pipeline.precision(runtime).profile for runtime in runtimes):
+            found = next(item for item in map(pipeline.precision, runtimes) if item.profile == precision)
+            if measurable(found):
+                pipeline.floor(found)
+        pipeline.ceiling()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve one parent until it closes its end of the socket or ends."""
+    number, parent = map(int, arguments)
+    die_with_parent()
+    if os.getppid() != parent:
+        return 1  # it died before we could ask
+
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)  # what is half-made is removed on the way out
+
+    signal.signal(signal.SIGTERM, leave)
+    with suppress(Closed):
+        serve(Channel(socket.socket(fileno=number)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

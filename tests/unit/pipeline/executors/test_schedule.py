@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run and the order of its units; nothing is run."""
+
+from __future__ import annotations
+
+import heapq
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qeff_validate.config.case import Case
+from qeff_validate.pipeline.executors.schedule import MOST_TRIES, Schedule
+from qeff_validate.pipeline.executors.units import Unit, plan
+from qeff_validate.protocols import Capabilities
+
+KINDS = {"torch": "module", "ort": "onnx", "sim": "qpc", "ai100": "qpc"}
+
+
+def runtime(name: str) -> Any:
+    able = Capabilities(compute=None, simulated=name == "sim")
+    reason = "no card" if name == "ai100" else None
+    return SimpleNamespace(name=name, kind=KINDS[name], capabilities=able, probe=lambda: reason)
+
+
+def case(name: str, **more: Any) -> Case:
+    return Case(name=name, source="random:bert", **more)
+
+
+def units(*cases: Case, runtimes: tuple[str, ...] = ("torch", "ort", "sim")) -> list[Unit]:
+    return plan([(one, name) for one in cases for name in runtimes], runtime)
+
+
+def test_each_stage_waits_for_what_it_takes_from_the_store() -> None:
+    needs = {unit.id: [need.removeprefix("a: ") for need in unit.needs] for unit in units(case("a"))}
+    assert needs == {
+        "a: reference": [],
+        "a: measure": ["reference"],
+        "a: export": [],
+        "a: run on torch": ["reference", "measure"],
+        "a: run on ort": ["reference", "measure", "export"],
+        "a: compile on sim": ["export"],
+        "a: run on sim": ["reference", "measure", "compile on sim"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "absent"),
+    [
+        ({"tolerance": "table"}, {"measure"}),
+        ({"artifacts": {"reference": "r.safetensors"}}, {"measure"}),
+        ({"artifacts": {"onnx": "m.onnx"}}, {"export"}),
+        ({"artifacts": {"onnx": "m.onnx", "qpc": "q"}}, {"export", "compile"}),
+    ],
+)
+def test_stages_that_a_case_does_not_have_are_not_planned(given: dict[str, Any], absent: set[str]) -> None:
+    stages = {unit.stage for unit in units(case("a", **given))}
+    assert {"reference", "measure", "export", "compile", "run"} - stages == absent
+
+
+def test_runtime_that_cannot_be_used_only_tells_why() -> None:
+    assert [unit.id for unit in units(case("a"), runtimes=("ai100",))] == ["a: run on ai100"]
+    assert not any("ai100" in unit.id and unit.stage == "compile" for unit in units(case("a"), runtimes=tuple(KINDS)))
+
+
+def test_worker_stays_with_its_case_then_begins_another_then_helps() -> None:
+    schedule = Schedule(units(case("a"), case("b", seed=1), runtimes=("ort",)))
+    one, two = schedule.take(1), schedule.take(2)
+    assert (one.id, two.id) == ("a: reference", "b: reference")
+    schedule.end(2)
+    assert schedule.take(2).id == "b: measure"
+    for name in ("b: measure", "b: export", "b: run on ort"):
+        assert schedule.end(2).id == name
+        following = schedule.take(2)
+    assert following.id == "a: export", "there is no other case, so it helps"
+
+
+def test_cases_that_share_a_body_do_not_wait_for_each_others_lock() -> None:
+    schedule = Schedule(units(case("a"), case("b", options={"pooling": "max"}), runtimes=("ort",)))
+    assert schedule.take(1).id == "a: reference"
+    assert schedule.take(2).id == "b: export", "the reference of b reads what that of a writes"
+    schedule.end(2)
+    assert schedule.take(2).id == "a: export"
+
+
+def test_memory_of_units_that_run_together_stays_below_the_limit_and_a_greater_one_runs_alone() -> None:
+    planned = [Unit("a", "export"), Unit("b", "export"), Unit("c", "export")]
+    schedule = Schedule(planned, {"a: export": 9.0, "b: export": 2.0, "c: export": 1.0}, limit=3.0)
+    assert schedule.take(1).id == "a: export"
+    assert schedule.take(2) is None
+    schedule.end(1)
+    assert [schedule.take(worker).id for worker in (1, 2)] == ["b: export", "c: export"]
+
+
+def test_lost_unit_comes_first_again_and_is_given_up_after_three_times() -> None:
+    schedule = Schedule(units(case("a"), runtimes=("torch",)))
+    for attempt in range(1, MOST_TRIES + 1):
+        assert schedule.take(attempt).id == "a: reference"
+        given_up = schedule.lose(attempt, "was killed by SIGKILL")
+        assert (given_up is not None) == (attempt == MOST_TRIES)
+    assert schedule.losses == {"a: reference": ["was killed by SIGKILL"] * MOST_TRIES}
+    assert schedule.take(9).id == "a: measure", "what needs it tries by itself"
+    assert schedule.lose(7, "idle") is None, "a worker without a unit"
+
+
+def test_sixty_four_workers_reach_nine_tenths_of_the_ideal() -> None:
+    """Simulated time: each unit takes 1; 300 cases of 5 units, of which 3 in a row are the longest chain."""
+    schedule = Schedule(units(*(case(f"c{number}", seed=number) for number in range(300)), runtimes=("ort",)))
+    total, workers = len(schedule.units), 64
+    clock, events = 0.0, list[tuple[float, int]]()
+    while not schedule.done:
+        for worker in range(workers):
+            if not schedule.is_busy(worker) and schedule.take(worker) is not None:
+                heapq.heappush(events, (clock + 1, worker))
+        clock, worker = heapq.heappop(events)
+        schedule.end(worker)
+    assert total / workers / clock >= 0.9
