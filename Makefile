@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
-.PHONY: validate quick test test-kernels calibrate test-sdk test-install qefficient check bench timing-gate support power reliability docs clean help
+.PHONY: validate quick test test-kernels calibrate test-sdk test-install test-cluster qefficient check bench timing-gate support power reliability docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/models.txt
 	@touch $@
 
 validate: $(STAMP)  ## the main job: MiniLM on PyTorch, ONNX Runtime and the simulated AI 100 (ARGS='…' adds options)
-	$(BIN)/qeff-validate run configs/quickstart.yaml $(ARGS)
+	$(BIN)/qeff-validate run configs/quickstart.yaml --jobs auto $(ARGS)
 
 quick: check  ## lint, types, and the tests that start no process and run no case: while you work
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow and not integration'
@@ -40,6 +40,9 @@ test-sdk: $(STAMP)  ## the simulated SDK under other Pythons and package version
 
 test-install: $(STAMP)  ## the wheel in fresh environments: without PyTorch, and the first commands of the README; needs a package index
 	$(BIN)/python -m pytest -m environments -rs tests/install
+
+test-cluster: $(STAMP)  ## a Ray cluster of four hosts on this machine, one of which is lost; needs a package index (QV_TEST_CLUSTER_CASES=300)
+	$(BIN)/python -m pytest -m environments -rs tests/cluster
 
 qefficient: $(STAMP)  ## QEfficient on the simulated SDK at /opt/qti-aic: QEFF=checkout QEFF_PYTHON=its interpreter (ARGS='--only llama')
 	$(BIN)/qeff-validate sdk install /opt/qti-aic

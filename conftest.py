@@ -39,7 +39,7 @@ def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-INTEGRATION = ("contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")
+INTEGRATION = ("cluster", "contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")
 """Folders of `tests` whose files are marked ``integration``, but for `UNIT`; other files mark themselves."""
 
 UNIT = ("meta/test_faults.py", "meta/test_guards.py")

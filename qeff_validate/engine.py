@@ -22,7 +22,7 @@ from qeff_validate.config.case import Artifacts, Case, Inputs
 from qeff_validate.config.explain import explain as explain_config
 from qeff_validate.config.loader import load_cases
 from qeff_validate.config.yaml_reader import parse_yaml
-from qeff_validate.errors import ConfigError, IncomparableError, ValidateError, suggest
+from qeff_validate.errors import ConfigError, IncomparableError, ValidateError, naming_extras, suggest
 from qeff_validate.files import temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
@@ -121,6 +121,7 @@ def validate(
     fail_fast: bool = False,
     explain: ExplainMode = "off",
     jobs: int = 1,
+    cluster: str | None = None,
     known: Mapping[tuple[str, str], Result] | None = None,
     on_result: Callable[[Case, Result], object] | None = None,
 ) -> Report:
@@ -139,6 +140,8 @@ def validate(
         explain: whether results that fail get an explanation: ``off``, ``auto`` (within a minute each) or ``full``.
         jobs: how many processes run stages of cases side by side; the processors are divided among them. 1: none, all
             is done here.
+        cluster: address of a Ray cluster whose hosts do the stages instead, sharing the store's directory; ``local``: a
+            cluster of this host alone. ``jobs`` above 1 then limits the number of workers.
         known: results of an earlier run by case and runtime, which are not made again.
         on_result: is told of each result as it is made.
 
@@ -167,18 +170,10 @@ def validate(
     if record is not None:
         check_writable(record, "--record")
     executor: Executor = InProcess(runner, numbered, explain)
-    if jobs > 1:
+    if jobs > 1 or cluster is not None:
         if model is not None:
-            raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs out")
-        executor = LocalProcesses(
-            jobs,
-            runner.runtime,
-            store=Store(store).root,
-            settings=runner.settings,
-            progress=shown,
-            explain=explain,
-            memory_mb=available_mb(),
-        )
+            raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs and cluster out")
+        executor = _worker_pool(jobs, cluster, runner, store=Store(store).root, progress=shown, explain=explain)
     done = dict(known or {})
     missing = [(item, name) for item, name in planned if (item.name, name) not in done]
     stopped = ""
@@ -194,6 +189,16 @@ def validate(
     ordered = [done.get((item.name, name)) or replace(dropped, case=item.name, runtime=name) for item, name in planned]
     unwritten = _record(runner, cases, ordered, record) if record is not None else []
     return Report(tuple(ordered), environment(runner.settings), tuple(unwritten))
+
+
+def _worker_pool(jobs: int, cluster: str | None, runner: Runner, **more: Any) -> Executor:
+    settings = runner.settings
+    if cluster is None:
+        return LocalProcesses(jobs, runner.runtime, settings=settings, memory_mb=available_mb(), **more)
+    from qeff_validate.pipeline.executors.ray_cluster import RayCluster
+
+    with naming_extras():
+        return RayCluster(cluster, runner.runtime, settings=settings, jobs=jobs if jobs > 1 else None, **more)
 
 
 def _record(runner: Runner, cases: Sequence[Case], results: Sequence[Result], folder: Path) -> list[str]:

@@ -135,6 +135,7 @@ EXTRAS = {
     "peft": ("PEFT", "peft"),
     "gguf": ("gguf", "gguf"),
     "mlflow": ("MLflow", "mlflow"),
+    "ray": ("Ray", "ray"),
     "opentelemetry": ("OpenTelemetry", "opentelemetry"),
 }
 """Name and extra of each optional package, by the name of its module."""

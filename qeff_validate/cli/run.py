@@ -97,6 +97,13 @@ def run(
             "--jobs", "-j", help="processes that run stages of cases side by side; auto: one for each processor"
         ),
     ] = "1",
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="do the stages of cases on a Ray cluster, e.g. ray://head:10001; local: one of this host",
+        ),
+    ] = None,
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", "-x", help="stop after the first result that does not pass")
     ] = False,
@@ -159,6 +166,7 @@ def run(
             fail_fast=fail_fast,
             explain=explain,
             jobs=count,
+            cluster=cluster,
             known=made.known,
             on_result=made.add,
         )

@@ -40,6 +40,11 @@ class Schedule:
         """True if nothing waits and nothing runs."""
         return not self._waiting and not self._running
 
+    @property
+    def waits(self) -> bool:
+        """True if a unit has not begun."""
+        return bool(self._waiting)
+
     def is_busy(self, worker: Hashable) -> bool:
         """Return whether a worker has a unit."""
         return worker in self._running

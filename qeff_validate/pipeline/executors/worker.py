@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from qeff_validate.config.case import Case
 from qeff_validate.pipeline.case_pipeline import Pipeline
@@ -31,26 +32,54 @@ class ForwardedProgress:
     """Progress that the parent shows.
 
     Args:
-        channel: to the parent.
+        send: sends a message to the parent.
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel, self._count = channel, 0
+    def __init__(self, send: Callable[[Mapping[str, Any]], object]) -> None:
+        self._send, self._count = send, 0
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Enclose one long step."""
         self._count += 1
         number = self._count
-        self._channel.send({"begin": text, "step": number})
+        self._send({"begin": text, "step": number})
         try:
             yield
         finally:
-            self._channel.send({"end": number})
+            self._send({"end": number})
 
     def line(self, text: str) -> None:
         """Forward one line of a child's output."""
-        self._channel.send({"line": text})
+        self._send({"line": text})
+
+
+class UnitServer:
+    """Does one unit after the other, and keeps the case loaded.
+
+    Args:
+        job: cases, settings, store and whether to explain, as `worker_pool.WorkerPool` sends them.
+        send: sends a message to the parent.
+    """
+
+    def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], object]) -> None:
+        settings = Settings(**{**job["settings"], "device_ids": tuple(job["settings"]["device_ids"])})
+        self._runner = Runner(store=Path(job["store"]), settings=settings, progress=ForwardedProgress(send))
+        self._cases = {plain["name"]: Case.model_validate(plain) for plain in job["cases"]}
+        self._explain, self._send = job["explain"], send
+
+    def do(self, request: Mapping[str, Any]) -> None:
+        """Do a unit; the last message that is sent says that it is done."""
+        unit, runner = Unit(**{**request["unit"], "needs": ()}), self._runner
+        case = self._cases[unit.case]
+        reset_resident_peak()
+        start, result = time.perf_counter(), None
+        if unit.stage == JUDGES:
+            result = runner.result(case, unit.runtime, self._explain).plain()
+        else:
+            with suppress(Exception):  # whoever needs what could not be made meets the error again, and tells it
+                prepare(runner.pipeline(case), unit, [runner.runtime(name) for name in request["runtimes"]])
+        self._send({"result": result, "seconds": time.perf_counter() - start, "megabytes": resident_peak_mb()})
 
 
 def serve(channel: Channel) -> None:
@@ -59,22 +88,9 @@ def serve(channel: Channel) -> None:
     Raises:
         Closed: the parent has closed its end or ended.
     """
-    job, _ = channel.receive()
-    settings = Settings(**{**job["settings"], "device_ids": tuple(job["settings"]["device_ids"])})
-    runner = Runner(store=Path(job["store"]), settings=settings, progress=ForwardedProgress(channel))
-    cases = {plain["name"]: Case.model_validate(plain) for plain in job["cases"]}
+    server = UnitServer(channel.receive()[0], channel.send)
     while True:
-        request, _ = channel.receive()
-        unit, case = Unit(**{**request["unit"], "needs": ()}), cases[request["unit"]["case"]]
-        reset_resident_peak()
-        start, result = time.perf_counter(), None
-        if unit.stage == JUDGES:
-            result = runner.result(case, unit.runtime, job["explain"]).plain()
-        else:
-            with suppress(Exception):  # whoever needs what could not be made meets the error again, and tells it
-                prepare(runner.pipeline(case), unit, [runner.runtime(name) for name in request["runtimes"]])
-        seconds = time.perf_counter() - start
-        channel.send({"result": result, "seconds": seconds, "megabytes": resident_peak_mb()})
+        server.do(channel.receive()[0])
 
 
 def prepare(pipeline: Pipeline, unit: Unit, runtimes: Sequence[Runtime]) -> None:

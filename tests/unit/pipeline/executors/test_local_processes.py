@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_unit_that_kills_each_process_is_an_error_with_its_history_and_no_result
     assert Counter(result.case for result in results) == dict.fromkeys(names, 1)
     reasons = {result.case: result.reason for result in results if result.status != "pass"}
     assert reasons == {
-        name: f"its worker process was killed by {name} (the last words of a process) (3 times); given up"
+        name: f"its worker was killed by {name} (the last words of a process) (3 times); given up"
         for name in ("SIGKILL", "SIGSEGV")
     }
 
@@ -101,14 +102,15 @@ def test_jobs_give_the_same_report_bit_for_bit_and_resume_makes_what_is_missing(
     assert len(lines) == 6
     kept = "".join(lines[:2]) + lines[2][:40]  # the machine lost its power while the third was written
     (tmp_path / "there" / "results.jsonl").write_text(kept, encoding="utf-8")
-    again = cli("run", path, "--store", tmp_path / "s2", *there, "-v", "--resume", tmp_path / "there", cwd=tmp_path)
+    resumed = ("--report", tmp_path / "there", "-v", "--resume", tmp_path / "there")
+    again = cli("run", path, "--store", tmp_path / "s2", *resumed, cwd=tmp_path)
     assert again.returncode == 0, said(again)
     assert numbers(tmp_path / "there") == numbers(tmp_path / "here")
-    assert again.stderr.count("load on") == 4, "two of six results are known"
+    assert len(re.findall(r"load on \w+: running", again.stderr)) == 4, "two of six results are known"
     changed = config(tmp_path, case(extra=extra), case("second", f"{FAST}\nseed: 4"))
     resumed = ("--resume", tmp_path / "there", "--runtimes", "ort")
     anew = cli("run", changed, "--store", tmp_path / "s2", *here, "-v", *resumed, cwd=tmp_path)
-    assert anew.stderr.count("load on ort") == 1, "the result of a case that has changed is not taken"
+    assert anew.stderr.count("load on ort: running") == 1, "the result of a case that has changed is not taken"
 
 
 @pytest.mark.integration
@@ -124,7 +126,7 @@ def test_worker_that_is_killed_is_replaced_and_ctrl_c_reports_what_is_done(tmp_p
         os.kill(victim, signal.SIGKILL)
         done = finish(process)
     assert done.returncode == 0, log.read_text()
-    assert "a worker process was killed by SIGKILL; another one takes its work" in log.read_text()
+    assert "a worker was killed by SIGKILL; another one takes its work" in log.read_text()
     assert [result["status"] for result in report_in(tmp_path / "report")["results"]] == ["pass", "pass"]
 
     more = config(tmp_path, case(extra=FAST), case("third", f"{FAST.replace('torchscript', 'dynamo')}\nseed: 5"))
@@ -181,3 +183,8 @@ def test_plan_prints_each_unit_as_a_table_and_as_json(tmp_path: Path) -> None:
     units = [json.loads(line) for line in lines.splitlines()]
     assert [unit["id"] for unit in units] == ["tiny: reference", "tiny: measure", "tiny: export", "tiny: run on ort"]
     assert units[3]["needs"] == [unit["id"] for unit in units[:3]]
+
+
+def test_cluster_without_ray_names_the_extra(tmp_path: Path) -> None:
+    done = cli("run", config(tmp_path), "--cluster", "local", cwd=tmp_path)
+    assert (done.returncode, "pip install 'qeff-validate[ray]'" in said(done)) == (3, True), said(done)
