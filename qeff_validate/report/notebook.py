@@ -24,9 +24,22 @@ NUMBERS = frozenset(HEAD[6:])
 _CELL = "padding:.2em 1em .2em 0;white-space:nowrap;background:none;border:0"
 """Style of a cell. Styles stand in the elements, because notebooks remove style sheets from outputs."""
 
+_FOLDED = (
+    '<details style="margin:.2em 0"><summary>The whole report, with charts</summary>'
+    '<iframe srcdoc="{page}" sandbox="allow-scripts" style="width:100%;height:40em;border:1px solid #8888"></iframe>'
+    "</details>"
+)
+"""The page stands in a frame of its own, so that neither its styles nor its script reach the notebook."""
 
-def notebook_table(results: Sequence[Result], closing: Iterable[str] = ()) -> str:
-    """Return the results as an HTML table, and below it what was proved."""
+
+def notebook_table(results: Sequence[Result], closing: Iterable[str] = (), page: str = "") -> str:
+    """Return the results as an HTML table, and below it what was proved, and folded the whole report with its charts.
+
+    Args:
+        results: of a report.
+        closing: sentences that say what was proved.
+        page: the HTML report; empty: none.
+    """
     rows = [_row("th", HEAD, ["font-weight:600"] * len(HEAD))]
     for result in results:
         styles = [""] * len(HEAD)
@@ -34,7 +47,8 @@ def notebook_table(results: Sequence[Result], closing: Iterable[str] = ()) -> st
         rows.append(_row("td", row_cells(result), styles))
     table = f'<table style="border-collapse:collapse;margin:0;color:inherit">{"".join(rows)}</table>'
     sentences = "".join(f'<div style="margin:.2em 0">{html.escape(line)}</div>' for line in closing)
-    return f'<div style="overflow-x:auto;color:inherit">{table}{sentences}</div>'
+    charts = _FOLDED.format(page=html.escape(page)) if page else ""
+    return f'<div style="overflow-x:auto;color:inherit">{table}{sentences}{charts}</div>'
 
 
 def _row(tag: str, cells: Sequence[str], styles: Sequence[str]) -> str:

@@ -27,6 +27,9 @@ SCHEMA = 1
 
 DEFAULT_DIR = "qv-report"
 
+MOST_IN_NOTEBOOK = 30
+"""A notebook shows the charts of at most so many results, which take some 20 KB each."""
+
 MOST_BYTES = 256 << 20
 """A greater report is not read."""
 
@@ -136,7 +139,10 @@ class Report:
         printer.text(str(self))  # what IPython prints where it cannot show HTML
 
     def _repr_html_(self) -> str:
-        return notebook_table(self.results, self.closing())
+        from qeff_validate.report.html_report import html_report  # it imports this module
+
+        page = html_report(self) if len(self.results) <= MOST_IN_NOTEBOOK else ""
+        return notebook_table(self.results, self.closing(), page)
 
     def problems(self) -> list[str]:
         """Return a line for every result that did not pass, every finding, note and recording that was not written."""

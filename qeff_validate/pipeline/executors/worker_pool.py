@@ -18,7 +18,7 @@ from qeff_validate.pipeline.executors.schedule import Schedule
 from qeff_validate.pipeline.executors.unit_costs import UnitCosts
 from qeff_validate.pipeline.executors.units import JUDGES, Unit, plan
 from qeff_validate.pipeline.explanation import ExplainMode
-from qeff_validate.pipeline.stages import Progress
+from qeff_validate.pipeline.stages import NumberedProgress, Progress
 from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.report.result import Result
 
@@ -79,6 +79,7 @@ class WorkerPool(ABC):
         memory_mb: float = float("inf"),
     ) -> None:
         self._runtime, self._progress, self._memory_mb = runtime, progress, memory_mb
+        self._shown = NumberedProgress(progress, 1)
         self._costs, self._places = UnitCosts(store), itertools.count()
         self._job: dict[str, Any] = {"store": str(store), "settings": asdict(settings), "explain": explain}
 
@@ -112,6 +113,7 @@ class WorkerPool(ABC):
         units = plan(planned, self._runtime)
         estimates = {unit.id: self._costs.megabytes(unit, cases[unit.case]) for unit in units}
         schedule = Schedule(units, estimates, self._memory_mb)
+        self._shown = NumberedProgress(self._progress, len(planned))
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         workers: dict[int, Worker] = {}
         try:
@@ -125,11 +127,13 @@ class WorkerPool(ABC):
                     del workers[worker.place]
                     unit = schedule.lose(worker.place, self._end_of(worker))
                     if unit is not None and unit.stage == JUDGES:
+                        self._shown.number += 1
                         yield cases[unit.case], unit.runtime, _given_up(unit, schedule.losses[unit.id])
                 elif "megabytes" in message:
                     unit = schedule.end(worker.place)
                     self._costs.keep(unit, message["seconds"], message["megabytes"])
                     if message["result"] is not None:
+                        self._shown.number += 1
                         result = _with_history(Result.from_plain(message["result"]), schedule.losses.get(unit.id, []))
                         yield cases[unit.case], unit.runtime, result
                 else:
@@ -183,7 +187,7 @@ class WorkerPool(ABC):
 
     def _show(self, worker: Worker, message: Mapping[str, Any]) -> None:
         if "begin" in message:
-            step = worker.steps[message["step"]] = self._progress.step(message["begin"])
+            step = worker.steps[message["step"]] = self._shown.step(message["begin"])
             step.__enter__()
         elif "end" in message:
             worker.steps.pop(message["end"]).__exit__(None, None, None)

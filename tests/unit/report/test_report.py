@@ -162,6 +162,20 @@ def test_notebook_gets_one_table_and_nothing_is_printed(capsys: pytest.CaptureFi
     assert "ort" in str(report)
 
 
+def test_notebook_holds_the_charts_in_a_frame_of_their_own_unless_they_are_too_many() -> None:
+    import html
+    import re
+
+    from qeff_validate.report.html_report import html_report
+    from qeff_validate.report.report import MOST_IN_NOTEBOOK
+
+    report = Report((result(metrics=(judged(1e-4),)),))
+    (frame,) = re.findall(r'<details.*<iframe srcdoc="([^"]*)" sandbox="allow-scripts"', report._repr_html_())
+    assert html.unescape(frame) == html_report(report)
+    many = Report((result(),) * (MOST_IN_NOTEBOOK + 1))
+    assert "iframe" not in many._repr_html_()
+
+
 def test_notebook_escapes_what_it_shows() -> None:
     page = Report((result(runtime="<script>alert(1)</script>"),))._repr_html_()
     assert "<script" not in page

@@ -92,11 +92,13 @@ def test_jobs_give_the_same_report_bit_for_bit_and_resume_makes_what_is_missing(
         monkeypatch.setenv(name, "1")
     extra = "exporter: torchscript"
     path = config(tmp_path, case(extra=extra), case("second", f"{FAST}\nseed: 3"))
-    here, there = ("--report", tmp_path / "here"), ("--report", tmp_path / "there", "--jobs", "2")
+    here, there = ("--report", tmp_path / "here"), ("--report", tmp_path / "there", "-v", "--jobs", "2")
     first = cli("run", path, "--store", tmp_path / "s1", *here, cwd=tmp_path)
     second = cli("run", path, "--store", tmp_path / "s2", *there, cwd=tmp_path)
     assert (first.returncode, second.returncode) == (0, 0), said(first) + said(second)
     assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
+    assert "[1/6] tiny: reference: running" in second.stderr
+    assert "[6/6] " in second.stderr
 
     lines = (tmp_path / "there" / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(lines) == 6
