@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,11 @@ class Runner:
         self._model, self._tokenizer = model, tokenizer
         self._runtimes: dict[str, Runtime] = {}
         self._pipeline: Pipeline | None = None
+
+    def use_cards(self, device_ids: Sequence[int]) -> None:
+        """Use other cards than the settings named, from the next result on."""
+        self.settings = replace(self.settings, device_ids=tuple(device_ids))
+        self._runtimes.clear()
 
     def runtime(self, name: str) -> Runtime:
         """Return the runtime of this name, created once; what opens files may do so in a child process."""

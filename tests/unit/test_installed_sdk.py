@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import sdk_prefix
-from processes import cli, config, copied_store, first_run, report_in, said, unfinished
+from processes import case, cli, config, copied_store, first_run, report_in, said, unfinished
 
 from qeff_validate.errors import Unavailable
 from qeff_validate.sdk import locate
@@ -184,6 +184,20 @@ def test_ready_card_with_most_free_cores_is_used_unless_another_is_named(
     done, _ = run_on(prefix, store, tmp_path, *options)
     assert done.returncode == 0, said(done)
     assert calls(prefix)[0] == f"queue on {qid}"
+
+
+@pytest.mark.slow
+def test_cards_are_divided_among_the_processes_of_a_run(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAIC_SIM_DEVICES", "2")
+    prefix = sdk_prefix.prefix(tmp_path / "sdk", qaicrt=RECORDED, query=sdk_prefix.cards("Ready", "Ready"))
+    extra = "exporter: torchscript\ntolerance: table\nseed: {}"
+    path = config(tmp_path, *(case(name, extra.format(seed)) for seed, name in enumerate("ab", start=5)))
+    fixed = ("--sdk", prefix, "--store", store, "--report", tmp_path / "report")
+    done = cli("run", path, "--runtimes", "ai100", "--jobs", "2", *fixed, cwd=tmp_path)
+    assert done.returncode == 0, said(done)
+    assert {call for call in calls(prefix) if call.startswith("queue")} == {"queue on 0", "queue on 1"}
 
 
 # --- simulated things are refused ------------------------------------------------------------------

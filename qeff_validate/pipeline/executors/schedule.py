@@ -20,11 +20,13 @@ class Schedule:
         units: each after those that it needs.
         megabytes: estimates of the memory that units take, by id; 0 if unknown.
         limit: memory in 10^6 bytes that all running units together may take; a single one always may.
+        cards: ids of the real cards; a unit that wants more than there are gets all, and says what is wrong.
     """
 
     units: Sequence[Unit]
     megabytes: Mapping[str, float] = field(default_factory=dict)
     limit: float = float("inf")
+    cards: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self._waiting = {unit.id: unit for unit in self.units}
@@ -32,6 +34,8 @@ class Schedule:
         self._ended: set[str] = set()
         self._case: dict[Hashable, str] = {}
         self._started: set[str] = set()
+        self._cards: dict[Hashable, list[int]] = {}
+        self._by_use = [*self.cards]
         self.losses: dict[str, list[str]] = {}
         """For each unit whose worker was lost: what happened to it, each time."""
 
@@ -65,13 +69,21 @@ class Schedule:
         chosen = min(ready, key=distance)  # of equal ones the first
         del self._waiting[chosen.id]
         self._running[worker] = chosen
+        if chosen.cards:
+            taken = self._cards[worker] = self._free_cards()[: chosen.cards]
+            self._by_use = [*(card for card in self._by_use if card not in taken), *taken]
         self._case[worker] = chosen.case
         self._started.add(chosen.case)
         return chosen
 
+    def cards_of(self, worker: Hashable) -> list[int]:
+        """Return the ids of the cards that the unit of a worker has for itself."""
+        return self._cards.get(worker, [])
+
     def end(self, worker: Hashable) -> Unit:
         """Take note that a worker has done its unit, and return that."""
         unit = self._running.pop(worker)
+        self._cards.pop(worker, None)
         self._ended.add(unit.id)
         return unit
 
@@ -83,9 +95,12 @@ class Schedule:
             how: for the history of the unit, such as ``was killed by SIGKILL``.
         """
         self._case.pop(worker, None)
+        self._cards.pop(worker, None)
         unit = self._running.pop(worker, None)
         if unit is None:
             return None
+        if unit.case not in self._case.values():
+            self._started.discard(unit.case)
         history = self.losses.setdefault(unit.id, [])
         history.append(how)
         if len(history) >= MOST_TRIES:
@@ -106,5 +121,13 @@ class Schedule:
             return False
         if unit.shares and any(other.shares == unit.shares for other in running):
             return False
+        others_have_cards = any(other.cards for other in running)
+        if unit.cards and others_have_cards and len(self._free_cards()) < min(unit.cards, len(self.cards) or 1):
+            return False
         taken = sum(self.megabytes.get(other.id, 0.0) for other in running)
         return not self._running or taken + self.megabytes.get(unit.id, 0.0) <= self.limit
+
+    def _free_cards(self) -> list[int]:
+        """Return the cards that no unit has, the one that was used the longest ago first."""
+        taken = {card for cards in self._cards.values() for card in cards}
+        return [card for card in self._by_use if card not in taken]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qeff_validate.config.case import Case
-from qeff_validate.protocols import Capabilities, Runtime, capabilities
+from qeff_validate.protocols import Runtime, capabilities
 
 JUDGES = "run"
 """The stage that runs a case on a runtime and judges it; all others make what it takes from the store."""
@@ -25,6 +25,7 @@ class Unit:
         runtime: of ``compile`` and ``run``, else empty.
         needs: ids of the units that come first.
         shares: units of the same text read and write the same entries of the store, so one runs at a time; empty: none.
+        cards: how many real cards it takes.
     """
 
     case: str
@@ -32,6 +33,7 @@ class Unit:
     runtime: str = ""
     needs: tuple[str, ...] = ()
     shares: str = ""
+    cards: int = 0
 
     @property
     def id(self) -> str:
@@ -79,15 +81,12 @@ def _units(case: Case, runtimes: dict[str, Runtime]) -> Iterator[Unit]:
             compiled = Unit(name, "compile", key, exported)
             yield compiled
             needs = (*first, compiled.id)
-        yield Unit(name, JUDGES, key, needs, _card(capabilities(item)))
+        able = capabilities(item)
+        real = able.sdk is not None and not able.simulated
+        yield Unit(name, JUDGES, key, needs, cards=case.compile.num_devices if real else 0)
 
 
 def _body(case: Case) -> str:
     """Return what tells apart the bodies and inputs whose hidden states cases share in the store."""
     parts = [case.source, case.inputs.model_dump(mode="json"), case.seed]
     return f"body {hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-def _card(able: Capabilities) -> str:
-    """Return what tells that units need the cards of this host, which one program has at a time."""
-    return "" if able.sdk is None or able.simulated else "cards"

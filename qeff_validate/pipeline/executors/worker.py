@@ -74,6 +74,8 @@ class UnitServer:
         case = self._cases[unit.case]
         reset_resident_peak()
         start, result = time.perf_counter(), None
+        if request["device_ids"]:
+            runner.use_cards(request["device_ids"])
         if unit.stage == JUDGES:
             result = runner.result(case, unit.runtime, self._explain).plain()
         else:

@@ -8,18 +8,19 @@ import queue
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from qeff_validate.config.case import Case
+from qeff_validate.errors import Unavailable
 from qeff_validate.pipeline.executors.schedule import Schedule
 from qeff_validate.pipeline.executors.unit_costs import UnitCosts
 from qeff_validate.pipeline.executors.units import JUDGES, Unit, plan
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.pipeline.stages import NumberedProgress, Progress
-from qeff_validate.protocols import Runtime, Settings
+from qeff_validate.protocols import Runtime, Settings, capabilities
 from qeff_validate.report.result import Result
 
 
@@ -112,7 +113,7 @@ class WorkerPool(ABC):
         runtimes = {case: [name for other, name in planned if other.name == case and name in usable] for case in cases}
         units = plan(planned, self._runtime)
         estimates = {unit.id: self._costs.megabytes(unit, cases[unit.case]) for unit in units}
-        schedule = Schedule(units, estimates, self._memory_mb)
+        schedule = Schedule(units, estimates, self._memory_mb, self._cards(units))
         self._shown = NumberedProgress(self._progress, len(planned))
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         workers: dict[int, Worker] = {}
@@ -175,8 +176,19 @@ class WorkerPool(ABC):
         if place not in workers:
             workers[place] = start(place)
         names = [unit.runtime] if unit.stage == "compile" else runtimes[unit.case]
-        workers[place].send({"unit": asdict(unit), "runtimes": names})
+        workers[place].send({"unit": asdict(unit), "runtimes": names, "device_ids": schedule.cards_of(place)})
         return True
+
+    def _cards(self, units: Sequence[Unit]) -> Sequence[int]:
+        """Return the cards to use: those that the settings name, else all Ready ones, the most free first."""
+        named: Sequence[int] = self._job["settings"]["device_ids"]
+        name = next((unit.runtime for unit in units if unit.cards), None)
+        sdk = None if name is None else capabilities(self._runtime(name)).sdk
+        if named or sdk is None:
+            return named
+        with suppress(Unavailable):  # the run says why there is none
+            return [card.qid for card in sdk.ready()]
+        return ()
 
     def _end_of(self, worker: Worker) -> str:
         """Clean up after a worker that was lost; return how."""

@@ -95,6 +95,26 @@ def test_memory_of_units_that_run_together_stays_below_the_limit_and_a_greater_o
     assert [schedule.take(worker).id for worker in (1, 2)] == ["b: export", "c: export"]
 
 
+def test_each_card_has_one_unit_and_a_unit_as_many_cards_as_it_was_compiled_for() -> None:
+    planned = [Unit("a", "run", "ai100", cards=1), Unit("b", "run", "ai100", cards=2), Unit("c", "run", "ort")]
+    schedule = Schedule(planned, cards=(4, 7))
+    assert (schedule.take(1).case, schedule.cards_of(1)) == ("a", [4])
+    assert (schedule.take(2).case, schedule.cards_of(2)) == ("c", []), "b waits for two cards"
+    schedule.lose(1, "was killed by SIGKILL")
+    assert (schedule.take(3).case, schedule.cards_of(3)) == ("a", [7]), "the cards take turns"
+    schedule.end(3)
+    assert (schedule.take(3).case, schedule.cards_of(3)) == ("b", [4, 7])
+
+
+@pytest.mark.parametrize(("cards", "given"), [((), []), ((5,), [5])])
+def test_unit_that_wants_more_cards_than_there_are_runs_alone_and_says_so_itself(
+    cards: tuple[int, ...], given: list[int]
+) -> None:
+    schedule = Schedule([Unit(name, "run", "ai100", cards=3) for name in "ab"], cards=cards)
+    assert (schedule.take(1).case, schedule.cards_of(1)) == ("a", given)
+    assert schedule.take(2) is None
+
+
 def test_lost_unit_comes_first_again_and_is_given_up_after_three_times() -> None:
     schedule = Schedule(units(case("a"), runtimes=("torch",)))
     for attempt in range(1, MOST_TRIES + 1):
