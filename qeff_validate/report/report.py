@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from qeff_validate.comparison.verdict import Status
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import read_json
+from qeff_validate.registry import registered
 from qeff_validate.report.markdown import markdown
 from qeff_validate.report.notebook import notebook_table
 from qeff_validate.report.result import Result
@@ -139,9 +140,8 @@ class Report:
         printer.text(str(self))  # what IPython prints where it cannot show HTML
 
     def _repr_html_(self) -> str:
-        from qeff_validate.report.html_report import html_report  # it imports this module
-
-        page = html_report(self) if len(self.results) <= MOST_IN_NOTEBOOK else ""
+        few = len(self.results) <= MOST_IN_NOTEBOOK
+        page = registered("writers")["html"].load()(self) if few else ""  # it imports this module
         return notebook_table(self.results, self.closing(), page)
 
     def problems(self) -> list[str]:

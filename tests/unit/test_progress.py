@@ -112,6 +112,12 @@ def test_spinner_shows_a_step_within_a_step_and_its_elapsed_time(monkeypatch: py
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     progress = TerminalProgress(False)
+    first, second = progress.step("bert: export"), progress.step("gpt2: export")  # of two processes
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert progress._live is not None, "the other step still runs"
+    second.__exit__(None, None, None)
     with progress.step("bert: faults"), progress.step("bert: reference [float64]"):
         until(lambda: "bert: reference [float64]" in stream.getvalue(), "the inner step")
     assert "bert: faults" in stream.getvalue()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from processes import case, cli, config, ended, finish, report_in, said, start, until
 
+from qeff_validate.cli.options import shard
 from qeff_validate.config.case import Case
 from qeff_validate.pipeline.executors import local_processes
 from qeff_validate.pipeline.executors.local_processes import LocalProcesses
@@ -158,6 +159,12 @@ def test_shards_merge_into_the_report_of_the_whole(tmp_path: Path) -> None:
     twice = cli("merge", "r1", "r1/report.json", "--report", "all", cwd=tmp_path)
     assert twice.returncode == 2
     assert "have a result of a-ai100" in said(twice)
+
+
+def test_shards_are_each_case_once() -> None:
+    cases = [Case(name=f"c{number}", source="random:bert") for number in range(8)]
+    shares = [[one.name for one in shard(cases, f"{number}/3")] for number in (1, 2, 3)]
+    assert shares == [["c0", "c3", "c6"], ["c1", "c4", "c7"], ["c2", "c5"]]
 
 
 @pytest.mark.parametrize(
