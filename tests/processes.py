@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pytest
     from warm_cli import WarmCli, WarmProcess
 
 DEADLINE_S = 60
@@ -91,6 +92,23 @@ def cli_from_the_start(*arguments: str | Path, cwd: Path) -> subprocess.Complete
         timeout=4 * DEADLINE_S,
         check=False,
     )
+
+
+def forked_pytest(pytester: pytest.Pytester, *arguments: str | Path, timeout: float = 240) -> pytest.RunResult:
+    """Run pytest like `pytest.Pytester.runpytest_subprocess`, but in a fork of the process that has imported torch."""
+    import pytest  # scripts without it use this module too
+
+    out, err = (pytester.path / name for name in ("forked-out", "forked-err"))
+    folder = tempfile.mkdtemp(prefix="runpytest-", dir=pytester.path)
+    options = (f"--basetemp={folder}", "-p", "no:hypothesispytest")
+    start, cli = time.monotonic(), _warm_cli()
+    pid = cli.fork(
+        *options, *arguments, cwd=pytester.path, variables=dict(os.environ), out=out, err=err, program="pytest"
+    )
+    code = cli.end(pid, timeout)["code"]
+    assert code is not None, f"pytest took more than {timeout} s"
+    lines = [path.read_text(encoding="utf-8").splitlines() for path in (out, err)]
+    return pytest.RunResult(code, *lines, time.monotonic() - start)
 
 
 def finish(process: WarmProcess) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from processes import environ
 
@@ -106,6 +106,7 @@ class WarmCli:
         out: Path,
         err: Path,
         limits: Mapping[str, int | None] | None = None,
+        program: Literal["qeff-validate", "pytest"] = "qeff-validate",
     ) -> int:
         """Start a run and return its process id; whoever asks for it has to end it, by `end`.
 
@@ -116,11 +117,13 @@ class WarmCli:
             out: file of its standard output.
             err: file of its standard error; may be the same.
             limits: of resources, by their names in the module `resource`; None: none.
+            program: what is run.
         """
         return int(
             self._ask(
                 {
                     "do": "start",
+                    "program": program,
                     "arguments": [str(part) for part in arguments],
                     "cwd": str(cwd),
                     "out": str(out),
@@ -250,7 +253,7 @@ def _serve() -> int:
             if pid == 0:
                 replies.close()
                 _prepare(request)
-                _leave(main(request["arguments"]))
+                _leave(_pytest() if request["program"] == "pytest" else main(request["arguments"]))
             reply: dict[str, Any] = {"pid": pid}
         elif request["do"] == "poll":
             reply = {"ended": _has_ended(request["pid"], request["limit"])}
@@ -271,9 +274,19 @@ def _prepare(request: Mapping[str, Any]) -> None:
         os.dup2(number, target)
         os.close(number)
     os.chdir(request["cwd"])
-    sys.argv = ["qeff-validate", *request["arguments"]]
+    sys.argv = [request["program"], *request["arguments"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def _pytest() -> int:
+    """Run ``python -m pytest`` with the arguments of this process."""
+    import pytest
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.path[0] = os.getcwd()
+    return int(pytest.console_main())
 
 
 def _leave(code: int) -> None:

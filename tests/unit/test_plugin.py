@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from processes import case, config, first_run
+from processes import case, config, first_run, forked_pytest
 
 import qeff_validate.engine  # pytester would unload it after each run in this process, and numpy with it
 import qeff_validate.plugin
@@ -45,8 +46,9 @@ def own(pytester: pytest.Pytester, extra: str = "", name: str = NAME) -> str:
 
 
 def suites(pytester: pytest.Pytester, *arguments: str, which: tuple[str, str] = SUITES) -> pytest.RunResult:
-    """Run suites in a process of their own."""
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rs", *arguments, *which, timeout=240)
+    """Run suites in a process of their own; workers of xdist import all themselves."""
+    run = pytester.runpytest_subprocess if "-n" in arguments else functools.partial(forked_pytest, pytester)
+    return run("-p", "no:cacheprovider", "-rs", *arguments, *which, timeout=240)
 
 
 def quick(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
@@ -146,7 +148,7 @@ def test_collection_loads_no_framework(pytester: pytest.Pytester) -> None:
             print(f"collected {{len(session.items)}}, loaded {{loaded}}")
         """
     )
-    result = suites(pytester, "--collect-only", "-q", "--qv-config", own(pytester), str(pytester.path))
+    result = pytester.runpytest_subprocess("--collect-only", "-q", "--qv-config", own(pytester), ".", *SUITES)
     result.stdout.fnmatch_lines(["collected 3, loaded [[]]"])
 
 
@@ -414,6 +416,6 @@ def test_numbers_reach_other_reports(pytester: pytest.Pytester) -> None:
         """
     )
     options = ("-s", "-p", "printer", "--qv-config", own(pytester), "--qv-runtimes", "ort")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options, *SUITES)
+    result = forked_pytest(pytester, "-p", "no:cacheprovider", *options, *SUITES)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*html <pre>output.rel_l2 = 2e-07 (bound 1e-06, measured)</pre>*"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import case, cli, config, first_run, report_in
+from processes import case, cli, config, first_run, forked_pytest, report_in
 
 import qeff_validate.engine  # noqa: F401 (pytester would unload it after each run in this process, and numpy with it)
 
@@ -107,7 +107,7 @@ def test_run_tells_what_drifted_since_a_baseline(first, tmp_path: Path) -> None:
 def suite(pytester: pytest.Pytester, extra: str, *options: str) -> pytest.RunResult:
     path = config(pytester.path, case(extra=extra))
     fixed = ("-p", "no:cacheprovider", "-rs", "--qv-config", str(path), "--qv-runtimes", "ort", "-m", "perf")
-    return pytester.runpytest_subprocess(*fixed, *options, "--pyargs", "qeff_validate.suites", timeout=240)
+    return forked_pytest(pytester, *fixed, *options, "--pyargs", "qeff_validate.suites", timeout=240)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from processes import forked_pytest
 
 from qeff_validate.engine import case_for
 from qeff_validate.errors import ConfigError
@@ -93,7 +95,8 @@ def test_junit_properties_survive_xdist_and_a_model_needs_no_file(
 ) -> None:
     options = ("--qv-model", "random:bert", "--qv-runtimes", "ort", "--junitxml", "j.xml", "-p", "no:cacheprovider")
     suite = ("--pyargs", "qeff_validate.suites.test_embedding")
-    result = pytester.runpytest_subprocess(*workers, *options, *suite, timeout=120)
+    run = pytester.runpytest_subprocess if workers else functools.partial(forked_pytest, pytester)
+    result = run(*workers, *options, *suite, timeout=120)
     result.assert_outcomes(passed=1)
     root = ET.parse(pytester.path / "j.xml").getroot()
     found = {item.get("name"): item.get("value") for item in root.iter("property")}

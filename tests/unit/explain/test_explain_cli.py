@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from processes import case, cli, config, first_run, report_in, said
+from processes import case, cli, config, first_run, forked_pytest, report_in, said
 
 pytestmark = pytest.mark.integration
 
@@ -54,9 +54,9 @@ def test_command_explain_prints_the_explanation_of_a_compiled_program_as_json(da
 def test_pytest_names_the_layer_in_the_failure_and_can_be_told_not_to(damaged: Path, pytester: pytest.Pytester) -> None:
     options = ("-p", "no:cacheprovider", "--qv-config", str(damaged), "--qv-runtimes", "ort")
     suites = ("--pyargs", "qeff_validate.suites.test_embedding")
-    result = pytester.runpytest_subprocess(*options, *suites, timeout=240)
+    result = forked_pytest(pytester, *options, *suites, timeout=240)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([f"where: layer {MODULE}, weight row 7 is zero (export)"])
-    result = pytester.runpytest_subprocess(*options, "--qv-explain", "off", *suites, timeout=240)
+    result = forked_pytest(pytester, *options, "--qv-explain", "off", *suites, timeout=240)
     result.assert_outcomes(failed=1)
     result.stdout.no_fnmatch_line("*weight row 7 is zero*")

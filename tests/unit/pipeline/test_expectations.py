@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import forked_pytest
 
 import qeff_validate as qv
 from qeff_validate.config.case import Expect
@@ -84,6 +85,6 @@ def test_pytest_shows_it_as_an_expected_failure(pytester: pytest.Pytester) -> No
         f" tolerance: {tolerance}}}",
     )
     options = ("--qv-config", "c.yaml", "--qv-runtimes", "ort", "-p", "no:cacheprovider", "-rx")
-    result = pytester.runpytest_subprocess(*options, "--pyargs", "qeff_validate.suites.test_embedding", timeout=120)
+    result = forked_pytest(pytester, *options, "--pyargs", "qeff_validate.suites.test_embedding", timeout=120)
     result.assert_outcomes(xfailed=1)
     result.stdout.fnmatch_lines(["*fail, expected: too tight, until 2999-01-01*"])
