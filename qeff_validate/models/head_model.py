@@ -25,9 +25,9 @@ from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.models.row_options import HeadOptions
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import row_workloads, run_rows
+from qeff_validate.models.sources.encode_settings import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import InMemory, SentenceFolder, Source, resolve
-from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.tokenizers import TokenizePair, join_pairs, tokenize_pairs_with
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, Session, Timed, Workload

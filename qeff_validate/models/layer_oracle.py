@@ -23,6 +23,9 @@ def vector_function(layer: Layer) -> VectorFunction:
     """
     if layer.kind == "Normalize":
         return _normalized
+    if layer.kind == "TextProjection":
+        weight = _weights(layer)["linear.weight"]
+        return lambda vectors: np.asarray(vectors @ weight.T)
     return _dense(layer) if layer.kind == "Dense" else _layer_norm(layer)
 
 

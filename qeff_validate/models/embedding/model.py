@@ -33,9 +33,9 @@ from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import largest_batch, row_workloads, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
+from qeff_validate.models.sources.encode_settings import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
-from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
@@ -122,8 +122,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
 
     def _prompt_tokens(self) -> int:
         """Return the number of tokens of the prompt, without a special token at its end."""
-        if not self.prompt:
-            return 0
+        if not self.prompt or isinstance(self.source, StaticFolder):
+            return 0  # a table does not tell Pooling how long the prompt is
         tokens = self.source.tokenizer()[0](self.prompt)
         ends = set(getattr(self.source.pretrained_tokenizer(), "all_special_ids", ()))
         return len(tokens) - (tokens[-1] in ends)
@@ -192,7 +192,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
                         texts.insert(len(texts) // 2 if wanted % 2 else len(texts), text)
         ids = [np.array(tokenize(self.prompt + text), dtype=np.int64) for text in texts]
         most, limit = self.options.seq_len[-1], None
-        if isinstance(self.source, SentenceFolder):
+        if isinstance(self.source, (SentenceFolder, StaticFolder)):
             limit = self.source.text_limit()
         cut = [row for row, tokens in enumerate(ids) if limit is not None and tokens.size > limit]
         for row in cut:
@@ -243,8 +243,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
             from qeff_validate.models.embedding.reference import pooled_alone
 
             return pooled_alone(config.pooling, tokens, dtype)
-        poolings = config.pooling if isinstance(config.pooling, tuple) else (config.pooling,)
-        return pooling_oracle.pool_row(tokens, poolings, config.prompt_tokens)
+        return pooling_oracle.pool_row(tokens, config.poolings, config.prompt_tokens)
 
     @cached_property
     def _vector_functions(self) -> Sequence[VectorFunction]:

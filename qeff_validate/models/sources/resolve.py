@@ -47,21 +47,22 @@ from qeff_validate.models.sources.checkpoint import (
     weights_with_index,
 )
 from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
+from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.gguf import Gguf
-from qeff_validate.models.sources.sentence_directory import (
-    EncodeSettings,
-    encode_settings,
-    first_module,
-    is_sentence_directory,
-)
+from qeff_validate.models.sources.sentence_directory import first_module, is_sentence_directory, text_features
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
 from qeff_validate.models.sources.text_encoders import TextEncoder
-from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, hashed_words, tokenize_with
+from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, ending_tokenize, hashed_words, tokenize_with
+from qeff_validate.models.sources.word_embeddings import WordFolder
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
+
+
+TABLES: Mapping[str, type[StaticFolder]] = {"StaticEmbedding": StaticFolder, "WordEmbeddings": WordFolder}
+"""Directories with a table of vectors and no transformer, by their first module."""
 
 
 class Source(Protocol):
@@ -245,7 +246,10 @@ class SentenceFolder(Folder):
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Load the tokenizer, which lowercases if the files say so."""
-        return tokenize_with(self._load_tokenizer(), lower_case=self.settings.lower_case)
+        tokenize, pad = tokenize_with(self._load_tokenizer(), lower_case=self.settings.lower_case)
+        if text_features(*first_module(self.root, self.route)):
+            tokenize = ending_tokenize(tokenize, self.model_config().text_config.eos_token_id)
+        return tokenize, pad
 
     def text_limit(self) -> int | None:
         """Return the number of tokens that texts are cut at; None if there is no limit."""
@@ -402,8 +406,8 @@ def _folder(path: Path, case: Case) -> Source:
     with named(case):
         route = case.options.get("route")
         kind, body = first_module(path, route)
-        if kind == "StaticEmbedding":
-            return StaticFolder(body, path, route)
+        if kind in TABLES:
+            return TABLES[kind](body, path, route)
         config, stored = check_directory(body), tensors(weight_files(body))
         check_sizes(config, str(body / CONFIG), stored=len(stored))
     return SentenceFolder(body, path, route) if is_sentence_directory(path) else Folder(body)

@@ -66,6 +66,27 @@ def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> Tokenize
     return tokenize
 
 
+def ending_tokenize(tokenize: Tokenize, end: int) -> Tokenize:
+    """Return a tokenizer of a CLIP model, whose vector of a text is that of its first end token.
+
+    Args:
+        tokenize: the tokenizer.
+        end: the config's end token; 2 (of older configs) stands for the greatest id of the text.
+    """
+
+    def checked(text: str, most: int | None = None, /) -> list[int]:
+        ids = tokenize(text, most)
+        found = max(ids, default=None) if end == 2 else end
+        if found not in ids or ids.index(found) != len(ids) - 1:
+            raise ConfigError(
+                f"{text[:40]!r} has the ids {ids[:8]}…, and CLIP reads a text's vector at its first end token, which is"
+                " supported at the end alone: take end tokens out of the texts, and see that the tokenizer adds one"
+            )
+        return ids
+
+    return checked
+
+
 def join_pairs(tokenize: Tokenize) -> TokenizePair:
     """Return a function on pairs from one on texts: the second text follows without its first token, with type 1."""
 

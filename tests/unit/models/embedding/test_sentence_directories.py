@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from bounds import close, within
+from bounds import close
+from encode_oracle import TEXTS, assert_near, encoded, reference
 from torch import nn
 
 import qeff_validate as qv
@@ -38,9 +38,6 @@ WORDS = [
     "two",
     "three",
 ]
-TEXTS = ["red", "Green green BLUE one", "one two three red green blue one two three red green blue one two", "", "Red"]
-LIMIT = 5e-6
-"""Relative L2 between two float32 implementations of one model (issue K)."""
 
 
 @pytest.fixture(scope="module")
@@ -162,29 +159,6 @@ def save(
         modules = [transformer, *first, Pooling(width, **pooling_options), *after()]
         SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder))
     return folder
-
-
-def encoded(folder: Path, texts: list[str], **options: Any) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, **options)
-
-
-def reference(folder: Path, tmp_path: Path, texts: list[str] = TEXTS, **options: Any) -> Any:
-    case = qv.Case(
-        name="saved", source=f"path:{folder}", inputs={"texts": texts}, tolerance="table", exporter="torchscript",
-        options={"seq_len": [8, 32], **options},
-    )  # fmt: skip
-    pipeline = Runner(store=tmp_path / "store").pipeline(case)
-    result = pipeline.result(runtime("torch"))
-    assert result.status == "pass", result.reason
-    return pipeline.reference()["output"][: len(texts)]
-
-
-def assert_near(ours: Any, theirs: Any) -> None:
-    assert ours.shape == theirs.shape
-    errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    within(errors, LIMIT)
 
 
 @pytest.mark.numeric
