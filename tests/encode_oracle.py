@@ -14,6 +14,23 @@ import qeff_validate as qv
 from qeff_validate.engine import Runner
 from qeff_validate.protocols import runtime
 
+WIDTH = 32
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "query",
+    ":",
+    "red",
+    "Red",
+    "green",
+    "Green",
+    "blue",
+    "one",
+    "two",
+    "three",
+]
 TEXTS = ["red", "Green green BLUE one", "one two three red green blue one two three red green blue one two", "", "Red"]
 LIMIT = 5e-6
 """Relative L2 between two float32 implementations of one model."""

@@ -65,6 +65,8 @@ def probes(lengths: Sequence[int]) -> list[int]:
 def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Array], labels: Sequence[str]) -> None:
     """Run rows again, and refuse a model whose results have changed.
 
+    A change is measured in terms of the greatest of the rows, because a single score may happen to lie near 0.
+
     Args:
         first: earlier result of each row to run again.
         again: runs a row.
@@ -73,10 +75,12 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
     Raises:
         UnstableReferenceError: a row differs by more than `STABLE`.
     """
+    with np.errstate(all="ignore"):
+        greatest = max((size for size in map(_rms, first.values()) if np.isfinite(size)), default=0.0)
     for row, before in first.items():
         wide, after = before.astype(np.float64), again(row).astype(np.float64)
         with np.errstate(all="ignore"):
-            change = np.linalg.norm(after - wide) / np.linalg.norm(wide)
+            change = np.float64(_rms(after - wide)) / greatest
         if np.array_equal(after, wide, equal_nan=True) or change <= STABLE:
             continue
         raise UnstableReferenceError(
@@ -84,3 +88,7 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
             f" rows (relative L2 {change:.1e}): it keeps state from row to row or draws random numbers, so its answers"
             " change with the order of rows and are no reference"
         )
+
+
+def _rms(values: Floats | Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values.astype(np.float64)))))

@@ -102,7 +102,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         """The model's directory; None if it has none."""
         if isinstance(self.source, (SentenceFolder, StaticFolder)):
             return self.source.root
-        return self.source.path if isinstance(self.source, Folder) else None
+        return self.source.home if isinstance(self.source, Folder) else None
 
     @cached_property
     def encode_settings(self) -> EncodeSettings:
