@@ -37,14 +37,14 @@ class Dense(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=bias)
-        self.activation = activation
+        self.activation_function = activation  # a PReLU has weights, by this name
         self.use_residual = residual
         if residual and inputs != outputs:
             self.residual = nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return the projected vectors."""
-        projected: Tensor = self.activation(self.linear(vectors))
+        projected: Tensor = self.activation_function(self.linear(vectors))
         if not self.use_residual:
             return projected
         return projected + (self.residual(vectors) if hasattr(self, "residual") else vectors)

@@ -2,8 +2,8 @@
 """Checks that the original model's result for a row does not depend on the rows before or beside it. Numpy only.
 
 Transformers models with ``rope_type: dynamic`` keep the longest length so far, and use it for later rows; ``longrope``
-switches frequencies for a whole batch if one row is long. Others keep state or draw random numbers. The result of
-such a model is not unique, so it is no reference.
+switches frequencies for a whole batch if one row is long. BigBird attends to all tokens from its first short row on.
+Others keep state or draw random numbers. The result of such a model is not unique, so it is no reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import UnstableReferenceError
-from qeff_validate.models.sources.embedding_tables import ROPE
+from qeff_validate.models.sources.embedding_tables import ROPE, SPARSE
 from qeff_validate.tensors import Array
 
 STABLE = 1e-5
@@ -30,7 +30,7 @@ def switches(tables: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[int]) -> None:
-    """Refuse rows between which a model changes its rotary frequencies.
+    """Refuse rows between which a model changes its rotary frequencies, or its attention.
 
     Args:
         tables: from `embedding_tables.tables`.
@@ -40,6 +40,13 @@ def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[in
         UnstableReferenceError: rows of several lengths are beyond the switch, or on both sides of it.
     """
     least, most = min(lengths), max(lengths)
+    sparse = tables.get(SPARSE)
+    if sparse is not None and most > sparse:
+        raise UnstableReferenceError(
+            f"the original model attends to blocks of tokens beyond {sparse} tokens, and to all tokens from the first"
+            f" shorter text on, and here {least} to {most} tokens are read: its answers change with the order of rows,"
+            f" so they are no reference. Keep rows within {sparse} tokens"
+        )
     for kind, switch in switches(tables).items():
         if most > switch and (least <= switch if kind == "longrope" else least < most):
             raise UnstableReferenceError(
@@ -76,7 +83,8 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
         UnstableReferenceError: a row differs by more than `STABLE`.
     """
     with np.errstate(all="ignore"):
-        greatest = max((size for size in map(_rms, first.values()) if np.isfinite(size)), default=0.0)
+        sizes = np.array([_rms(values) for values in first.values()])
+        greatest = np.max(sizes, where=np.isfinite(sizes), initial=0.0)
     for row, before in first.items():
         wide, after = before.astype(np.float64), again(row).astype(np.float64)
         with np.errstate(all="ignore"):

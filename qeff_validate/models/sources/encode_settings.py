@@ -14,7 +14,7 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.models.sources.checkpoint import read_object
-from qeff_validate.models.sources.sentence_directory import first_module, transformer_config
+from qeff_validate.models.sources.sentence_directory import VECTOR, first_module, transformer_config
 
 SETTINGS = "config_sentence_transformers.json"
 
@@ -31,6 +31,19 @@ HARMLESS = frozenset({"attn_implementation", "device_map", "dtype", "low_cpu_mem
 
 
 @dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """Texts are messages of a user, in the chat template of the tokenizer; a prompt is the message of the system.
+
+    Attributes:
+        structured: the content of a message is a list of parts with types, not a text.
+        options: of applying the template.
+    """
+
+    structured: bool
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodeSettings:
     """How texts become tokens, and how long the vectors are.
 
@@ -39,18 +52,26 @@ class EncodeSettings:
         default_prompt: the prompt that is used where none is asked for.
         truncate_dim: number of elements that are kept in the end; None: all.
         max_seq_length: greatest number of tokens, special ones included; None: the tokenizer's limit.
+        max_length: the same for the call of the tokenizer, which takes its place.
+        truncate: texts are cut at that length.
         lower_case: texts are lowercased.
         tokenizer: options of loading the tokenizer.
         config: overrides of the model's config.
+        chat: how texts become messages; None: they are texts.
+        dtype: that the model is loaded in; None: that of its weights.
     """
 
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     truncate_dim: int | None = None
     max_seq_length: int | None = None
+    max_length: int | None = None
+    truncate: bool = True
     lower_case: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    chat: ChatFormat | None = None
+    dtype: str | None = None
 
 
 def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
@@ -82,15 +103,76 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
     if not options.keys() <= HARMLESS:
         unknown = ", ".join(sorted(options.keys() - HARMLESS))
         raise ConfigError(f"{path}: options of loading the model that are not supported: {unknown}")
+    _check_output(config, task, path)
+    processing = _processing(config, path)
     return EncodeSettings(
         prompts=prompts,
         default_prompt="" if default is None else prompts[default],
         truncate_dim=_count(settings, "truncate_dim", folder / SETTINGS),
         max_seq_length=_count(config, "max_seq_length", path),
+        max_length=_count(processing.get("text") or {}, "max_length", path),
+        truncate=(processing.get("text") or {}).get("truncation", True) in (True, "longest_first", "only_first"),
         lower_case=bool(config.get("do_lower_case")),
         tokenizer=_options(config, "tokenizer_args", "processor_kwargs"),
         config=_options(config, "config_args", "config_kwargs"),
+        chat=_chat(config, processing, path),
+        dtype=options.get("dtype", options.get("torch_dtype")),
     )
+
+
+OUTPUTS: Mapping[str, str] = {
+    "feature-extraction": "last_hidden_state",
+    "fill-mask": "logits",
+    "sequence-classification": "logits",
+}
+"""The output of the model that is read, by task."""
+
+
+def _check_output(config: Mapping[str, Any], task: str, where: Path | None) -> None:
+    """Refuse a module that reads another output of the model.
+
+    Raises:
+        ConfigError: it does.
+    """
+    text = (config.get("modality_config") or {}).get("text")
+    if text is None or config.get("module_output_name") == VECTOR:  # see `text_features`
+        return
+    names = text.get("method_output_name")
+    names = [names] if isinstance(names, str) else names
+    if text.get("method") != "forward" or names != [OUTPUTS[task]]:
+        raise ConfigError(
+            f"{where}: the module reads {names!r} of {text.get('method')!r}; supported is {OUTPUTS[task]} of forward"
+        )
+
+
+TEXT_OPTIONS = frozenset({"max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"})
+"""Options of calling the tokenizer that are supported; those of padding change no row alone."""
+
+
+def _processing(config: Mapping[str, Any], where: Path | None) -> Mapping[str, Any]:
+    """Return the options of calling the tokenizer; raises ConfigError for those that are not supported."""
+    processing = config.get("processing_kwargs") or {}
+    unknown = [f"text: {name}" for name in (processing.get("text") or {}) if name not in TEXT_OPTIONS]
+    unknown += [f"common: {name}" for name in (processing.get("common") or {}) if name != "return_tensors"]
+    if unknown:
+        raise ConfigError(f"{where}: processing_kwargs that are not supported: {', '.join(sorted(unknown))}")
+    return processing
+
+
+def _chat(config: Mapping[str, Any], processing: Mapping[str, Any], where: Path | None) -> ChatFormat | None:
+    message = (config.get("modality_config") or {}).get("message")
+    if message is None:
+        return None
+    form = message.get("format")
+    if form not in ("flat", "structured") or message.get("method_output_name") != "last_hidden_state":
+        raise ConfigError(
+            f"{where}: texts become messages of a chat, as {message!r} says, which is not supported; supported is the"
+            " last_hidden_state of messages whose format is flat or structured"
+        )
+    options = {
+        name: value for name, value in (processing.get("chat_template") or {}).items() if name != "restore_suffix"
+    }
+    return ChatFormat(form == "structured", options)
 
 
 def resolve_prompt(prompt: str | None, settings: EncodeSettings) -> str:

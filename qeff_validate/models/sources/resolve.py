@@ -56,12 +56,23 @@ from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
 from qeff_validate.models.sources.text_encoders import TextEncoder
-from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, ending_tokenize, hashed_words, tokenize_with
+from qeff_validate.models.sources.tokenizers import (
+    MOST_LENGTH,
+    Tokenize,
+    chat_tokenize,
+    ending_tokenize,
+    hashed_words,
+    prompted,
+    tokenize_with,
+)
 from qeff_validate.models.sources.word_embeddings import WordFolder
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
 
+
+HALF: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
+"""Half precisions of safetensors and torch."""
 
 TABLES: Mapping[str, type[StaticFolder]] = {"StaticEmbedding": StaticFolder, "WordEmbeddings": WordFolder}
 """Directories with a table of vectors and no transformer, by their first module."""
@@ -192,6 +203,11 @@ class Folder:
                 self.path, trust_remote_code=False, local_files_only=True, **self._config_overrides()
             )
 
+    def computes_in(self) -> str:
+        """Return the dtype that transformers loads the weights in, unless it is told otherwise."""
+        stored = {tensor.dtype for tensor in tensors(weight_files(self.path)).values()}
+        return next((name for dtype, name in HALF.items() if stored == {dtype}), "float32")
+
     def _config_overrides(self) -> Mapping[str, Any]:
         """Return overrides of the config; a classifier that an adapter brings has one label, as in a reranker."""
         architectures = read_object(self.path / CONFIG).get("architectures") or []
@@ -300,13 +316,30 @@ class SentenceFolder(Folder):
 
     def text_limit(self) -> int | None:
         """Return the number of tokens that texts are cut at; None if there is no limit."""
-        if self.settings.max_seq_length is not None:
-            return self.settings.max_seq_length
+        settings = self.settings
+        if not settings.truncate:
+            return None
+        of_files = settings.max_length, settings.tokenizer.get("model_max_length"), settings.max_seq_length
+        named = next((length for length in of_files if length is not None), None)
+        if named is not None:
+            return int(named)
         limits = [self._load_tokenizer().model_max_length]
         positions = read_object(self.path / CONFIG).get("max_position_embeddings")
-        if "model_max_length" not in self.settings.tokenizer and isinstance(positions, int) and positions > 0:
+        if isinstance(positions, int) and positions > 0:
             limits.append(positions)
         return min(limits) if min(limits) < MOST_LENGTH else None
+
+    def computes_in(self) -> str:
+        """Return the dtype that sentence-transformers loads the weights in."""
+        named = str(self.settings.dtype).rpartition(".")[2]
+        return named if named in (*HALF.values(), "float32") else super().computes_in()
+
+    def prompted_tokenizer(self, prompt: str) -> Tokenize:
+        """Return the tokenizer of texts with a prompt: before the text, or as a message before the text's."""
+        chat = self.settings.chat
+        if chat is not None:
+            return chat_tokenize(self._load_tokenizer(), prompt, chat)
+        return prompted(self.tokenizer()[0], prompt)
 
     def _config_overrides(self) -> Mapping[str, Any]:
         return {**super()._config_overrides(), **self.settings.config}

@@ -49,10 +49,11 @@ TOKENS = "token_embeddings"
 FIRST = ("Transformer", "MLMTransformer", "CLIPModel", "StaticEmbedding", "WordEmbeddings")
 """Modules that read tokens."""
 
-BAG_OF_WORDS = (
-    "BoW module: it counts words while a text is read, so there is no token and nothing to compile before the modules"
-    " behind it"
-)
+NOT_COMPILED: Mapping[str, str] = {
+    "BoW": "it counts words while a text is read, so there is no token and nothing to compile before what follows it",
+    "SparseStaticEmbedding": "it looks up one weight for each word of a text, which the host does: nothing is compiled",
+}
+"""Modules that read texts and are not supported, and why."""
 
 ROUTERS = ("Router", "Asym")
 """Modules that are made of others; ``Asym`` is the name before version 5."""
@@ -155,8 +156,9 @@ def first_module(folder: Path, route: str | None = None) -> tuple[str, Path]:
     entries = module_list(folder, route)
     if not entries:
         return "Transformer", folder
-    if entries[0][0] == "BoW":
-        raise ConfigError(f"{folder / MODULES} begins with a {BAG_OF_WORDS}; it is not supported")
+    if entries[0][0] in NOT_COMPILED:
+        kind = entries[0][0]
+        raise ConfigError(f"{folder / MODULES} begins with a {kind} module: {NOT_COMPILED[kind]}; it is not supported")
     if entries[0][0] not in FIRST:
         raise ConfigError(
             f"{folder / MODULES} begins with a {entries[0][0]} module; {' and '.join(FIRST)} are supported there"

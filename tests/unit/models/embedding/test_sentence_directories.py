@@ -73,6 +73,7 @@ SAVED: Mapping[str, tuple[Any, Modules, Modules, dict[str, Any]]] = {
     "two dense, normalized": ("cls", list, lambda: [*dense(WIDTH, 64, 16, bias=False), normalize()], {}),
     "identity": ("mean", list, lambda: dense(WIDTH, WIDTH, activation=nn.Identity()), {}),
     "GELU": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.GELU()), {}),
+    "PReLU, which has a weight": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.PReLU(init=0.7)), {}),
     "residual": ("mean", list, lambda: dense(WIDTH, WIDTH, use_residual=True), {}),
     "residual of another width": ("mean", list, lambda: dense(WIDTH, 8, use_residual=True), {}),
     "normalized before dense": ("mean", list, lambda: [normalize(), *dense(WIDTH, 8)], {}),
@@ -123,6 +124,16 @@ def test_reference_is_what_encode_returns_and_the_module_agrees(name: str, body:
     pooling, before, after, options = SAVED[name]
     folder = save(tmp_path / "saved", body, pooling, before, after, **options)
     assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_bounds_of_concatenated_poolings_are_measured(body: Path, tmp_path: Path) -> None:
+    """Faults of the pooling take the place of each part, so that the modules behind it still fit."""
+    modes = {"pooling_mode": ("cls", "mean"), "include_prompt": False}
+    folder = save(tmp_path / "saved", body, modes, list, lambda: dense(2 * WIDTH, 8), prompts={"query": "query : "})
+    case = qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}, options={"prompt": "query"})
+    result = Runner(store=tmp_path / "store").pipeline(case).result(runtime("torch"))
+    assert result.status == "pass", result.reason
+    assert {metric.bound.source for metric in result.metrics if metric.metric.name == "output.rel_l2"} == {"floor"}
 
 
 @pytest.mark.numeric
@@ -248,6 +259,12 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
     "pickled weights": (_pickled, "pickled weights"),
     "unknown pooling": (_change("1_Pooling/config.json", pooling_mode="median"), "'median'"),
     "unknown default prompt": (_change("config_sentence_transformers.json", default_prompt_name="q"), "none of the"),
+    "another output": (
+        _change(
+            "sentence_bert_config.json", modality_config={"text": {"method": "forward", "method_output_name": "x"}}
+        ),
+        "the module reads ['x'] of 'forward'; supported is last_hidden_state",
+    ),
     "other task": (_change("sentence_bert_config.json", transformer_task="fill-mask"), "fill-mask"),
 }
 
@@ -322,3 +339,17 @@ def test_head_of_a_checkpoint_is_said_to_be_left_out(kind: str, body: Path, tmp_
     notes = qv.model(qv.Case(name="x", source=f"path:{folder}")).rows().notes
     assert [f"a BertFor{kind}, and its head" in note for note in notes].count(True) == 1
     assert not qv.model(qv.Case(name="x", source=f"path:{body}")).rows().notes
+
+
+def test_head_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
+    """An embedding takes the encoder of an encoder-decoder, and RoFormerModel has no head though its name has a For."""
+    from transformers import RoFormerConfig, RoFormerModel, T5Config, T5ForConditionalGeneration
+
+    from qeff_validate.models.sources.checkpoint import head_tensors
+
+    t5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    RoFormerModel(RoFormerConfig(vocab_size=9, embedding_size=8, **sizes)).save_pretrained(tmp_path / "roformer")
+    assert head_tensors(tmp_path / "t5")[1] == []
+    assert head_tensors(tmp_path / "roformer")[1] == []
