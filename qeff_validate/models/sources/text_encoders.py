@@ -64,6 +64,13 @@ class TextEncoder:
         return encoder.from_pretrained(folder, config=_own_config(config), **options)
 
 
+def builds_body(config: Any) -> bool:
+    """Return True if `TextEncoder` builds a body of a config."""
+    from transformers import MODEL_MAPPING
+
+    return _encoder_class(config) is not None or type(config) in MODEL_MAPPING
+
+
 def _encoder_class(config: Any) -> Any:
     from importlib import import_module
 
