@@ -40,6 +40,14 @@ def without_cache(body: Any) -> Any:
     return body.eval()
 
 
+def with_full_attention(model: Any) -> Any:
+    """Let BigBird attend to all tokens, as it does from its first short text on; other models are left as they are."""
+    for module in list(model.modules()):
+        if getattr(module, "attention_type", None) == "block_sparse" and hasattr(module, "config"):
+            module.set_attention_type("original_full")
+    return model
+
+
 def cache_argument(model: Any) -> str:
     """Return the name of the argument by which a causal LM takes its cache.
 

@@ -199,7 +199,8 @@ def _wanted_instead(name: str, value: Any, hint: Any, default: Any) -> str | Non
         return "a finite number"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _out_of_range(name, value, default)
-    if isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not value:
+    empty = isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not value
+    if empty and name != "feedforward_modules":  # IA3 may scale outputs alone
         return "at least one entry, or leave it out"
     patterns = value.values() if isinstance(value, Mapping) and name in {"rank_pattern", "alpha_pattern"} else ()
     return None if all(_positive(item, name) for item in patterns) else "positive numbers"
