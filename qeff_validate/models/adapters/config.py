@@ -12,6 +12,7 @@ import re
 import typing
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
@@ -37,6 +38,8 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 PROMPTS = "it learns a prompt or a prefix of keys and values, not weights of layers, which are what becomes inputs here"
 REFUSED: Mapping[str, str] = {
     "adaption_prompt": PROMPTS,
+    "lily": "its router averages over all tokens of a run, so a text's answer depends on padding, on its neighbours in"
+    " the batch and on tokens that follow",
     "poly": "each run needs task_ids beside the tokens",
     "shadow": "it runs a second model beside the base",
     "xlora": "it mixes other adapters by a run of its own, and needs the cache off",
@@ -52,6 +55,9 @@ METHODS: Mapping[str, type[PeftConfig]] = {
 
 ZERO_IS_OFF = frozenset({"boft_block_num", "boft_block_size", "oft_block_size", "r"})
 """Options of which BOFT and OFT need one of a pair, and 0 for the other."""
+
+INITS_OF_A = ("eva",)
+"""Initializations from data that leave the base unchanged; a file holds their result."""
 
 INITS = (True, False, None, "gaussian", "orthogonal")
 """Initializations of LoRA that leave the base unchanged and need no data."""
@@ -103,7 +109,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
         where: name of the config in error messages.
 
     Raises:
-        ConfigError: as `generate_peft_config`; also a key that this PEFT lacks, unless its value is false.
+        ConfigError: as `generate_peft_config`; also a key that this PEFT lacks, unless its value is false or empty.
     """
     task, name = data.get("task_type"), str(data.get("peft_type")).rpartition(".")[2].lower()
     if task is not None and task != TaskType.CAUSAL_LM:
@@ -112,7 +118,24 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
         raise ConfigError(f"{where}: peft_type {data.get('peft_type')!r} is no method of this PEFT.")
     method, _ = _method(name)
     known = _fields(method)
-    method_options = {key: value for key, value in data.items() if key not in NOT_OPTIONS and (key in known or value)}
+    method_options = {key: value for key, value in data.items() if key in known and key not in NOT_OPTIONS}
+    unknown = [key for key, value in data.items() if key not in known and key not in NOT_OPTIONS and not _is_off(value)]
+    if unknown:
+        raise ConfigError(
+            f"{where}: {unknown[0]}: {data[unknown[0]]!r}: PEFT {version('peft')} has no such option (the file was"
+            f" written by {data.get('peft_version') or 'an old one'}), so the adapter may compute something else here"
+            " than where it was trained. Install the PEFT that wrote it, or take the option out of the file if you know"
+            " that it changes nothing"
+        )
+    initialization = data.get("init_lora_weights")
+    if method == "lora" and initialization not in (*INITS, *INITS_OF_A):
+        raise ConfigError(
+            f"{where}: init_lora_weights: {initialization!r}: PEFT changes weights of the base when it loads such an"
+            " adapter, so no other can share that base. Convert it to plain LoRA on the original base:"
+            " save_pretrained(DIR, path_initial_model_for_weight_conversion=DIR_OF_THE_INITIAL_ADAPTER)"
+        )
+    if initialization in INITS_OF_A:
+        method_options["init_lora_weights"] = True  # of A alone, which the file holds: PEFT loads the same
     check_options(method, method_options, where)
     return _create_config(method, method_options, where, base=data.get("base_model_name_or_path"), file=True)
 
@@ -223,13 +246,16 @@ def _out_of_range(name: str, value: float, default: Any) -> str | None:
 
 def _unsupported(name: str, value: Any) -> str | None:
     """Return why an option of PEFT is not supported: the base would not stay unchanged."""
-    if name == "bias" and value != "none":
-        return "wanted 'none': others train the base's own biases, and such adapters cannot be swapped"
     if name == "layer_replication" and value:
         return "this gives the base other layers: build such a base first"
     if name == "init_lora_weights" and value not in INITS:
         return "wanted true, false, 'gaussian' or 'orthogonal': others change weights of the base or need data"
     return None
+
+
+def _is_off(value: Any) -> bool:
+    """Return True for values with which an option has no effect: false, empty, or a mapping of such values."""
+    return not value or (isinstance(value, Mapping) and all(map(_is_off, value.values())))
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.apply import adapter_tensors, apply_peft
+from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.tensors import Array, Tensors
 
 OTHER_PRODUCTS = (
@@ -63,13 +64,14 @@ def lora_layers(model: Any, config: PeftConfig) -> tuple[LoraLayers, Any]:
     Raises:
         ConfigError: the config does not fit the model.
     """
+    before = BaseState(model)
     peft_model = apply_peft(model, config)
     ranks, scales = {}, {}
     for name, module in peft_model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
             ranks[name], scales[name] = module.r["default"], float(module.scaling["default"])
     shapes = {name: array.shape for name, array in adapter_tensors(peft_model).items()}
-    return LoraLayers(ranks, scales, shapes), peft_model.unload()
+    return LoraLayers(ranks, scales, shapes), before.restore()
 
 
 def shared_options(configs: Mapping[str, PeftConfig], layers: Mapping[str, LoraLayers]) -> dict[str, Any]:

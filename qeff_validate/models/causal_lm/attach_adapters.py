@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from qeff_validate.models.adapters.apply import (
     adapter_tensors,
     apply_peft,
     load_adapter_tensors,
-    without_base_layers,
 )
+from qeff_validate.models.adapters.base_state import PREFIX, BaseState, base_name, base_parameters, split_base_weights
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
@@ -60,7 +60,7 @@ class AdaptedModel:
         parameter_names: the name in ``model`` of each adapter tensor, by its saved name.
         adapters: tensors of ``base`` and of each adapter, by saved name.
         eos: token ids that end a text.
-        own_adapters: the model was a PeftModel with adapters, which have been removed.
+        before: the state of the model without the adapter; None: it was a PeftModel, whose adapters have been removed.
         shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
     """
 
@@ -69,26 +69,25 @@ class AdaptedModel:
     parameter_names: Mapping[str, str]
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
-    own_adapters: bool = False
+    before: BaseState | None = None
     shared: Mapping[str, Any] | None = None
 
     def base_model(self) -> Any:
         """Return the model without adapters, None if it had its own; ``model`` must not be used afterwards."""
-        if self.own_adapters:
-            return None
-        return self.model.unload() if self.parameter_names else self.model
+        return None if self.before is None else self.before.restore()
 
     def interface(self) -> dict[str, Any]:
         """Return the sizes that determine the graph's interface, as plain data."""
         return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
 
 
-def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedModel:
+def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int | None = None) -> AdaptedModel:
     """Read or create the tensors of every adapter, and attach an adapter without effect to the model.
 
     Args:
         model: a causal LM, changed in place; a PeftModel has its own adapters.
         named: the case's adapters: directories, or PEFT options of random ones.
+        known: number of tokens of the base before its vocabulary grew to that of its adapters; None: it has not.
 
     Raises:
         ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
@@ -100,14 +99,14 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedM
         configs, tensors, model = _detach_adapters(model)
     else:
         configs, tensors = _create_adapters(model, named)
+    before = None if own_adapters else BaseState(model)
     with translated_errors(f"run {type(model).__name__} with keys and values kept"):
         dims = state_shapes(model)
     eos = _eos_ids(model)
     if not configs:
-        return AdaptedModel(model, dims, {}, {BASE: {}}, eos)
+        return AdaptedModel(model, dims, {}, {BASE: {}}, eos, before)
     for config in configs.values():
         _refuse_unexportable(config)
-    tensors = {name: without_base_layers(arrays, model, name) for name, arrays in tensors.items()}
     difference = _option_difference(configs)
     layers: dict[str, LoraLayers] = {}
     shared: dict[str, Any] | None = None
@@ -115,23 +114,77 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedM
         _check_shareable(configs, difference)
         for name, config in configs.items():
             layers[name], model = lora_layers(model, config)
-            _check_shapes(layers[name].shapes, {name: tensors[name]})
         shared = shared_options(configs, layers)
     config = next(iter(configs.values())) if shared is None else generate_peft_config(shared)
+    base = base_parameters(model)
     base_logits = _probe_logits(model)
     peft_model = apply_peft(model, with_default_init(config))
-    _make_neutral(peft_model, base_logits)
+    _make_neutral(peft_model, base_logits, base.values())
     neutral = adapter_tensors(peft_model)
-    if shared is None:
-        _check_shapes(_shapes_of(neutral), tensors)
-    else:
-        tensors = {name: shared_tensors(arrays, layers[name], neutral) for name, arrays in tensors.items()}
+    rows = known or int(model.get_input_embeddings().weight.shape[0])
+    replaced: dict[str, dict[str, Array]] = {}
+    for name, arrays in tensors.items():
+        own = neutral if shared is None else layers[name].shapes
+        tensors[name], replaced[name] = split_base_weights(arrays, own, base, name, rows)
+        _check_shapes(_shapes_of(neutral) if shared is None else layers[name].shapes, {name: tensors[name]})
     parameter_names = find_parameter_names(peft_model)
+    if shared is not None:
+        for name, arrays in tensors.items():
+            tensors[name], biases = _without_biases(arrays, neutral)
+            replaced[name] |= biases
+            tensors[name] = shared_tensors(tensors[name], layers[name], neutral)
+    neutral, tensors = _with_base_weights(neutral, tensors, replaced, base, peft_model, parameter_names)
     _refuse_unequal_views(parameter_names, peft_model, tensors)
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
     parameter_names = dict(sorted(parameter_names.items()))
     ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
-    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, own_adapters, shared)
+    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, before, shared)
+
+
+def _without_biases(tensors: Tensors, neutral: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the tensors without biases of the base, which the shared options do not make part of an adapter."""
+    biases = {name: array for name, array in tensors.items() if name.endswith(".bias") and name not in neutral}
+    return (
+        {name: array for name, array in tensors.items() if name not in biases},
+        {base_name(name): array for name, array in biases.items()},
+    )
+
+
+def _with_base_weights(
+    neutral: Tensors,
+    tensors: Mapping[str, Tensors],
+    replaced: Mapping[str, Tensors],
+    base: Mapping[str, torch.nn.Parameter],
+    peft_model: Any,
+    parameter_names: dict[str, str],
+) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+    """Make weights of the base that some adapter replaces inputs of the graph; the others bring the base's own.
+
+    Args:
+        neutral: tensors of an adapter without effect, by saved name.
+        tensors: of each adapter.
+        replaced: weights that each adapter replaces, by their name in the base.
+        base: parameters of the base, by name.
+        peft_model: the base with an adapter.
+        parameter_names: name in the model of each input; those of the weights are added.
+    """
+    wanted = sorted({name for weights in replaced.values() for name in weights})
+    places = {id(parameter): name for name, parameter in peft_model.named_parameters()}
+    neutral, adapters = dict(neutral), {name: dict(arrays) for name, arrays in tensors.items()}
+    for name in wanted:
+        saved, weight = f"{PREFIX}{name}", base[name]
+        tied = sum(other is weight for other in base.values()) > 1
+        if saved in neutral:  # the shared graph has a copy of the module (modules_to_save)
+            for adapter, weights in replaced.items():
+                adapters[adapter][saved] = weights.get(name, adapters[adapter][saved])
+            if not tied:
+                continue
+            saved = f"{PREFIX}{name} (tied)"
+        neutral[saved] = weight.detach().float().numpy().copy()
+        parameter_names[saved] = places[id(weight)]
+        for adapter, weights in replaced.items():
+            adapters[adapter][saved] = weights.get(name, neutral[saved])
+    return neutral, adapters
 
 
 def _refuse_unexportable(config: PeftConfig) -> None:
@@ -155,17 +208,18 @@ def _probe_logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _make_neutral(peft_model: Any, base_logits: torch.Tensor) -> None:
+def _make_neutral(peft_model: Any, base_logits: torch.Tensor, base: Iterable[torch.nn.Parameter]) -> None:
     """Make sure that a new adapter has no effect, by setting it to zeros if needed: it stands for the base model.
 
     Raises:
         ConfigError: neither PEFT's initialization nor zeros are without effect.
     """
+    own = {id(parameter) for parameter in base}
     for zero in (False, True):
         if zero:
             with torch.no_grad():
                 for parameter in peft_model.parameters():
-                    if parameter.requires_grad:
+                    if parameter.requires_grad and id(parameter) not in own:
                         parameter.zero_()
         if (_probe_logits(peft_model) - base_logits).norm() <= NEUTRAL_TOLERANCE * base_logits.norm():
             return
@@ -211,9 +265,10 @@ def _create_adapters(
             continue
         options = {"init": "random", **spec}
         configs[name] = generate_peft_config(spec)
-        peft_model = apply_peft(model, options)
-        tensors[name] = adapter_tensors(peft_model)
-        model = peft_model.unload()
+        biases = [key for key in base_parameters(model) if key.endswith(".bias")]
+        before = BaseState(model, biases)
+        tensors[name] = adapter_tensors(apply_peft(model, options))
+        before.restore()
     return configs, tensors
 
 

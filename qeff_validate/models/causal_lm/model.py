@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,26 @@ from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
-from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, check_size, content, read_config
+from qeff_validate.models.adapters.files import (
+    CONFIG,
+    INDEX,
+    content,
+    holds_base_weights,
+    read_config,
+    tensor_shapes,
+    vocabulary,
+    weight_files,
+)
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
 from qeff_validate.models.causal_lm.decode_loop import Plan
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.sources.checkpoint import checked, digests
+from qeff_validate.models.sources.checkpoint import checked, digests, has_tokenizer, tokenizer_files
 from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
-from qeff_validate.models.sources.tokenizers import tokenizer_length
+from qeff_validate.models.sources.tokenizers import Tokenize, load_tokenizer, tokenize_with, tokenizer_length
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
 from qeff_validate.protocols import (
     Change,
@@ -112,6 +123,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         self.case, self.options = case, options
         self._in_memory = None if given is None else InMemory(given, tokenizer)
         self._loaded: Any = None
+        self._tokens: int | None = None  # of the base, before its vocabulary grew to that of its adapters
 
     @cached_property
     def source(self) -> Source:
@@ -131,7 +143,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """Return what prompts and adapter tensors depend on."""
         options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
         keys = {"model": self.fingerprint(), "adapters": self._adapter_keys(weights=True)}
-        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "options": options, **keys}
+        return {**self.asked(), "tokenizer": self.tokenizer_key(), "options": options, **keys}
 
     def asked(self) -> Mapping[str, Any]:
         """Return the texts and the length limits that are tokenized."""
@@ -139,8 +151,36 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return what identifies the tokenizer."""
-        return self.source.tokenizer_key()
+        """Return what identifies the tokenizer, those in the directories of adapters included."""
+        own = {name: digests(tokenizer_files(folder), folder) for name, folder in self._own_tokenizers().items()}
+        return {**self.source.tokenizer_key(), **({"adapters": own} if own else {})}
+
+    def _own_tokenizers(self) -> dict[str, Path]:
+        """Return the directories of adapters that hold a tokenizer, by the adapter's name."""
+        folders = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
+        return {name: folder for name, folder in folders.items() if has_tokenizer(folder)}
+
+    def _tokenizer(self) -> tuple[Tokenize, int, str]:
+        """Return the tokenizer, the padding id, and a note if the tokenizer is that of an adapter with more tokens.
+
+        Raises:
+            ConfigError: several adapters have added different tokens.
+        """
+        own = {name: load_tokenizer(folder) for name, folder in self._own_tokenizers().items()}
+        published = self.source.pretrained_tokenizer() if own else None
+        size = 0 if published is None else len(published)
+        grown = {name: tokenizer for name, tokenizer in own.items() if len(tokenizer) > size}
+        if not grown:
+            return *self.source.tokenizer(), ""
+        first, *others = grown
+        for name in others:
+            if grown[name].get_vocab() != grown[first].get_vocab():
+                raise ConfigError(
+                    f"case {self.case.name!r}: the adapters {first!r} and {name!r} have added different tokens to the"
+                    " tokenizer, so a prompt has no ids that both understand: give each a case"
+                )
+        note = f"prompts are tokenized with the tokenizer of adapter {first!r}: {len(grown[first])} tokens"
+        return *tokenize_with(grown[first]), f"{note}, the base's has {size}" if size else note
 
     def reach(self, inputs: Prompts) -> int:
         """Return the number of positions that the graph needs; the context may have more slots."""
@@ -158,10 +198,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         for name, spec in self.options.named().items():
             if isinstance(spec, str):
                 folder = expand_user(spec)
-                files = [folder / file for file in (WEIGHTS, CONFIG) if os.path.lexists(folder / file)]
-                if weights and folder / WEIGHTS in files:
-                    check_size(folder / WEIGHTS)
-                keys[name] = digests(checked(files), folder) if weights else {"saved": content(read_config(folder))}
+                config, shapes = content(read_config(folder)), tensor_shapes(folder)
+                whole = weights or holds_base_weights(shapes)  # weights that are equal to the base's are no inputs
+                files = [folder / file for file in (CONFIG, INDEX) if os.path.lexists(folder / file)]
+                keys[name] = digests(checked([*weight_files(folder), *files]), folder) if whole else {"saved": config}
             else:
                 keys[name] = {k: v for k, v in spec.items() if weights or k not in ("seed", "init")}
         return keys
@@ -179,7 +219,9 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
         self._loaded = adapted.base_model()
-        notes = [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
+        _, _, own_tokenizer = self._tokenizer()
+        notes = [own_tokenizer] if own_tokenizer else []
+        notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
         weights = {
@@ -200,7 +242,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context.
         """
-        tokenize, pad = self.source.tokenizer()
+        tokenize, pad, _ = self._tokenizer()
         user_texts = self._texts()
         texts = [*(TEXTS if user_texts is None else user_texts)]
         ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
@@ -261,14 +303,32 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _take_model(self) -> Any:
         """Return the model without adapters; the caller puts it back into `_loaded`, because loading is slow."""
-        model, self._loaded = self._loaded or self.source.causal_lm(), None
+        model, self._loaded = self._loaded or self._load_model(), None
+        return model
+
+    def _load_model(self) -> Any:
+        """Load the model, with embeddings for as many tokens as its adapters have."""
+        from qeff_validate.models.adapters.base_state import grow_vocabulary
+
+        saved = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
+        rows = {name: size for name, folder in saved.items() if (size := vocabulary(tensor_shapes(folder)))}
+        if len(set(rows.values())) > 1:
+            sizes = ", ".join(f"{name!r} {size}" for name, size in rows.items())
+            raise ConfigError(
+                f"case {self.case.name!r}: adapters bring embeddings or heads for different numbers of tokens"
+                f" ({sizes}), and a graph has one vocabulary: give each number a case"
+            )
+        model = self.source.causal_lm()
+        with translated_errors("give the base the embeddings of its adapters' tokens"):
+            self._tokens = grow_vocabulary(model, max(rows.values(), default=0))
         return model
 
     def _attach_adapters(self) -> Any:
         """Attach an adapter without effect to the model."""
         from qeff_validate.models.causal_lm.attach_adapters import attach
 
-        return attach(self._take_model(), self.options.named())
+        model = self._take_model()
+        return attach(model, self.options.named(), self._tokens)
 
     def _served_tensors(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
         """Return the adapter inputs of the graph: the tensors of one adapter, or the stack of all."""
@@ -450,7 +510,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm import reference
 
         run = getattr(reference, function)
-        return run(self.source.causal_lm(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
+        return run(self._load_model(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
 
 
 class PromptsText(RowsText):

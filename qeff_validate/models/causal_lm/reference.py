@@ -8,12 +8,12 @@ loop or names of adapter tensors is used.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 
 from qeff_validate.config.case import Precision
 from qeff_validate.errors import IncomparableError
-from qeff_validate.files import temporary_folder
+from qeff_validate.files import expand_user, temporary_folder
+from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.config import generate_peft_config
-from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
+from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, read_adapter, tensor_shapes
 from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
@@ -241,20 +242,24 @@ def adapted_models(
         return
     yield model
     for name, spec in named.items():
+        saved = tensor_shapes(expand_user(spec)) if isinstance(spec, str) else adapters[name]
+        before = BaseState(model, saved)
         with translated_errors(f"load adapter {name} with PEFT"):
             adapted = load_adapter(model, spec, None if isinstance(spec, str) else adapters[name])
         yield adapted
-        model = adapted.unload()
+        before.restore()
 
 
 def load_adapter(model: Any, spec: str | Mapping[str, Any], tensors: Tensors | None) -> Any:
     """Load an adapter onto a model with PEFT.
 
     Args:
-        model: the base; ``unload`` of the result returns it.
+        model: the base, changed in place; `BaseState` gives it back.
         spec: directory of the adapter, or its PEFT options.
         tensors: its tensors by saved name; None: those of the directory.
     """
+    if tensors is None and not os.path.lexists(expand_user(str(spec)) / WEIGHTS):
+        tensors = read_adapter(str(spec))[1]  # in shards, which PEFT does not read
     with ExitStack() as stack:
         stack.enter_context(_no_warnings())
         folder = str(spec) if tensors is None else stack.enter_context(_folder(spec, tensors))
@@ -275,7 +280,7 @@ def _folder(spec: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     with temporary_folder() as path:
         folder = str(path)
         if isinstance(spec, str):
-            shutil.copy(Path(spec) / CONFIG, folder)
+            shutil.copy(expand_user(spec) / CONFIG, folder)
         else:
             generate_peft_config(spec).save_pretrained(folder)
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, f"{folder}/{WEIGHTS}")

@@ -46,13 +46,13 @@ class Decoder(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
+        self._mixed = mixed
+        if mixed:
+            use_row_weights(model, self._adapter.values())
         head = base.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
         head.register_forward_pre_hook(self._only_last)
-        self._mixed = mixed
-        if mixed:
-            use_row_weights(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
         """Run one step.

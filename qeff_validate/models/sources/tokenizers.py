@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import translated_errors
-from qeff_validate.models.sources.checkpoint import read_object
+from qeff_validate.models.framework_calls import quiet_transformers, translated_errors
+from qeff_validate.models.sources.checkpoint import check_tokenizer, read_object
 
 
 class Tokenize(Protocol):
@@ -49,6 +49,20 @@ def tokenize_with(tokenizer: Any, *, lower_case: bool = False) -> tuple[Tokenize
             return list(encode(text, verbose=False, **limit)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the transformers tokenizer in a directory, which need not hold a model.
+
+    Raises:
+        ConfigError: a file is broken, or it needs code of its own.
+        Unavailable: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with translated_errors(f"load the tokenizer in {folder}"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> TokenizePair:
