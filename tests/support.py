@@ -95,7 +95,6 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     "hira": {"init": 0.2},
     "pvera": {"init": 0.6},
     "road": {"group_size": 8},
-    "shira": {"r": 4, "random_seed": 1},
     "supertuning": {"init": 0.2},
     "trainable_tokens": {"token_indices": [150, 310, 705]},
     "unilora": {"init": 0.5},

@@ -40,7 +40,9 @@ REFUSED: Mapping[str, str] = {
     "adaption_prompt": PROMPTS,
     "lily": "its router averages over all tokens of a run, so a text's answer depends on padding, on its neighbours in"
     " the batch and on tokens that follow",
+    "frod": "its rotations are sparse tensors, for which ONNX has no operators",
     "poly": "each run needs task_ids beside the tokens",
+    "shira": "its weights are sparse tensors, for which ONNX has no operators",
     "shadow": "it runs a second model beside the base",
     "xlora": "it mixes other adapters by a run of its own, and needs the cache off",
     **{kind.value.lower(): PROMPTS for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
@@ -205,6 +207,8 @@ def check_options(method: str, method_options: Mapping[str, Any], where: str) ->
         reason = _unsupported(name, value)
         if reason:
             raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
+        if name == "target_modules" and value in ([], set()) and method_options.get("target_parameters"):
+            continue  # PEFT's own choice of modules would be added to None
         wanted = _wanted_instead(name, value, known[name], defaults[name])
         if wanted:
             quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())
@@ -246,6 +250,8 @@ def _out_of_range(name: str, value: float, default: Any) -> str | None:
 
 def _unsupported(name: str, value: Any) -> str | None:
     """Return why an option of PEFT is not supported: the base would not stay unchanged."""
+    if name == "save_only_topk_weights" and value:
+        return "its file holds indices and the greatest weights, which do not become inputs: save it without"
     if name == "layer_replication" and value:
         return "this gives the base other layers: build such a base first"
     if name == "init_lora_weights" and value not in INITS:

@@ -42,7 +42,6 @@ INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 UNEXPORTABLE: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA (aLoRA) looks for its invocation tokens in each prompt",
     "arrow_config": "Arrow chooses among adapters for each token",
-    "target_parameters": "LoRA on parameters, such as the experts of a mixture, computes whole weights in each run",
 }
 """PEFT options that cannot be exported here, and why."""
 

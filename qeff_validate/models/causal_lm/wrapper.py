@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import use_row_weights
+from qeff_validate.models.causal_lm.exportable_layers import use_exportable_layers
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
 from qeff_validate.models.causal_lm.kv_cache import cache_for, masks
 from qeff_validate.models.framework_calls import cache_argument
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
+        use_exportable_layers(model)
         self._mixed = mixed
         if mixed:
             use_row_weights(model, self._adapter.values())

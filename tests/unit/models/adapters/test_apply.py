@@ -44,8 +44,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "vblora": {"num_vectors": 16, "vector_length": 16},
     "waveft": {"n_frequency": 32},
     **{method: {"r": 4} for method in (
-        "deft", "delora", "dora", "glora", "gralora", "hira", "hra", "lily", "loha", "lokr", "lora", "miss", "peanut",
-        "psoft", "pvera", "rslora", "shira", "vera")},
+        "deft", "delora", "dora", "glora", "gralora", "hira", "hra", "loha", "lokr", "lora", "miss", "peanut",
+        "psoft", "pvera", "rslora", "vera")},
 }  # fmt: skip
 """What a method needs to fit a model of width 32; q_proj and v_proj are the targets where nothing is said."""
 
