@@ -222,6 +222,8 @@ def _check_names(model: Any, config: Any) -> None:
 
 def _check_layers(peft_model: Any, config: Any) -> None:
     """Refuse layer indices without a target module."""
+    if config.is_prompt_learning:
+        return
     wanted = getattr(config, "layers_to_transform", None)
     layers = {int(part) for name in peft_model.base_model.targeted_module_names for part in name.split(".")
               if part.isdigit()}  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from qeff_validate.errors import ConfigError, suggest
@@ -35,9 +35,12 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Names of variants: the method, and the options that they set."""
 
-PROMPTS = "it learns a prompt or a prefix of keys and values, not weights of layers, which are what becomes inputs here"
 REFUSED: Mapping[str, str] = {
-    "adaption_prompt": PROMPTS,
+    "adaption_prompt": "it lets each layer attend to learned tokens of its own beside the text, with a gate, which is"
+    " neither a change of weights nor a token of the cache",
+    "cartridge": "its keys and values come from another text's cache; prefix_tuning's are served",
+    "cpt": "it trains on examples in the prompt, whose types each run needs beside the tokens",
+    "multitask_prompt_tuning": "each run needs task_ids beside the tokens; prompt_tuning is served",
     "lily": "its router averages over all tokens of a run, so a text's answer depends on padding, on its neighbours in"
     " the batch and on tokens that follow",
     "frod": "its rotations are sparse tensors, for which ONNX has no operators",
@@ -45,9 +48,7 @@ REFUSED: Mapping[str, str] = {
     "shira": "its weights are sparse tensors, for which ONNX has no operators",
     "shadow": "it runs a second model beside the base",
     "xlora": "it mixes other adapters by a run of its own, and needs the cache off",
-    **{kind.value.lower(): PROMPTS for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-       if issubclass(cls, PromptLearningConfig)},
-}  # fmt: skip
+}
 """PEFT methods that are not supported here, and why."""
 
 METHODS: Mapping[str, type[PeftConfig]] = {

@@ -33,6 +33,7 @@ from qeff_validate.models.adapters.shared_lora import (
 )
 from qeff_validate.models.causal_lm.kv_cache import state_shapes
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
 
@@ -40,7 +41,6 @@ INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """PEFT options for the initialization of an adapter; by default most adapters start without effect."""
 
 UNEXPORTABLE: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA) looks for its invocation tokens in each prompt",
     "arrow_config": "Arrow chooses among adapters for each token",
 }
 """PEFT options that cannot be exported here, and why."""
@@ -59,6 +59,8 @@ class AdaptedModel:
         parameter_names: the name in ``model`` of each adapter tensor, by its saved name.
         adapters: tensors of ``base`` and of each adapter, by saved name.
         eos: token ids that end a text.
+        virtual: the adapters' virtual tokens; None: they have none.
+        invocation: tokens of a prompt from which on the adapters act; empty: they always do.
         before: the state of the model without the adapter; None: it was a PeftModel, whose adapters have been removed.
         shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
     """
@@ -70,6 +72,8 @@ class AdaptedModel:
     eos: frozenset[int]
     before: BaseState | None = None
     shared: Mapping[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
 
     def base_model(self) -> Any:
         """Return the model without adapters, None if it had its own; ``model`` must not be used afterwards."""
@@ -106,6 +110,10 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
         return AdaptedModel(model, dims, {}, {BASE: {}}, eos, before)
     for config in configs.values():
         _refuse_unexportable(config)
+    if any(config.is_prompt_learning for config in configs.values()):
+        sizes, kind = _widths(model, dims), model.config.get_text_config().model_type
+        virtual, padded = virtual_tokens(configs, tensors, BASE, sizes, kind)
+        return AdaptedModel(model, dims, {}, padded, eos, before, virtual=virtual)
     difference = _option_difference(configs)
     layers: dict[str, LoraLayers] = {}
     shared: dict[str, Any] | None = None
@@ -137,7 +145,16 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
     parameter_names = dict(sorted(parameter_names.items()))
     ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
-    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, before, shared)
+    invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
+    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, before, shared, invocation=invocation)
+
+
+def _widths(model: Any, dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, int]:
+    """Return the number of tokens, the width of their embeddings, and that of their keys and values in all layers."""
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    alike = len({pair for layer in dims for pair in layer}) == 1
+    cache = sum(heads * size for layer in dims for heads, size in layer) if alike else 0
+    return {"vocab": int(vocabulary), "hidden": int(hidden), "cache": cache}
 
 
 def _without_biases(tensors: Tensors, neutral: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -274,6 +291,11 @@ def _create_adapters(
 def _detach_adapters(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]], Any]:
     """Return configs and tensors of the adapters of a PeftModel, and its base model."""
     configs = dict(model.peft_config)
+    if any(config.is_prompt_learning for config in configs.values()):
+        raise ConfigError(
+            "a PeftModel in memory with virtual tokens is not taken: save it with save_pretrained(DIR), and name DIR in"
+            " options.adapters"
+        )
     tensors = {name: adapter_tensors(model, name) for name in configs}
     if BASE in configs:
         raise ConfigError(f"an adapter cannot be called {BASE!r}: that is the model without one")

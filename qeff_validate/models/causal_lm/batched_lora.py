@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.causal_lm.exportable_layers import Activation
 
 
 class RowLinear(nn.Linear):
@@ -82,8 +83,9 @@ def use_row_weights(model: Any, inputs: Collection[str]) -> None:
     if not layers:
         raise ConfigError(f"mixed_batch serves lora and rslora, and the adapters are {method.lower()}: leave it out")
     for name, layer in layers.items():
-        if not isinstance(layer, Linear) or layer.lora_variant:
-            why = "DoRA or another variant" if getattr(layer, "lora_variant", None) else "no plain linear layer"
+        variants = [variant for variant in layer.lora_variant.values() if not isinstance(variant, Activation)]
+        if not isinstance(layer, Linear) or variants:
+            why = "DoRA or another variant" if variants else "no plain linear layer"
             raise ConfigError(f"mixed_batch serves plain LoRA, and {name} is {why}: leave mixed_batch out")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(parameters[name]) for name in inputs}

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.c3a.layer import C3ALinear
 from peft.tuners.hra.layer import HRALinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
@@ -72,6 +73,34 @@ def circulant(kernel: Tensor) -> Tensor:
     places = torch.arange(size)
     blocks = kernel[:, :, (places[None, :] - places[:, None]) % size]  # [m, n, b out, b in]
     return blocks.permute(0, 2, 1, 3).reshape(rows * size, columns * size)
+
+
+class Activation(ALoraLinearVariant):
+    """Activated LoRA: PEFT counts its tokens from the end of each text; here each token is active or not.
+
+    Attributes:
+        mask: which tokens of the run are active, bool ``[batch, seq_len]``.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        """Return the base's result plus LoRA on the active tokens."""
+        assert self.mask is not None
+        change = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+        return result + torch.where(self.mask[..., None], change, 0.0)
+
+
+def use_activation(model: nn.Module) -> Activation:
+    """Give layers of activated LoRA one mask of active tokens, which is returned."""
+    activation = Activation()
+    for module in model.modules():
+        variants = getattr(module, "lora_variant", None) or {}
+        for adapter, variant in variants.items():
+            if isinstance(variant, ALoraLinearVariant):
+                variants[adapter] = activation
+    return activation
 
 
 EXPORTABLE: Mapping[type[nn.Module], type[nn.Module]] = {

@@ -71,12 +71,17 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         keys: retained keys.
         values: retained values.
         places: slots that new tokens are written to.
+        prefix: which tokens are virtual, bool ``[batch, 1, seq_len, 1]``, and their keys and values
+            ``[batch, heads, seq_len, head_dim]``, which stand in for those that the layer computes; None: no token.
     """
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, places: WriteIndices) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, places: WriteIndices, prefix: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self._prefix = prefix
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._places = places
@@ -86,6 +91,10 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
+        if self._prefix is not None:
+            is_virtual, keys, values = self._prefix
+            key_states = torch.where(is_virtual, keys, key_states)
+            value_states = torch.where(is_virtual, values, value_states)
         self.keys = write_tokens(self.keys, key_states, self._places)
         self.values = write_tokens(self.values, value_states, self._places)
         seen = self._places.seen
@@ -141,10 +150,37 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     return masks_by_type.get(only, masks_by_type["full_attention"])
 
 
-def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
-    """Return a cache over the inputs ``past_key.i`` and ``past_value.i``."""
+def cache_for(
+    state: Mapping[str, Tensor],
+    layers: int,
+    position_ids: Tensor,
+    prefix: Sequence[tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Cache:
+    """Return a cache over the inputs ``past_key.i`` and ``past_value.i``; ``prefix`` as in `StateLayer`, by layer."""
     places = write_indices(position_ids, state["past_key.0"].shape[2])
-    return Cache(layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], places) for i in range(layers)])
+    return Cache(
+        layers=[
+            StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], places, None if prefix is None else prefix[i])
+            for i in range(layers)
+        ]
+    )
+
+
+def prefix_states(
+    is_virtual: Tensor, content: Tensor, state: Mapping[str, Tensor], layers: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return which tokens are virtual, and their keys and values, for each layer; see `StateLayer`.
+
+    Args:
+        is_virtual: bool ``[batch, seq_len]``.
+        content: of prefix tuning, ``[batch, seq_len, layers · 2 · heads · head_dim]``.
+        state: keys and values, which are alike in all layers.
+        layers: number of layers.
+    """
+    _, heads, _, size = state["past_key.0"].shape
+    by_layer = content.reshape(*content.shape[:2], 2 * layers, heads, size).permute(2, 0, 3, 1, 4)
+    chosen = is_virtual[:, None, :, None]
+    return [(chosen, by_layer[2 * layer], by_layer[2 * layer + 1]) for layer in range(layers)]
 
 
 def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:

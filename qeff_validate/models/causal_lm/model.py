@@ -36,9 +36,10 @@ from qeff_validate.models.adapters.files import (
     weight_files,
 )
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
-from qeff_validate.models.causal_lm.decode_loop import Plan
+from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
+from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.checkpoint import checked, digests, has_tokenizer, tokenizer_files
@@ -84,6 +85,8 @@ class Prompts:
         adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
         interface: sizes of the model that shape the graph.
         shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
+        virtual: virtual tokens of the adapters; None: they have none.
+        invocation: tokens from which on the adapters act (activated LoRA); empty: they always do.
         notes: notes for the report.
         tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
     """
@@ -97,6 +100,19 @@ class Prompts:
     notes: tuple[str, ...] = ()
     tables: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
+
+    def fed(self, adapter: str) -> tuple[Array, ...]:
+        """Return the token ids that the graph is fed for each prompt with an adapter, its virtual tokens included."""
+        return self.ids if self.virtual is None else self.virtual.fed(adapter, self.ids)
+
+    @property
+    def attended_ids(self) -> tuple[Array, ...]:
+        """Token ids of each prompt, as they are fed with any adapter."""
+        if self.virtual is None:
+            return self.ids
+        return tuple(tokens for name in self.adapters for tokens in self.fed(name))
 
     @property
     def labels(self) -> Sequence[str]:
@@ -184,7 +200,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def reach(self, inputs: Prompts) -> int:
         """Return the number of positions that the graph needs; the context may have more slots."""
-        return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1
+        longest = max(tokens.size for tokens in inputs.attended_ids)
+        return longest + self.options.max_new_tokens - 1
 
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
@@ -224,6 +241,11 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
+        about["virtual"] = None if adapted.virtual is None else adapted.virtual.model_dump()
+        about["invocation"] = adapted.invocation
+        without = sum(invocation_start(tokens, adapted.invocation) == NEVER for tokens in rows.ids)
+        if adapted.invocation and without:
+            notes.append(f"{without} of {len(rows.ids)} prompts do not hold the invocation tokens of the adapters")
         weights = {
             f"inputs.{name}/{key}": array
             for name, tensors in adapted.adapters.items()
@@ -250,22 +272,41 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
             boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
             texts += [text for text, _ in boundary]
             ids += [tokens for _, tokens in boundary]
-        room = self.options.ctx_len - self.options.max_new_tokens
+            ids = [_with_invocation(tokens, self._invocation()) for tokens in ids]
+        room = self._room()
+        hidden = self.options.ctx_len - self.options.max_new_tokens - room
+        virtual = f" and {hidden} virtual tokens" if hidden else ""
         for text, tokens in zip(texts, ids, strict=True):
             if not 1 <= tokens.size <= room:
                 raise ConfigError(
                     f"case {self.case.name!r}: prompt {text[:60]!r} has {tokens.size} tokens, and 1 to {room}"
-                    f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}:"
+                    f" fit beside max_new_tokens {self.options.max_new_tokens}{virtual} in ctx_len"
+                    f" {self.options.ctx_len}:"
                     " shorten it, or raise ctx_len"
                 )
         return TokenRows(tuple(ids), pad, tuple(texts))
+
+    def _room(self) -> int:
+        """Return the number of tokens that a prompt may have, beside virtual tokens and the continuation."""
+        virtual = [0]
+        for spec in self.options.named().values():
+            config = read_config(expand_user(spec)) if isinstance(spec, str) else spec
+            count = config.get("num_virtual_tokens")
+            virtual.append(count if isinstance(count, int) else 0)
+        return self.options.ctx_len - self.options.max_new_tokens - max(virtual)
+
+    def _invocation(self) -> list[int]:
+        """Return the invocation tokens of activated LoRA; empty without."""
+        specs = self.options.named().values()
+        configs = [read_config(expand_user(spec)) if isinstance(spec, str) else spec for spec in specs]
+        return next((config["alora_invocation_tokens"] for config in configs if _is_activated(config)), [])
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
         """Yield prompts that end just before, at and after a chunk boundary, if they fit.
 
         Each starts at another offset of the text, because a leak from a prompt with the same prefix would not be seen.
         """
-        chunk, room = self.options.prefill_seq_len, self.options.ctx_len - self.options.max_new_tokens
+        chunk, room = self.options.prefill_seq_len, self._room()
         for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
             if 1 <= length <= min(room, long.size):
                 yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
@@ -280,15 +321,18 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
         texts, notes = tuple(about.texts), tuple(about.notes)
-        eos = frozenset(about.eos)
-        return Prompts(ids, texts, about.pad, eos, adapters, about.interface, notes, about.tables, about.shared)
+        eos, interface = frozenset(about.eos), about.interface
+        return Prompts(
+            ids, texts, about.pad, eos, adapters, interface, notes, about.tables, about.shared, about.virtual,
+            about.invocation,
+        )  # fmt: skip
 
     def interface(self, inputs: Prompts) -> Graph:
         """Return the interface of the graph that serves the adapters of the inputs."""
-        return self._graph(inputs.interface, inputs.adapters)
+        return self._graph(inputs.interface, inputs.adapters, starts=bool(inputs.invocation))
 
-    def _graph(self, interface: Interface, adapters: Mapping[str, Tensors]) -> Graph:
-        return _graph(interface, self._served_tensors(adapters), self.options)
+    def _graph(self, interface: Interface, adapters: Mapping[str, Tensors], *, starts: bool) -> Graph:
+        return _graph(interface, self._served_tensors(adapters), self.options, starts=starts)
 
     def check_recorded(self, reference: Tensors, inputs: Prompts) -> None:
         """Refuse recorded outputs that do not fit the prompts.
@@ -351,10 +395,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
 
         adapted = self._attach_adapters()
-        module = Decoder(
-            adapted.model, len(adapted.dims), adapted.parameter_names, mixed=self.options.mixed_batch
-        ).eval()
-        graph = self._graph(Interface.model_validate(adapted.interface()), adapted.adapters)
+        mixed, virtual = self.options.mixed_batch, adapted.virtual
+        module = Decoder(adapted.model, len(adapted.dims), adapted.parameter_names, mixed=mixed, virtual=virtual).eval()
+        interface = Interface.model_validate(adapted.interface())
+        graph = self._graph(interface, adapted.adapters, starts=bool(adapted.invocation))
         return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
@@ -416,6 +460,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.original_run import original_run
         from qeff_validate.models.causal_lm.reference import adapted_models
 
+        if inputs.virtual is not None:
+            raise IncomparableError("modules of a model with virtual tokens are not compared")
         ends = np.cumsum(reference["steps"])
         at = int(np.searchsorted(ends, row, side="right"))
         adapter, prompt = divmod(at, len(inputs.ids))
@@ -428,7 +474,9 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         text = np.concatenate([inputs.ids[prompt], tokens])
         tensors = self._served_tensors(inputs.adapters, name)
         place = adapter if self.options.mixed_batch else 0
-        return original_run(model, self.interface(inputs), text, tensors, sizes, pad=inputs.pad, adapter_id=place)
+        start = invocation_start(inputs.ids[prompt], inputs.invocation)
+        graph = self.interface(inputs)
+        return original_run(model, graph, text, tensors, sizes, pad=inputs.pad, adapter_id=place, start=start)
 
     def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
         """Return the prompt that a row of the logits continues."""
@@ -447,7 +495,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
         sizes = (options.batch_size, options.prefill_seq_len, options.padding_side)
-        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens)
+        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens, invocation=inputs.invocation)
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
         """Return the errors of logits, and of the change that each adapter makes."""
@@ -520,6 +568,21 @@ class PromptsText(RowsText):
     interface: Interface
     adapters: list[str]
     shared: dict[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
+
+
+def _is_activated(config: Mapping[str, Any]) -> bool:
+    tokens = config.get("alora_invocation_tokens")
+    return isinstance(tokens, list) and bool(tokens)
+
+
+def _with_invocation(tokens: Array, invocation: Sequence[int]) -> Array:
+    """Return a built-in prompt with the invocation in its middle, if it is long enough."""
+    at = (tokens.size - len(invocation)) // 2
+    if at < 1 or not invocation:
+        return tokens
+    return np.concatenate([tokens[:at], np.array(invocation), tokens[at + len(invocation) :]])
 
 
 def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
@@ -547,7 +610,7 @@ def _split(values: Array, steps: Array) -> list[Array]:
     return np.split(values, np.cumsum(steps)[:-1])
 
 
-def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions) -> Graph:
+def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions, *, starts: bool) -> Graph:
     tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
     state = [
         TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
@@ -556,6 +619,8 @@ def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions)
     ]
     if options.mixed_batch:
         tokens.append(TensorSpec("adapter_ids", "int64", ("batch_size",)))
+    if starts:
+        tokens.append(TensorSpec("adapter_start", "int64", ("batch_size",)))
     weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
     sizes = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import calculate_alora_offsets
 from safetensors.numpy import save_file
 
 from qeff_validate.config.case import Precision
@@ -26,9 +27,10 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.files import expand_user, temporary_folder
 from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.config import generate_peft_config
-from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, read_adapter, tensor_shapes
+from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, read_adapter, read_config, tensor_shapes
 from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
@@ -131,8 +133,9 @@ def batched_logits(
             attention_mask=torch.from_numpy(np.stack(mask).astype(np.int64)),
             use_cache=keep,
             **{cache_argument(model): cache},
+            **activation(model, [texts[row][: starts[row]] for row in rows], length),
         ).logits
-        for row, values in zip(rows, logits, strict=True):
+        for row, values in zip(rows, logits[:, -length:], strict=True):  # virtual tokens may precede
             results[row] = values[starts[row] - 1 : texts[row].size - 1].numpy().copy()
     return results
 
@@ -283,6 +286,9 @@ def _folder(spec: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
             shutil.copy(expand_user(spec) / CONFIG, folder)
         else:
             generate_peft_config(spec).save_pretrained(folder)
+        if TENSOR in tensors:  # padded to the number of the adapter with the most
+            count = read_config(path)["num_virtual_tokens"]
+            tensors = {TENSOR: tensors[TENSOR][:count]}
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, f"{folder}/{WEIGHTS}")
         yield folder
 
@@ -291,13 +297,51 @@ def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array
     """Return the token ids of a prompt and its greedy continuation, including the end token."""
     tokens, cache, text = torch.from_numpy(prompt)[None], None, list(prompt)
     argument = cache_argument(model)
+    if _virtual(model):
+        return _greedy_without_cache(model, prompt, steps, eos)
     for _ in range(steps):
-        output = model(input_ids=tokens, use_cache=True, **{argument: cache})
+        options = activation(model, [prompt], len(text))
+        output = model(input_ids=tokens, use_cache=True, **{argument: cache}, **options)
         cache, token = returned_cache(output), int(output.logits[0, -1].argmax())
         text.append(token)
         if token in eos:
             break
         tokens = torch.tensor([[token]])
+    return np.array(text, dtype=np.int64)
+
+
+def activation(model: Any, prompts: Sequence[Array], length: int) -> dict[str, Any]:
+    """Return where activated LoRA acts, as PEFT counts it: from the last invocation in each prompt to the end.
+
+    Args:
+        model: a model with or without an adapter.
+        prompts: the prompt of each row; an invocation in its continuation changes nothing, as in PEFT's ``generate``.
+        length: tokens of a row so far, padding on the right included.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not getattr(config, "alora_invocation_tokens", None):
+        return {}
+    offsets = []
+    for prompt in prompts:
+        ids = torch.from_numpy(np.ascontiguousarray(prompt))[None]
+        (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, ids)
+        offsets.append(None if offset is None else offset + length - prompt.size)
+    return {"alora_offsets": offsets}
+
+
+def _virtual(model: Any) -> int:
+    """Return the number of virtual tokens that PEFT puts before each text."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def _greedy_without_cache(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array:
+    """Return what `_greedy` does, from whole texts: PEFT puts virtual tokens before the tokens of each run."""
+    text = list(prompt)
+    for _ in range(steps):
+        text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        if text[-1] in eos:
+            break
     return np.array(text, dtype=np.int64)
 
 
@@ -311,7 +355,9 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
     tokens = torch.from_numpy(text[:-1])[None]
 
     def run() -> Any:
-        return model(input_ids=tokens, use_cache=False).logits[0, start - 1 :]
+        options = activation(model, [text[:start]], text.size - 1)
+        # virtual tokens may precede
+        return model(input_ids=tokens, use_cache=False, **options).logits[0, start - text.size :]
 
     with compute_in_dtype(model, dtype, probe=run):
         logits: Array = run().numpy().copy()
