@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from qeff_validate.models.adapters.shared_lora import (
     shared_options,
     shared_tensors,
 )
-from qeff_validate.models.causal_lm.kv_cache import state_shapes
+from qeff_validate.models.causal_lm.decoder_state import StateShapes, state_shapes
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
 from qeff_validate.models.framework_calls import translated_errors
@@ -55,7 +55,7 @@ class AdaptedModel:
 
     Attributes:
         model: float32, eval mode, with an adapter without effect if the case has adapters.
-        dims: for each layer ``(heads, head_dim)`` of keys and of values.
+        states: what the model keeps between runs.
         parameter_names: the name in ``model`` of each adapter tensor, by its saved name.
         adapters: tensors of ``base`` and of each adapter, by saved name.
         eos: token ids that end a text.
@@ -66,7 +66,7 @@ class AdaptedModel:
     """
 
     model: Any
-    dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    states: StateShapes
     parameter_names: Mapping[str, str]
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
@@ -81,7 +81,8 @@ class AdaptedModel:
 
     def interface(self) -> dict[str, Any]:
         """Return the sizes that determine the graph's interface, as plain data."""
-        return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
+        states = {"dims": self.states.dims, "recurrent": self.states.recurrent}
+        return {**states, "vocab": self.model.config.get_text_config().vocab_size}
 
 
 def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int | None = None) -> AdaptedModel:
@@ -104,16 +105,16 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
         configs, tensors = _create_adapters(model, named)
     before = None if own_adapters else BaseState(model)
     with translated_errors(f"run {type(model).__name__} with keys and values kept"):
-        dims = state_shapes(model)
+        states = state_shapes(model)
     eos = _eos_ids(model)
     if not configs:
-        return AdaptedModel(model, dims, {}, {BASE: {}}, eos, before)
+        return AdaptedModel(model, states, {}, {BASE: {}}, eos, before)
     for config in configs.values():
         _refuse_unexportable(config)
     if any(config.is_prompt_learning for config in configs.values()):
-        sizes, kind = _widths(model, dims), model.config.get_text_config().model_type
+        sizes, kind = _widths(model, states), model.config.get_text_config().model_type
         virtual, padded = virtual_tokens(configs, tensors, BASE, sizes, kind)
-        return AdaptedModel(model, dims, {}, padded, eos, before, virtual=virtual)
+        return AdaptedModel(model, states, {}, padded, eos, before, virtual=virtual)
     difference = _option_difference(configs)
     layers: dict[str, LoraLayers] = {}
     shared: dict[str, Any] | None = None
@@ -146,14 +147,15 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     parameter_names = dict(sorted(parameter_names.items()))
     ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
     invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
-    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, before, shared, invocation=invocation)
+    return AdaptedModel(peft_model, states, parameter_names, ordered, eos, before, shared, invocation=invocation)
 
 
-def _widths(model: Any, dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, int]:
+def _widths(model: Any, states: StateShapes) -> dict[str, int]:
     """Return the number of tokens, the width of their embeddings, and that of their keys and values in all layers."""
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    alike = len({pair for layer in dims for pair in layer}) == 1
-    cache = sum(heads * size for layer in dims for heads, size in layer) if alike else 0
+    layers = [pair for pair in states.dims if pair is not None]
+    alike = len({sizes for pair in layers for sizes in pair}) == 1 and len(layers) == len(states.dims)
+    cache = sum(heads * size for pair in layers for heads, size in pair) if alike and not states.recurrent else 0
     return {"vocab": int(vocabulary), "hidden": int(hidden), "cache": cache}
 
 
@@ -385,6 +387,27 @@ def _eos_ids(model: Any) -> frozenset[int]:
         if ids:
             break
     return frozenset(ids)
+
+
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+"""Settings of a generation config that greedy continuation has, and their neutral values."""
+
+
+def sampling_notes(model: Any) -> list[str]:
+    """Return a note if a model's generation_config.json asks for something else than greedy continuation.
+
+    Args:
+        model: of transformers, or a PeftModel around one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "generation_config", None)
+    asked = {name: getattr(config, name, None) for name in GREEDY}
+    ignored = [f"{name}: {value}" for name, value in asked.items() if value not in (None, GREEDY[name])]
+    if not ignored:
+        return []
+    return [f"generation_config asks for {', '.join(ignored)}, which is ignored: texts are continued greedily"]
 
 
 def set_adapter_tensors(model: Any, tensors: Tensors, parameter_names: Mapping[str, str]) -> None:

@@ -6,7 +6,9 @@ The reference runs PEFT's own layers; what is exported is compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -101,6 +103,36 @@ def use_activation(model: nn.Module) -> Activation:
             if isinstance(variant, ALoraLinearVariant):
                 variants[adapter] = activation
     return activation
+
+
+def use_slot_biases(model: nn.Module) -> None:
+    """Make position biases (ALiBi of BLOOM) from slots, which are positions, instead of from a two-dimensional mask."""
+    for module in model.modules():
+        original = getattr(type(module), "build_alibi_tensor", None)
+        if original is not None:
+            vars(module)["build_alibi_tensor"] = partial(_slot_biases, partial(original, module))
+
+
+def use_constant_cutoffs(model: nn.Module) -> None:
+    """Compute the cutoffs of sparse activations (Gemma-3n) once: they are quantiles of the normal distribution.
+
+    PyTorch computes them in each run by the inverse of the error function, for which ONNX has no operator.
+    """
+    for module in model.modules():
+        share: Any = getattr(module, "activation_sparsity", None)
+        if hasattr(module, "_gaussian_topk") and share:
+            vars(module)["_gaussian_topk"] = partial(_above, NormalDist().inv_cdf(share))
+
+
+def _above(deviations: float, inputs: Tensor) -> Tensor:
+    """Return what exceeds the mean by more than so many standard deviations."""
+    mean, deviation = inputs.mean(dim=-1, keepdim=True), inputs.std(dim=-1, keepdim=True, unbiased=False)
+    return torch.relu(inputs - (mean + deviation * deviations))
+
+
+def _slot_biases(original: Callable[..., Tensor], mask: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Return the biases of ``mask.shape[-1]`` slots for each row of a mask ``[batch, 1, seq_len, slots]``."""
+    return original(mask.new_ones(mask.shape[0], mask.shape[-1]), *arguments, **options)
 
 
 EXPORTABLE: Mapping[type[nn.Module], type[nn.Module]] = {

@@ -45,7 +45,13 @@ from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.checkpoint import checked, digests, has_tokenizer, tokenizer_files
 from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
-from qeff_validate.models.sources.tokenizers import Tokenize, load_tokenizer, tokenize_with, tokenizer_length
+from qeff_validate.models.sources.tokenizers import (
+    Tokenize,
+    conversation_ids,
+    load_tokenizer,
+    tokenize_with,
+    tokenizer_length,
+)
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
 from qeff_validate.protocols import (
     Change,
@@ -67,10 +73,17 @@ FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
 
 
 class Interface(BaseModel):
-    """Number of heads and head size of each layer's keys and values, and the vocabulary size."""
+    """Sizes of a model that shape its graph.
 
-    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
+    Attributes:
+        dims: number of heads and head size of each layer's keys and values; None for a layer without.
+        vocab: vocabulary size.
+        recurrent: shapes of recurrent states without their batch dim, by the name of the input.
+    """
+
+    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]] | None]
     vocab: PositiveInt
+    recurrent: dict[str, tuple[PositiveInt, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +177,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
     def asked(self) -> Mapping[str, Any]:
         """Return the texts and the length limits that are tokenized."""
         sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
-        return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
+        conversations = {"messages": self._messages()} if self.options.messages is not None else {}
+        return {"texts": self._texts(), **conversations, **{name: getattr(self.options, name) for name in sizes}}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what identifies the tokenizer, those in the directories of adapters included."""
@@ -176,8 +190,42 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         folders = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
         return {name: folder for name, folder in folders.items() if has_tokenizer(folder)}
 
+    def _messages(self) -> list[list[dict[str, str]]]:
+        return [[message.model_dump() for message in messages] for messages in self.options.messages or ()]
+
     def _tokenizer(self) -> tuple[Tokenize, int, str]:
         """Return the tokenizer, the padding id, and a note if the tokenizer is that of an adapter with more tokens.
+
+        Raises:
+            ConfigError: several adapters have added different tokens.
+        """
+        tokenizer, note = self._grown_tokenizer()
+        return *(self.source.tokenizer() if tokenizer is None else tokenize_with(tokenizer)), note
+
+    def _once_begun(self, rows: Iterable[list[int]]) -> Iterator[list[int]]:
+        """Yield token ids with one begin token, where a text holds it and the tokenizer has added another."""
+        for ids in rows:
+            repeated = len(ids) > 1 and ids[0] == ids[1]
+            tokenizer = (self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()) if repeated else None
+            doubled = repeated and ids[0] == getattr(tokenizer, "bos_token_id", None)
+            yield ids[1:] if doubled else ids
+
+    def _conversations(self) -> Iterator[tuple[str, Array]]:
+        """Yield text and token ids of each conversation.
+
+        Raises:
+            ConfigError: neither the model's tokenizer nor those of its adapters have a chat template, or it refuses.
+        """
+        tokenizer = self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            own = (load_tokenizer(folder) for folder in self._own_tokenizers().values())
+            tokenizer = next((other for other in own if other.chat_template), tokenizer)
+        for messages in self._messages():
+            ids, text = conversation_ids(tokenizer, messages, add_generation_prompt=self.options.add_generation_prompt)
+            yield text, np.array(ids, dtype=np.int64)
+
+    def _grown_tokenizer(self) -> tuple[Any, str]:
+        """Return the transformers tokenizer of an adapter with more tokens than the model's, and a note; or None.
 
         Raises:
             ConfigError: several adapters have added different tokens.
@@ -187,7 +235,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         size = 0 if published is None else len(published)
         grown = {name: tokenizer for name, tokenizer in own.items() if len(tokenizer) > size}
         if not grown:
-            return *self.source.tokenizer(), ""
+            return None, ""
         first, *others = grown
         for name in others:
             if grown[name].get_vocab() != grown[first].get_vocab():
@@ -196,7 +244,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
                     " tokenizer, so a prompt has no ids that both understand: give each a case"
                 )
         note = f"prompts are tokenized with the tokenizer of adapter {first!r}: {len(grown[first])} tokens"
-        return *tokenize_with(grown[first]), f"{note}, the base's has {size}" if size else note
+        return grown[first], f"{note}, the base's has {size}" if size else note
 
     def reach(self, inputs: Prompts) -> int:
         """Return the number of positions that the graph needs; the context may have more slots."""
@@ -232,6 +280,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
+        from qeff_validate.models.causal_lm.attach_adapters import sampling_notes
+
         rows = self.rows()
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
@@ -240,6 +290,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         notes = [own_tokenizer] if own_tokenizer else []
         notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
+        notes += sampling_notes(adapted.model)
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
         about["virtual"] = None if adapted.virtual is None else adapted.virtual.model_dump()
         about["invocation"] = adapted.invocation
@@ -266,9 +317,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """
         tokenize, pad, _ = self._tokenizer()
         user_texts = self._texts()
-        texts = [*(TEXTS if user_texts is None else user_texts)]
-        ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
-        if user_texts is None:
+        if self.options.messages is not None:
+            conversations = list(self._conversations())
+            texts = [text for text, _ in conversations]
+            ids = [tokens for _, tokens in conversations]
+        else:
+            texts = [*(TEXTS if user_texts is None else user_texts)]
+            ids = [np.array(tokens, dtype=np.int64) for tokens in self._once_begun(map(tokenize, texts))]
+        if user_texts is None and self.options.messages is None:
             boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
             texts += [text for text, _ in boundary]
             ids += [tokens for _, tokens in boundary]
@@ -395,8 +451,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
 
         adapted = self._attach_adapters()
-        mixed, virtual = self.options.mixed_batch, adapted.virtual
-        module = Decoder(adapted.model, len(adapted.dims), adapted.parameter_names, mixed=mixed, virtual=virtual).eval()
+        mixed, layers = self.options.mixed_batch, len(adapted.states.dims)
+        module = Decoder(adapted.model, layers, adapted.parameter_names, mixed=mixed, virtual=adapted.virtual).eval()
         interface = Interface.model_validate(adapted.interface())
         graph = self._graph(interface, adapted.adapters, starts=bool(adapted.invocation))
         return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
@@ -460,8 +516,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.original_run import original_run
         from qeff_validate.models.causal_lm.reference import adapted_models
 
-        if inputs.virtual is not None:
-            raise IncomparableError("modules of a model with virtual tokens are not compared")
+        if inputs.virtual is not None or inputs.interface.recurrent:
+            raise IncomparableError("modules of a model with virtual tokens or recurrent states are not compared")
         ends = np.cumsum(reference["steps"])
         at = int(np.searchsorted(ends, row, side="right"))
         adapter, prompt = divmod(at, len(inputs.ids))
@@ -494,7 +550,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
-        sizes = (options.batch_size, options.prefill_seq_len, options.padding_side)
+        chunk = 1 if inputs.interface.recurrent else options.prefill_seq_len
+        sizes = (options.batch_size, chunk, options.padding_side)
         return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens, invocation=inputs.invocation)
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
@@ -611,24 +668,32 @@ def _split(values: Array, steps: Array) -> list[Array]:
 
 
 def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions, *, starts: bool) -> Graph:
-    tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
+    length: str | int = 1 if interface.recurrent else "seq_len"  # transformers continues recurrent states by one token
+    tokens = [TensorSpec(name, "int64", ("batch_size", length)) for name in ("input_ids", "position_ids")]
     state = [
         TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
         for layer, pair in enumerate(interface.dims)
+        if pair is not None
         for name, (heads, size) in zip(("key", "value"), pair, strict=True)
     ]
+    slots = {"ctx_len": options.ctx_len} if state else {}
+    recurrent: dict[str, tuple[int | str, ...]] = {
+        name: ("batch_size", *shape) for name, shape in interface.recurrent.items()
+    }
+    state += [TensorSpec(name, "float32", shape) for name, shape in recurrent.items()]
     if options.mixed_batch:
         tokens.append(TensorSpec("adapter_ids", "int64", ("batch_size",)))
     if starts:
         tokens.append(TensorSpec("adapter_start", "int64", ("batch_size",)))
     weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
-    sizes = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    sizes = {"batch_size": options.batch_size, **slots}
     lengths = dict.fromkeys((options.prefill_seq_len, 1))
+    buckets = tuple({"seq_len": length, **sizes} for length in lengths)
     return Graph(
         inputs=(*tokens, *state, *weights),
         outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab)), *twins),
-        buckets=tuple({"seq_len": length, **sizes} for length in lengths),
+        buckets=(sizes,) if recurrent else buckets,
     )
 
 

@@ -222,6 +222,7 @@ def keys_and_values(
             {
                 f"past_{name}.{index}": tensor[0].numpy()
                 for index, layer in enumerate(layers)
+                if getattr(layer, "keys", None) is not None
                 for name, tensor in (("key", layer.keys), ("value", layer.values))
             }
         )

@@ -13,9 +13,15 @@ from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import use_row_weights
-from qeff_validate.models.causal_lm.exportable_layers import use_activation, use_exportable_layers
+from qeff_validate.models.causal_lm.decoder_state import cache_for, new_states, state_order
+from qeff_validate.models.causal_lm.exportable_layers import (
+    use_activation,
+    use_constant_cutoffs,
+    use_exportable_layers,
+    use_slot_biases,
+)
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
-from qeff_validate.models.causal_lm.kv_cache import cache_for, masks, prefix_states
+from qeff_validate.models.causal_lm.kv_cache import masks, prefix_states
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR, VirtualTokens
 from qeff_validate.models.framework_calls import cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
@@ -57,6 +63,8 @@ class Decoder(nn.Module):
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
         use_exportable_layers(model)
+        use_slot_biases(model)
+        use_constant_cutoffs(model)
         self._activation = use_activation(model)
         self._mixed, self._virtual = mixed, virtual
         self._embeddings: tuple[Tensor, Tensor] | None = None
@@ -75,9 +83,9 @@ class Decoder(nn.Module):
         Args:
             input_ids: int64 ``[batch, seq_len]``.
             position_ids: int64 ``[batch, seq_len]``, −1 for padding.
-            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, and the adapter's
-                tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64 ``[batch]`` too, and
-                for activated LoRA ``adapter_start`` int64 ``[batch]``.
+            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, recurrent states
+                (`recurrent_state`), and the adapter's tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64
+                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``.
 
         Returns:
             ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
@@ -91,9 +99,7 @@ class Decoder(nn.Module):
             else:
                 keys_and_values = prefix_states(is_virtual, content, state, self._layers)
         cache = cache_for(state, self._layers, position_ids, keys_and_values)
-        slots = state["past_key.0"].shape[2]
         self._last = position_ids.argmax(dim=1)
-        config = self.model.config.get_text_config()
         activated: dict[str, Any] = {}
         if "adapter_start" in state:
             self._activation.mask = position_ids >= state["adapter_start"][:, None]
@@ -105,17 +111,24 @@ class Decoder(nn.Module):
             kwargs={
                 "input_ids": input_ids,
                 "position_ids": position_ids.clamp(min=0),
-                "attention_mask": masks(position_ids, slots, config, state["past_key.0"].dtype),
+                "attention_mask": self._masks(position_ids, state),
                 self._cache_argument: cache,
                 "use_cache": True,
                 **activated,
             },
         )
         self._activation.mask = None  # for this run only
-        cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        cached = new_states(cache, state_order(list(state), self._layers)).values()
         # cloned, because the exporter renames an input that is returned unchanged
         inputs = (*self._adapter, *((TENSOR,) if self._virtual is not None else ()))
         return (outputs.logits, *cached, *(state[name].clone() for name in inputs))
+
+    def _masks(self, position_ids: Tensor, state: Mapping[str, Tensor]) -> Any:
+        """Return the attention masks; None for a model that keeps no keys and values."""
+        keys = next((tensor for name, tensor in state.items() if name.startswith("past_key.")), None)
+        if keys is None:
+            return None
+        return masks(position_ids, keys.shape[2], self.model.config.get_text_config(), keys.dtype)
 
     def _rows_of(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return tensor[state["adapter_ids"]] if self._mixed else tensor
@@ -150,7 +163,7 @@ def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         if spec.name in ("input_ids", "position_ids"):
-            examples[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
+            examples[spec.name] = np.broadcast_to(np.arange(shape[1]), shape).copy()
         else:
             examples[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
     return {**examples, **(adapter or {})}
