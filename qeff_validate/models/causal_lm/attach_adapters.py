@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,8 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
         for name, arrays in tensors.items():
             tensors[name], biases = _without_biases(arrays, neutral)
             replaced[name] |= biases
-            tensors[name] = shared_tensors(tensors[name], layers[name], neutral)
+            tokens = shared.get("trainable_token_indices", ())
+            tensors[name] = shared_tensors(tensors[name], layers[name], neutral, tokens)
     neutral, tensors = _with_base_weights(neutral, tensors, replaced, base, peft_model, parameter_names)
     _refuse_unequal_views(parameter_names, peft_model, tensors)
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
@@ -257,7 +259,9 @@ def find_parameter_names(model: Any, adapter: str = "default") -> dict[str, str]
     Raises:
         ConfigError: PEFT saves a tensor that is no parameter or buffer of the model.
     """
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, on biases of LoRA
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     names = {_memory(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     parameter_names = {}
     for name, tensor in saved.items():
