@@ -24,6 +24,7 @@ def original_run(
     *,
     pad: int,
     adapter_id: int,
+    start: int,
 ) -> OriginalRun:
     """Return one run; see `protocols.Explained`.
 
@@ -35,6 +36,7 @@ def original_run(
         sizes: of the batch, where the graph fixes them.
         pad: id of the padding token.
         adapter_id: of the adapter among those that a mixed batch serves.
+        start: position from which on the adapter acts (activated LoRA).
 
     Raises:
         IncomparableError: the text does not fit into the sizes.
@@ -49,6 +51,7 @@ def original_run(
         ids[row, : text.size], places[row, : text.size] = text, np.arange(text.size)
     dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots}
     feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.full(batch, adapter_id)}
+    feeds["adapter_start"] = np.full(batch, start)
     for spec in graph.inputs:
         if spec.name in adapter:
             feeds[spec.name] = adapter[spec.name]

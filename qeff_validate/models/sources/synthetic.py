@@ -26,6 +26,11 @@ from qeff_validate.models.sources.size_limits import check_memory, check_sizes
 from qeff_validate.models.sources.text_encoders import TOWERS, TextEncoder, builds_body
 from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
 
+MAMBA_HEADS: Mapping[str, Any] = {
+    "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_heads": 8, "num_key_value_heads": 2,
+}  # fmt: skip
+"""Sizes of a hybrid's recurrent layers that fit the width of a ``random:`` body, doubled."""
+
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # values of published models that differ from the defaults of transformers
     # head_dim is that of the rotary part (`shrink.CAPS`)
@@ -43,6 +48,16 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "eurobert": {"num_key_value_heads": 2},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+        "intermediate_size": [128] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 1000,
+    },
+    "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,
@@ -50,9 +65,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "residual_multiplier": 0.5,
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **MAMBA_HEADS},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 2},
+    "mamba2": {"head_dim": 16, "num_heads": 8, "state_size": 16},
     "nemotron": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
     "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
@@ -64,6 +82,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen3": {"head_dim": 32, "num_key_value_heads": 2},
     "qwen3_moe": {"head_dim": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 64},
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
 }

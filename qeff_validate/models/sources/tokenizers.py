@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import translated_errors
-from qeff_validate.models.sources.checkpoint import read_object
+from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
+from qeff_validate.models.sources.checkpoint import check_tokenizer, read_object
 
 if TYPE_CHECKING:
     from qeff_validate.models.sources.encode_settings import ChatFormat
@@ -52,6 +52,46 @@ def tokenize_with(tokenizer: Any, *, lower_case: bool = False) -> tuple[Tokenize
             return list(encode(text, verbose=False, **limit)["input_ids"])
 
     return tokenize, 0 if pad is None else int(pad)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the transformers tokenizer in a directory, which need not hold a model.
+
+    Raises:
+        ConfigError: a file is broken, or it needs code of its own.
+        Unavailable: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with translated_errors(f"load the tokenizer in {folder}"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def conversation_ids(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+) -> tuple[list[int], str]:
+    """Return the token ids of a conversation, and its text, as the tokenizer's chat template renders them.
+
+    The template writes the begin token, if there is to be one; the tokenizer adds none.
+
+    Args:
+        tokenizer: of transformers, None if there is none.
+        messages: ``role`` and ``content`` of each.
+        add_generation_prompt: end with the opening of an answer.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("messages: the tokenizer has no chat template: give prompts instead")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as exc:  # of jinja, or raised by the template
+        raise ConfigError(f"messages: the chat template refuses them: {first_line(exc)}") from exc
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), str(text)
 
 
 def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> TokenizePair:
