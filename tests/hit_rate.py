@@ -21,9 +21,9 @@ import onnx
 
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.errors import ValidateError
-from qeff_validate.explain import explain as explain_module
-from qeff_validate.explain.explain import PEFT_PREFIX
+from qeff_validate.explain import context as context_module
 from qeff_validate.explain.names import common_module
+from qeff_validate.explain.summary import PEFT_PREFIX
 from qeff_validate.mutation.mutant import (
     AdapterMutant,
     GraphMutant,
@@ -76,7 +76,7 @@ KINDS: Sequence[tuple[str, str]] = (
 
 
 # the graphs are this project's own: a process for each session would take most of the time
-explain_module.IsolatedRuntime = lambda direct, *_: direct  # type: ignore[assignment, misc]
+context_module.IsolatedRuntime = lambda direct, *_: direct  # type: ignore[assignment, misc]
 
 
 @dataclass(frozen=True, slots=True)
