@@ -7,6 +7,7 @@ Only a few rows are run again. Nothing here judges: the verdict is what it was.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from qeff_validate.errors import ValidateError
 from qeff_validate.explain.attribution import OUTSIDE, Attribution, attribute
 from qeff_validate.explain.context import NOISE, Clock, ExplainContext, Subset
 from qeff_validate.explain.failing_rows import batch_of, choose_rows
-from qeff_validate.explain.inside_graph import look_inside, overflow
+from qeff_validate.explain.inside_graph import InsideGraph, look_inside, overflow
 from qeff_validate.explain.layers import Layers
 from qeff_validate.explain.locate import Location
 from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
+from qeff_validate.explain.repro import Repro, write_repro
+from qeff_validate.explain.smallest_block import smallest_block
 from qeff_validate.explain.summary import short, short_text, summary, worst_layers
 from qeff_validate.protocols import Explained, Measured, Runtime, Settings, capabilities
 from qeff_validate.report.explanation import Explanation
@@ -27,7 +30,15 @@ from qeff_validate.report.result import Result
 from qeff_validate.tensors import Tensors
 
 
-def explain(pipeline: Any, on: Runtime, result: Result, settings: Settings, *, limit_s: float = 60.0) -> Explanation:
+def explain(
+    pipeline: Any,
+    on: Runtime,
+    result: Result,
+    settings: Settings,
+    *,
+    limit_s: float = 60.0,
+    repro: Path | None = None,
+) -> Explanation:
     """Return where the error of a result comes from.
 
     Args:
@@ -36,11 +47,12 @@ def explain(pipeline: Any, on: Runtime, result: Result, settings: Settings, *, l
         result: of the case on the runtime, with metrics.
         settings: of other runtimes that are opened.
         limit_s: time limit; what is known when it has passed is returned.
+        repro: folder for a bundle that shows the error by itself.
 
     Raises:
         ValidateError: something could not be built, loaded or run.
     """
-    work = Explainer(ExplainContext(pipeline, on, result, settings, Clock(limit_s, time.monotonic())))
+    work = Explainer(ExplainContext(pipeline, on, result, settings, Clock(limit_s, time.monotonic())), repro)
     try:
         work.run()
     except ValidateError as exc:  # such as a time limit, or no original model here
@@ -53,8 +65,9 @@ def explain(pipeline: Any, on: Runtime, result: Result, settings: Settings, *, l
 class Explainer:
     """The steps of one explanation, and what is known after each."""
 
-    def __init__(self, context: ExplainContext) -> None:
-        self._context = context
+    def __init__(self, context: ExplainContext, repro: Path | None = None) -> None:
+        self._context, self._folder = context, repro
+        self._repro = Repro(None, "" if repro is None else "the error is not made in a graph")
         self.unfinished = ""
         self.attribution = Attribution()
         self._layers: Layers | None = None
@@ -95,7 +108,7 @@ class Explainer:
             if self.attribution.stage in OUTSIDE:
                 return
         if isinstance(model, Explained) and context.graph_artifact() is not None:
-            self._look_inside(subset, int(np.flatnonzero(subset.rows == row)[0]))
+            self._look_inside(subset, row)
 
     def _attributed(self, name: str, texts: list[int]) -> Subset:
         """Attribute the error of some texts to a stage, and return them."""
@@ -132,18 +145,33 @@ class Explainer:
     # --- inside the graph ------------------------------------------------------------------
 
     def _look_inside(self, subset: Subset, row: int) -> None:
-        with look_inside(self._context, subset, row, self.attribution.stage) as inside:
+        context, stage = self._context, self.attribution.stage
+        with look_inside(context, subset, int(np.flatnonzero(subset.rows == row)[0]), stage) as inside:
             self._layers, self._location = inside.layers, inside.location
-            if self.attribution.stage == "precision" and self._location.module is None:
+            if stage == "precision" and self._location.module is None:
                 self._location = overflow(inside.recorded, inside.original.tokens)
+            if self._folder is not None:
+                self._write_repro(self._folder, inside, subset, row)
+
+    def _write_repro(self, folder: Path, inside: InsideGraph, subset: Subset, row: int) -> None:
+        shown = smallest_block(self._context, inside, subset, row)
+        self._repro = (
+            Repro(None, "no part of the graph shows the error in ONNX Runtime")
+            if shown is None
+            else write_repro(self._context, shown, folder, self._summary(), self.attribution.stage)
+        )
 
     # --- the result ------------------------------------------------------------------------
+
+    def _summary(self) -> str:
+        in_graph = self._layers is not None
+        return summary(self.attribution.stage, self._location, in_graph=in_graph, unfinished=self.unfinished)
 
     def explanation(self) -> Explanation:
         """Return what is known."""
         stage, location, layers = self.attribution.stage, self._location, self._layers
         return Explanation(
-            summary=summary(stage, location, in_graph=layers is not None, unfinished=self.unfinished),
+            summary=self._summary(),
             stages=self.attribution.shares,
             stage=stage,
             layers=() if layers is None else worst_layers(layers.errors),
@@ -151,6 +179,8 @@ class Explainer:
             finding=short_text(location.finding),
             rows=tuple(self._rows),
             seconds=round(self._context.clock.seconds, 2),
+            repro=None if self._repro.folder is None else str(self._repro.folder),
+            repro_note=self._repro.text,
         )
 
 

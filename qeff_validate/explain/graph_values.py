@@ -143,8 +143,33 @@ class GraphValues:
             if at is None or at in places:
                 continue
             places.add(at)
-            pending += [source for source in self.nodes[at].input if source and source not in stops]
+            pending += [source for source in reads(self.nodes[at]) if source not in stops]
         return [self.nodes[place] for place in sorted(places)]
+
+    def run_model(self, model: Any, feeds: Tensors, wanted: Sequence[str]) -> dict[str, Array]:
+        """Run another model, such as a part of the graph, with the runtime that the graph is run with.
+
+        Args:
+            model: ModelProto with its weights inside.
+            feeds: its inputs.
+            wanted: names of its outputs.
+        """
+        path = self._folder / f"run{next(self._numbers)}.onnx"
+        onnx.save(model, str(path))
+        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
+            return dict(session.run(feeds, fetch=list(wanted)))
+
+
+def reads(node: Any) -> list[str]:
+    """Return the names of the values that a node reads, those inside its branches that come from outside included."""
+    names = [name for name in node.input if name]
+    for entry in node.attribute:
+        for branch in [entry.g] if entry.HasField("g") else []:
+            inner = {value.name for value in (*branch.input, *branch.initializer)}
+            inner |= {name for other in branch.node for name in other.output}
+            within = [name for other in branch.node for name in reads(other)]
+            names += [name for name in (*within, *(value.name for value in branch.output)) if name not in inner]
+    return list(dict.fromkeys(names))
 
 
 def _cut(model: Any, cuts: Tensors) -> None:

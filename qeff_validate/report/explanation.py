@@ -59,6 +59,8 @@ class Explanation:
         finding: what differs there; empty: not known.
         rows: indices of the rows that were looked at.
         seconds: duration.
+        repro: folder of a bundle that shows the error by itself; None: none was asked for, or none was written.
+        repro_note: its size and error, or why none was written; empty: none was asked for.
     """
 
     summary: str
@@ -69,6 +71,8 @@ class Explanation:
     finding: str = ""
     rows: tuple[int, ...] = ()
     seconds: float = 0.0
+    repro: str | None = None
+    repro_note: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """Return the explanation as report.json holds it, but for numbers that are not finite."""
@@ -96,4 +100,6 @@ class Explanation:
             finding=plain["finding"],
             rows=tuple(plain["rows"]),
             seconds=float(plain["seconds"]),
+            repro=plain.get("repro"),
+            repro_note=plain.get("repro_note", ""),
         )

@@ -66,7 +66,7 @@ def test_what_is_not_to_be_explained_is_left_alone(result: Result, mode: str, mo
 def test_failing_result_gets_its_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
 
-    def explain(*_: Any, limit_s: float) -> Explanation:
+    def explain(*_: Any, limit_s: float, **_more: Any) -> Explanation:
         limits.append(limit_s)
         return Explanation("here")
 
