@@ -127,7 +127,10 @@ def _measured(
         inherited = size(value.array, _like(matches.inherited[name], value.array))
         errors.append(LayerError(value.module, *graph.operator(name), inherited, local, floor))
         ratios.append(local / floor)
-    guilty = _first(ratios, FACTOR[compute])
+    # keys and values differ behind any fault of their attention, which its own values tell more of
+    beside = [0.0 if values[index].is_state else ratio for index, ratio in zip(order, ratios, strict=True)]
+    guilty = _first(beside, FACTOR[compute])
+    guilty = _first(ratios, FACTOR[compute]) if guilty is None else guilty
     if guilty is None:
         return Layers(values, matches, errors, None, ())
     index = order[guilty]

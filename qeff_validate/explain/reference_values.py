@@ -28,7 +28,7 @@ from qeff_validate.models.emulation.precision import (
 from qeff_validate.models.sources.exportable_experts import exportable_experts
 from qeff_validate.prechecks.weights_in_graph import UNUSED
 from qeff_validate.protocols import OriginalRun
-from qeff_validate.tensors import Tensors
+from qeff_validate.tensors import RETAINED, Tensors
 
 MASK = 1e30
 """Magnitude from which a value is a mask."""
@@ -52,6 +52,11 @@ class ReferenceValue:
     array: Any
     place: Place | None = None
     output: str = ""
+
+    @property
+    def is_state(self) -> bool:
+        """True for keys and values, which a graph retains."""
+        return self.output.endswith(RETAINED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +169,8 @@ class _Recorder:
     def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
         """Yield the first value with each content, and then the outputs of the graph."""
         contents: set[bytes] = set()
-        whole = {owners[name] for name in outputs}
+        # keys and values are a part of what their attention computes
+        whole = {owners[name] for name in outputs if not name.endswith(RETAINED)}
         for value in self._found:
             content = np.ascontiguousarray(value.array).tobytes()
             if content not in contents and _is_comparable(value) and value.module not in whole:

@@ -368,7 +368,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         text = np.concatenate([inputs.ids[prompt], tokens])
         tensors = self._served_tensors(inputs.adapters, name)
         place = adapter if self.options.mixed_batch else 0
-        return original_run(model, self.interface(inputs), text, tensors, sizes, pad=inputs.pad, adapter_id=place)
+        graph, pad = self.interface(inputs), inputs.pad
+        return original_run(model, graph, text, tensors, sizes, pad=pad, adapter_id=place, steps=tokens.size)
 
     def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
         """Return the prompt that a row of the logits continues."""
