@@ -14,7 +14,7 @@ from qeff_validate.cli.progress import TerminalProgress, print_text
 from qeff_validate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qeff_validate.report.explanation import Explanation
+    from qeff_validate.report.explanation import Explanation, ProgramSearch
 
 SHOWN = 12
 """Layers that are printed: those with the greatest error over floor, in the order of the graph."""
@@ -87,9 +87,23 @@ def lines(explanation: Explanation) -> list[str]:
             f"  {layer.local / layer.floor:10.3g}"
             for layer in shown
         ]
+    if explanation.program is not None:
+        text += ["", *_program_lines(explanation.program)]
     text += ["", f"{explanation.summary} [{explanation.seconds:.1f} s]"]
     if explanation.repro is not None:
         text.append(f"repro bundle: {explanation.repro} ({explanation.repro_note})")
     elif explanation.repro_note:
         text.append(f"no repro bundle was written: {explanation.repro_note}")
     return text
+
+
+def _program_lines(search: ProgramSearch) -> list[str]:
+    """Return the search inside a compiled program as text."""
+    text = [
+        f"inside the compiled program: {search.compilations} compilations; its outputs move by"
+        f" {search.observer:.1e} when inner values are outputs too",
+    ]
+    width = max((len(item.module) for item in search.boundaries), default=0)
+    return text + [
+        f"{item.module:<{width}}  error {item.error:8.1e}  expected {item.expected:8.1e}" for item in search.boundaries
+    ]

@@ -7,6 +7,8 @@ Only a few rows are run again. Nothing here judges: the verdict is what it was.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ import numpy as np
 
 from qeff_validate.errors import ValidateError
 from qeff_validate.explain.attribution import OUTSIDE, Attribution, attribute
+from qeff_validate.explain.block_program import program_error
 from qeff_validate.explain.context import NOISE, Clock, ExplainContext, Subset
 from qeff_validate.explain.failing_rows import batch_of, choose_rows
 from qeff_validate.explain.inside_graph import InsideGraph, look_inside, overflow
-from qeff_validate.explain.layers import Layers
+from qeff_validate.explain.layers import FACTOR, Layers
 from qeff_validate.explain.locate import Location
 from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
+from qeff_validate.explain.program_layers import ProgramLayers, ProgramLocation
 from qeff_validate.explain.repro import Repro, write_repro
-from qeff_validate.explain.smallest_block import smallest_block
+from qeff_validate.explain.smallest_block import Target, graph_error, graph_targets, smallest_block
 from qeff_validate.explain.summary import short, short_text, summary, worst_layers
 from qeff_validate.protocols import Explained, Measured, Runtime, Settings, capabilities
-from qeff_validate.report.explanation import Explanation
+from qeff_validate.report.explanation import Explanation, ProgramSearch
 from qeff_validate.report.result import Result
 from qeff_validate.tensors import Tensors
 
@@ -73,6 +77,8 @@ class Explainer:
         self._layers: Layers | None = None
         self._location = Location(None, "")
         self._rows: list[int] = []
+        self._search: ProgramSearch | None = None
+        self._program: ProgramLocation | None = None
 
     @property
     def known(self) -> bool:
@@ -103,12 +109,13 @@ class Explainer:
             self._location = self._adapters_held() or Location(None, self._outside(name))
             if self._location.finding != BESIDE:
                 return
-            # the graph is wrong, but with these rows alone it is right: look at the row in its own batch
+            if context.on.kind == "qpc" and self._look_inside(subset, row):
+                return
+            # the file is wrong, but with these rows alone it is right: look at the row in its own batch
             subset = self._attributed(name, batch_of(context, texts[-1]))
             if self.attribution.stage in OUTSIDE:
                 return
-        if isinstance(model, Explained) and context.graph_artifact() is not None:
-            self._look_inside(subset, row)
+        self._look_inside(subset, row)
 
     def _attributed(self, name: str, texts: list[int]) -> Subset:
         """Attribute the error of some texts to a stage, and return them."""
@@ -144,21 +151,52 @@ class Explainer:
 
     # --- inside the graph ------------------------------------------------------------------
 
-    def _look_inside(self, subset: Subset, row: int) -> None:
+    def _look_inside(self, subset: Subset, row: int) -> bool:
+        """Look into the graph and then into the program that is made of it; return whether a module is found."""
         context, stage = self._context, self.attribution.stage
+        if not isinstance(context.model, Explained) or context.graph_artifact() is None:
+            return False
         with look_inside(context, subset, int(np.flatnonzero(subset.rows == row)[0]), stage) as inside:
-            self._layers, self._location = inside.layers, inside.location
-            if stage == "precision" and self._location.module is None:
-                self._location = overflow(inside.recorded, inside.original.tokens)
+            found = inside.location.module is not None
+            if found or stage not in OUTSIDE:
+                self._layers, self._location = inside.layers, inside.location
+            if not found and stage in ("precision", *OUTSIDE):
+                if stage == "precision":
+                    self._location = overflow(inside.recorded, inside.original.tokens)
+                found = self._look_inside_program(inside, subset, row)
             if self._folder is not None:
                 self._write_repro(self._folder, inside, subset, row)
+        return found
+
+    def _look_inside_program(self, inside: InsideGraph, subset: Subset, row: int) -> bool:
+        sdk = capabilities(self._context.on).sdk
+        if self._context.on.kind != "qpc" or sdk is None:
+            return False
+        program = ProgramLayers(self._context, inside, subset, row, sdk)
+        try:
+            found = program.find()
+        finally:
+            self._search = program.search
+        if found is None:
+            return False
+        self._program = found
+        self._layers, self._location = found.layers, found.location
+        self.attribution = replace(self.attribution, stage=found.stage)
+        return True
 
     def _write_repro(self, folder: Path, inside: InsideGraph, subset: Subset, row: int) -> None:
-        shown = smallest_block(self._context, inside, subset, row)
+        context, sdk = self._context, None
+        targets, error = graph_targets(inside), partial(graph_error, inside.graph)
+        if self._program is not None:
+            program, sdk = self._program, capabilities(context.on).sdk
+            assert sdk is not None
+            bound = FACTOR[context.pipeline.case.precision.compute] * program.layers.floor
+            targets, error = [Target(program.place, bound, program.cuts)], partial(program_error, context, sdk=sdk)
+        shown = smallest_block(context, inside, subset, row, targets, error)
         self._repro = (
-            Repro(None, "no part of the graph shows the error in ONNX Runtime")
+            Repro(None, "no part of the graph shows the error by itself")
             if shown is None
-            else write_repro(self._context, shown, folder, self._summary(), self.attribution.stage)
+            else write_repro(context, shown, folder, self._summary(), self.attribution.stage, sdk)
         )
 
     # --- the result ------------------------------------------------------------------------
@@ -179,6 +217,7 @@ class Explainer:
             finding=short_text(location.finding),
             rows=tuple(self._rows),
             seconds=round(self._context.clock.seconds, 2),
+            program=self._search,
             repro=None if self._repro.folder is None else str(self._repro.folder),
             repro_note=self._repro.text,
         )

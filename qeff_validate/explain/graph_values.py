@@ -114,20 +114,36 @@ class GraphValues:
             cuts: content of values that become inputs; only dtypes and shapes matter here.
             repaired: with the content of ``repairs`` in place of the initializers of these names.
         """
+        path = self.saved(
+            [onnx.ValueInfoProto(name=name) for name in names], _cut_inputs(cuts or {}), repaired=repaired
+        )
+        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
+            yield session
+
+    def saved(self, outputs: Sequence[Any], cuts: Sequence[Any] = (), *, repaired: bool = False) -> Path:
+        """Write the graph with some values as further outputs, and others cut; return the path.
+
+        Args:
+            outputs: ValueInfoProto of values; those that are outputs already are left out.
+            cuts: ValueInfoProto of the inputs that stand for cut values, whose names end with `CUT`.
+            repaired: see `opened`.
+        """
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        _cut(model, cuts or {})
-        outputs = {value.name for value in model.graph.output}
-        for name in names:
-            if name not in outputs:
-                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        names = {value.name.removesuffix(CUT) for value in cuts}
+        for node in model.graph.node:
+            for place, name in enumerate(node.input):
+                if name in names:
+                    node.input[place] = name + CUT
+        model.graph.input.extend(cuts)
+        known = {value.name for value in model.graph.output}
+        model.graph.output.extend(value for value in outputs if value.name not in known)
         for tensor in model.graph.initializer if repaired else ():
             if tensor.name in self.repairs:
                 tensor.CopyFrom(numpy_helper.from_array(self.repairs[tensor.name], tensor.name))
         path = self._folder / f"run{next(self._numbers)}.onnx"
         onnx.save(model, str(path))
-        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
-            yield session
+        return path
 
     def operator(self, name: str) -> tuple[str, str]:
         """Return the name and the operator of the node that computes a value."""
@@ -172,15 +188,13 @@ def reads(node: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _cut(model: Any, cuts: Tensors) -> None:
-    """Let the nodes behind some values read inputs in their place."""
-    for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            if name in cuts:
-                node.input[place] = name + CUT
+def _cut_inputs(cuts: Tensors) -> list[Any]:
+    """Return the inputs that stand for cut values, of the shapes of their content."""
+    infos = []
     for name, array in cuts.items():
         kind = next(key for key, dtype in FLOATS.items() if dtype == array.dtype)
-        model.graph.input.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
+        infos.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
+    return infos
 
 
 def _constants_as_initializers(graph: Any) -> None:

@@ -102,5 +102,10 @@ def overflow(recorded: ReferenceValues, tokens: Array) -> Location:
     for value in recorded.values:
         most = float(np.abs(of_tokens(value.array, tokens)).max())
         if most > FP16_MAX:
-            return Location(value.module, f"values up to {most:.4g} overflow fp16 (65504)")
+            return Location(value.module, overflow_text(most))
     return Location(None, "")
+
+
+def overflow_text(greatest: float) -> str:
+    """Return the finding for values beyond the range of fp16."""
+    return f"values up to {greatest:.4g} overflow fp16 (65504)"

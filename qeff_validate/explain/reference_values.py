@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qeff_validate.models.emulation.ensemble import attention_implementation
 from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
+from qeff_validate.models.emulation.microscaling import CompressedWeights
 from qeff_validate.models.emulation.precision import (
     DEPENDS_ON_WEIGHTS,
     ComputationVariant,
@@ -101,18 +102,52 @@ def local_errors(
     Returns:
         For each value the error that is made between the values before it and itself.
     """
+    return _emulated_errors(original, values, compute, size, forced=True)
+
+
+def inherited_errors(
+    original: OriginalRun,
+    values: Sequence[ReferenceValue],
+    compute: Compute,
+    size: Callable[[Any, Any], float],
+    *,
+    compressed: bool = False,
+) -> list[float]:
+    """Run the original model in a precision, and return the error that each value has there, whoever makes it.
+
+    Args:
+        original: the run.
+        values: from `record`.
+        compute: the precision.
+        size: of the error, from the reference and the value.
+        compressed: products read their weights in MXFP6.
+    """
+    return _emulated_errors(original, values, compute, size, forced=False, compressed=compressed)
+
+
+def _emulated_errors(
+    original: OriginalRun,
+    values: Sequence[ReferenceValue],
+    compute: Compute,
+    size: Callable[[Any, Any], float],
+    *,
+    forced: bool,
+    compressed: bool = False,
+) -> list[float]:
     root, errors = original.module, dict[Place, float]()
     by_place = {value.place: value for value in values if value.place is not None}
 
-    def replace(place: Place, tensor: Tensor) -> Tensor:
+    def measure(place: Place, tensor: Tensor) -> Tensor:
         value = by_place.get(place)
         if value is None or value.array.shape != tuple(tensor.shape):
             return tensor
         got = tensor.detach().to(torch.float16 if compute == "fp16" else torch.float32).double().numpy()
         errors[place] = size(value.array, got)
-        forced = torch.from_numpy(value.array).to(tensor.dtype)
-        setattr(forced, DEPENDS_ON_WEIGHTS, True)  # rounded when it is read, as the tensor that it stands for
-        return forced
+        if not forced:
+            return tensor
+        content = torch.from_numpy(value.array).to(tensor.dtype)
+        setattr(content, DEPENDS_ON_WEIGHTS, True)  # rounded when it is read, as the tensor that it stands for
+        return content
 
     variant = ComputationVariant("explanation")
     with ExitStack() as stack:
@@ -120,7 +155,9 @@ def local_errors(
         stack.enter_context(one_thread_if_small(root))
         stack.enter_context(attention_implementation(root, "eager"))
         stack.enter_context(exportable_experts(root))
-        stack.enter_context(replaced(root, replace))
+        stack.enter_context(replaced(root, measure))
+        if compressed:
+            stack.enter_context(CompressedWeights(root))
         stack.enter_context(emulate_precision(root, compute, variant))
         outputs = original.run()
     return [

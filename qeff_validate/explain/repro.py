@@ -8,7 +8,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import numpy as np
 import onnx
 
 from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.explain.block_program import MODEL, compiler_inputs
 from qeff_validate.explain.context import ExplainContext
 from qeff_validate.explain.smallest_block import ShownError
-from qeff_validate.files import temporary_beside
+from qeff_validate.files import temporary_beside, temporary_folder
 from qeff_validate.folders import check_writable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.runtimes.ort import LEVELS, optimization_level
+from qeff_validate.sdk.install import install_tree
+from qeff_validate.sdk.locate import Sdk
 from qeff_validate.sdk.processes import run_process
 
 SCRIPT = Path(__file__).with_name("repro_script.py")
@@ -61,7 +65,9 @@ def check_folder(folder: Path) -> None:
     check_writable(folder, "--repro")
 
 
-def write_repro(context: ExplainContext, shown: ShownError, folder: Path, summary: str, stage: str | None) -> Repro:
+def write_repro(
+    context: ExplainContext, shown: ShownError, folder: Path, summary: str, stage: str | None, sdk: Sdk | None = None
+) -> Repro:
     """Write a bundle, once its script has shown the error in a fresh process.
 
     Args:
@@ -70,6 +76,7 @@ def write_repro(context: ExplainContext, shown: ShownError, folder: Path, summar
         folder: new or empty.
         summary: of the explanation.
         stage: the guilty one.
+        sdk: whose compiler and bindings show the error; None: ONNX Runtime does.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -90,14 +97,25 @@ def write_repro(context: ExplainContext, shown: ShownError, folder: Path, summar
         "length": block.length,
         "nodes": block.nodes,
         "optimization": LEVELS[optimization_level(level)],
+        "compiler": None,
+        "sdk": None if sdk is None else {**sdk.versions(), "simulated": sdk.simulated},
         "versions": {"python": platform.python_version(), **versions(*VERSIONS)},
         "host": {"system": platform.platform(), "machine": platform.machine()},
     }
     temporary = temporary_beside(folder.absolute())
     try:
         temporary.mkdir(parents=True)
+        onnx.save(block.model, str(temporary / MODEL))
+        if sdk is not None:
+            inputs = compiler_inputs(context, temporary / MODEL, sdk)
+            about["compiler"] = list(inputs.flags)
+            for name, text in inputs.files.items():
+                (temporary / name).write_text(text, encoding="utf-8")
         _write_files(temporary, shown, about)
-        code, lines = run_process([sys.executable, "-I", str(temporary / "repro.py")], timeout_s=TIME_LIMIT_S)
+        with _installed(sdk) as prefix:
+            options = [] if prefix is None else ["--sdk", str(prefix)]
+            command = [sys.executable, "-I", str(temporary / "repro.py"), *options]
+            code, lines = run_process(command, timeout_s=TIME_LIMIT_S)
         if code != SHOWS:
             said = lines[-1] if lines else "it printed nothing"
             return Repro(None, f"in a fresh process the error does not show (exit code {code}: {said})")
@@ -106,6 +124,8 @@ def write_repro(context: ExplainContext, shown: ShownError, folder: Path, summar
         if folder.is_dir():
             folder.rmdir()
         os.replace(temporary, folder)
+    except ValueError as exc:  # protobuf refuses more than 2 GiB
+        raise ValidateError(f"the part of the graph that shows the error is too large for one file: {exc}") from exc
     except OSError as exc:
         raise ConfigError(f"--repro: cannot write {folder}: {exc.strerror or exc}") from exc
     finally:
@@ -114,12 +134,19 @@ def write_repro(context: ExplainContext, shown: ShownError, folder: Path, summar
     return Repro(folder, f"{text}: relative L2 error {shown.error:.3g}, at most {shown.bound:.3g} is rounding")
 
 
+@contextmanager
+def _installed(sdk: Sdk | None) -> Iterator[Path | None]:
+    """Yield the prefix of an SDK; the simulated one is laid out as an installation for as long as it is needed."""
+    if sdk is None or not sdk.built_in:
+        yield None if sdk is None else sdk.prefix
+        return
+    with temporary_folder() as folder:
+        install_tree(folder / "sdk", Path(sys.executable))
+        yield folder / "sdk"
+
+
 def _write_files(folder: Path, shown: ShownError, about: Mapping[str, Any]) -> None:
     block = shown.block
-    try:
-        onnx.save(block.model, str(folder / "model.onnx"))
-    except ValueError as exc:  # protobuf refuses more than 2 GiB
-        raise ValidateError(f"the part of the graph that shows the error is too large for one file: {exc}") from exc
     data = {f"input{place}": array for place, array in enumerate(block.inputs.values())}
     data["expected"] = np.asarray(block.expected, np.float64)
     if block.tokens is not None:
@@ -139,7 +166,10 @@ def sizes(folder: Path) -> dict[str, int]:
 FILES = {
     "model.onnx": "the part of the graph that makes the error, with its weights",
     "data.npz": "its inputs, and what the original model gives for them (`expected`, float64)",
-    "repro.json": "names, bound, versions",
+    "node_precision.yaml": "the nodes in float32",
+    "custom_io.yaml": "precision of inputs and outputs",
+    "partitions.json": "cards",
+    "repro.json": "names, bound, versions, flags of the compiler",
     "repro.py": "runs it and compares",
 }
 
@@ -153,7 +183,12 @@ def issue(about: Mapping[str, Any], lines: list[str], files: Mapping[str, int]) 
         files: bytes by name.
     """
     known = {name: version for name, version in about["versions"].items() if version}
-    needed = f"pip install numpy=={known['numpy']} onnxruntime=={known['onnxruntime']}"
+    needed = [f"pip install numpy=={known['numpy']} onnxruntime=={known['onnxruntime']}", "python repro.py"]
+    if about["compiler"] is not None:
+        simulated = about["sdk"]["simulated"]
+        needed = [f"pip install numpy=={known['numpy']}", "python repro.py --sdk /opt/qti-aic"]
+        needed = ["qeff-validate sdk install PREFIX", "python repro.py --sdk PREFIX"] if simulated else needed
+        known |= {f"AI 100 SDK {name}": text for name, text in about["sdk"].items() if text and name != "simulated"}
     return "\n".join([
         f"# {about['summary']}",
         "",
@@ -163,8 +198,7 @@ def issue(about: Mapping[str, Any], lines: list[str], files: Mapping[str, int]) 
         "## To reproduce",
         "",
         "```console",
-        needed,
-        "python repro.py",
+        *needed,
         "```",
         "",
         "Exit code 1: the error shows; 0: it is gone; 3: it could not be run. `--model FILE` runs another ONNX file.",

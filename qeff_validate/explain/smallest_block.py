@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,33 +50,60 @@ class _Run:
     rows: int
 
 
-def smallest_block(context: ExplainContext, inside: InsideGraph, subset: Subset, row: int) -> ShownError | None:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A value whose block is to show an error.
+
+    Attributes:
+        place: of the value, as `reference_values` knows it, or the name of an output.
+        bound: relative L2 that rounding may make there.
+        stops: values of the graph at which the block may begin; none: it is the graph from its inputs on.
+    """
+
+    place: Any
+    bound: float
+    stops: frozenset[str] = frozenset()
+
+
+def graph_targets(inside: InsideGraph) -> list[Target]:
+    """Return the guilty value of a graph, and its first output with all that leads to it."""
+    layers, targets = inside.layers, []
+    if layers.guilty is not None:
+        value = layers.values[layers.guilty]
+        stops = frozenset(layers.matches.names.values())
+        targets.append(Target(value.place or value.output, FACTOR["fp32"] * layers.floor, stops))
+    outputs = [value.output for value in layers.values if value.output in inside.graph.outputs and not value.is_state]
+    return [*targets, *(Target(output, NOISE["fp32"]) for output in outputs[:1])]
+
+
+def smallest_block(
+    context: ExplainContext,
+    inside: InsideGraph,
+    subset: Subset,
+    row: int,
+    targets: Sequence[Target],
+    error: Callable[[Block], float],
+) -> ShownError | None:
     """Return the first block that shows the error: of the fewest rows, the shortest, and the smallest part.
 
-    Tried are the guilty block, and then the whole graph; each on shorter texts alone, on the failing one alone, and on
-    the rows of the explanation.
+    Each target is tried on shorter texts alone, on the failing one alone, and on the rows of the explanation.
 
     Args:
         context: the explanation.
-        inside: the graph, and its guilty value.
+        inside: the graph.
         subset: the texts of the explanation.
         row: index of the failing row in an output of the case.
+        targets: the smallest first.
+        error: runs a block, and returns the relative L2 error of its output; see `graph_error`.
     """
-    guilty = inside.layers.guilty
     runs = _Runs(context, inside, subset, row)
-    targets = [] if guilty is None else [guilty]
-    whole = next((i for i, value in enumerate(inside.layers.values) if value.output in inside.graph.outputs), None)
-    for target, stops in [*((target, True) for target in targets), *([] if whole is None else [(whole, False)])]:
-        bound = FACTOR["fp32"] * inside.layers.floor if stops else NOISE["fp32"]
+    for target in targets:
         for run in runs:
             context.clock.check()
-            block = _block(inside, run, target, stops=stops)
-            if block is None:
-                continue
-            error = block_error(inside.graph, block)
-            if not error <= bound:
+            block = _block(inside, run, target)
+            if block is not None and not error(block) <= target.bound:
                 small = with_used_rows(inside.graph, block)
-                return ShownError(small, block_error(inside.graph, small), bound)
+                return ShownError(small, error(small), target.bound)
     return None
 
 
@@ -125,15 +152,15 @@ def _by_place(values: Sequence[ReferenceValue]) -> dict[Any, ReferenceValue]:
     return {value.place or value.output: value for value in values}
 
 
-def _block(inside: InsideGraph, run: _Run, target: int, *, stops: bool) -> Block | None:
+def _block(inside: InsideGraph, run: _Run, target: Target) -> Block | None:
     """Return the block of a value; None if the run has no content for what it reads."""
     graph, known = inside.graph, inside.layers
-    name = known.matches.names.get(target) or known.values[target].output
-    value = run.values.get(known.values[target].place or known.values[target].output)
-    if value is None:
+    places = {other: known.values[at].place or known.values[at].output for at, other in known.matches.names.items()}
+    name = next((other for other, place in places.items() if place == target.place), target.place)
+    value = run.values.get(target.place)
+    if value is None or name not in graph.index:
         return None
-    places = {other: known.values[index].place for index, other in known.matches.names.items() if index != target}
-    cuts = {other for other, place in places.items() if place in run.values} if stops else set()
+    cuts = {other for other, place in places.items() if place in run.values} & target.stops - {name, *graph.outputs}
     needed = sources(graph, name, cuts)
     like = graph.run(run.feeds, [*sorted(needed & cuts), name])
     inputs: dict[str, Array] = {other: run.feeds[other] for other in needed if other in run.feeds}
@@ -161,9 +188,13 @@ def _mask(array: Any, tokens: Array) -> Array | None:
     return tokens.ravel() if array.shape[:1] == (tokens.size,) else None
 
 
-def block_error(graph: GraphValues, block: Block) -> float:
-    """Return the relative L2 error of a block's output."""
-    actual = graph.run_model(block.model, block.inputs, [block.output])[block.output]
+def graph_error(graph: GraphValues, block: Block) -> float:
+    """Return the relative L2 error of a block's output, run as the graph is."""
+    return block_error(block, graph.run_model(block.model, block.inputs, [block.output])[block.output])
+
+
+def block_error(block: Block, actual: Array) -> float:
+    """Return the relative L2 error of what a block's output holds."""
     expected = block.expected
     if actual.size != expected.size:
         return float("inf")

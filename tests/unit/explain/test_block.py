@@ -16,7 +16,7 @@ from qeff_validate.explain.block import Block, block_model, sources, with_used_r
 from qeff_validate.explain.graph_values import GraphValues, reads
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.reference_values import record
-from qeff_validate.explain.smallest_block import block_error
+from qeff_validate.explain.smallest_block import graph_error
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime
 
@@ -54,7 +54,7 @@ def test_each_block_of_a_healthy_graph_is_right_by_itself_and_a_checked_model(tm
     for index in layers.matches.names:
         block = block_of(values, layers, index)
         onnx.checker.check_model(block.model, full_check=True)
-        assert block_error(values, block) < 1e-5
+        assert graph_error(values, block) < 1e-5
 
 
 def test_block_of_a_fault_shows_it_and_holds_nothing_but_its_own_weights(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_block_of_a_fault_shows_it_and_holds_nothing_but_its_own_weights(tmp_pat
     opened_graph, layers = opened(proto, tmp_path)
     assert layers.guilty is not None
     block = block_of(opened_graph, layers, layers.guilty)
-    assert block_error(opened_graph, block) > 1e-2
+    assert graph_error(opened_graph, block) > 1e-2
     assert [node.op_type for node in block.model.graph.node] == ["MatMul", "Add"]
     assert {tensor.name for tensor in block.model.graph.initializer} >= {weight.name}
     assert len(block.model.graph.initializer) == 2

@@ -71,7 +71,7 @@ def test_equal_outputs_have_no_share() -> None:
     ],
 )
 def test_first_layer_near_the_worst_is_named(ratios: list[float], place: int | None) -> None:
-    assert layers._first(ratios, 8.0) == place
+    assert layers.first_divergent(ratios, 8.0) == place
 
 
 def test_time_that_is_up_is_told() -> None:
