@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
-from qeff_validate.protocols import Explained, Runtime, Settings, runtime
+from qeff_validate.protocols import Explained, OriginalRun, Runtime, Settings, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
 
@@ -91,6 +92,30 @@ class ExplainContext:
         """Return some texts alone."""
         pipeline = self.pipeline
         return Subset(*self.model.subset(pipeline.inputs(), pipeline.reference(), texts))
+
+    def original_run(self, subset: Subset, sizes: Mapping[str, int], row: int) -> OriginalRun:
+        """Return one run of the original model, with its outputs by the names that the graph has for them.
+
+        Args:
+            subset: the texts.
+            sizes: values of the symbols of the interface that are fixed.
+            row: the failing one among the rows of the subset.
+
+        Raises:
+            IncomparableError: the texts do not fit into one run of these sizes.
+        """
+        original: OriginalRun = self.model.original_run(subset.inputs, subset.reference, sizes, row)
+        names = self.pipeline.case.artifacts.outputs
+
+        def renamed(outputs: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in outputs.items()}
+
+        return replace(
+            original,
+            run=lambda: renamed(original.run()),
+            owners=renamed(original.owners),
+            candidates=lambda: {text: renamed(outputs) for text, outputs in original.candidates().items()},
+        )
 
     def graph_artifact(self) -> Artifact | None:
         """Return the ONNX file that the runtime's artifact is made from; None if there is none."""

@@ -41,9 +41,18 @@ class GraphValues:
         folder: an empty directory for changed copies; weights are written there once.
         open_graph: opens such a copy.
         untrusted: whether the file is somebody else's, which is opened in a process of its own.
+        buckets: values of symbols that the shapes of the feeds may not determine, such as ``ctx_len``.
     """
 
-    def __init__(self, path: Path, folder: Path, open_graph: Open, *, untrusted: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        open_graph: Open,
+        *,
+        untrusted: bool = False,
+        buckets: Sequence[Mapping[str, int]] = (),
+    ) -> None:
         model = onnx.load(str(path))
         if model.functions:
             model = inliner.inline_local_functions(model)
@@ -51,7 +60,8 @@ class GraphValues:
         self.weights: dict[str, Array] = {
             tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
         }
-        self._folder, self._open, self._untrusted = folder, open_graph, untrusted
+        self._folder, self._open = folder, open_graph
+        self._untrusted, self._buckets = untrusted, tuple(buckets)
         self._numbers = itertools.count()
         self.repairs: dict[str, Array] = {}
         """The right content of initializers that differ; runs with ``repaired`` use it."""
@@ -117,7 +127,8 @@ class GraphValues:
         path = self.saved(
             [onnx.ValueInfoProto(name=name) for name in names], _cut_inputs(cuts or {}), repaired=repaired
         )
-        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
+        artifact = Artifact("onnx", path, str(path), untrusted=self._untrusted, buckets=self._buckets)
+        with self._open(artifact) as session:
             yield session
 
     def saved(self, outputs: Sequence[Any], cuts: Sequence[Any] = (), *, repaired: bool = False) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,13 @@ def look_inside(context: ExplainContext, subset: Subset, row: int, stage: str | 
         opened = context.isolated("ort", settings).open
         graph = GraphValues(Path(artifact.path), folder, opened, untrusted=artifact.untrusted)
         check()
-        original: OriginalRun = context.model.original_run(subset.inputs, subset.reference, graph.sizes(), row)
+        original = context.original_run(subset, graph.sizes(), row)
         check()
         feeds = own_feeds(context, original)
         fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
         weights = compare_weights(original.module, {**graph.weights, **fed}, check)
         graph.repairs = repairs(original.module, graph.weights, weights)
-        recorded = recorded_values(context, original)
+        recorded = record(original)
         check()
         layers = find_layers(original, recorded, graph, feeds, "fp32", check)
         location = locate(original, recorded, graph, layers, weights)
@@ -85,16 +85,6 @@ def own_feeds(context: ExplainContext, original: OriginalRun) -> dict[str, Array
     """Return the feeds of a run by the names that the graph has for them."""
     names: Any = context.pipeline.case.artifacts
     return {names.inputs.get(name, name): array for name, array in original.feeds.items()}
-
-
-def recorded_values(context: ExplainContext, original: OriginalRun) -> ReferenceValues:
-    """Record a run of the original model, and name its outputs as the graph does."""
-    recorded, names = record(original), context.pipeline.case.artifacts.outputs
-    values = tuple(
-        replace(value, output=names.get(value.output, value.output)) if value.output else value
-        for value in recorded.values
-    )
-    return replace(recorded, values=values)
 
 
 def overflow(recorded: ReferenceValues, tokens: Array) -> Location:

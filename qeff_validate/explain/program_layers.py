@@ -21,14 +21,14 @@ from qeff_validate.explain.block import block_model, sources
 from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
 from qeff_validate.explain.fp16_block import rounded_block, rounds
-from qeff_validate.explain.inside_graph import InsideGraph, overflow_text, own_feeds, recorded_values
+from qeff_validate.explain.inside_graph import InsideGraph, overflow_text, own_feeds
 from qeff_validate.explain.layers import FACTOR, LEAST, Layers, first_divergent
 from qeff_validate.explain.locate import Location, computed_finding
 from qeff_validate.explain.matching import Matches, of_tokens, relative_error
 from qeff_validate.explain.names import numbered
 from qeff_validate.explain.program_values import ProgramValues
 from qeff_validate.explain.range_audit import FP16_MAX
-from qeff_validate.explain.reference_values import MASK, inherited_errors, local_errors
+from qeff_validate.explain.reference_values import MASK, inherited_errors, local_errors, record
 from qeff_validate.explain.summary import short
 from qeff_validate.protocols import OriginalRun
 from qeff_validate.report.explanation import BoundaryError, LayerError, ProgramSearch
@@ -85,7 +85,7 @@ class ProgramLayers:
         self._context, self._inside = context, inside
         self._compute = context.pipeline.case.precision.compute
         self._original = self._run_of(subset, row)
-        self._recorded = recorded_values(context, self._original)
+        self._recorded = record(self._original)
         self._by_place = {value.place or value.output: value for value in self._recorded.values}
         tokens = inside.original.tokens
         like = {
@@ -120,8 +120,7 @@ class ProgramLayers:
                 break
         sizes = min(fitting, key=lambda sizes: sizes["seq_len"], default=self._inside.graph.sizes())
         place = int(np.flatnonzero(texts.rows == row)[0])
-        run: OriginalRun = context.model.original_run(texts.inputs, texts.reference, sizes, place)
-        return run
+        return context.original_run(texts, sizes, place)
 
     def _size(self, expected: Any, actual: Any) -> float:
         tokens = self._original.tokens

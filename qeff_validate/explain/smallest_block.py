@@ -14,10 +14,10 @@ from qeff_validate.explain.block import Block, block_model, sources, with_used_r
 from qeff_validate.explain.context import NOISE, ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
 from qeff_validate.explain.graph_values import GraphValues
-from qeff_validate.explain.inside_graph import InsideGraph, own_feeds, recorded_values
+from qeff_validate.explain.inside_graph import InsideGraph, own_feeds
 from qeff_validate.explain.layers import FACTOR
 from qeff_validate.explain.matching import relative_error
-from qeff_validate.explain.reference_values import ReferenceValue
+from qeff_validate.explain.reference_values import ReferenceValue, record
 from qeff_validate.protocols import OriginalRun
 from qeff_validate.tensors import Array, Tensors
 
@@ -141,10 +141,10 @@ class _Runs:
         alone = context.subset([text_of_row(context, row)])
         try:
             place = int(np.flatnonzero(alone.rows == row)[0])
-            original = context.model.original_run(alone.inputs, alone.reference, inside.graph.sizes(), place)
+            original = context.original_run(alone, inside.graph.sizes(), place)
         except ValidateError:  # such as a graph whose sizes are fixed
             return None
-        values = recorded_values(context, original).values
+        values = record(original).values
         return _Run(original, _by_place(values), own_feeds(context, original), len(original.tokens))
 
 
