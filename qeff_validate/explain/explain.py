@@ -23,15 +23,16 @@ from qeff_validate.explain.inside_graph import InsideGraph, look_inside, overflo
 from qeff_validate.explain.layers import FACTOR, Layers
 from qeff_validate.explain.locate import Location
 from qeff_validate.explain.matching import relative_error
-from qeff_validate.explain.outside import BESIDE, ReadingSession, outside_finding
+from qeff_validate.explain.outside import BESIDE, UNEXPLAINED, ReadingSession, outside_finding
 from qeff_validate.explain.program_layers import ProgramLayers, ProgramLocation
 from qeff_validate.explain.repro import Repro, write_repro
 from qeff_validate.explain.smallest_block import Target, graph_error, graph_targets, smallest_block
 from qeff_validate.explain.summary import short, short_text, summary, worst_layers
-from qeff_validate.protocols import Explained, Measured, Runtime, Settings, capabilities
+from qeff_validate.explain.wrong_feed import wrong_feed
+from qeff_validate.protocols import Explained, Measured, Runtime, Session, Settings, capabilities
 from qeff_validate.report.explanation import Explanation, ProgramSearch
 from qeff_validate.report.result import Result
-from qeff_validate.tensors import Tensors
+from qeff_validate.tensors import Array, Tensors
 
 
 def explain(
@@ -106,7 +107,11 @@ class Explainer:
             return
         subset = self._attributed(name, texts)
         if self.attribution.stage in OUTSIDE:
-            self._location = self._adapters_held() or Location(None, self._outside(name))
+            held = self._adapters_held()
+            if held is None:
+                self._look_outside(name)
+            else:
+                self._location = held
             if self._location.finding != BESIDE:
                 return
             if context.on.kind == "qpc" and self._look_inside(subset, row):
@@ -127,14 +132,22 @@ class Explainer:
 
     # --- outside of the graph --------------------------------------------------------------
 
-    def _outside(self, name: str) -> str:
-        """Return what differs between the runtime's outputs and those that its file gives when it is run again."""
+    def _look_outside(self, name: str) -> None:
+        """Find what differs between the runtime's outputs and those that its file gives when it is run again."""
         context = self._context
-        pipeline, model = context.pipeline, context.model
+        pipeline, model, actual = context.pipeline, context.model, context.pipeline.actual[name]
+
+        def infer(session: Session) -> Array:
+            return np.asarray(model.infer(session, pipeline.inputs(), pipeline.reference())[name])
+
         artifact = pipeline.artifact(context.on.kind, capabilities(context.on).sdk)
         with pipeline.opened(context.isolated(context.on.name), artifact) as session:
-            expected = np.asarray(model.infer(session, pipeline.inputs(), pipeline.reference())[name])
-        return outside_finding(expected, pipeline.actual[name], context.labels(len(expected)))
+            expected = infer(session)
+            self._location = Location(None, outside_finding(expected, actual, context.labels(len(expected))))
+            if UNEXPLAINED in self._location.finding:  # it is kept if the time is up
+                sizes = pipeline.graph().buckets[0]
+                feed = wrong_feed(session, infer, actual, sizes, context.clock.check)
+                self._location = Location(None, feed) if feed else self._location
 
     def _adapters_held(self) -> Location | None:
         """Return where the runtime holds other adapter tensors than it was fed; None if it holds them all."""
