@@ -76,6 +76,8 @@ def lines(explanation: Explanation) -> list[str]:
     """Return an explanation as text: stages, layers, and the sentence that sums it up."""
     text = ["", "stage                    share     error"]
     text += [f"{stage.name:<22} {stage.share:>7.1%}  {stage.error:8.1e}" for stage in explanation.stages]
+    if explanation.row:
+        text += ["", f"looked into {explanation.row}"]
     if explanation.layers:
         ratios = sorted((layer.local / layer.floor for layer in explanation.layers), reverse=True)
         least = ratios[min(SHOWN, len(ratios)) - 1]

@@ -18,7 +18,7 @@ from qeff_validate.errors import ValidateError
 from qeff_validate.explain.attribution import OUTSIDE, Attribution, attribute
 from qeff_validate.explain.block_program import program_error
 from qeff_validate.explain.context import NOISE, Clock, ExplainContext, Subset
-from qeff_validate.explain.failing_rows import batch_of, choose_rows
+from qeff_validate.explain.failing_rows import batch_of, choose_rows, described
 from qeff_validate.explain.inside_graph import InsideGraph, look_inside, overflow
 from qeff_validate.explain.layers import FACTOR, Layers
 from qeff_validate.explain.locate import Location
@@ -78,6 +78,7 @@ class Explainer:
         self._layers: Layers | None = None
         self._location = Location(None, "")
         self._rows: list[int] = []
+        self._row = ""
         self._search: ProgramSearch | None = None
         self._program: ProgramLocation | None = None
 
@@ -169,6 +170,7 @@ class Explainer:
         context, stage = self._context, self.attribution.stage
         if not isinstance(context.model, Explained) or context.graph_artifact() is None:
             return False
+        self._row = described(context, row)
         with look_inside(context, subset, int(np.flatnonzero(subset.rows == row)[0]), stage) as inside:
             found = inside.location.module is not None
             if found or stage not in OUTSIDE:
@@ -230,6 +232,7 @@ class Explainer:
             finding=short_text(location.finding),
             rows=tuple(self._rows),
             seconds=round(self._context.clock.seconds, 2),
+            row=self._row,
             program=self._search,
             repro=None if self._repro.folder is None else str(self._repro.folder),
             repro_note=self._repro.text,

@@ -88,6 +88,7 @@ class Explanation:
         module: path of the first module that diverges; None: none does.
         finding: what differs there; empty: not known.
         rows: indices of the rows that were looked at.
+        row: the one whose values were compared layer by layer, with its text and step; empty: none was.
         seconds: duration.
         program: the search inside the compiled program; None: there was none.
         repro: folder of a bundle that shows the error by itself; None: none was asked for, or none was written.
@@ -102,6 +103,7 @@ class Explanation:
     finding: str = ""
     rows: tuple[int, ...] = ()
     seconds: float = 0.0
+    row: str = ""
     program: ProgramSearch | None = None
     repro: str | None = None
     repro_note: str = ""
@@ -135,6 +137,7 @@ class Explanation:
             finding=plain["finding"],
             rows=tuple(plain["rows"]),
             seconds=float(plain["seconds"]),
+            row=plain.get("row", ""),
             program=None
             if program is None
             else ProgramSearch(

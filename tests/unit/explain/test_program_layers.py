@@ -123,6 +123,7 @@ def test_language_model_needs_no_bisection_because_keys_and_values_are_outputs(
     found = explained(tmp_path, LLAMA, monkeypatch, capsys, "--runtime", "ai100")
     assert (found["stage"], found["module"]) == ("compiler and runtime", "model.layers.1.self_attn")
     assert re.match(r"its output is scaled by 1\.(09|10)", found["finding"])
+    assert re.fullmatch(r"row \d+ \('.*', step \d\)", found["row"])
     search = found["program"]
     assert search["compilations"] == 2
     assert {"past_key.0", "past_value.1", "past_key.2"} <= {item["module"] for item in search["boundaries"]}

@@ -20,6 +20,7 @@ EXPLANATION = Explanation(
     finding="weight row 77 is zero",
     rows=(3, 4),
     seconds=1.5,
+    row="row 3 ('text', step 2)",
     program=ProgramSearch(3, float("inf"), (BoundaryError("encoder.layer.0", 1e-3, 2e-3),)),
     repro="bundle",
     repro_note="2 nodes",
@@ -35,9 +36,9 @@ def test_explanation_survives_json_with_values_that_are_not_finite() -> None:
 
 def test_explanation_of_an_earlier_report_is_read() -> None:
     plain = EXPLANATION.to_plain()
-    for name in ("program", "repro", "repro_note"):
+    for name in ("row", "program", "repro", "repro_note"):
         del plain[name]
-    assert Explanation.from_plain(plain) == replace(EXPLANATION, program=None, repro=None, repro_note="")
+    assert Explanation.from_plain(plain) == replace(EXPLANATION, row="", program=None, repro=None, repro_note="")
 
 
 def test_result_without_an_explanation_has_no_such_key() -> None:
