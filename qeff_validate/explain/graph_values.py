@@ -57,9 +57,6 @@ class GraphValues:
         if model.functions:
             model = inliner.inline_local_functions(model)
         _constants_as_initializers(model.graph)
-        self.weights: dict[str, Array] = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-        }
         self._folder, self._open = folder, open_graph
         self._untrusted, self._buckets = untrusted, tuple(buckets)
         self._numbers = itertools.count()
@@ -67,7 +64,12 @@ class GraphValues:
         """The right content of initializers that differ; runs with ``repaired`` use it."""
         skeleton = folder / "graph.onnx"
         onnx.save(model, str(skeleton), save_as_external_data=True, location="weights", size_threshold=1024)
+        del model
         self.model = onnx.load(str(skeleton), load_external_data=False)
+        self.weights: dict[str, Array] = {
+            tensor.name: _mapped(tensor, folder) for tensor in self.model.graph.initializer
+        }
+        """Content of the initializers; the large ones stay in their file."""
         self.nodes: list[Any] = list(self.model.graph.node)
         self.producer: Mapping[str, Any] = producers(self.model.graph)
         self.index: Mapping[str, int] = {
@@ -185,6 +187,16 @@ class GraphValues:
         onnx.save(model, str(path))
         with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
             return dict(session.run(feeds, fetch=list(wanted)))
+
+
+def _mapped(tensor: Any, folder: Path) -> Array:
+    """Return the content of an initializer, mapped from the file where it has numpy's own layout."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if not place or dtype.kind not in "fiub" or dtype.itemsize * int(np.prod(tensor.dims)) != int(place["length"]):
+        return numpy_helper.to_array(tensor, str(folder))
+    offset = int(place.get("offset", 0))
+    return np.memmap(folder / place["location"], dtype, "r", offset, shape=tuple(tensor.dims))
 
 
 def reads(node: Any) -> list[str]:

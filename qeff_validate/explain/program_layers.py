@@ -11,24 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from qeff_validate.explain.block import block_model, sources
 from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
-from qeff_validate.explain.fp16_block import rounded_block, rounds
-from qeff_validate.explain.inside_graph import InsideGraph, overflow_text, own_feeds
+from qeff_validate.explain.inside_graph import InsideGraph, own_feeds
 from qeff_validate.explain.layers import FACTOR, LEAST, Layers, first_divergent
 from qeff_validate.explain.locate import Location, computed_finding
 from qeff_validate.explain.matching import Matches, of_tokens, relative_error
 from qeff_validate.explain.names import numbered
+from qeff_validate.explain.program_finding import ROUNDING, columns_finding, rounding_finding
 from qeff_validate.explain.program_values import ProgramValues
-from qeff_validate.explain.range_audit import FP16_MAX
-from qeff_validate.explain.reference_values import MASK, inherited_errors, local_errors, record
+from qeff_validate.explain.reference_values import inherited_errors, local_errors, record
 from qeff_validate.explain.summary import short
 from qeff_validate.protocols import OriginalRun
 from qeff_validate.report.explanation import BoundaryError, LayerError, ProgramSearch
@@ -43,12 +39,6 @@ WIDEST = 2
 
 INHERITED = 3.0
 """Multiple of the error that the original model has at a boundary in the precision, from which one counts."""
-
-FEW_COLUMNS = 0.1
-"""Part of the columns of a value that are told by number, and of the greatest error below which others are equal."""
-
-ROUNDING = 0.5
-"""Part of a module's error from which the rounding that was asked for explains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +238,7 @@ class ProgramLayers:
         values = list(self._recorded.values)
         index = {value.place or value.output: at for at, value in enumerate(values)}
         floors = local_errors(self._original, values, self._compute, self._size)
-        known = {index[place]: self._names[place] for place in cut} | {
-            index[place]: self._names[place] for place in region
-        }
+        known = {index[place]: self._names[place] for place in (*cut, *region)}
         matches = Matches(names=known, inherited=dict(observed))
         errors, ratios, order = [], [], []
         for place in region:
@@ -276,46 +264,26 @@ class ProgramLayers:
             return None
         layers = replace(layers, floor=errors[guilty].floor)
         place = next(place for place in region if index[place] == order[guilty])
-        rounding = self._rounding(place, cut, errors[guilty].local)
-        if rounding is not None:
+        return self._located(layers, place, local[self._names[place]], errors[guilty].local, cuts)
+
+    def _located(self, layers: Layers, place: Any, observed: Array, error: float, cuts: Tensors) -> ProgramLocation:
+        """Tell the rounding that was asked for from a defect, and what the defect is."""
+        name, expected, tokens = self._names[place], self._by_place[place].array, self._original.tokens
+        stops = {other: array for other, array in cuts.items() if other != name}
+        rounding, made = rounding_finding(
+            self._context,
+            self._inside.graph,
+            name,
+            observed,
+            {**own_feeds(self._context, self._original), **stops},
+            lambda array: self._size(expected, array),
+        )
+        if made >= ROUNDING * error or not np.isfinite(made):
             return ProgramLocation(layers, Location(layers.module, rounding), "precision", place, frozenset(cuts))
         finding = computed_finding(self._original, self._recorded, layers, self._compute)
-        finding = finding or self._columns(place, local[self._names[place]])
+        if not finding and expected.shape[:2] == tokens.shape and observed.size == expected.size:
+            finding = columns_finding(expected[tokens], observed.reshape(expected.shape)[tokens])
         return ProgramLocation(layers, Location(layers.module, finding), "compiler and runtime", place, frozenset(cuts))
-
-    def _columns(self, place: Any, observed: Array) -> str:
-        """Return which columns of a value differ, if a few do and all others are as good as equal."""
-        expected, tokens = self._by_place[place].array, self._original.tokens
-        if expected.shape[:2] != tokens.shape or observed.size != expected.size:
-            return ""
-        right, wrong = expected[tokens], observed.reshape(expected.shape)[tokens].astype(np.float64)
-        right, wrong = right.reshape(len(right), -1), wrong.reshape(len(wrong), -1)
-        errors = np.linalg.norm(wrong - right, axis=0)
-        differing = np.flatnonzero(errors > FEW_COLUMNS * errors.max())
-        others = np.delete(errors, differing)
-        if len(differing) > FEW_COLUMNS * errors.size or not others.size or others.max() > FEW_COLUMNS * errors.max():
-            return ""
-        return f"{len(differing)} of {errors.size} columns of its output differ, first column {differing[0]}"
-
-    def _rounding(self, place: Any, cut: Sequence[Any], local: float) -> str | None:
-        """Return what fp16 does in the block of a value, if the rounding that was asked for makes its error."""
-        context, graph, name = self._context, self._inside.graph, self._names[place]
-        stops = {self._names[other]: self._content(other) for other in cut if other != place}
-        feeds = own_feeds(context, self._original)
-        inputs = {other: array for other, array in {**feeds, **stops}.items() if other in sources(graph, name, stops)}
-        expected = self._by_place[place].array
-        model = block_model(graph, name, inputs, expected.astype(np.float32))
-        path = context.pipeline.onnx().path
-        rounded = rounded_block(model, rounds(context.pipeline.case, Path(path)))
-        error = self._size(expected, graph.run_model(rounded, inputs, [name])[name])
-        if not error >= ROUNDING * local and np.isfinite(error):
-            return None
-        inner = [value for node in model.graph.node for value in node.output if value and value != name]
-        model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in inner)
-        arrays = graph.run_model(model, inputs, [name, *inner]).values()
-        sizes = [np.abs(array[np.isfinite(array)]) for array in arrays if array.dtype.kind == "f"]
-        most = max((float(size[size < MASK].max(initial=0)) for size in sizes), default=0.0)
-        return overflow_text(most) if most > FP16_MAX else "rounding to fp16 makes this error"
 
     def _content(self, place: Any) -> Array:
         array = np.nan_to_num(self._by_place[place].array)

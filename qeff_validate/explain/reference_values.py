@@ -183,7 +183,7 @@ class _Recorder:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._seen: dict[tuple[Any, ...], Tensor] = {}
+        self._seen: dict[tuple[Any, ...], Any] = {}
         self._found: list[ReferenceValue] = []
         self.calls: dict[str, tuple[Any, Any]] = {}
 
@@ -195,12 +195,15 @@ class _Recorder:
         self.calls[path] = args, kwargs
 
     def _take(self, place: Place, tensor: Tensor) -> Tensor:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version)
-        if key not in self._seen:
-            self._seen[key] = tensor  # alive, so that no other tensor gets its memory
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        content, known = tensor.detach().double().numpy(), self._seen.get(key)
+        if known is None or not np.array_equal(
+            known, content, equal_nan=True
+        ):  # else another's memory, or changed since
+            self._seen[key] = content.copy()
             path, side, _ = place
             module = path if side == "out" else path.rpartition(".")[0]
-            self._found.append(ReferenceValue(module, tensor.detach().double().numpy().copy(), place))
+            self._found.append(ReferenceValue(module, self._seen[key], place))
         return tensor
 
     def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
