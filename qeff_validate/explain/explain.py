@@ -79,6 +79,7 @@ class Explainer:
         self._location = Location(None, "")
         self._rows: list[int] = []
         self._row = ""
+        self._weights_seen = False
         self._search: ProgramSearch | None = None
         self._program: ProgramLocation | None = None
 
@@ -171,7 +172,8 @@ class Explainer:
         if not isinstance(context.model, Explained) or context.graph_artifact() is None:
             return False
         self._row = described(context, row)
-        with look_inside(context, subset, int(np.flatnonzero(subset.rows == row)[0]), stage) as inside:
+        place = int(np.flatnonzero(subset.rows == row)[0])
+        with look_inside(context, subset, place, stage, self._keep_weight) as inside:
             found = inside.location.module is not None
             if found or stage not in OUTSIDE:
                 self._layers, self._location = inside.layers, inside.location
@@ -182,6 +184,11 @@ class Explainer:
             if self._folder is not None:
                 self._write_repro(self._folder, inside, subset, row)
         return found
+
+    def _keep_weight(self, location: Location) -> None:
+        """Keep a weight that differs, for an explanation that ends early."""
+        if self.attribution.stage == "export":
+            self._location, self._weights_seen = location, True
 
     def _look_inside_program(self, inside: InsideGraph, subset: Subset, row: int) -> bool:
         sdk = capabilities(self._context.on).sdk
@@ -217,7 +224,7 @@ class Explainer:
     # --- the result ------------------------------------------------------------------------
 
     def _summary(self) -> str:
-        in_graph = self._layers is not None
+        in_graph = self._layers is not None or self._weights_seen
         return summary(self.attribution.stage, self._location, in_graph=in_graph, unfinished=self.unfinished)
 
     def explanation(self) -> Explanation:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,13 @@ class InsideGraph:
 
 
 @contextmanager
-def look_inside(context: ExplainContext, subset: Subset, row: int, stage: str | None) -> Iterator[InsideGraph]:
+def look_inside(
+    context: ExplainContext,
+    subset: Subset,
+    row: int,
+    stage: str | None,
+    early: Callable[[Location], None] = lambda _: None,
+) -> Iterator[InsideGraph]:
     """Match the values of the original model with those of the graph, and find the first that diverges.
 
     Args:
@@ -54,6 +60,7 @@ def look_inside(context: ExplainContext, subset: Subset, row: int, stage: str | 
         subset: the texts.
         row: the failing one among the rows of the subset.
         stage: the guilty one; the graph runs with the optimizer if that is it.
+        early: called with the first weight that differs, before anything is run, in case the time is up meanwhile.
 
     Raises:
         IncomparableError: the texts do not fit into the graph's fixed sizes.
@@ -73,6 +80,9 @@ def look_inside(context: ExplainContext, subset: Subset, row: int, stage: str | 
         feeds = own_feeds(context, original)
         fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
         weights = compare_weights(original.module, {**graph.weights, **fed}, check)
+        differing = [item for item in weights.findings if item.initializer is not None]
+        if differing:
+            early(Location(differing[0].module, differing[0].sentence()))
         graph.repairs = repairs(original.module, graph.weights, weights)
         recorded = record(original)
         check()

@@ -77,15 +77,22 @@ def record(original: OriginalRun) -> ReferenceValues:
     """Run the original model in float64, and record its values."""
     root = original.module
     recorder = _Recorder(root)
+    outputs: list[Tensors] = []
+
+    def probe() -> None:
+        outputs.append(original.run())
+
     with (
         torch.no_grad(),
         one_thread_if_small(root),
         attention_implementation(root, "eager"),
-        compute_in_dtype(root, "float64", probe=original.run),
         recorder.hooks(),
+        compute_in_dtype(root, "float64", probe=probe),
     ):
-        outputs = original.run()
-    return ReferenceValues((*recorder.distinct(outputs, original.owners),), recorder.calls)
+        if not outputs:  # a large body has run already, to see whether it can be converted layer by layer
+            recorder.clear()
+            probe()
+    return ReferenceValues((*recorder.distinct(outputs[0], original.owners),), recorder.calls)
 
 
 def local_errors(
@@ -190,6 +197,12 @@ class _Recorder:
     def hooks(self) -> Any:
         """Return the context in which a run is recorded."""
         return replaced(self._root, self._take, self._call)
+
+    def clear(self) -> None:
+        """Forget a run that did not come to its end."""
+        self._seen.clear()
+        self._found.clear()
+        self.calls.clear()
 
     def _call(self, path: str, args: Any, kwargs: Any) -> None:
         self.calls[path] = args, kwargs

@@ -15,6 +15,7 @@ from small_models import save_model, save_tokenizer
 
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.engine import Runner
+from qeff_validate.explain.context import TimeIsUpError
 from qeff_validate.pipeline.explanation import explained
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.session_wrapper import SessionWrapper
@@ -87,3 +88,30 @@ def test_outputs_that_are_changed_on_their_way_need_no_look_into_graph_or_progra
     assert result.finding.endswith("scaled by 1.5")
     assert len(result.rows) < len(TEXTS)  # not the whole batch, to which a fault in the file would lead
     assert (result.program, result.layers) == (None, ())
+
+
+def test_weight_that_differs_is_told_when_the_time_is_up_before_the_layers_are_known(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(store=tmp_path / "store")
+    path = runner.pipeline(case).onnx().path
+    assert path is not None
+    model = onnx.load(str(path))
+    weight = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [32, 64])
+    values = numpy_helper.to_array(weight).copy()
+    values[:, 3] = 0
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "model.onnx"))
+
+    def too_late(*_: Any) -> Any:
+        raise TimeIsUpError("the time limit of 60 s has passed")
+
+    monkeypatch.setattr("qeff_validate.explain.inside_graph.find_layers", too_late)
+    faulty = case.model_copy(update={"artifacts": Artifacts(onnx=str(tmp_path / "model.onnx"))})
+    found = runner.explained(faulty, "ort").explanation
+    assert found is not None
+    assert (found.stage, found.module) == ("export", "encoder.layer.0.intermediate.dense")
+    assert found.summary == (
+        "layer encoder.layer.0.intermediate.dense, weight row 3 is zero (export); the time limit of 60 s has passed"
+    )
