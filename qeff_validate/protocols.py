@@ -402,6 +402,7 @@ class OriginalRun:
         owners: path of the module that an output belongs to, or a word for what is no module, such as ``pooling``.
         candidates: for outputs that are no module's, what other computations of the same inputs would give, by name;
             called after ``run``.
+        steps: tokens at the end that a decode loop feeds one by one.
     """
 
     module: Any
@@ -410,6 +411,7 @@ class OriginalRun:
     run: Callable[[], Tensors]
     owners: Mapping[str, str]
     candidates: Callable[[], Mapping[str, Tensors]] = dict
+    steps: int = 0
 
 
 @runtime_checkable

@@ -314,7 +314,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(model, block=block) for block in blocks}
-        weights = RoundedWeights(precision.compute)
+        weights = RoundedWeights(precision.compute, beyond_range=precision.beyond_range is not None)
         for outputs in run_ensemble(model, precision.compute, run, weights=weights, compressed=compressed):
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in outputs.items()

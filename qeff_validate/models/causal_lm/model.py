@@ -532,7 +532,9 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         place = adapter if self.options.mixed_batch else 0
         start = invocation_start(inputs.ids[prompt], inputs.invocation)
         graph = self.interface(inputs)
-        return original_run(model, graph, text, tensors, sizes, pad=inputs.pad, adapter_id=place, start=start)
+        return original_run(
+            model, graph, text, tensors, sizes, pad=inputs.pad, adapter_id=place, start=start, steps=tokens.size
+        )
 
     def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
         """Return the prompt that a row of the logits continues."""

@@ -87,7 +87,8 @@ def ensemble(
     blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
     compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
-    weights = RoundedWeights(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
+    large = sum(p.nbytes for p in model.parameters()) > LARGE
+    weights = RoundedWeights(precision.compute, large=large, beyond_range=precision.beyond_range is not None)
     for adapted in adapted_models(model, named, inputs.adapters):
         adapter_texts, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, adapter_texts, strict=True)]

@@ -337,7 +337,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         """Yield the output of `reference` with the body in the precision, for each variant of `ENSEMBLE`."""
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
-        name = self._share_name(f"ensemble in {precision.profile}")
+        beyond = ", float32 beyond its range" if precision.beyond_range else ""
+        name = self._share_name(f"ensemble in {precision.profile}{beyond}")
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
         pooled = [
             {row: self._pool_row(tokens, "float32") for row, tokens in unpacked(runs[variant], inputs.ids)}
@@ -386,9 +387,11 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         body, compute = self._body(), precision.compute
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(body, block=block) for block in blocks}
-        # this body is not shared, so it may be rounded in place, unless compression needs the unrounded weights
+        # this body is not shared, so it may be rounded in place, unless something needs the unrounded weights
+        beyond_range = precision.beyond_range is not None
+        in_place = not compressed and not beyond_range and compute != "fp32"
         weights = (
-            InPlaceRoundedWeights(compute, body) if not compressed and compute != "fp32" else RoundedWeights(compute)
+            InPlaceRoundedWeights(compute, body) if in_place else RoundedWeights(compute, beyond_range=beyond_range)
         )
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
         return {str(index): states for index, states in enumerate(runs)}
