@@ -224,7 +224,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
         return prompted(self.source.tokenizer()[0], self.prompt)
 
     def _head_notes(self) -> Iterator[str]:
-        """Say that a checkpoint's task head is left out, and that weights are widened."""
+        """Say what the directory says and the verdict leaves out: a task head, half precision, another similarity."""
+        similarity = self.encode_settings.similarity
+        same_order = similarity == "cosine" or (similarity != "manhattan" and self._unit_vectors())
+        if not same_order:
+            yield (
+                f"the directory compares vectors by {similarity} (similarity_fn_name); the order of neighbours is"
+                " judged by cosine"
+            )
         if not isinstance(self.source, Folder):
             return
         kept = self.source.computes_in()
@@ -240,6 +247,12 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
                 f"the checkpoint is a {architecture}, and its head ({names}) is no part of an embedding: what is judged"
                 " is the body alone"
             )
+
+    def _unit_vectors(self) -> bool:
+        """Return True if vectors have length 1, so that dot product and distance order them as cosine does."""
+        config = self.pooling_config
+        last = config.layers[-1].kind if config.layers else ""
+        return config.normalize or (last == "Normalize" and config.truncate_dim is None)
 
     def _body(self) -> Any:
         """Load the body, with the modules on its token vectors."""
