@@ -361,6 +361,20 @@ class FillerChecked(Protocol):
 
 
 @runtime_checkable
+class FileAdapted(Protocol):
+    """Optional part of a `Model`: a user's file that gives or takes something else is completed on the host."""
+
+    @abstractmethod
+    def adapt(self, session: Session, artifacts: Any) -> tuple[Session, Sequence[str]]:
+        """Return a session that fits the interface, under the names of the file, and findings that say what was done.
+
+        Args:
+            session: on the user's file.
+            artifacts: the case's `config.case.Artifacts`, with the mapping of names.
+        """
+
+
+@runtime_checkable
 class RecordingChecked(Protocol):
     """Optional part of a `Model`: recorded reference outputs are checked against the inputs before they are used."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from qeff_validate.comparison.bounds import bounds_for, relation_precision, systematic_bounds
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
-from qeff_validate.config.case import Case, Precision
+from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.models.activations import VectorFunction
 from qeff_validate.models.case_inputs import texts_of
@@ -45,6 +45,7 @@ from qeff_validate.protocols import (
     ComparisonContext,
     Explained,
     FaultTested,
+    FileAdapted,
     FillerChecked,
     Graph,
     OriginalRun,
@@ -70,7 +71,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Explained):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Sharing, Timed, Explained):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -223,7 +224,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         return prompted(self.source.tokenizer()[0], self.prompt)
 
     def _head_notes(self) -> Iterator[str]:
-        """Say that a checkpoint's task head is left out, and that weights are widened."""
+        """Say what the directory says and the verdict leaves out: a task head, half precision, another similarity."""
+        similarity = self.encode_settings.similarity
+        same_order = similarity == "cosine" or (similarity != "manhattan" and self._unit_vectors())
+        if not same_order:
+            yield (
+                f"the directory compares vectors by {similarity} (similarity_fn_name); the order of neighbours is"
+                " judged by cosine"
+            )
         if not isinstance(self.source, Folder):
             return
         kept = self.source.computes_in()
@@ -239,6 +247,12 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
                 f"the checkpoint is a {architecture}, and its head ({names}) is no part of an embedding: what is judged"
                 " is the body alone"
             )
+
+    def _unit_vectors(self) -> bool:
+        """Return True if vectors have length 1, so that dot product and distance order them as cosine does."""
+        config = self.pooling_config
+        last = config.layers[-1].kind if config.layers else ""
+        return config.normalize or (last == "Normalize" and config.truncate_dim is None)
 
     def _body(self) -> Any:
         """Load the body, with the modules on its token vectors."""
@@ -324,9 +338,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
 
         def run() -> Iterator[tuple[int, Floats]]:
             body = self._body()
+            yield from hidden_states(body, inputs.ids, dtype, inputs.texts)
             if dtype == "float32" and self.options.padding_side == "right":
                 refuse_padding(body, inputs.ids, inputs.pad)
-            yield from hidden_states(body, inputs.ids, dtype, inputs.texts)
 
         if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
             return run()
@@ -550,6 +564,17 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         if not inputs.per_token:
             return row
         return int(np.searchsorted(np.cumsum([ids.size for ids in inputs.ids]), row, side="right"))
+
+    def adapt(self, session: Session, artifacts: Artifacts) -> tuple[Session, Sequence[str]]:
+        """See `protocols.FileAdapted`: hidden states are pooled by the numpy oracle."""
+        from qeff_validate.models.embedding.file_session import completed
+
+        key = self.pooling_config.key() if len(self.graph.outputs[0].shape) == 2 else {"pooling": "none"}
+        behind = [layer.kind for layer in self.pooling_config.layers] + (["Normalize"] if key.get("normalize") else [])
+        words = ", ".join([str(key["pooling"]), *behind])
+        return completed(
+            session, self.graph, artifacts, lambda tokens: self._finish(self._pool_row(tokens, "float32")), words
+        )
 
     def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
         """Return one full batch, without padding, for each length and batch size that the session takes."""

@@ -59,6 +59,7 @@ class EncodeSettings:
         config: overrides of the model's config.
         chat: how texts become messages; None: they are texts.
         dtype: that the model is loaded in; None: that of its weights.
+        similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean`` or ``manhattan``.
     """
 
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class EncodeSettings:
     config: Mapping[str, Any] = field(default_factory=dict)
     chat: ChatFormat | None = None
     dtype: str | None = None
+    similarity: str = "cosine"
 
 
 def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
@@ -117,6 +119,7 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
         config=_options(config, "config_args", "config_kwargs"),
         chat=_chat(config, processing, path),
         dtype=options.get("dtype", options.get("torch_dtype")),
+        similarity=str(settings.get("similarity_fn_name") or "cosine"),
     )
 
 

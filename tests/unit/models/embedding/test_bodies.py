@@ -76,7 +76,8 @@ def test_body_with_fewer_vectors_than_tokens_is_refused(body: Path, tmp_path: Pa
     config = transformers.FunnelConfig(vocab_size=len(WORDS), block_sizes=[1, 1], d_model=WIDTH, n_head=4, d_head=8)
     transformers.FunnelBaseModel(config).save_pretrained(tmp_path / "funnel")
     transformers.AutoTokenizer.from_pretrained(body).save_pretrained(tmp_path / "funnel")
-    model = qv.model(case(tmp_path / "funnel"))
+    texts = ["one two three red green", "green blue one two three red", "red red one two three"]
+    model = qv.model(case(tmp_path / "funnel", texts))
     with pytest.raises(ConfigError, match="FunnelBaseModel returns 4 vectors for 7 tokens"):
         model.reference(model.inputs(model.tokenize()), dtype="float32")
 

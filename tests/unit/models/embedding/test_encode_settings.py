@@ -128,3 +128,24 @@ def test_computation_of_encode_in_half_precision_is_told(body: Path, tmp_path: P
     halves = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
     save_file(halves, path, metadata={"format": "pt"})
     assert "loads this directory in bfloat16 and computes in it" in notes()
+
+
+@pytest.mark.parametrize(
+    ("similarity", "normalize", "told"),
+    [
+        ("dot", False, True),
+        ("dot", True, False),
+        ("manhattan", True, True),
+        ("cosine", False, False),
+        (None, False, False),
+    ],
+)
+def test_other_order_of_neighbours_is_told(
+    similarity: str | None, normalize: bool, told: bool, body: Path, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "saved", body)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "similarity_fn_name": similarity}))
+    case = qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}, options={"normalize": normalize})
+    notes = " ".join(qv.model(case).rows().notes)
+    assert (f"compares vectors by {similarity}" in notes) == told
