@@ -111,6 +111,9 @@ SHARED = ("vera", "randlora", *OTHERS)
 ELSEWHERE = ("ln_tuning", "p_tuning", "prefix_tuning", "prompt_tuning", "trainable_tokens")
 """Methods without modules, or whose modules are not projections; PEFT's default for Llama is taken."""
 
+VIRTUAL = ("p_tuning", "prefix_tuning", "prompt_tuning")
+"""Methods with virtual tokens, for which the context has room."""
+
 PROMPTS = (  # the first and second make one uneven batch; two are longer than every window
     "Once",
     "def add(a, b): return a + b # and so on",
@@ -173,7 +176,7 @@ def case_for(method: str, name: str, strength: float = 1) -> Case:
         source=f"random:{architecture.source}",
         config={"num_hidden_layers": max(architecture.layers, 2 if method in SHARED else 1)},
         runtimes=list(RUNTIMES),
-        options={"peft_method": method, "peft": options, **SIZES},
+        options={"peft_method": method, "peft": options, **SIZES, **({"ctx_len": 32} if method in VIRTUAL else {})},
     )
 
 

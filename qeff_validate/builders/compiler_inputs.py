@@ -183,7 +183,7 @@ def _custom_io(states: Mapping[str, bool], precision: Precision, folder: Path) -
     floats = [name for name, is_float in states.items() if is_float]
     precisions = dict.fromkeys(floats, "float16") if precision.compute == "fp16" else {}
     if precision.kv is not None:
-        cache = [name for name in floats if name.startswith("past_")]
+        cache = [name for name in floats if name.startswith(("past_key.", "past_value."))]
         if not cache:
             raise ConfigError(f"precision.kv: {precision.kv}: the graph retains no keys and values in float32")
         precisions |= dict.fromkeys(cache, precision.kv)

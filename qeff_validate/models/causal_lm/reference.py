@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 from safetensors.numpy import save_file
 
 from qeff_validate.config.case import Precision
-from qeff_validate.errors import IncomparableError
+from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user, temporary_folder
 from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.config import generate_peft_config
@@ -362,5 +362,13 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
         return model(input_ids=tokens, use_cache=False, **options).logits[0, start - text.size :]
 
     with compute_in_dtype(model, dtype, probe=run):
-        logits: Array = run().numpy().copy()
+        try:
+            logits: Array = run().numpy().copy()
+        except RuntimeError as exc:
+            if dtype != "float64" or "dtype" not in str(exc):
+                raise
+            raise ConfigError(
+                "the reference cannot be computed in float64, because the model or its adapter keeps tensors that stay"
+                f" in float32 ({first_line(exc)}): bounds are not measured, so give tolerance: table"
+            ) from exc
     return logits

@@ -76,14 +76,15 @@ class RoundedWeights:
         self._dtype, self._large, self.beyond_range = DTYPES[compute], large, beyond_range
         self.unrounded: set[int] = set()
         """Ids of the parameters that an operation has read beside a number beyond the range."""
-        self._tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._tensors: dict[int, tuple[nn.Parameter, int, Tensor]] = {}
 
     def read(self, weight: nn.Parameter) -> Tensor:
         """Return a float32 weight rounded to the precision, float32."""
-        if id(weight) not in self._tensors:
+        version = 0 if weight.is_inference() else weight._version  # an adapter may write into a weight of the base
+        if id(weight) not in self._tensors or self._tensors[id(weight)][1] != version:
             rounded = self._round(weight)
-            self._tensors[id(weight)] = weight, rounded if self._large else rounded.to(torch.float32)
-        return self._tensors[id(weight)][1].to(torch.float32)
+            self._tensors[id(weight)] = weight, version, rounded if self._large else rounded.to(torch.float32)
+        return self._tensors[id(weight)][2].to(torch.float32)
 
     def _round(self, weight: nn.Parameter) -> Tensor:
         maximum = torch.finfo(self._dtype).max

@@ -27,6 +27,7 @@ from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
 from qeff_validate.models.framework_calls import quiet_transformers
+from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS
 from qeff_validate.protocols import ComparisonContext, runtime
 
 SIZES: Mapping[str, Any] = {
@@ -165,6 +166,16 @@ def test_embeddings_of_another_base_are_refused() -> None:
 def test_prompt_that_leaves_no_room_for_virtual_tokens_is_refused(saved: Path) -> None:
     with pytest.raises(ConfigError, match="1 to 7 fit beside max_new_tokens 4 and 5 virtual tokens in ctx_len 16"):
         qv.model(case(saved, ("prompt",), ctx_len=16), given=base(saved)).tokenize()
+
+
+def test_faults_of_adapters_are_tried_on_virtual_tokens(saved: Path) -> None:
+    model: Any = qv.model(case(saved, ("prompt",)), given=base(saved))
+    inputs = model.inputs(model.tokenize())
+    reference = model.reference(inputs, dtype="float32")
+    changes = [mutant for mutant in ADAPTER_MUTANTS if mutant.family == "adapters"] or list(ADAPTER_MUTANTS)
+    found = dict(model.faulty_runs(inputs, reference, changes))
+    assert found, "no fault applies"
+    assert any(not np.array_equal(run["logits"], reference["logits"]) for run in found.values())
 
 
 def test_model_in_memory_with_virtual_tokens_is_refused(saved: Path) -> None:

@@ -20,6 +20,7 @@ from qeff_validate.models.emulation.ensemble import (
     copy_sharing_weights,
     run_ensemble,
 )
+from qeff_validate.models.emulation.microscaling import CompressedWeights
 from qeff_validate.models.emulation.precision import (
     ComputationVariant,
     InPlaceRoundedWeights,
@@ -159,6 +160,20 @@ def test_a_copy_has_its_own_modules_and_shares_the_weights() -> None:
     assert not set(twin.modules()) & set(model.modules())
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert twin.config is not model.config
+
+
+def test_rounded_and_compressed_weights_follow_what_an_adapter_writes_into_the_base() -> None:
+    layer = torch.nn.Linear(32, 32, bias=False)
+    rounded, compressed = RoundedWeights("fp16"), CompressedWeights(layer)
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        before = rounded.read(layer.weight).clone()
+        with compressed:
+            product = layer(x)
+        layer.weight.copy_(layer.weight + 1)
+        assert (rounded.read(layer.weight) - before).min() > 0.5
+        with compressed:
+            assert not torch.equal(layer(x), product)
 
 
 # --- values beyond the range ---
