@@ -174,14 +174,15 @@ class Explainer:
         self._row = described(context, row)
         place = int(np.flatnonzero(subset.rows == row)[0])
         with look_inside(context, subset, place, stage, self._keep_weight) as inside:
-            found = inside.location.module is not None
-            if found or stage not in OUTSIDE:
+            in_graph = inside.location.module is not None
+            found = in_graph and stage not in OUTSIDE  # else the stage is wrong, and its own batch tells which is right
+            if stage not in OUTSIDE:
                 self._layers, self._location = inside.layers, inside.location
-            if not found and stage in ("precision", *OUTSIDE):
+            if not in_graph and stage in ("precision", *OUTSIDE):
                 if stage == "precision":
                     self._location = overflow(inside.recorded, inside.original.tokens)
                 found = self._look_inside_program(inside, subset, row)
-            if self._folder is not None:
+            if self._folder is not None and (found or stage not in OUTSIDE):
                 self._write_repro(self._folder, inside, subset, row)
         return found
 
