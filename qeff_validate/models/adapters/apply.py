@@ -51,6 +51,9 @@ __all__ = [
 
 LOG = logging.getLogger(__name__)
 
+PROMPT = "prompt_embeddings"
+"""Name of the learnt tokens in files of PEFT."""
+
 NOISE = 0.05
 """Standard deviation of the noise that ``init: random`` adds to the weights of a new adapter."""
 
@@ -275,8 +278,9 @@ def _load(peft_model: Any, tensors: Mapping[str, Array], folder: Any) -> None:
     result: Any = set_peft_model_state_dict(
         peft_model, {name: torch.from_numpy(array) for name, array in tensors.items()}
     )
-    if result.unexpected_keys:
-        raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(result.unexpected_keys)[0]!r}")
+    unexpected = set(result.unexpected_keys) - {PROMPT}  # PEFT has set it apart
+    if unexpected:
+        raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(unexpected)[0]!r}")
 
 
 def _add_noise(peft_model: Any, size: float) -> None:

@@ -210,6 +210,8 @@ def check_options(method: str, method_options: Mapping[str, Any], where: str) ->
             raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
         if name == "target_modules" and value in ([], set()) and method_options.get("target_parameters"):
             continue  # PEFT's own choice of modules would be added to None
+        if value is None and defaults[name] is None:
+            continue  # PEFT fills it from the base, whatever type it declares
         wanted = _wanted_instead(name, value, known[name], defaults[name])
         if wanted:
             quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())

@@ -70,8 +70,12 @@ def test_kinds_of_layers_that_come_late_are_kept(model_type: str, wanted: set[st
 
 
 def test_body_that_loses_what_makes_its_family_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"shrunk to 2 layers it loses JambaAttention, .*such as num_hidden_layers"):
-        classes("jamba", num_hidden_layers=2)
+    with pytest.raises(ConfigError, match=r"shrunk to 1 layers it loses JambaAttention, .*such as num_hidden_layers"):
+        classes("jamba", num_hidden_layers=1)
+
+
+def test_what_a_case_replaces_is_not_lost() -> None:
+    assert "NewGELUActivation" in classes("bert", hidden_act="gelu_new")
 
 
 def test_published_config_keeps_its_family_too(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_what_is_set_for_single_layers_stays_with_its_kind_of_layer() -> None:
         ("gemma3", "take random:gemma3_text"),
         ("convnext", "no vocab_size and hidden_size in its config: it is no model of texts"),
         ("owlvit_text_model", "transformers builds no body of this type by itself; it is a part of other models"),
-        ("mamba2", "the config's values do not go together"),
+        ("mistral_large4_text", "the config's values do not go together"),
         ("reformer", "its default config, shrunk, is none of a whole model; set what is missing in config"),
     ],
 )
