@@ -176,9 +176,13 @@ def family_config(
     Raises:
         ConfigError: as `small_config`; also a body that lacks a class of modules that the original has.
     """
+    original = copy.deepcopy(full)
+    for key, value in chosen.items():
+        if key not in SMALL and "layer" not in key:  # another activation, say, is no loss
+            setattr(original, key, value)
     for layers in range(limits["num_hidden_layers"], MOST_LAYERS + 1):
         small = small_config(full, name, {**limits, "num_hidden_layers": layers}, chosen, special=special)
-        lost = lost_classes(full, small, name)
+        lost = lost_classes(original, small, name)
         if not lost:
             return small
         if "num_hidden_layers" in chosen:
