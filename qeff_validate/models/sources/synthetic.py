@@ -196,9 +196,13 @@ def family_config(
     Raises:
         ConfigError: as `small_config`; also a body that lacks a class of modules that the original has.
     """
+    original = copy.deepcopy(full)
+    for key, value in chosen.items():
+        if key not in SMALL and "layer" not in key:  # another activation, say, is no loss
+            setattr(original, key, value)
     for layers in range(limits["num_hidden_layers"], MOST_LAYERS + 1):
         small = small_config(full, name, {**limits, "num_hidden_layers": layers}, chosen, special=special)
-        lost = lost_classes(_with_chosen(full, {key: chosen[key] for key in chosen if key not in limits}), small, name)
+        lost = lost_classes(original, small, name)
         if not lost:
             return small
         if "num_hidden_layers" in chosen:
@@ -207,14 +211,6 @@ def family_config(
         f"{name}: shrunk to {small.num_hidden_layers} layers it loses {', '.join(sorted(lost)[:3])}, which the family"
         " has: set what keeps them in config: {…}, such as num_hidden_layers, or take a saved model by path:"
     )
-
-
-def _with_chosen(full: Any, chosen: Mapping[str, Any]) -> Any:
-    """Return a copy of a config with the values that a case sets: what they leave out was not lost by shrinking."""
-    config = copy.deepcopy(full)
-    for key, value in chosen.items():
-        setattr(config, key, value)
-    return config
 
 
 def _refuse_parts(default: Any, name: str) -> None:
