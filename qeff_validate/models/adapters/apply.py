@@ -278,6 +278,9 @@ def _load(peft_model: Any, tensors: Mapping[str, Array], folder: Any) -> None:
     result: Any = set_peft_model_state_dict(
         peft_model, {name: torch.from_numpy(array) for name, array in tensors.items()}
     )
+    config = peft_model.active_peft_config
+    if config.is_prompt_learning:  # the file holds what a reparametrizing network gave, not its weights
+        config.inference_mode = True
     unexpected = set(result.unexpected_keys) - {PROMPT}  # PEFT has set it apart
     if unexpected:
         raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(unexpected)[0]!r}")

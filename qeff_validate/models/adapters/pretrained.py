@@ -30,6 +30,11 @@ def put_adapter(model: Any, folder: Path) -> None:
     """
     data, arrays = read_adapter(folder)
     config = config_from_dict({**data, "task_type": None}, f"{folder / CONFIG}")
+    if config.is_prompt_learning:
+        raise ConfigError(
+            f"{folder / CONFIG}: {data['peft_type']} learns a prompt, which a body that gives embeddings cannot take;"
+            " virtual tokens are for model: peft-causal-lm"
+        )
     check_patterns(config, [name for name, _ in model.named_modules() if name])
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with translated_errors(f"put the adapter in {folder} on {type(model).__name__}"), quiet_transformers():
