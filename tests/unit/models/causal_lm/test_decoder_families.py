@@ -95,7 +95,6 @@ def test_state_of_another_text_or_of_padding_fails(
     assert result.status == "fail"
 
 
-@pytest.mark.numeric
 def test_rows_start_at_zero_continue_or_stay() -> None:
     old = torch.tensor([[[float("nan")] * 3], [[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]])
     layer = RecurrentLayer({"past_conv.0": old, "past_recurrent.0": old}, torch.tensor([[0], [7], [-1]]))
