@@ -361,6 +361,20 @@ class FillerChecked(Protocol):
 
 
 @runtime_checkable
+class FileAdapted(Protocol):
+    """Optional part of a `Model`: a user's file that gives or takes something else is completed on the host."""
+
+    @abstractmethod
+    def adapt(self, session: Session, artifacts: Any) -> tuple[Session, Sequence[str]]:
+        """Return a session that fits the interface, under the names of the file, and findings that say what was done.
+
+        Args:
+            session: on the user's file.
+            artifacts: the case's `config.case.Artifacts`, with the mapping of names.
+        """
+
+
+@runtime_checkable
 class RecordingChecked(Protocol):
     """Optional part of a `Model`: recorded reference outputs are checked against the inputs before they are used."""
 
@@ -402,6 +416,7 @@ class OriginalRun:
         owners: path of the module that an output belongs to, or a word for what is no module, such as ``pooling``.
         candidates: for outputs that are no module's, what other computations of the same inputs would give, by name;
             called after ``run``.
+        steps: tokens at the end that a decode loop feeds one by one.
     """
 
     module: Any
@@ -410,6 +425,7 @@ class OriginalRun:
     run: Callable[[], Tensors]
     owners: Mapping[str, str]
     candidates: Callable[[], Mapping[str, Tensors]] = dict
+    steps: int = 0
 
 
 @runtime_checkable

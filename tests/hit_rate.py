@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.errors import ValidateError
-from qeff_validate.explain import explain as explain_module
-from qeff_validate.explain.explain import PEFT_PREFIX
+from qeff_validate.explain import context as context_module
 from qeff_validate.explain.names import common_module
+from qeff_validate.explain.summary import PEFT_PREFIX
 from qeff_validate.mutation.mutant import (
     AdapterMutant,
     GraphMutant,
@@ -36,6 +38,7 @@ from qeff_validate.mutation.mutant import (
 from qeff_validate.pipeline.explanation import explained
 from qeff_validate.protocols import Settings, model_kind, runtime
 from qeff_validate.report.explanation import Explanation
+from qeff_validate.sdk.locate import Sdk
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.selftest.run import CaseUnderTest, InapplicableRecorder, changed_graph
@@ -76,7 +79,7 @@ KINDS: Sequence[tuple[str, str]] = (
 
 
 # the graphs are this project's own: a process for each session would take most of the time
-explain_module.IsolatedRuntime = lambda direct, *_: direct  # type: ignore[assignment, misc]
+context_module.IsolatedRuntime = lambda direct, *_: direct  # type: ignore[assignment, misc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,26 @@ class HitRate:
             for name in runtimes:
                 with suppress(_NotCaughtError, Inapplicable):
                     yield self._hit(mutant, name)
+
+    def program_hits(self) -> Iterator[Hit]:
+        """Yield a hit for each graph mutant that a compiler makes, of a graph that is right, on the simulated card."""
+        for mutant in mutants(self._case.model):
+            if not isinstance(mutant, GraphMutant):
+                continue
+            try:
+                where = graph_places(onnx.load(str(self._healthy.onnx().path)), mutant)
+            except Inapplicable:
+                continue
+            if len({_layer(place) for place in where}) > 1:
+                continue  # it sits in several places
+            script = str(Path(__file__).with_name("defective_compiler.py"))
+            command = [sys.executable, script, self._case.model, mutant.name]
+            with pytest.MonkeyPatch.context() as patch, suppress(_NotCaughtError):
+                patch.setattr(Sdk, "compiler", lambda _, command=command: (command, False))
+                patch.setattr(Sdk, "fingerprint", lambda _, name=mutant.name: {"defect": name})
+                explanation, note = self._explained(self._pipeline(self._case), runtime("sim"))
+                stage = "compiler and runtime"
+                yield Hit(self._case.name, "sim", mutant.name, mutant.level, where, stage, True, explanation, note)
 
     def _hit(self, mutant: Mutant, name: str) -> Hit:
         if isinstance(mutant, AdapterMutant | SessionMutant):
@@ -415,16 +438,24 @@ LEGEND = (
 )
 
 
-def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence[tuple[str, str, Any]]) -> str:
+def section(
+    hits: Sequence[Hit],
+    without_names: Sequence[Hit],
+    programs: Sequence[Hit],
+    healthy: Sequence[tuple[str, str, Any]],
+) -> str:
     """Return the section of docs/power.md.
 
     Args:
         hits: of graphs with names.
         without_names: of the same graphs without names and metadata.
+        programs: of programs that a compiler makes wrongly, of graphs that are right.
         healthy: case, variant and explanation of each legitimate variant.
     """
     accused = [(case, name) for case, name, found in healthy if found is not None and found.module is not None]
     cases = ", ".join(dict.fromkeys(case for case, _, _ in healthy))
+    explanations = [hit.explanation for hit in programs if hit.explanation is not None]
+    searches = [found.program for found in explanations if found.program is not None]
     lines = [
         HEADING,
         "",
@@ -436,11 +467,17 @@ def section(hits: Sequence[Hit], without_names: Sequence[Hit], healthy: Sequence
         "",
         *table(without_names),
         "",
+        "Graphs that are right, compiled by a simulated compiler that has the fault of a graph mutant, in each program"
+        f" that it makes; at most {max((found.compilations for found in searches), default=0)} compilations beside the"
+        " case's own:",
+        "",
+        *table(programs),
+        "",
         f"Of {len(healthy)} legitimate variants ({cases}), explained by force, {len(accused)} name a module.",
         "",
         "### Wrong or incomplete",
         "",
-        *([f"- {text}" for text in _misses([*hits, *without_names])] or ["None."]),
+        *([f"- {text}" for text in _misses([*hits, *without_names, *programs])] or ["None."]),
     ]
     return "\n".join(lines) + "\n"
 

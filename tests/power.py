@@ -101,13 +101,14 @@ def explanations(given: argparse.Namespace) -> str:
         graphs = given.parts / "explanations-graphs"
         hits = [hit for case in cases for hit in HitRate(case, pipeline, graphs).hits(("ort", "sim"))]
         bare = [hit for case in cases for hit in HitRate(case, pipeline, graphs, anonymous=True).hits(("ort",))]
+        programs = [hit for case in cases for hit in HitRate(case, pipeline, graphs).program_hits()]
         healthy = [
             (case.name, name, found)
             for case in cases
             for name, found, _ in healthy_explanations(case, pipeline, graphs, 1001)
         ]
         made = f"Measured on {time.strftime('%Y-%m-%d')}; {len(cases)} cases with small random bodies.\n"
-        file.write_text(f"{section(hits, bare, healthy)}\n{made}", encoding="utf-8")
+        file.write_text(f"{section(hits, bare, programs, healthy)}\n{made}", encoding="utf-8")
     return file.read_text(encoding="utf-8")
 
 

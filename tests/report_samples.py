@@ -40,6 +40,16 @@ PLAIN_EXPLANATION: dict[str, Any] = {
     "summary": "layer.1, weight row 77 is zero (export)",
     "rows": [1],
     "seconds": 1.5,
+    "program": {
+        "compilations": 3,
+        "observer": 0.0,
+        "boundaries": [
+            {"module": "layer.0", "error": 9e-4, "expected": 1e-3},
+            {"module": "layer.1", "error": "inf", "expected": 1e-3},
+        ],
+    },
+    "repro": "bundle",
+    "repro_note": "2.4 MB, 2 nodes",
 }
 """Where a failure comes from, as report.json holds it."""
 

@@ -93,9 +93,10 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     **{name: {} for name in sorted(KNOWN) if name not in METHODS},
     "c3a": {"block_size": 8, "init": 0.2},
     "hira": {"init": 0.2},
+    **{name: {"num_virtual_tokens": 4, "init": 0.5} for name in ("prefix_tuning", "prompt_tuning")},
+    "p_tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16, "init": 0.5},
     "pvera": {"init": 0.6},
     "road": {"group_size": 8},
-    "shira": {"r": 4, "random_seed": 1},
     "supertuning": {"init": 0.2},
     "trainable_tokens": {"token_indices": [150, 310, 705]},
     "unilora": {"init": 0.5},
@@ -107,8 +108,11 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 SHARED = ("vera", "randlora", *OTHERS)
 """Methods that share, or may share, tensors between layers: they get two."""
 
-ELSEWHERE = ("ln_tuning", "trainable_tokens")
-"""Methods whose modules are not projections; PEFT's default for Llama is taken."""
+ELSEWHERE = ("ln_tuning", "p_tuning", "prefix_tuning", "prompt_tuning", "trainable_tokens")
+"""Methods without modules, or whose modules are not projections; PEFT's default for Llama is taken."""
+
+VIRTUAL = ("p_tuning", "prefix_tuning", "prompt_tuning")
+"""Methods with virtual tokens, for which the context has room."""
 
 PROMPTS = (  # the first and second make one uneven batch; two are longer than every window
     "Once",
@@ -172,7 +176,7 @@ def case_for(method: str, name: str, strength: float = 1) -> Case:
         source=f"random:{architecture.source}",
         config={"num_hidden_layers": max(architecture.layers, 2 if method in SHARED else 1)},
         runtimes=list(RUNTIMES),
-        options={"peft_method": method, "peft": options, **SIZES},
+        options={"peft_method": method, "peft": options, **SIZES, **({"ctx_len": 32} if method in VIRTUAL else {})},
     )
 
 

@@ -15,6 +15,7 @@ from qeff_validate.builders.compiler_inputs import (
     compiler_flags,
     flag_name,
     read_graph,
+    renamed_dims,
     write_specializations,
 )
 from qeff_validate.builders.provenance import QPC_PROVENANCE
@@ -53,6 +54,7 @@ def compile_qpc(
     options: Compile,
     precision: Precision,
     buckets: Sequence[Mapping[str, int]],
+    inputs: Mapping[str, Sequence[int | str]] = {},
     on_line: Callable[[str], None] | None = None,
 ) -> None:
     """Compile a QPC into ``<folder>/qpc``.
@@ -66,6 +68,7 @@ def compile_qpc(
         options: cores, hardware version, time limit, further flags.
         precision: fp16 adds ``-convert-to-fp16``, mxfp6 ``-mxfp6-matmul``, mxint8 entries of the custom IO list.
         buckets: the values of the symbolic dims, one mapping per specialization.
+        inputs: dims of inputs as ``buckets`` name them, by the input's name in the file, whose own names may differ.
         on_line: called with each line of the compiler's output as it is printed.
 
     Raises:
@@ -77,7 +80,7 @@ def compile_qpc(
     facts = read_graph(onnx)
     provenance = {"model": facts.fingerprint, "buckets": [dict(bucket) for bucket in buckets]}
     (folder / QPC_PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
-    specializations = write_specializations(buckets, folder)
+    specializations = write_specializations(renamed_dims(buckets, facts.inputs, inputs), folder)
     command = compiler + compiler_flags(
         onnx, folder, facts, old=old, options=options, precision=precision, specializations=specializations
     )

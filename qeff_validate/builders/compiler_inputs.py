@@ -35,11 +35,13 @@ class GraphFacts:
         states: retained state, that is, each input with a ``_RetainedState`` twin, and whether it is float32.
         float32_nodes: first outputs of the nodes that must compute in float32: those of rotary angles and those inside
             root mean squares.
+        inputs: names of the symbolic dims of each input, empty where a dim has none.
         fingerprint: of the model that the graph was exported from, as its metadata say; None if they do not.
     """
 
     states: Mapping[str, bool]
     float32_nodes: Sequence[str]
+    inputs: Mapping[str, Sequence[str]]
     fingerprint: Any = None
 
 
@@ -65,7 +67,31 @@ def read_graph(onnx: Path) -> GraphFacts:
         if f"{value.name}{RETAINED}" in outputs
     }
     norms = [name for norm in root_mean_squares(graph) for name in norm.outputs]
-    return GraphFacts(states, tuple(dict.fromkeys([*rotary_angles(graph), *norms])), fingerprint)
+    dims = {value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input}
+    return GraphFacts(states, tuple(dict.fromkeys([*rotary_angles(graph), *norms])), dims, fingerprint)
+
+
+def renamed_dims(
+    buckets: Sequence[Mapping[str, int]],
+    file_inputs: Mapping[str, Sequence[str]],
+    inputs: Mapping[str, Sequence[int | str]],
+) -> list[dict[str, int]]:
+    """Return the buckets under the file's names of its symbolic dims, which are found by their places in the inputs.
+
+    Args:
+        buckets: values by the interface's names.
+        file_inputs: the file's names of the dims of each input, empty where it has none.
+        inputs: the interface's names of the dims of the same inputs; of others the names of dims are the interface's.
+    """
+    ours = {
+        theirs: str(dim)
+        for name, dims in inputs.items()
+        for theirs, dim in zip(file_inputs.get(name, ()), dims, strict=False)
+        if theirs
+    }
+    if not ours:
+        return [dict(bucket) for bucket in buckets]
+    return [{theirs: bucket[dim] for theirs, dim in ours.items() if dim in bucket} for bucket in buckets]
 
 
 def write_specializations(buckets: Sequence[Mapping[str, int]], folder: Path) -> Path:
@@ -157,7 +183,7 @@ def _custom_io(states: Mapping[str, bool], precision: Precision, folder: Path) -
     floats = [name for name, is_float in states.items() if is_float]
     precisions = dict.fromkeys(floats, "float16") if precision.compute == "fp16" else {}
     if precision.kv is not None:
-        cache = [name for name in floats if name.startswith("past_")]
+        cache = [name for name in floats if name.startswith(("past_key.", "past_value."))]
         if not cache:
             raise ConfigError(f"precision.kv: {precision.kv}: the graph retains no keys and values in float32")
         precisions |= dict.fromkeys(cache, precision.kv)

@@ -44,6 +44,7 @@ def needed_decompositions() -> Iterator[None]:
     def run_decompositions(self: Any, table: Any = None, *args: Any, **options: Any) -> Any:
         if table is None:
             return decompose(self, table, *args, **options)
+        table = {**table, _operator("linalg_solve.default"): solve_without_pivots}
         replace_equivalents(self.graph)
         return decompose(self, table, *args, **options) if needs_decomposition(self.graph, table) else self
 
@@ -53,6 +54,28 @@ def needed_decompositions() -> Iterator[None]:
             yield
     finally:
         program.run_decompositions = decompose  # type: ignore[method-assign]
+
+
+def solve_without_pivots(matrix: Any, right: Any, *, left: bool = True) -> Any:
+    """Solve ``A X = B`` (``X A = B`` unless ``left``) by eliminating rows, for which ONNX has operators.
+
+    Every pivot is the diagonal's, which is enough for ``I ± S`` with a skew-symmetric ``S``: its leading minors are at
+    least 1. Orthogonal adapters (BOFT, OFT, PSOFT) solve no other systems.
+
+    Args:
+        matrix: float ``[…, n, n]``.
+        right: float ``[…, n, m]``.
+        left: whether the matrix stands on the left.
+    """
+    import torch
+
+    rows = torch.cat([matrix, right] if left else [matrix.mT, right.mT], dim=-1)
+    size = int(matrix.shape[-1])
+    for at in range(size):
+        pivot = rows[..., at : at + 1, :] / rows[..., at : at + 1, at : at + 1]
+        others = rows - rows[..., :, at : at + 1] * pivot
+        rows = torch.cat([others[..., :at, :], pivot, others[..., at + 1 :, :]], dim=-2)
+    return rows[..., size:] if left else rows[..., size:].mT
 
 
 def replace_equivalents(graph: Any) -> None:

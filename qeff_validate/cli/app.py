@@ -14,6 +14,7 @@ from qeff_validate.cli import compare, merge, performance, plan, sdk, signals, s
 from qeff_validate.cli.build import build
 from qeff_validate.cli.configs import list_cases, schema
 from qeff_validate.cli.doctor import doctor
+from qeff_validate.cli.explain import EPILOG as EXPLAIN_EPILOG
 from qeff_validate.cli.explain import explain
 from qeff_validate.cli.init import init
 from qeff_validate.cli.options import EPILOG
@@ -57,9 +58,7 @@ def main(
 
 app.command()(init)
 app.command(epilog=EPILOG)(run)
-app.command(epilog="Exit codes: 0 there is an explanation · 2 wrong usage or config · 3 there is nothing to explain.")(
-    explain
-)
+app.command(epilog=EXPLAIN_EPILOG)(explain)
 app.command(epilog=TUNE_EPILOG)(tune)
 app.command(epilog="Exit codes: 0 every goal was reached · 1 one was not · 2 wrong usage or config · 3 an error.")(
     selftest

@@ -140,16 +140,21 @@ def lines(tuning: Tuning, name: str) -> list[str]:
         tried = [f"  {name}" for name in tuning.search.tried] or ["  none: no value leaves the range or rounds badly"]
         return [before, f"no list of nodes was found in {tuning.search.trials} trials; tried were", *tried]
     found = tuning.search.names
-    table = ["judged by the fixed bounds: the original model overflows in fp16, so its noise there is no bound"]
+    judged = []
+    if tuning.beyond_range:
+        judged = ["the original model overflows in fp16: its noise was measured with such values in float32"]
+    if tuning.by_table:
+        judged = ["judged by the fixed bounds: the original model overflows in fp16, so its noise there is no bound"]
     end = "" if tuning.search.smallest else "; the trials ran out, fewer may do"
     return [
         before,
         f"with {len(found)} nodes in float32: {_verdict(tuning.after)}",
         *(f"  {name}" for name in found),
-        *(table if tuning.by_table else []),
+        *judged,
         f"{tuning.search.trials} lists were tried{end}",
         "the list is written; add to the case (the path is relative to the config):",
         f"    compile: {{flags: {{node-precision-info: {name}}}}}",
+        *(["    precision: {beyond_range: float32}  # beside what it says already"] if tuning.beyond_range else []),
         *(["    tolerance: table"] if tuning.by_table else []),
     ]
 
@@ -161,6 +166,7 @@ def _print_json(tuning: Tuning) -> None:
         "nodes": None if tuning.search is None or tuning.search.names is None else list(tuning.search.names),
         "tried": [] if tuning.search is None else list(tuning.search.tried),
         "trials": 0 if tuning.search is None else tuning.search.trials,
+        "beyond_range": tuning.beyond_range,
         "by_table": tuning.by_table,
         "smallest": tuning.search is not None and tuning.search.smallest,
     }

@@ -90,6 +90,10 @@ class Precision(Strict):
     compute: Literal["fp16", "fp32"] = Field("fp16", description="fp16: compiled with -convert-to-fp16")
     weights: Literal["mxfp6"] | None = Field(None, description="mxfp6: compiled with -mxfp6-matmul")
     kv: Literal["mxint8"] | None = Field(None, description="mxint8: keys and values are kept in it")
+    beyond_range: Literal["float32"] | None = Field(
+        None,
+        description="float32: noise is measured with what fp16 cannot hold in float32, as a list of nodes keeps it",
+    )
 
     @property
     def profile(self) -> str:

@@ -41,23 +41,35 @@ class GraphValues:
         folder: an empty directory for changed copies; weights are written there once.
         open_graph: opens such a copy.
         untrusted: whether the file is somebody else's, which is opened in a process of its own.
+        buckets: values of symbols that the shapes of the feeds may not determine, such as ``ctx_len``.
     """
 
-    def __init__(self, path: Path, folder: Path, open_graph: Open, *, untrusted: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        open_graph: Open,
+        *,
+        untrusted: bool = False,
+        buckets: Sequence[Mapping[str, int]] = (),
+    ) -> None:
         model = onnx.load(str(path))
         if model.functions:
             model = inliner.inline_local_functions(model)
         _constants_as_initializers(model.graph)
-        self.weights: dict[str, Array] = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-        }
-        self._folder, self._open, self._untrusted = folder, open_graph, untrusted
+        self._folder, self._open = folder, open_graph
+        self._untrusted, self._buckets = untrusted, tuple(buckets)
         self._numbers = itertools.count()
         self.repairs: dict[str, Array] = {}
         """The right content of initializers that differ; runs with ``repaired`` use it."""
         skeleton = folder / "graph.onnx"
         onnx.save(model, str(skeleton), save_as_external_data=True, location="weights", size_threshold=1024)
+        del model
         self.model = onnx.load(str(skeleton), load_external_data=False)
+        self.weights: dict[str, Array] = {
+            tensor.name: _mapped(tensor, folder) for tensor in self.model.graph.initializer
+        }
+        """Content of the initializers; the large ones stay in their file."""
         self.nodes: list[Any] = list(self.model.graph.node)
         self.producer: Mapping[str, Any] = producers(self.model.graph)
         self.index: Mapping[str, int] = {
@@ -114,20 +126,37 @@ class GraphValues:
             cuts: content of values that become inputs; only dtypes and shapes matter here.
             repaired: with the content of ``repairs`` in place of the initializers of these names.
         """
+        path = self.saved(
+            [onnx.ValueInfoProto(name=name) for name in names], _cut_inputs(cuts or {}), repaired=repaired
+        )
+        artifact = Artifact("onnx", path, str(path), untrusted=self._untrusted, buckets=self._buckets)
+        with self._open(artifact) as session:
+            yield session
+
+    def saved(self, outputs: Sequence[Any], cuts: Sequence[Any] = (), *, repaired: bool = False) -> Path:
+        """Write the graph with some values as further outputs, and others cut; return the path.
+
+        Args:
+            outputs: ValueInfoProto of values; those that are outputs already are left out.
+            cuts: ValueInfoProto of the inputs that stand for cut values, whose names end with `CUT`.
+            repaired: see `opened`.
+        """
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        _cut(model, cuts or {})
-        outputs = {value.name for value in model.graph.output}
-        for name in names:
-            if name not in outputs:
-                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        names = {value.name.removesuffix(CUT) for value in cuts}
+        for node in model.graph.node:
+            for place, name in enumerate(node.input):
+                if name in names:
+                    node.input[place] = name + CUT
+        model.graph.input.extend(cuts)
+        known = {value.name for value in model.graph.output}
+        model.graph.output.extend(value for value in outputs if value.name not in known)
         for tensor in model.graph.initializer if repaired else ():
             if tensor.name in self.repairs:
                 tensor.CopyFrom(numpy_helper.from_array(self.repairs[tensor.name], tensor.name))
         path = self._folder / f"run{next(self._numbers)}.onnx"
         onnx.save(model, str(path))
-        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
-            yield session
+        return path
 
     def operator(self, name: str) -> tuple[str, str]:
         """Return the name and the operator of the node that computes a value."""
@@ -143,19 +172,52 @@ class GraphValues:
             if at is None or at in places:
                 continue
             places.add(at)
-            pending += [source for source in self.nodes[at].input if source and source not in stops]
+            pending += [source for source in reads(self.nodes[at]) if source not in stops]
         return [self.nodes[place] for place in sorted(places)]
 
+    def run_model(self, model: Any, feeds: Tensors, wanted: Sequence[str]) -> dict[str, Array]:
+        """Run another model, such as a part of the graph, with the runtime that the graph is run with.
 
-def _cut(model: Any, cuts: Tensors) -> None:
-    """Let the nodes behind some values read inputs in their place."""
-    for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            if name in cuts:
-                node.input[place] = name + CUT
+        Args:
+            model: ModelProto with its weights inside.
+            feeds: its inputs.
+            wanted: names of its outputs.
+        """
+        path = self._folder / f"run{next(self._numbers)}.onnx"
+        onnx.save(model, str(path))
+        with self._open(Artifact("onnx", path, str(path), untrusted=self._untrusted)) as session:
+            return dict(session.run(feeds, fetch=list(wanted)))
+
+
+def _mapped(tensor: Any, folder: Path) -> Array:
+    """Return the content of an initializer, mapped from the file where it has numpy's own layout."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if not place or dtype.kind not in "fiub" or dtype.itemsize * int(np.prod(tensor.dims)) != int(place["length"]):
+        return numpy_helper.to_array(tensor, str(folder))
+    offset = int(place.get("offset", 0))
+    return np.memmap(folder / place["location"], dtype, "r", offset, shape=tuple(tensor.dims))
+
+
+def reads(node: Any) -> list[str]:
+    """Return the names of the values that a node reads, those inside its branches that come from outside included."""
+    names = [name for name in node.input if name]
+    for entry in node.attribute:
+        for branch in [entry.g] if entry.HasField("g") else []:
+            inner = {value.name for value in (*branch.input, *branch.initializer)}
+            inner |= {name for other in branch.node for name in other.output}
+            within = [name for other in branch.node for name in reads(other)]
+            names += [name for name in (*within, *(value.name for value in branch.output)) if name not in inner]
+    return list(dict.fromkeys(names))
+
+
+def _cut_inputs(cuts: Tensors) -> list[Any]:
+    """Return the inputs that stand for cut values, of the shapes of their content."""
+    infos = []
     for name, array in cuts.items():
         kind = next(key for key, dtype in FLOATS.items() if dtype == array.dtype)
-        model.graph.input.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
+        infos.append(helper.make_tensor_value_info(name + CUT, kind, array.shape))
+    return infos
 
 
 def _constants_as_initializers(graph: Any) -> None:

@@ -80,9 +80,6 @@ def _locate(
     own = [item for item in weights.of(module) if item.initializer is not None] if module else []
     if own:
         return _of_weights(own, weights)
-    value = layers.values[layers.guilty]
-    observed = layers.matches.local[layers.guilty]
-    observed = observed.reshape(value.array.shape) if observed.size == value.array.size else observed
     nodes = graph.block(layers.matches.names[layers.guilty], set(layers.matches.names.values()))
     for name in used_weights(nodes, graph.weights, graph.producer):
         differing = [item for item in weights.findings if item.initializer == name]
@@ -92,6 +89,25 @@ def _locate(
         owner = parameter.rpartition(".")[0] if parameter is not None else module
         if parameter is not None and not is_within(owner, module) and not is_within(module, owner):
             return _of_another(module, owner, graph, weights)
+    return Location(module, computed_finding(original, recorded, layers, compute))
+
+
+def computed_finding(
+    original: OriginalRun, recorded: ReferenceValues, layers: Layers, compute: Compute = "fp32"
+) -> str:
+    """Return what the block of the divergent value computes in place of its module; empty if that is not known.
+
+    Args:
+        original: the run of the original model.
+        recorded: its values.
+        layers: the local errors, one of which is guilty.
+        compute: what the block computes in.
+    """
+    assert layers.guilty is not None
+    module = layers.module or ""
+    value = layers.values[layers.guilty]
+    observed = layers.matches.local[layers.guilty]
+    observed = observed.reshape(value.array.shape) if observed.size == value.array.size else observed
     tokens = original.tokens
 
     def size(expected: Any, actual: Any) -> float:
@@ -112,7 +128,7 @@ def _locate(
         text = text or output_finding(value.array, observed, given, size, tolerance)
     if not text and observed.shape == value.array.shape:
         text = output_finding(value.array, observed, None, size, tolerance)
-    return Location(module, text)
+    return text
 
 
 def _of_weights(own: Sequence[WeightFinding], weights: WeightComparison) -> Location:

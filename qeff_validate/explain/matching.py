@@ -51,6 +51,11 @@ def of_tokens(array: Any, tokens: Array) -> Any:
     return array
 
 
+def sampled(array: Any) -> Any:
+    """Return about `SAMPLED` elements of an array, as a copy; the same places of arrays of one size."""
+    return array.ravel()[:: max(1, array.size // SAMPLED)].copy()
+
+
 @dataclass
 class Matches:
     """Which value of a graph stands for which value of the original model.
@@ -92,6 +97,8 @@ class Matcher:
         self._last: dict[str, Array] = {}
         self._expected = [of_tokens(value.array, tokens) for value in values]
         self._scopes = module_scopes(graph.nodes)
+        self._sampled: Mapping[str, Array] = {}
+        self._samples: dict[str, Array] = {}
 
     def match(self) -> Matches:
         """Return the matches."""
@@ -226,13 +233,15 @@ class Matcher:
         return sizes
 
     def _errors(self, index: int, names: Sequence[str], current: Mapping[str, Array]) -> list[float]:
-        expected = self._expected[index].ravel()
-        step = max(1, expected.size // SAMPLED)
-        sample = expected[::step]
+        if current is not self._sampled:  # a value is sampled once a run
+            self._sampled, self._samples = current, {}
+        sample = sampled(self._expected[index])
         size = float(np.linalg.norm(sample)) or 1.0
         errors = []
         for name in names:
-            actual = of_tokens(current[name], self._tokens).ravel()[::step]
+            actual = self._samples.get(name)
+            if actual is None:
+                actual = self._samples[name] = sampled(of_tokens(current[name], self._tokens))
             difference = sample - actual
             finite = np.isfinite(difference)
             errors.append(float(np.linalg.norm(difference[finite])) / size if finite.mean() > 0.1 else float("inf"))

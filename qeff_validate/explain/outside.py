@@ -27,6 +27,9 @@ HALF_CLOSE = 2e-3
 BESIDE = "rows depend on the rows of their batch"
 """The finding where a file gives the same wrong rows again, but only with all others beside them."""
 
+UNEXPLAINED = "rows differ, first row"
+"""Part of a finding that tells rows, and not what is wrong with them."""
+
 OTHER_ROW = 0.1
 """Part of its own error below which a row's distance to another row counts as that row's."""
 
@@ -51,7 +54,7 @@ def outside_finding(expected: Array, actual: Array, labels: Sequence[str]) -> st
         return BESIDE
     text = difference(expected[wrong], actual[wrong])
     if text.startswith("differs by") or "values differ" in text:
-        return f"{len(wrong)} of {len(expected)} rows differ, first row {wrong[0]} ({labels[wrong[0]]!r})"
+        return f"{len(wrong)} of {len(expected)} {UNEXPLAINED} {wrong[0]} ({labels[wrong[0]]!r})"
     return (
         f"output {text}"
         if len(wrong) == len(expected)

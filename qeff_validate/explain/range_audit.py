@@ -201,7 +201,8 @@ def audit_ranges(pipeline: Any, ort: Runtime) -> RangeAudit:
     case = pipeline.case
     model, inputs = pipeline.model(), pipeline.inputs()
     with temporary_folder() as folder:
-        graph = GraphValues(Path(artifact.path), folder, ort.open, untrusted=artifact.untrusted)
+        buckets = artifact.buckets
+        graph = GraphValues(Path(artifact.path), folder, ort.open, untrusted=artifact.untrusted, buckets=buckets)
         clipped = clip_constants(graph)
         values = list(graph.index)
         with graph.opened(values, repaired=True) as session:

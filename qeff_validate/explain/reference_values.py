@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qeff_validate.models.emulation.ensemble import attention_implementation
 from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
+from qeff_validate.models.emulation.microscaling import CompressedWeights
 from qeff_validate.models.emulation.precision import (
     DEPENDS_ON_WEIGHTS,
     ComputationVariant,
@@ -28,7 +29,7 @@ from qeff_validate.models.emulation.precision import (
 from qeff_validate.models.sources.exportable_experts import exportable_experts
 from qeff_validate.prechecks.weights_in_graph import UNUSED
 from qeff_validate.protocols import OriginalRun
-from qeff_validate.tensors import Tensors
+from qeff_validate.tensors import RETAINED, Tensors
 
 MASK = 1e30
 """Magnitude from which a value is a mask."""
@@ -53,6 +54,11 @@ class ReferenceValue:
     place: Place | None = None
     output: str = ""
 
+    @property
+    def is_state(self) -> bool:
+        """True for keys and values, which a graph retains."""
+        return self.output.endswith(RETAINED)
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceValues:
@@ -71,15 +77,22 @@ def record(original: OriginalRun) -> ReferenceValues:
     """Run the original model in float64, and record its values."""
     root = original.module
     recorder = _Recorder(root)
+    outputs: list[Tensors] = []
+
+    def probe() -> None:
+        outputs.append(original.run())
+
     with (
         torch.no_grad(),
         one_thread_if_small(root),
         attention_implementation(root, "eager"),
-        compute_in_dtype(root, "float64", probe=original.run),
         recorder.hooks(),
+        compute_in_dtype(root, "float64", probe=probe),
     ):
-        outputs = original.run()
-    return ReferenceValues((*recorder.distinct(outputs, original.owners),), recorder.calls)
+        if not outputs:  # a large body has run already, to see whether it can be converted layer by layer
+            recorder.clear()
+            probe()
+    return ReferenceValues((*recorder.distinct(outputs[0], original.owners),), recorder.calls)
 
 
 def local_errors(
@@ -96,18 +109,52 @@ def local_errors(
     Returns:
         For each value the error that is made between the values before it and itself.
     """
+    return _emulated_errors(original, values, compute, size, forced=True)
+
+
+def inherited_errors(
+    original: OriginalRun,
+    values: Sequence[ReferenceValue],
+    compute: Compute,
+    size: Callable[[Any, Any], float],
+    *,
+    compressed: bool = False,
+) -> list[float]:
+    """Run the original model in a precision, and return the error that each value has there, whoever makes it.
+
+    Args:
+        original: the run.
+        values: from `record`.
+        compute: the precision.
+        size: of the error, from the reference and the value.
+        compressed: products read their weights in MXFP6.
+    """
+    return _emulated_errors(original, values, compute, size, forced=False, compressed=compressed)
+
+
+def _emulated_errors(
+    original: OriginalRun,
+    values: Sequence[ReferenceValue],
+    compute: Compute,
+    size: Callable[[Any, Any], float],
+    *,
+    forced: bool,
+    compressed: bool = False,
+) -> list[float]:
     root, errors = original.module, dict[Place, float]()
     by_place = {value.place: value for value in values if value.place is not None}
 
-    def replace(place: Place, tensor: Tensor) -> Tensor:
+    def measure(place: Place, tensor: Tensor) -> Tensor:
         value = by_place.get(place)
         if value is None or value.array.shape != tuple(tensor.shape):
             return tensor
         got = tensor.detach().to(torch.float16 if compute == "fp16" else torch.float32).double().numpy()
         errors[place] = size(value.array, got)
-        forced = torch.from_numpy(value.array).to(tensor.dtype)
-        setattr(forced, DEPENDS_ON_WEIGHTS, True)  # rounded when it is read, as the tensor that it stands for
-        return forced
+        if not forced:
+            return tensor
+        content = torch.from_numpy(value.array).to(tensor.dtype)
+        setattr(content, DEPENDS_ON_WEIGHTS, True)  # rounded when it is read, as the tensor that it stands for
+        return content
 
     variant = ComputationVariant("explanation")
     with ExitStack() as stack:
@@ -115,7 +162,9 @@ def local_errors(
         stack.enter_context(one_thread_if_small(root))
         stack.enter_context(attention_implementation(root, "eager"))
         stack.enter_context(exportable_experts(root))
-        stack.enter_context(replaced(root, replace))
+        stack.enter_context(replaced(root, measure))
+        if compressed:
+            stack.enter_context(CompressedWeights(root))
         stack.enter_context(emulate_precision(root, compute, variant))
         outputs = original.run()
     return [
@@ -141,7 +190,7 @@ class _Recorder:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._seen: dict[tuple[Any, ...], Tensor] = {}
+        self._seen: dict[tuple[Any, ...], Any] = {}
         self._found: list[ReferenceValue] = []
         self.calls: dict[str, tuple[Any, Any]] = {}
 
@@ -149,22 +198,32 @@ class _Recorder:
         """Return the context in which a run is recorded."""
         return replaced(self._root, self._take, self._call)
 
+    def clear(self) -> None:
+        """Forget a run that did not come to its end."""
+        self._seen.clear()
+        self._found.clear()
+        self.calls.clear()
+
     def _call(self, path: str, args: Any, kwargs: Any) -> None:
         self.calls[path] = args, kwargs
 
     def _take(self, place: Place, tensor: Tensor) -> Tensor:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version)
-        if key not in self._seen:
-            self._seen[key] = tensor  # alive, so that no other tensor gets its memory
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        content, known = tensor.detach().double().numpy(), self._seen.get(key)
+        if known is None or not np.array_equal(
+            known, content, equal_nan=True
+        ):  # else another's memory, or changed since
+            self._seen[key] = content.copy()
             path, side, _ = place
             module = path if side == "out" else path.rpartition(".")[0]
-            self._found.append(ReferenceValue(module, tensor.detach().double().numpy().copy(), place))
+            self._found.append(ReferenceValue(module, self._seen[key], place))
         return tensor
 
     def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
         """Yield the first value with each content, and then the outputs of the graph."""
         contents: set[bytes] = set()
-        whole = {owners[name] for name in outputs}
+        # keys and values are a part of what their attention computes
+        whole = {owners[name] for name in outputs if not name.endswith(RETAINED)}
         for value in self._found:
             content = np.ascontiguousarray(value.array).tobytes()
             if content not in contents and _is_comparable(value) and value.module not in whole:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,8 +40,13 @@ def activation(name: Any) -> nn.Module:
     return created
 
 
-def activation_oracle(name: str) -> VectorFunction:
-    """Return an activation as a function in float64; the frequent ones share no formula with torch's."""
+def activation_oracle(name: str, weights: Mapping[str, Floats] = {}) -> VectorFunction:
+    """Return an activation as a function in float64; the frequent ones share no formula with torch's.
+
+    Args:
+        name: path of the class.
+        weights: of the activation itself, by name; a PReLU has some.
+    """
     if name.endswith(".Tanh") or not name.startswith("torch.nn."):
         return lambda values: np.asarray(np.tanh(values))
     if name.endswith(".Identity"):
@@ -52,8 +57,10 @@ def activation_oracle(name: str) -> VectorFunction:
     def function(values: Floats) -> Floats:
         import torch
 
+        module = activation(name).double()
+        module.load_state_dict({key: torch.from_numpy(array) for key, array in weights.items()})
         with torch.inference_mode():
-            result: Floats = activation(name)(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+            result: Floats = module(torch.from_numpy(np.ascontiguousarray(values))).numpy()
         return result
 
     return function

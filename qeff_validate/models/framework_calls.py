@@ -15,6 +15,9 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError, Unavailable, ValidateError, as_missing_package
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names of the cache of a causal LM, among its arguments and outputs."""
+
 OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json or tokenizer_config.json), and code from a model is"
     " never run; load it yourself and give qv.validate the model in memory"
@@ -40,22 +43,31 @@ def without_cache(body: Any) -> Any:
     return body.eval()
 
 
+def with_full_attention(model: Any) -> Any:
+    """Let BigBird attend to all tokens, as it does from its first short text on; other models are left as they are."""
+    for module in list(model.modules()):
+        if getattr(module, "attention_type", None) == "block_sparse" and hasattr(module, "config"):
+            module.set_attention_type("original_full")
+    return model
+
+
 def cache_argument(model: Any) -> str:
     """Return the name of the argument by which a causal LM takes its cache.
 
-    It is ``cache`` from transformers 5.24 on, where ``past_key_values`` is deprecated.
+    It is ``cache`` from transformers 5.24 on, where ``past_key_values`` is deprecated; Mamba has ``cache_params``.
 
     Args:
         model: a transformers model, or a PeftModel around one, whose own ``forward`` passes keywords on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    names = inspect.signature(base.forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), "past_key_values")
 
 
 def returned_cache(outputs: Any) -> Any:
     """Return the cache in the outputs of a causal LM under its newer or older name; None if there is none."""
-    cache = getattr(outputs, "cache", None)
-    return getattr(outputs, "past_key_values", None) if cache is None else cache
+    caches = (getattr(outputs, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in caches if cache is not None), None)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.models.framework_calls import with_full_attention
 from qeff_validate.models.row_options import HeadOptions
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import row_workloads, run_rows
+from qeff_validate.models.sources.encode_settings import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import InMemory, SentenceFolder, Source, resolve
-from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.tokenizers import TokenizePair, join_pairs, tokenize_pairs_with
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, Session, Timed, Workload
@@ -90,8 +91,18 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
     @cached_property
     def encode_settings(self) -> EncodeSettings:
-        """What the files of sentence-transformers say of texts; defaults without them."""
-        return self.source.settings if isinstance(self.source, SentenceFolder) else EncodeSettings()
+        """What the files of sentence-transformers say of texts; defaults without them.
+
+        Raises:
+            ConfigError: texts become messages of a chat.
+        """
+        settings = self.source.settings if isinstance(self.source, SentenceFolder) else EncodeSettings()
+        if settings.chat is not None:
+            raise ConfigError(
+                f"case {self.case.name!r}: the files of {self.case.source} put texts into the tokenizer's chat template"
+                f" (modality_config: message), which the model kind {self.case.model!r} does not support"
+            )
+        return settings
 
     @cached_property
     def prompt(self) -> str:
@@ -240,7 +251,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
     def original(self) -> Any:
         """Load the original model in float32 and eval mode."""
-        return self.source.with_head(self.auto)
+        return with_full_attention(self.source.with_head(self.auto))
 
     def module(self) -> tuple[Any, Tensors]:
         """Load the model and the function behind it; the example shapes differ from every bucket on purpose."""
@@ -303,7 +314,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(model, block=block) for block in blocks}
-        weights = RoundedWeights(precision.compute)
+        weights = RoundedWeights(precision.compute, beyond_range=precision.beyond_range is not None)
         for outputs in run_ensemble(model, precision.compute, run, weights=weights, compressed=compressed):
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in outputs.items()

@@ -23,6 +23,9 @@ def vector_function(layer: Layer) -> VectorFunction:
     """
     if layer.kind == "Normalize":
         return _normalized
+    if layer.kind == "TextProjection":
+        weight = _weights(layer)["linear.weight"]
+        return lambda vectors: np.asarray(vectors @ weight.T)
     return _dense(layer) if layer.kind == "Dense" else _layer_norm(layer)
 
 
@@ -33,7 +36,8 @@ def _normalized(vectors: Floats) -> Floats:
 def _dense(layer: Layer) -> VectorFunction:
     tensors = _weights(layer)
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias", np.float64(0.0))
-    activate = activation_oracle(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")))
+    own = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("activation_function.")}
+    activate = activation_oracle(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")), own)
     residual = bool(layer.config.get("use_residual", False))
 
     def function(vectors: Floats) -> Floats:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of sentence-transformers around the pooling, as torch modules: Dense, LayerNorm, Normalize, layer weights."""
+"""Modules of sentence-transformers around the pooling, as torch modules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.activations import activation
+from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, read_object, tensors, weight_files
 from qeff_validate.models.sources.sentence_directory import Layer
 
 WEIGHTS = "model.safetensors"
+
+TEXT_PROJECTION = "text_projection.weight"
+"""Name of the projection of texts in a CLIP checkpoint."""
 
 
 def normalized(vectors: Tensor) -> Tensor:
@@ -32,14 +37,14 @@ class Dense(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=bias)
-        self.activation = activation
+        self.activation_function = activation  # a PReLU has weights, by this name
         self.use_residual = residual
         if residual and inputs != outputs:
             self.residual = nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return the projected vectors."""
-        projected: Tensor = self.activation(self.linear(vectors))
+        projected: Tensor = self.activation_function(self.linear(vectors))
         if not self.use_residual:
             return projected
         return projected + (self.residual(vectors) if hasattr(self, "residual") else vectors)
@@ -68,12 +73,104 @@ class LayerWeights(nn.Module):
         return mean
 
 
+class Convolutions(nn.Module):
+    """The CNN module: convolutions of odd widths over the tokens of each text, side by side; padding counts as zeros.
+
+    Args:
+        inputs: width of the vectors of tokens.
+        outputs: channels of each convolution.
+        sizes: kernel sizes, odd.
+    """
+
+    reads = ("attention_mask",)
+
+    def __init__(self, inputs: int, outputs: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(inputs, outputs, size, padding=size // 2) for size in sizes)
+
+    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Return ``[batch, seq, outputs · sizes]`` from ``[batch, seq, inputs]``."""
+        channels = torch.where(mask.unsqueeze(-1) > 0, vectors, 0.0).transpose(1, 2)
+        return torch.cat([conv(channels) for conv in self.convs], dim=1).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """The LSTM module: runs over the real tokens of each row, in both directions if asked for, wherever padding stands.
+
+    Args:
+        inputs: width of the vectors of tokens.
+        hidden: width of the state, of each direction.
+        layers: number of layers.
+        bidirectional: a second LSTM reads each row from its last real token on.
+    """
+
+    reads = ("attention_mask",)
+
+    def __init__(self, inputs: int, hidden: int, layers: int, *, bidirectional: bool) -> None:
+        super().__init__()
+        self.encoder = nn.LSTM(inputs, hidden, num_layers=layers, bidirectional=bidirectional, batch_first=True)
+
+    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Return ``[batch, seq, hidden · directions]`` from ``[batch, seq, inputs]``."""
+        places = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0)
+        first = mask.to(torch.int32).argmax(dim=1, keepdim=True)
+        count = mask.sum(dim=1, keepdim=True)
+        last = mask.shape[1] - 1
+        rows = _gathered(vectors, (places + first).clamp(0, last))  # real tokens in front
+        backwards = (count - 1 - places).clamp(0, last)
+        for layer in range(self.encoder.num_layers):
+            states = [self._run(rows, f"l{layer}")]
+            if self.encoder.bidirectional:
+                states.append(_gathered(self._run(_gathered(rows, backwards), f"l{layer}_reverse"), backwards))
+            rows = torch.cat(states, dim=-1)
+        return _gathered(rows, (places - first).clamp(0, last))
+
+    def _run(self, rows: Tensor, name: str) -> Tensor:
+        weights = [getattr(self.encoder, f"{kind}_{name}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        start = rows.new_zeros(1, rows.shape[0], self.encoder.hidden_size)
+        states: Tensor = torch.lstm(rows, (start, start), weights, True, 1, 0.0, False, False, True)[0]
+        return states
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """Return the vectors ``[batch, seq, width]`` at the places ``[batch, seq]``."""
+    return torch.gather(rows, 1, places.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+class WordWeights(nn.Module):
+    """Scales the vector of each token by its word's weight.
+
+    Sums of the weights take the place of numbers of tokens in a mean, so vectors are scaled by the ratio of both.
+
+    Args:
+        weights: of each word of the vocabulary.
+        power: of that ratio: 1 for a mean, 0.5 for a sum over the root of the length, 0 for other poolings.
+    """
+
+    reads = ("attention_mask", "input_ids")
+    table: Tensor
+
+    def __init__(self, weights: Sequence[float], power: float) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.tensor(weights, dtype=torch.float32).unsqueeze(1))
+        self.power = power
+
+    def forward(self, vectors: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+        """Return the scaled vectors ``[batch, seq, width]``."""
+        weights = nn.functional.embedding(ids, self.table).to(vectors.dtype) * mask.unsqueeze(-1)
+        if self.power:
+            count = mask.sum(dim=1).clamp(min=1).to(vectors.dtype)[:, None, None]
+            weights = weights * (count / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)).pow(self.power)
+        return vectors * weights
+
+
 class TokenLayers(nn.Module):
     """A body with modules on its token vectors; it returns ``(hidden_states,)`` and is otherwise like the body.
 
     Args:
-        body: a transformer body.
-        layers: `LayerWeights`, which needs the hidden states of all layers, or modules ``[…, in] → […, out]``.
+        body: a transformer body, or a table of words.
+        layers: `LayerWeights`, which needs the hidden states of all layers, or modules ``[…, in] → […, out]``, which
+            name in ``reads`` the inputs of the body that they take besides.
     """
 
     def __init__(self, body: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -94,7 +191,8 @@ class TokenLayers(nn.Module):
         output = self.body(**inputs, **({"output_hidden_states": True} if every_layer else {}))
         hidden: Tensor = output[0]
         for layer in self.layers:
-            hidden = layer(torch.stack(output.hidden_states) if isinstance(layer, LayerWeights) else hidden)
+            vectors = torch.stack(output.hidden_states) if isinstance(layer, LayerWeights) else hidden
+            hidden = layer(vectors, *(inputs[name] for name in getattr(layer, "reads", ())))
         return (hidden,)
 
 
@@ -120,6 +218,18 @@ def load_layer(layer: Layer) -> nn.Module:
 
 def _create(layer: Layer) -> nn.Module:
     config = layer.config
+    if layer.kind == "CNN":
+        width = config.get("in_embedding_dimension", config.get("in_word_embedding_dimension"))
+        return Convolutions(int(width), int(config.get("out_channels", 256)), config.get("kernel_sizes", (1, 3, 5)))
+    if layer.kind == "LSTM":
+        width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+        hidden, count = int(config["hidden_dim"]), int(config.get("num_layers", 1))
+        return Recurrent(int(width), hidden, count, bidirectional=bool(config.get("bidirectional", True)))
+    if layer.kind == "WordWeights":
+        return WordWeights(word_weights(layer.folder), float(config["power"]))
+    if layer.kind == "TextProjection":
+        outputs, inputs = layer_weights(layer)["linear.weight"].shape
+        return Dense(inputs, outputs, bias=False, activation=nn.Identity(), residual=False)
     if layer.kind == "Normalize":
         return Normalize()
     if layer.kind == "LayerNorm":
@@ -153,6 +263,8 @@ def layer_weights(layer: Layer) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if layer.kind == "TextProjection":
+        return {"linear.weight": stored_tensor(layer.folder, TEXT_PROJECTION)}
     path = layer.folder / WEIGHTS
     if not path.is_file():
         raise ConfigError(
@@ -163,6 +275,34 @@ def layer_weights(layer: Layer) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as exc:
         raise Unavailable(f"{path} is no safetensors file, or it is cut short: {exc}") from exc
+
+
+def word_weights(folder: Path) -> list[float]:
+    """Return the weight of each word of a WordWeights module's vocabulary.
+
+    Raises:
+        ConfigError: the config is broken.
+    """
+    config = read_object(folder / "config.json", most_bytes=MOST_VOCABULARY)
+    vocabulary, weights, unknown = config["vocab"], config["word_weights"], config.get("unknown_word_weight", 1)
+    return [float(weights.get(word, weights.get(word.lower(), unknown))) for word in vocabulary]
+
+
+def stored_tensor(folder: Path, name: str) -> Tensor:
+    """Return a tensor of a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint has no such tensor.
+        Unavailable: its file cannot be read.
+    """
+    from safetensors import safe_open
+
+    stored = tensors(weight_files(folder)).get(name)
+    if stored is None:
+        raise ConfigError(f"the weights in {folder} hold no {name}, which the vectors of texts are projected with")
+    with safe_open(stored.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def token_body(body: nn.Module, layers: Sequence[Layer]) -> nn.Module:

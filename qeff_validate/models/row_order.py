@@ -2,8 +2,8 @@
 """Checks that the original model's result for a row does not depend on the rows before or beside it. Numpy only.
 
 Transformers models with ``rope_type: dynamic`` keep the longest length so far, and use it for later rows; ``longrope``
-switches frequencies for a whole batch if one row is long. Others keep state or draw random numbers. The result of
-such a model is not unique, so it is no reference.
+switches frequencies for a whole batch if one row is long. BigBird attends to all tokens from its first short row on.
+Others keep state or draw random numbers. The result of such a model is not unique, so it is no reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.errors import UnstableReferenceError
-from qeff_validate.models.sources.embedding_tables import ROPE
+from qeff_validate.models.sources.embedding_tables import ROPE, SPARSE
 from qeff_validate.tensors import Array
 
 STABLE = 1e-5
@@ -30,7 +30,7 @@ def switches(tables: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[int]) -> None:
-    """Refuse rows between which a model changes its rotary frequencies.
+    """Refuse rows between which a model changes its rotary frequencies, or its attention.
 
     Args:
         tables: from `embedding_tables.tables`.
@@ -40,6 +40,13 @@ def refuse_frequencies_by_length(tables: Mapping[str, int], lengths: Sequence[in
         UnstableReferenceError: rows of several lengths are beyond the switch, or on both sides of it.
     """
     least, most = min(lengths), max(lengths)
+    sparse = tables.get(SPARSE)
+    if sparse is not None and most > sparse:
+        raise UnstableReferenceError(
+            f"the original model attends to blocks of tokens beyond {sparse} tokens, and to all tokens from the first"
+            f" shorter text on, and here {least} to {most} tokens are read: its answers change with the order of rows,"
+            f" so they are no reference. Keep rows within {sparse} tokens"
+        )
     for kind, switch in switches(tables).items():
         if most > switch and (least <= switch if kind == "longrope" else least < most):
             raise UnstableReferenceError(
@@ -65,6 +72,8 @@ def probes(lengths: Sequence[int]) -> list[int]:
 def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Array], labels: Sequence[str]) -> None:
     """Run rows again, and refuse a model whose results have changed.
 
+    A change is measured in terms of the greatest of the rows, because a single score may happen to lie near 0.
+
     Args:
         first: earlier result of each row to run again.
         again: runs a row.
@@ -73,10 +82,13 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
     Raises:
         UnstableReferenceError: a row differs by more than `STABLE`.
     """
+    with np.errstate(all="ignore"):
+        sizes = np.array([_rms(values) for values in first.values()])
+        greatest = np.max(sizes, where=np.isfinite(sizes), initial=0.0)
     for row, before in first.items():
         wide, after = before.astype(np.float64), again(row).astype(np.float64)
         with np.errstate(all="ignore"):
-            change = np.linalg.norm(after - wide) / np.linalg.norm(wide)
+            change = np.float64(_rms(after - wide)) / greatest
         if np.array_equal(after, wide, equal_nan=True) or change <= STABLE:
             continue
         raise UnstableReferenceError(
@@ -84,3 +96,7 @@ def refuse_change(first: Mapping[int, Array], again: Callable[[int], Floats | Ar
             f" rows (relative L2 {change:.1e}): it keeps state from row to row or draws random numbers, so its answers"
             " change with the order of rows and are no reference"
         )
+
+
+def _rms(values: Floats | Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values.astype(np.float64)))))

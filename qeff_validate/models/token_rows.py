@@ -228,13 +228,13 @@ def cut(output: Array, rows: Sequence[Array], *, side: str, per_token: bool) -> 
     return np.concatenate([output[at, place] for at, place in enumerate(places)])
 
 
-def boundary_text(tokenize: Callable[[str], list[int]], prompt: str, length: int) -> str | None:
-    """Return a text of exactly ``length`` tokens including the prompt, or None if no filler words give one."""
+def boundary_text(tokenize: Callable[[str], list[int]], length: int) -> str | None:
+    """Return a text of exactly ``length`` tokens, or None if no filler words give one."""
     for filler in FILLERS:
         words = 1
         for _ in range(8):  # each step corrects the number of words; with one token per word one step is enough
             text = " ".join(itertools.islice(itertools.cycle(filler.split()), words))
-            missing = length - len(tokenize(prompt + text))
+            missing = length - len(tokenize(text))
             if missing == 0:
                 return text
             words = max(1, words + missing)

@@ -37,7 +37,7 @@ class Location:
 
 def location_of(name: str) -> Location:
     """Read the layer and the target module from PEFT's saved name of a tensor."""
-    *path, module, _ = name.removesuffix(".weight").split(".")
+    *path, module = name.removesuffix(".weight").split(".")[:-1] or [name]  # virtual tokens belong to no module
     layer = next((int(step) for step in path if step.isdigit()), None)
     return Location(layer, module)
 

@@ -91,7 +91,17 @@ def is_norm(path: str, module: Any) -> bool:  # noqa: ARG001
 def is_activation(path: str, module: Any) -> bool:
     """Return True for an activation function."""
     without_weights = next(module.children(), None) is None and next(module.parameters(), None) is None
-    return without_weights and "act" in path.rpartition(".")[2] and not isinstance(module, nn.Dropout | nn.Identity)
+    named = "act" in path.rpartition(".")[2] and not isinstance(module, nn.Dropout | nn.Identity)
+    return without_weights and named and _maps_tensors(module)
+
+
+def _maps_tensors(module: Any) -> bool:
+    """Return True if a module takes one tensor and returns one; those of I-BERT return scales besides."""
+    try:
+        with torch.no_grad():
+            return isinstance(module(torch.zeros(3)), torch.Tensor)
+    except Exception:  # of somebody else's code
+        return False
 
 
 def epsilon_of(norm: Any) -> str | None:

@@ -13,7 +13,7 @@ from qeff_validate.mutation.mutant import FaultySession, Inapplicable
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import RETAINED, Tensors
 
-TOKENS = ("input_ids", "position_ids", "adapter_ids")
+TOKENS = ("input_ids", "position_ids", "adapter_ids", "adapter_start")
 
 Numbers = NDArray[Any]
 Feeds = dict[str, Numbers]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from qeff_validate.pipeline.user_artifacts import user_artifact
 from qeff_validate.prechecks.graph_precision import GraphPrecision, graph_precision
 from qeff_validate.protocols import (
     FaultTested,
+    FileAdapted,
     Graph,
     Measured,
     Model,
@@ -70,6 +71,8 @@ class CaseArtifacts:
         self._in_memory, self._tokenizer, self._wrapper = model, tokenizer, wrapper
         self.stages = Stages(case.name, progress)
         self.seconds: dict[str, float] = {}
+        self.adaptations: Sequence[str] = ()
+        """What was done on the host so that the user's file that was opened last fits the interface."""
 
     @property
     def in_memory(self) -> bool:
@@ -257,12 +260,14 @@ class CaseArtifacts:
     def opened(self, runtime: Runtime, artifact: Artifact) -> Iterator[Session]:
         """Open an artifact; a user's own stands behind our names."""
         with runtime.open(artifact) as session:
-            user_artifacts = self.case.artifacts
-            yield (
-                RenamedSession(session, self.graph(), user_artifacts)
-                if user_artifacts.onnx or user_artifacts.qpc
-                else session
-            )
+            user_artifacts, model = self.case.artifacts, self.model()
+            if not (user_artifacts.onnx or user_artifacts.qpc):
+                yield session
+                return
+            completed = session
+            if isinstance(model, FileAdapted):
+                completed, self.adaptations = model.adapt(session, user_artifacts)
+            yield RenamedSession(completed, self.graph(), user_artifacts)
 
     def file_precision(self, kind: Kind) -> GraphPrecision:
         """Return what the user's ONNX file computes in; float32 where there is none."""
@@ -352,6 +357,7 @@ class CaseArtifacts:
                 options=case.compile,
                 precision=case.precision,
                 buckets=buckets,
+                inputs=self._file_inputs(),
                 on_line=self.progress.line,
             )
 
@@ -369,6 +375,13 @@ class CaseArtifacts:
         )
         self.seconds["compile"] = entry.seconds
         return Artifact("qpc", entry.path / "qpc", entry.digest, entry.provenance)
+
+    def _file_inputs(self) -> Mapping[str, Sequence[int | str]]:
+        """Return the interface's dims of each input by its name in the user's ONNX file; empty without a file."""
+        artifacts = self.case.artifacts
+        if artifacts.onnx is None:
+            return {}
+        return {artifacts.inputs.get(spec.name, spec.name): spec.shape for spec in self.graph().inputs}
 
     def _tell(self, label: str, entry: Entry) -> Entry:
         """Say that an entry of the store is used again."""

@@ -83,7 +83,9 @@ class Pipeline(CaseArtifacts):
         return bool(file.weights) or (bool(file.where) and self.precision(runtime).compute == "fp32")
 
     def _file_findings(self, runtime: Runtime) -> Iterator[str]:
-        """Say in what precision a user's file computes, if it is not float32."""
+        """Say in what precision a user's file computes, if it is not float32, and what completes it on the host."""
+        if runtime.kind != "module":
+            yield from self.adaptations
         file = self.file_precision(runtime.kind)
         if file != GraphPrecision():
             precision = self.precision(runtime)
@@ -174,6 +176,10 @@ class Pipeline(CaseArtifacts):
         foreign_fillers = self.is_foreign(runtime.kind) and self.inputs().tokenless
         if not foreign_fillers or not isinstance(model, FillerChecked):
             return (), ()
+        if "DynamicQuantizeLinear" in self.file_precision(runtime.kind).where:
+            return (), (
+                "activations are quantized with one scale for a whole batch: each row depends on its neighbours",
+            )
         return model.reached(session, self.inputs(), actual)
 
     def relation(self, runtime: Runtime, name: str, *, settings: Settings | None = None) -> Result:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.errors import ValidateError
@@ -35,13 +36,29 @@ def with_explanation(pipeline: Pipeline, runtime: Runtime, result: Result, setti
     return explained(pipeline, runtime, result, settings, LIMITS_S[mode])
 
 
-def explained(pipeline: Pipeline, runtime: Runtime, result: Result, settings: Settings, limit_s: float) -> Result:
-    """Return a result, whatever its status, with an explanation, or with a finding that says why there is none."""
+def explained(
+    pipeline: Pipeline,
+    runtime: Runtime,
+    result: Result,
+    settings: Settings,
+    limit_s: float,
+    repro: Path | None = None,
+) -> Result:
+    """Return a result, whatever its status, with an explanation, or with a finding that says why there is none.
+
+    Args:
+        pipeline: just after it made the result.
+        runtime: of the result.
+        result: without an explanation.
+        settings: of the runtimes that are opened beside it.
+        limit_s: time limit in seconds.
+        repro: folder for a bundle that shows the error by itself.
+    """
     from qeff_validate.explain.explain import explain
 
     try:
         with pipeline.stages.step("explain", runtime.name):
-            explanation = explain(pipeline, runtime, result, settings, limit_s=limit_s)
+            explanation = explain(pipeline, runtime, result, settings, limit_s=limit_s, repro=repro)
     except Exception as exc:  # no explanation is worth a verdict
         kind = "" if isinstance(exc, ValidateError) else f"unexpected {type(exc).__name__}: "
         return replace(

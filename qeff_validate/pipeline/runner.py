@@ -59,11 +59,17 @@ class Runner:
         pipeline, on = self.pipeline(case), self.runtime(name)
         return with_explanation(pipeline, on, pipeline.result(on), self.settings, explain)
 
-    def explained(self, case: Case, name: str) -> Result:
-        """Run and judge a case on a runtime, and explain the result, even if it passes."""
+    def explained(self, case: Case, name: str, *, repro: Path | None = None) -> Result:
+        """Run and judge a case on a runtime, and explain the result, even if it passes.
+
+        Args:
+            case: the case.
+            name: of the runtime.
+            repro: folder for a bundle that shows the error by itself.
+        """
         pipeline, on = self.pipeline(case), self.runtime(name)
         result = pipeline.result(on)
-        return explained(pipeline, on, result, self.settings, LIMITS_S["full"]) if result.metrics else result
+        return explained(pipeline, on, result, self.settings, LIMITS_S["full"], repro) if result.metrics else result
 
     def audited(self, case: Case) -> RangeAudit:
         """Return what fp16 does to the values of each node of a case's graph; errors are those of `tuning.audit`."""

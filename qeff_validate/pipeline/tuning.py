@@ -35,14 +35,17 @@ class Tuning:
         search: the search; None if the case passes as it is.
         names: first outputs of all nodes of the file: those found, and those that the compiler gets without a case's
             own list, which a list replaces.
-        by_table: the results with lists are judged by the fixed bounds (``tolerance: table``), because the original
-            model itself overflows in fp16, so that its noise is no bound.
+        beyond_range: the noise behind the bounds is measured with the values that fp16 cannot hold in float32
+            (``precision: {beyond_range: float32}``), because the original model itself overflows.
+        by_table: the results with lists are judged by the fixed bounds (``tolerance: table``), because that noise is no
+            number either.
     """
 
     before: Result
     after: Result | None = None
     search: Search | None = None
     names: tuple[str, ...] = ()
+    beyond_range: bool = False
     by_table: bool = False
 
     @property
@@ -114,9 +117,13 @@ def tune(case: Case, on: Runtime, settings: Settings, pipeline_of: Callable[[Cas
     path = pipeline.onnx().path
     assert path is not None
     given = list(read_graph(path).float32_nodes)
-    by_table = case.tolerance == "auto" and _overflows(pipeline)
-    if by_table:
-        case = case.model_copy(update={"tolerance": "table"})
+    beyond_range = by_table = False
+    if case.tolerance == "auto" and _overflows(pipeline):
+        precision = case.precision.model_copy(update={"beyond_range": "float32"})
+        wide = case.model_copy(update={"precision": precision})
+        by_table = _overflows(pipeline_of(wide))
+        beyond_range = not by_table
+        case = case.model_copy(update={"tolerance": "table"}) if by_table else wide
     results: dict[tuple[str, ...], Result] = {}
     with temporary_folder() as folder:
 
@@ -130,9 +137,9 @@ def tune(case: Case, on: Runtime, settings: Settings, pipeline_of: Callable[[Cas
 
         found = search(starts, passes, MOST_TRIALS - 1)
     if found.names is None:
-        return Tuning(before, search=found, by_table=by_table)
+        return Tuning(before, search=found, beyond_range=beyond_range, by_table=by_table)
     names = (*given, *(name for name in found.names if name not in given))
-    return Tuning(before, results[found.names], found, names, by_table)
+    return Tuning(before, results[found.names], found, names, beyond_range, by_table)
 
 
 def _overflows(pipeline: Pipeline) -> bool:

@@ -75,7 +75,7 @@ def combined(asked: Precision, file: GraphPrecision) -> Precision:
     weights = "+".join(filter(None, (asked.weights, file.weights))) or None
     if (compute, weights) == (asked.compute, asked.weights):
         return asked
-    return FilePrecision(compute=compute, weights=weights, kv=asked.kv)
+    return FilePrecision(compute=compute, weights=weights, kv=asked.kv, beyond_range=asked.beyond_range)
 
 
 def measurable(precision: Precision) -> bool:

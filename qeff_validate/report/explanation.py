@@ -47,6 +47,36 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundaryError:
+    """The error of a value of a compiled program, in relative L2.
+
+    Attributes:
+        module: path in the original model, or the name of keys or values.
+        error: against the original model.
+        expected: what the original model itself has there in the precision.
+    """
+
+    module: str
+    error: float
+    expected: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSearch:
+    """The search inside a compiled program.
+
+    Attributes:
+        compilations: of the graph with inner values as outputs or inputs.
+        observer: relative L2 between the program's outputs with inner values as outputs and without.
+        boundaries: in the order in which they were looked at.
+    """
+
+    compilations: int
+    observer: float
+    boundaries: tuple[BoundaryError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Where a failing result goes wrong, and what differs there.
 
@@ -58,7 +88,11 @@ class Explanation:
         module: path of the first module that diverges; None: none does.
         finding: what differs there; empty: not known.
         rows: indices of the rows that were looked at.
+        row: the one whose values were compared layer by layer, with its text and step; empty: none was.
         seconds: duration.
+        program: the search inside the compiled program; None: there was none.
+        repro: folder of a bundle that shows the error by itself; None: none was asked for, or none was written.
+        repro_note: its size and error, or why none was written; empty: none was asked for.
     """
 
     summary: str
@@ -69,10 +103,16 @@ class Explanation:
     finding: str = ""
     rows: tuple[int, ...] = ()
     seconds: float = 0.0
+    row: str = ""
+    program: ProgramSearch | None = None
+    repro: str | None = None
+    repro_note: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """Return the explanation as report.json holds it, but for numbers that are not finite."""
         plain = asdict(self)
+        if self.program is not None:
+            plain["program"]["boundaries"] = list(plain["program"]["boundaries"])
         return {**plain, **{name: list(plain[name]) for name in ("stages", "layers", "rows")}}
 
     @classmethod
@@ -82,11 +122,12 @@ class Explanation:
         Raises:
             KeyError, TypeError, ValueError: a value is missing or of another type.
         """
-        numbers = ("share", "error", "inherited", "local", "floor")
+        numbers = ("share", "error", "inherited", "local", "floor", "expected")
 
         def read(item: Mapping[str, Any]) -> dict[str, Any]:
             return {name: float(value) if name in numbers else value for name, value in item.items()}
 
+        program = plain.get("program")
         return cls(
             summary=plain["summary"],
             stages=tuple(StageShare(**read(item)) for item in plain["stages"]),
@@ -96,4 +137,14 @@ class Explanation:
             finding=plain["finding"],
             rows=tuple(plain["rows"]),
             seconds=float(plain["seconds"]),
+            row=plain.get("row", ""),
+            program=None
+            if program is None
+            else ProgramSearch(
+                program["compilations"],
+                float(program["observer"]),
+                tuple(BoundaryError(**read(item)) for item in program["boundaries"]),
+            ),
+            repro=plain.get("repro"),
+            repro_note=plain.get("repro_note", ""),
         )

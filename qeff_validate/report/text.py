@@ -43,7 +43,7 @@ def _number(value: float) -> str:
     """Return a count as a whole number, another value with three digits and an exponent."""
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.2e}"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.2e}"
 
 
 def row_cells(result: Result) -> tuple[str, ...]:

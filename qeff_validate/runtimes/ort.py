@@ -56,14 +56,23 @@ def session_options(settings: Settings | None = None) -> Any:
     options.log_severity_level = 3  # errors only: its warnings are about optimizations that it skipped
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization_level(settings)])
+    return options
+
+
+def optimization_level(settings: Settings) -> str:
+    """Return the optimization level of settings: a key of `LEVELS`.
+
+    Raises:
+        ConfigError: the optimization level is unknown.
+    """
     level = settings.ort_optimization or os.environ.get(OPTIMIZATION) or "all"
     if level not in LEVELS:
         raise ConfigError(
             f"no optimization level of ONNX Runtime is called {level!r} (Settings.ort_optimization or {OPTIMIZATION}):"
             f" use one of {', '.join(LEVELS)}.{suggest(level, LEVELS)}"
         )
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
-    return options
+    return level
 
 
 class OrtRuntime:

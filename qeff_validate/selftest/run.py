@@ -232,8 +232,11 @@ class CaseUnderTest:
             if isinstance(mutant, PoolingMutant):
                 if module.pooling == "none":
                     raise Inapplicable("there is no pooling")
-                patch = stack.enter_context(Patch())
-                patch.attribute(module, "pool", mutant.change)
+                patch, change = stack.enter_context(Patch()), mutant.change
+                if isinstance(module.pooling, tuple):  # the vectors of several poolings are concatenated
+                    patch.attribute(module, "pool", lambda *inputs: change(*inputs).repeat(1, len(module.pooling)))
+                else:
+                    patch.attribute(module, "pool", change)
             else:
                 stack.enter_context(mutant.applied_to(getattr(module, "base_model", None) or module.model))
             yield module

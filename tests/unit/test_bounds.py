@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import re
@@ -72,16 +73,33 @@ def test_arrays_are_compared_by_these_bounds_alone() -> None:
                 if isinstance(node, ast.Attribute) and node.attr in others]  # fmt: skip
 
 
+@functools.cache
+def helpers(module: str) -> frozenset[str]:
+    """Functions of a helper module of the tests that compare by these bounds, `bounds` itself included."""
+    path = TESTS / f"{module}.py"
+    if not path.is_file():
+        return frozenset()
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    found = frozenset(node.name for node in body if isinstance(node, ast.FunctionDef))
+    return found if module == "bounds" else found & comparing(body)
+
+
+def comparing(body: list[ast.stmt]) -> set[str]:
+    """Names in a module that compare by these bounds: what it imports, and its functions that use that."""
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    imports = [node for node in body if isinstance(node, ast.ImportFrom)]
+    numeric = {name.name for node in imports for name in node.names if name.name in helpers(node.module or "")}
+    while more := {f.name for f in functions if uses(f) & numeric} - numeric:
+        numeric |= more
+    return numeric
+
+
 def test_what_uses_them_is_marked_numeric() -> None:
     marked = 0
     for path in FILES:
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        functions = [node for node in body if isinstance(node, ast.FunctionDef)]
-        imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "bounds"]
-        numeric = {name.name for node in imports for name in node.names}
-        while more := {f.name for f in functions if uses(f) & numeric} - numeric:
-            numeric |= more
-        for function in functions:
+        numeric = comparing(body)
+        for function in [node for node in body if isinstance(node, ast.FunctionDef)]:
             marks = {ast.unparse(decorator) for decorator in function.decorator_list}
             if function.name.startswith("test_"):
                 assert ("pytest.mark.numeric" in marks) == (function.name in numeric), f"{path.name}: {function.name}"

@@ -111,7 +111,7 @@ def test_the_nearest_bound_of_a_survivor_is_the_one_that_is_nan(order: tuple[flo
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: int) -> None:
     torch = pytest.importorskip("torch")
-    from qeff_validate.models.embedding.reference import left_padding_shift
+    from qeff_validate.models.embedding.reference import padding_shift
 
     class Body(torch.nn.Module):
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
@@ -119,7 +119,7 @@ def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: in
             lengths = attention_mask.sum(1)
             return (states * (math.nan if lengths[0] == (2, 5)[bad] and len(states[0]) > 5 else 1),)
 
-    assert math.isnan(left_padding_shift(Body(), [np.arange(1, 3), np.arange(1, 6)], 0))
+    assert math.isnan(padding_shift(Body(), [np.arange(1, 3), np.arange(1, 6)], 0, "left"))
 
 
 # --- the rule ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ adapted = apply_peft(model, {"peft_method": "lora", "r": 4, "init": "random"})
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
@@ -17,7 +16,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,6 +25,7 @@ from torch import nn
 from qeff_validate.config.case import Case
 from qeff_validate.config.explain import explain
 from qeff_validate.errors import ConfigError, ValidateError, suggest
+from qeff_validate.models.adapters.base_state import BaseState, base_parameters, is_base_weight
 from qeff_validate.models.adapters.config import (
     APPLY_KEYS,
     MODEL_KEYS,
@@ -51,6 +50,9 @@ __all__ = [
 ]
 
 LOG = logging.getLogger(__name__)
+
+PROMPT = "prompt_embeddings"
+"""Name of the learnt tokens in files of PEFT."""
 
 NOISE = 0.05
 """Standard deviation of the noise that ``init: random`` adds to the weights of a new adapter."""
@@ -145,7 +147,7 @@ def apply_peft(model: Any, config: Any, *, seed: int | None = None, init: str | 
         torch.manual_seed(seed)
         peft_model: Any = get_peft_model(model, wanted)
         _check_layers(peft_model, wanted)
-        _only_adapter_trains(peft_model, base)
+        _only_adapter_trains(peft_model, base, wanted)
         if tensors is not None:
             _load(peft_model, tensors, folder)
         if noise:
@@ -170,35 +172,6 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, Array]:
         # "auto" would look up embeddings on the hub
         saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: tensor.detach().cpu().numpy().copy() for key, tensor in saved.items()}
-
-
-def without_base_layers(tensors: Mapping[str, Array], model: Any, name: str) -> dict[str, Array]:
-    """Return an adapter's tensors without the base's weights, which PEFT saves beside adapters of embeddings and heads.
-
-    Args:
-        tensors: by saved name.
-        model: the base, without an adapter.
-        name: of the adapter, for messages.
-
-    Raises:
-        ConfigError: such a weight is not the base's: the adapter was trained on another one.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    own = {}
-    for key, array in tensors.items():
-        if ".base_layer." not in key:
-            own[key] = array
-            continue
-        weight = parameters.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if weight is None or weight.shape != array.shape:
-            ours = "none" if weight is None else list(weight.shape)
-            raise ConfigError(
-                f"adapter {name!r}: {key} has the shape {list(array.shape)}, the layer of this base {ours}: it was"
-                " trained on another base, or one with another vocabulary"
-            )
-        if not np.array_equal(weight.detach().float().numpy(), array):
-            raise ConfigError(f"adapter {name!r}: {key} is not the weight of this base: it was trained on another one")
-    return own
 
 
 def _boolean(options: Mapping[str, Any], key: str) -> bool:
@@ -252,6 +225,8 @@ def _check_names(model: Any, config: Any) -> None:
 
 def _check_layers(peft_model: Any, config: Any) -> None:
     """Refuse layer indices without a target module."""
+    if config.is_prompt_learning:
+        return
     wanted = getattr(config, "layers_to_transform", None)
     layers = {int(part) for name in peft_model.base_model.targeted_module_names for part in name.split(".")
               if part.isdigit()}  # fmt: skip
@@ -262,21 +237,14 @@ def _check_layers(peft_model: Any, config: Any) -> None:
 
 @contextmanager
 def _restored_on_error(model: nn.Module, action: str) -> Iterator[None]:
-    """Translate exceptions of PEFT and restore the model's modules on an error; warnings of PEFT are logged."""
-    modules = list(model.modules())
-    states = [(module, type(module), _shallow(vars(module))) for module in modules]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Translate exceptions of PEFT and restore the model on an error; warnings of PEFT are logged."""
+    before = BaseState(model)
     try:
         with warnings.catch_warnings(record=True) as caught, redirect_stderr(StringIO()):
             warnings.simplefilter("always")
             yield
     except Exception as exc:
-        for module, kind, state in states:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(state)
-        for parameter, required in requires_grad:
-            parameter.requires_grad_(required)
+        before.restore()
         if isinstance(exc, ValidateError):
             raise
         raise ConfigError(f"cannot {action}: {first_line(exc)}") from exc
@@ -284,14 +252,12 @@ def _restored_on_error(model: nn.Module, action: str) -> Iterator[None]:
         LOG.info("%s: %s", action, text)
 
 
-def _shallow(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a module's attributes and its dicts of children, parameters and hooks, but no tensor."""
-    return {key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in state.items()}
-
-
-def _only_adapter_trains(peft_model: Any, base: set[int]) -> None:
+def _only_adapter_trains(peft_model: Any, base: set[int], config: PeftConfig) -> None:
     trained = [(name, parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
-    base_parameters = [name for name, parameter in trained if id(parameter) in base]
+    biases = getattr(config, "bias", "none") != "none"  # they are saved with the adapter
+    base_parameters = [
+        name for name, parameter in trained if id(parameter) in base and not (biases and name.endswith(".bias"))
+    ]
     if base_parameters:
         raise ConfigError(
             f"the adapter would train {len(base_parameters)} weights of the base, first {base_parameters[0]!r}"
@@ -303,15 +269,21 @@ def _only_adapter_trains(peft_model: Any, base: set[int]) -> None:
 def _load(peft_model: Any, tensors: Mapping[str, Array], folder: Any) -> None:
     """Set the weights of an adapter; names and shapes must be those of its config on this base."""
     expected = {name: array.shape for name, array in adapter_tensors(peft_model).items()}
-    shapes = {name: array.shape for name, array in tensors.items()}
+    base = base_parameters(peft_model.get_base_model())
+    held = {name for name in tensors if name in expected or not is_base_weight(name, base, tensors[name].shape)}
+    shapes = {name: tensors[name].shape for name in held}
     reason = key_differences(shapes, expected)
     if reason:
         raise ConfigError(f"adapter {folder}: {reason}")
     result: Any = set_peft_model_state_dict(
         peft_model, {name: torch.from_numpy(array) for name, array in tensors.items()}
     )
-    if result.unexpected_keys:
-        raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(result.unexpected_keys)[0]!r}")
+    config = peft_model.active_peft_config
+    if config.is_prompt_learning:  # the file holds what a reparametrizing network gave, not its weights
+        config.inference_mode = True
+    unexpected = set(result.unexpected_keys) - {PROMPT}  # PEFT has set it apart
+    if unexpected:
+        raise ConfigError(f"adapter {folder}: PEFT has no place for {sorted(unexpected)[0]!r}")
 
 
 def _add_noise(peft_model: Any, size: float) -> None:

@@ -12,9 +12,10 @@ import re
 import typing
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from qeff_validate.errors import ConfigError, suggest
@@ -34,15 +35,20 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Names of variants: the method, and the options that they set."""
 
-PROMPTS = "it learns a prompt or a prefix of keys and values, not weights of layers, which are what becomes inputs here"
 REFUSED: Mapping[str, str] = {
-    "adaption_prompt": PROMPTS,
+    "adaption_prompt": "it lets each layer attend to learned tokens of its own beside the text, with a gate, which is"
+    " neither a change of weights nor a token of the cache",
+    "cartridge": "its keys and values come from another text's cache; prefix_tuning's are served",
+    "cpt": "it trains on examples in the prompt, whose types each run needs beside the tokens",
+    "multitask_prompt_tuning": "each run needs task_ids beside the tokens; prompt_tuning is served",
+    "lily": "its router averages over all tokens of a run, so a text's answer depends on padding, on its neighbours in"
+    " the batch and on tokens that follow",
+    "frod": "its rotations are sparse tensors, for which ONNX has no operators",
     "poly": "each run needs task_ids beside the tokens",
+    "shira": "its weights are sparse tensors, for which ONNX has no operators",
     "shadow": "it runs a second model beside the base",
     "xlora": "it mixes other adapters by a run of its own, and needs the cache off",
-    **{kind.value.lower(): PROMPTS for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-       if issubclass(cls, PromptLearningConfig)},
-}  # fmt: skip
+}
 """PEFT methods that are not supported here, and why."""
 
 METHODS: Mapping[str, type[PeftConfig]] = {
@@ -52,6 +58,9 @@ METHODS: Mapping[str, type[PeftConfig]] = {
 
 ZERO_IS_OFF = frozenset({"boft_block_num", "boft_block_size", "oft_block_size", "r"})
 """Options of which BOFT and OFT need one of a pair, and 0 for the other."""
+
+INITS_OF_A = ("eva",)
+"""Initializations from data that leave the base unchanged; a file holds their result."""
 
 INITS = (True, False, None, "gaussian", "orthogonal")
 """Initializations of LoRA that leave the base unchanged and need no data."""
@@ -103,7 +112,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
         where: name of the config in error messages.
 
     Raises:
-        ConfigError: as `generate_peft_config`; also a key that this PEFT lacks, unless its value is false.
+        ConfigError: as `generate_peft_config`; also a key that this PEFT lacks, unless its value is false or empty.
     """
     task, name = data.get("task_type"), str(data.get("peft_type")).rpartition(".")[2].lower()
     if task is not None and task != TaskType.CAUSAL_LM:
@@ -112,7 +121,24 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
         raise ConfigError(f"{where}: peft_type {data.get('peft_type')!r} is no method of this PEFT.")
     method, _ = _method(name)
     known = _fields(method)
-    method_options = {key: value for key, value in data.items() if key not in NOT_OPTIONS and (key in known or value)}
+    method_options = {key: value for key, value in data.items() if key in known and key not in NOT_OPTIONS}
+    unknown = [key for key, value in data.items() if key not in known and key not in NOT_OPTIONS and not _is_off(value)]
+    if unknown:
+        raise ConfigError(
+            f"{where}: {unknown[0]}: {data[unknown[0]]!r}: PEFT {version('peft')} has no such option (the file was"
+            f" written by {data.get('peft_version') or 'an old one'}), so the adapter may compute something else here"
+            " than where it was trained. Install the PEFT that wrote it, or take the option out of the file if you know"
+            " that it changes nothing"
+        )
+    initialization = data.get("init_lora_weights")
+    if method == "lora" and initialization not in (*INITS, *INITS_OF_A):
+        raise ConfigError(
+            f"{where}: init_lora_weights: {initialization!r}: PEFT changes weights of the base when it loads such an"
+            " adapter, so no other can share that base. Convert it to plain LoRA on the original base:"
+            " save_pretrained(DIR, path_initial_model_for_weight_conversion=DIR_OF_THE_INITIAL_ADAPTER)"
+        )
+    if initialization in INITS_OF_A:
+        method_options["init_lora_weights"] = True  # of A alone, which the file holds: PEFT loads the same
     check_options(method, method_options, where)
     return _create_config(method, method_options, where, base=data.get("base_model_name_or_path"), file=True)
 
@@ -182,6 +208,10 @@ def check_options(method: str, method_options: Mapping[str, Any], where: str) ->
         reason = _unsupported(name, value)
         if reason:
             raise ConfigError(f"{where}: {name}: {reason}, got {value!r}")
+        if name == "target_modules" and value in ([], set()) and method_options.get("target_parameters"):
+            continue  # PEFT's own choice of modules would be added to None
+        if value is None and defaults[name] is None:
+            continue  # PEFT fills it from the base, whatever type it declares
         wanted = _wanted_instead(name, value, known[name], defaults[name])
         if wanted:
             quoted = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip())
@@ -199,7 +229,8 @@ def _wanted_instead(name: str, value: Any, hint: Any, default: Any) -> str | Non
         return "a finite number"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _out_of_range(name, value, default)
-    if isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not value:
+    empty = isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not value
+    if empty and name != "feedforward_modules":  # IA3 may scale outputs alone
         return "at least one entry, or leave it out"
     patterns = value.values() if isinstance(value, Mapping) and name in {"rank_pattern", "alpha_pattern"} else ()
     return None if all(_positive(item, name) for item in patterns) else "positive numbers"
@@ -223,13 +254,18 @@ def _out_of_range(name: str, value: float, default: Any) -> str | None:
 
 def _unsupported(name: str, value: Any) -> str | None:
     """Return why an option of PEFT is not supported: the base would not stay unchanged."""
-    if name == "bias" and value != "none":
-        return "wanted 'none': others train the base's own biases, and such adapters cannot be swapped"
+    if name == "save_only_topk_weights" and value:
+        return "its file holds indices and the greatest weights, which do not become inputs: save it without"
     if name == "layer_replication" and value:
         return "this gives the base other layers: build such a base first"
     if name == "init_lora_weights" and value not in INITS:
         return "wanted true, false, 'gaussian' or 'orthogonal': others change weights of the base or need data"
     return None
+
+
+def _is_off(value: Any) -> bool:
+    """Return True for values with which an option has no effect: false, empty, or a mapping of such values."""
+    return not value or (isinstance(value, Mapping) and all(map(_is_off, value.values())))
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from safetensors import SafetensorError, deserialize
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
 from qeff_validate.files import MOST_CONFIG, expand_user, read_json, regular_file
-from qeff_validate.models.sources.embedding_tables import stated_size
+from qeff_validate.models.sources.embedding_tables import header, stated_size
 from qeff_validate.tensors import Array
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+INDEX = "adapter_model.safetensors.index.json"
+
+EMBEDDING = re.compile(
+    r"(^|\.)(embed\w*|wte|lm_head|word_embeddings)\.((modules_to_save|original_module|token_adapter|base_layer)\.)*weight$"
+)
+"""Names of weights with a row for each token."""
 
 DTYPES: Mapping[str, str] = {
     "BF16": "<u2", "BOOL": "?", "F16": "<f2", "F32": "<f4", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",
@@ -42,14 +49,66 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """
     folder = expand_user(folder)
     config = read_config(folder)
-    if not os.path.lexists(folder / WEIGHTS):
-        if (folder / PICKLE).is_file():
-            raise ConfigError(
-                f"adapter: {folder / PICKLE} is a pickle, which may run code and is not read. Where you trust it:"
-                " PeftModel.from_pretrained(base, DIR).save_pretrained(NEW_DIR) writes safetensors"
-            )
-        raise ConfigError(f"adapter: {folder} holds no {WEIGHTS}; PEFT's save_pretrained(DIR) writes it")
-    return config, _tensors(folder / WEIGHTS)
+    tensors: dict[str, Array] = {}
+    for path in weight_files(folder):
+        tensors |= _tensors(path)
+    return config, dict(sorted(tensors.items()))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter's tensors: one, or the shards that an index names.
+
+    Raises:
+        ConfigError: there is none, or the index is broken or names files outside of the directory.
+    """
+    if os.path.lexists(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    if os.path.lexists(folder / INDEX):
+        try:
+            names = read_json(folder / INDEX, most_bytes=MOST_CONFIG)["weight_map"].values()
+            files = sorted({str(name) for name in names})
+        except (ConfigError, KeyError, TypeError, AttributeError) as exc:
+            raise ConfigError(f"adapter: {folder / INDEX} names no shards (weight_map): {exc}") from exc
+        if any(os.path.basename(name) != name or not name.endswith(".safetensors") for name in files):
+            raise ConfigError(f"adapter: {folder / INDEX} names a file that is no safetensors file beside it")
+        return [folder / name for name in files]
+    if (folder / PICKLE).is_file():
+        raise ConfigError(
+            f"adapter: {folder / PICKLE} is a pickle, which may run code and is not read. Where you trust it:"
+            " PeftModel.from_pretrained(base, DIR).save_pretrained(NEW_DIR) writes safetensors"
+        )
+    raise ConfigError(f"adapter: {folder} holds no {WEIGHTS}; PEFT's save_pretrained(DIR) writes it")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of an adapter, from the headers of its files.
+
+    Raises:
+        ConfigError: a file is missing or broken.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        check_size(path)
+        try:
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header(path)[0].items()}
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"adapter: cannot read {path}: {exc}") from exc
+    return shapes
+
+
+def vocabulary(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of tokens that an adapter has embeddings for; 0 if it has none.
+
+    Args:
+        shapes: of its tensors, by saved name.
+    """
+    rows = [shape[0] for name, shape in shapes.items() if EMBEDDING.search(name) and len(shape) == 2]
+    return max(rows, default=0)
+
+
+def holds_base_weights(names: Iterable[str]) -> bool:
+    """Return True if some tensors of an adapter may be weights of the base: embeddings, heads or biases."""
+    return any(EMBEDDING.search(name) or name.endswith(".bias") for name in names)
 
 
 def adapter_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:

@@ -9,7 +9,7 @@ this leaves ``scale·B·A·x`` of the adapter unchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,17 @@ from peft.tuners.lora import LoraLayer
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.apply import adapter_tensors, apply_peft
+from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.tensors import Array, Tensors
 
 OTHER_PRODUCTS = (
-    "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "megatron_config", "target_parameters",
-    "trainable_token_indices", "use_dora",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "target_parameters", "use_dora",
 )  # fmt: skip
 """Options of LoRA with which a layer computes something else than the product of two matrices."""
 
-FACTOR = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
+FACTOR = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.(weight|bias))?$")
+TOKENS = ".trainable_tokens_delta"
+"""End of the name of an adapter's rows of the embedding (``trainable_token_indices``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,13 @@ class LoraLayers:
         ranks: rank of each module, by its name.
         scales: factor on ``B·A``, by the module's name.
         shapes: of the tensors that PEFT saves, by saved name.
+        tokens: those whose embeddings the adapter replaces.
     """
 
     ranks: Mapping[str, int]
     scales: Mapping[str, float]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tokens: Sequence[int] = ()
 
 
 def not_shareable(config: PeftConfig) -> str:
@@ -50,6 +54,8 @@ def not_shareable(config: PeftConfig) -> str:
     if not isinstance(config, LoraConfig):
         return f"method {str(config.peft_type).rpartition('.')[2].lower()}"
     used = [option for option in OTHER_PRODUCTS if getattr(config, option, None)]
+    if isinstance(config.trainable_token_indices, dict):
+        used.append("trainable_token_indices (by layer)")
     return f"option {used[0]}" if used else ""
 
 
@@ -63,13 +69,15 @@ def lora_layers(model: Any, config: PeftConfig) -> tuple[LoraLayers, Any]:
     Raises:
         ConfigError: the config does not fit the model.
     """
+    before = BaseState(model)
     peft_model = apply_peft(model, config)
     ranks, scales = {}, {}
     for name, module in peft_model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
             ranks[name], scales[name] = module.r["default"], float(module.scaling["default"])
     shapes = {name: array.shape for name, array in adapter_tensors(peft_model).items()}
-    return LoraLayers(ranks, scales, shapes), peft_model.unload()
+    tokens = tuple(getattr(config, "trainable_token_indices", None) or ())
+    return LoraLayers(ranks, scales, shapes, tokens), before.restore()
 
 
 def shared_options(configs: Mapping[str, PeftConfig], layers: Mapping[str, LoraLayers]) -> dict[str, Any]:
@@ -90,17 +98,25 @@ def shared_options(configs: Mapping[str, PeftConfig], layers: Mapping[str, LoraL
                 " share a graph: give each a case"
             )
     fan = {"fan_in_fan_out": True} if any(getattr(c, "fan_in_fan_out", False) for c in configs.values()) else {}
-    to_save = {"modules_to_save": saved} if saved else {}
-    return {"peft_method": "lora", "r": rank, "lora_alpha": rank, "target_modules": modules, **to_save, **fan}
+    more: dict[str, Any] = {**fan, **({"modules_to_save": saved} if saved else {})}
+    if any(getattr(config, "lora_bias", False) for config in configs.values()):
+        more["lora_bias"] = True
+    tokens = sorted({token for each in layers.values() for token in each.tokens})
+    if tokens:
+        more["trainable_token_indices"] = tokens
+    return {"peft_method": "lora", "r": rank, "lora_alpha": rank, "target_modules": modules, **more}
 
 
-def shared_tensors(tensors: Tensors, layers: LoraLayers, neutral: Tensors) -> dict[str, Array]:
+def shared_tensors(
+    tensors: Tensors, layers: LoraLayers, neutral: Tensors, tokens: Sequence[int] = ()
+) -> dict[str, Array]:
     """Return the tensors of an adapter for the shared layers.
 
     Args:
         tensors: of the adapter, by saved name.
         layers: what its config gives the model.
         neutral: of an adapter of the shared layers without effect, by saved name.
+        tokens: those whose embeddings some adapter replaces; the others have the base's.
 
     Raises:
         ConfigError: a tensor has no place in the shared layers.
@@ -108,7 +124,12 @@ def shared_tensors(tensors: Tensors, layers: LoraLayers, neutral: Tensors) -> di
     strange = sorted(tensors.keys() - neutral.keys())
     if strange:
         raise ConfigError(f"the shared graph has no place for the adapter's tensor {strange[0]!r}")
-    return {name: _shared(name, tensors.get(name), layers, array) for name, array in neutral.items()}
+    shared = {name: _shared(name, tensors.get(name), layers, array) for name, array in neutral.items()}
+    for name in (name for name in tensors if name.endswith(TOKENS)):
+        rows = neutral[name].copy()
+        rows[[list(tokens).index(token) for token in layers.tokens]] = tensors[name]
+        shared[name] = rows
+    return shared
 
 
 def _shared(name: str, array: Array | None, layers: LoraLayers, neutral: Array) -> Array:
@@ -117,9 +138,8 @@ def _shared(name: str, array: Array | None, layers: LoraLayers, neutral: Array) 
         return neutral if array is None else array  # a whole module (modules_to_save): the base's, or the adapter's
     if array is None:
         return np.zeros_like(neutral)
-    axis = 0 if match["factor"] == "A" else 1
-    missing = neutral.shape[axis] - array.shape[axis]
-    padded = np.pad(array, [(0, missing) if axis == at else (0, 0) for at in range(array.ndim)])
+    padding = [(0, ours - own) for ours, own in zip(neutral.shape, array.shape, strict=True)]  # of the rank alone
+    padded = np.pad(array, padding)
     if match["factor"] == "A":
         return padded
     module = name[: match.start()].removeprefix("base_model.model.")

@@ -37,7 +37,7 @@ def run_sequentially(session: Session, inputs: Any, plan: Plan, forced: Sequence
     for name in [*names, *names[:2]]:
         at = names.index(name) * len(inputs.ids)
         texts = forced[at : at + len(inputs.ids)]
-        continuations = generate(session, inputs.ids, plan, state=inputs.adapters[name], forced=texts)
+        continuations = generate(session, inputs.fed(name), plan, state=inputs.adapters[name], forced=texts)
         if name in first:
             again += continuations
         else:
@@ -51,13 +51,13 @@ def run_batched(session: Session, inputs: Any, plan: Plan, forced: Sequence[Arra
 
     Arguments and result are those of `run_sequentially`.
     """
-    prompts = len(inputs.ids)
+    prompts, fed = len(inputs.ids), [inputs.fed(name) for name in inputs.adapters]
     visits = [(adapter, prompt) for prompt in range(prompts) for adapter in range(len(inputs.adapters))]
 
     def run(state: Tensors) -> list[Array]:
         continuations = generate(
             session,
-            [inputs.ids[prompt] for _, prompt in visits],
+            [fed[adapter][prompt] for adapter, prompt in visits],
             plan,
             state=state,
             forced=[forced[adapter * prompts + prompt] for adapter, prompt in visits],

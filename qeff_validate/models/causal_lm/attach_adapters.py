@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from qeff_validate.models.adapters.apply import (
     adapter_tensors,
     apply_peft,
     load_adapter_tensors,
-    without_base_layers,
 )
+from qeff_validate.models.adapters.base_state import PREFIX, BaseState, base_name, base_parameters, split_base_weights
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
@@ -31,8 +32,9 @@ from qeff_validate.models.adapters.shared_lora import (
     shared_options,
     shared_tensors,
 )
-from qeff_validate.models.causal_lm.kv_cache import state_shapes
+from qeff_validate.models.causal_lm.decoder_state import StateShapes, state_shapes
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
 
@@ -40,9 +42,7 @@ INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """PEFT options for the initialization of an adapter; by default most adapters start without effect."""
 
 UNEXPORTABLE: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA) looks for its invocation tokens in each prompt",
     "arrow_config": "Arrow chooses among adapters for each token",
-    "target_parameters": "LoRA on parameters, such as the experts of a mixture, computes whole weights in each run",
 }
 """PEFT options that cannot be exported here, and why."""
 
@@ -56,39 +56,43 @@ class AdaptedModel:
 
     Attributes:
         model: float32, eval mode, with an adapter without effect if the case has adapters.
-        dims: for each layer ``(heads, head_dim)`` of keys and of values.
+        states: what the model keeps between runs.
         parameter_names: the name in ``model`` of each adapter tensor, by its saved name.
         adapters: tensors of ``base`` and of each adapter, by saved name.
         eos: token ids that end a text.
-        own_adapters: the model was a PeftModel with adapters, which have been removed.
+        virtual: the adapters' virtual tokens; None: they have none.
+        invocation: tokens of a prompt from which on the adapters act; empty: they always do.
+        before: the state of the model without the adapter; None: it was a PeftModel, whose adapters have been removed.
         shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
     """
 
     model: Any
-    dims: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    states: StateShapes
     parameter_names: Mapping[str, str]
     adapters: Mapping[str, Tensors]
     eos: frozenset[int]
-    own_adapters: bool = False
+    before: BaseState | None = None
     shared: Mapping[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
 
     def base_model(self) -> Any:
         """Return the model without adapters, None if it had its own; ``model`` must not be used afterwards."""
-        if self.own_adapters:
-            return None
-        return self.model.unload() if self.parameter_names else self.model
+        return None if self.before is None else self.before.restore()
 
     def interface(self) -> dict[str, Any]:
         """Return the sizes that determine the graph's interface, as plain data."""
-        return {"dims": self.dims, "vocab": self.model.config.get_text_config().vocab_size}
+        states = {"dims": self.states.dims, "recurrent": self.states.recurrent}
+        return {**states, "vocab": self.model.config.get_text_config().vocab_size}
 
 
-def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedModel:
+def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int | None = None) -> AdaptedModel:
     """Read or create the tensors of every adapter, and attach an adapter without effect to the model.
 
     Args:
         model: a causal LM, changed in place; a PeftModel has its own adapters.
         named: the case's adapters: directories, or PEFT options of random ones.
+        known: number of tokens of the base before its vocabulary grew to that of its adapters; None: it has not.
 
     Raises:
         ConfigError: an adapter does not fit the model, or the adapters cannot share a graph.
@@ -100,14 +104,18 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedM
         configs, tensors, model = _detach_adapters(model)
     else:
         configs, tensors = _create_adapters(model, named)
+    before = None if own_adapters else BaseState(model)
     with translated_errors(f"run {type(model).__name__} with keys and values kept"):
-        dims = state_shapes(model)
+        states = state_shapes(model)
     eos = _eos_ids(model)
     if not configs:
-        return AdaptedModel(model, dims, {}, {BASE: {}}, eos)
+        return AdaptedModel(model, states, {}, {BASE: {}}, eos, before)
     for config in configs.values():
         _refuse_unexportable(config)
-    tensors = {name: without_base_layers(arrays, model, name) for name, arrays in tensors.items()}
+    if any(config.is_prompt_learning for config in configs.values()):
+        sizes, kind = _widths(model, states), model.config.get_text_config().model_type
+        virtual, padded = virtual_tokens(configs, tensors, BASE, sizes, kind)
+        return AdaptedModel(model, states, {}, padded, eos, before, virtual=virtual)
     difference = _option_difference(configs)
     layers: dict[str, LoraLayers] = {}
     shared: dict[str, Any] | None = None
@@ -115,23 +123,88 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]]) -> AdaptedM
         _check_shareable(configs, difference)
         for name, config in configs.items():
             layers[name], model = lora_layers(model, config)
-            _check_shapes(layers[name].shapes, {name: tensors[name]})
         shared = shared_options(configs, layers)
     config = next(iter(configs.values())) if shared is None else generate_peft_config(shared)
+    base = base_parameters(model)
     base_logits = _probe_logits(model)
     peft_model = apply_peft(model, with_default_init(config))
-    _make_neutral(peft_model, base_logits)
+    _make_neutral(peft_model, base_logits, base.values())
     neutral = adapter_tensors(peft_model)
-    if shared is None:
-        _check_shapes(_shapes_of(neutral), tensors)
-    else:
-        tensors = {name: shared_tensors(arrays, layers[name], neutral) for name, arrays in tensors.items()}
+    rows = known or int(model.get_input_embeddings().weight.shape[0])
+    replaced: dict[str, dict[str, Array]] = {}
+    for name, arrays in tensors.items():
+        own = neutral if shared is None else layers[name].shapes
+        tensors[name], replaced[name] = split_base_weights(arrays, own, base, name, rows)
+        _check_shapes(_shapes_of(neutral) if shared is None else layers[name].shapes, {name: tensors[name]})
     parameter_names = find_parameter_names(peft_model)
+    if shared is not None:
+        for name, arrays in tensors.items():
+            tensors[name], biases = _without_biases(arrays, neutral)
+            replaced[name] |= biases
+            tokens = shared.get("trainable_token_indices", ())
+            tensors[name] = shared_tensors(tensors[name], layers[name], neutral, tokens)
+    neutral, tensors = _with_base_weights(neutral, tensors, replaced, base, peft_model, parameter_names)
     _refuse_unequal_views(parameter_names, peft_model, tensors)
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
     parameter_names = dict(sorted(parameter_names.items()))
     ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
-    return AdaptedModel(peft_model, dims, parameter_names, ordered, eos, own_adapters, shared)
+    invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
+    return AdaptedModel(peft_model, states, parameter_names, ordered, eos, before, shared, invocation=invocation)
+
+
+def _widths(model: Any, states: StateShapes) -> dict[str, int]:
+    """Return the number of tokens, the width of their embeddings, and that of their keys and values in all layers."""
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    layers = [pair for pair in states.dims if pair is not None]
+    alike = len({sizes for pair in layers for sizes in pair}) == 1 and len(layers) == len(states.dims)
+    cache = sum(heads * size for pair in layers for heads, size in pair) if alike and not states.recurrent else 0
+    return {"vocab": int(vocabulary), "hidden": int(hidden), "cache": cache}
+
+
+def _without_biases(tensors: Tensors, neutral: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the tensors without biases of the base, which the shared options do not make part of an adapter."""
+    biases = {name: array for name, array in tensors.items() if name.endswith(".bias") and name not in neutral}
+    return (
+        {name: array for name, array in tensors.items() if name not in biases},
+        {base_name(name): array for name, array in biases.items()},
+    )
+
+
+def _with_base_weights(
+    neutral: Tensors,
+    tensors: Mapping[str, Tensors],
+    replaced: Mapping[str, Tensors],
+    base: Mapping[str, torch.nn.Parameter],
+    peft_model: Any,
+    parameter_names: dict[str, str],
+) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+    """Make weights of the base that some adapter replaces inputs of the graph; the others bring the base's own.
+
+    Args:
+        neutral: tensors of an adapter without effect, by saved name.
+        tensors: of each adapter.
+        replaced: weights that each adapter replaces, by their name in the base.
+        base: parameters of the base, by name.
+        peft_model: the base with an adapter.
+        parameter_names: name in the model of each input; those of the weights are added.
+    """
+    wanted = sorted({name for weights in replaced.values() for name in weights})
+    places = {id(parameter): name for name, parameter in peft_model.named_parameters()}
+    neutral, adapters = dict(neutral), {name: dict(arrays) for name, arrays in tensors.items()}
+    for name in wanted:
+        saved, weight = f"{PREFIX}{name}", base[name]
+        tied = sum(other is weight for other in base.values()) > 1
+        if saved in neutral:  # the shared graph has a copy of the module (modules_to_save)
+            for adapter, weights in replaced.items():
+                adapters[adapter][saved] = weights.get(name, adapters[adapter][saved])
+            if not tied:
+                continue
+            saved = f"{PREFIX}{name} (tied)"
+        neutral[saved] = weight.detach().float().numpy().copy()
+        parameter_names[saved] = places[id(weight)]
+        for adapter, weights in replaced.items():
+            adapters[adapter][saved] = weights.get(name, neutral[saved])
+    return neutral, adapters
 
 
 def _refuse_unexportable(config: PeftConfig) -> None:
@@ -155,17 +228,18 @@ def _probe_logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _make_neutral(peft_model: Any, base_logits: torch.Tensor) -> None:
+def _make_neutral(peft_model: Any, base_logits: torch.Tensor, base: Iterable[torch.nn.Parameter]) -> None:
     """Make sure that a new adapter has no effect, by setting it to zeros if needed: it stands for the base model.
 
     Raises:
         ConfigError: neither PEFT's initialization nor zeros are without effect.
     """
+    own = {id(parameter) for parameter in base}
     for zero in (False, True):
         if zero:
             with torch.no_grad():
                 for parameter in peft_model.parameters():
-                    if parameter.requires_grad:
+                    if parameter.requires_grad and id(parameter) not in own:
                         parameter.zero_()
         if (_probe_logits(peft_model) - base_logits).norm() <= NEUTRAL_TOLERANCE * base_logits.norm():
             return
@@ -185,7 +259,9 @@ def find_parameter_names(model: Any, adapter: str = "default") -> dict[str, str]
     Raises:
         ConfigError: PEFT saves a tensor that is no parameter or buffer of the model.
     """
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, on biases of LoRA
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     names = {_memory(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     parameter_names = {}
     for name, tensor in saved.items():
@@ -211,15 +287,21 @@ def _create_adapters(
             continue
         options = {"init": "random", **spec}
         configs[name] = generate_peft_config(spec)
-        peft_model = apply_peft(model, options)
-        tensors[name] = adapter_tensors(peft_model)
-        model = peft_model.unload()
+        biases = [key for key in base_parameters(model) if key.endswith(".bias")]
+        before = BaseState(model, biases)
+        tensors[name] = adapter_tensors(apply_peft(model, options))
+        before.restore()
     return configs, tensors
 
 
 def _detach_adapters(model: Any) -> tuple[dict[str, PeftConfig], dict[str, dict[str, Array]], Any]:
     """Return configs and tensors of the adapters of a PeftModel, and its base model."""
     configs = dict(model.peft_config)
+    if any(config.is_prompt_learning for config in configs.values()):
+        raise ConfigError(
+            "a PeftModel in memory with virtual tokens is not taken: save it with save_pretrained(DIR), and name DIR in"
+            " options.adapters"
+        )
     tensors = {name: adapter_tensors(model, name) for name in configs}
     if BASE in configs:
         raise ConfigError(f"an adapter cannot be called {BASE!r}: that is the model without one")
@@ -309,6 +391,27 @@ def _eos_ids(model: Any) -> frozenset[int]:
         if ids:
             break
     return frozenset(ids)
+
+
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+"""Settings of a generation config that greedy continuation has, and their neutral values."""
+
+
+def sampling_notes(model: Any) -> list[str]:
+    """Return a note if a model's generation_config.json asks for something else than greedy continuation.
+
+    Args:
+        model: of transformers, or a PeftModel around one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "generation_config", None)
+    asked = {name: getattr(config, name, None) for name in GREEDY}
+    ignored = [f"{name}: {value}" for name, value in asked.items() if value not in (None, GREEDY[name])]
+    if not ignored:
+        return []
+    return [f"generation_config asks for {', '.join(ignored)}, which is ignored: texts are continued greedily"]
 
 
 def set_adapter_tensors(model: Any, tensors: Tensors, parameter_names: Mapping[str, str]) -> None:

@@ -16,6 +16,9 @@ from qeff_validate.errors import RunError
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors
 
+NEVER = 1 << 30
+"""Position that no token reaches: an adapter that starts there has no effect."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -29,6 +32,7 @@ class Plan:
         eos: token ids that end a text.
         max_new_tokens: maximum number of steps.
         adapter: the adapter of every row, if the graph takes ``adapter_ids``.
+        invocation: tokens from which on the adapter acts, if the graph takes ``adapter_start`` (activated LoRA).
     """
 
     batch_size: int
@@ -38,6 +42,7 @@ class Plan:
     eos: frozenset[int]
     max_new_tokens: int
     adapter: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 def generate(
@@ -77,6 +82,10 @@ def generate(
         texts = None if forced is None else forced[start : start + batch]
         places = np.array([*ids[start : start + batch], *[0] * (batch - len(rows))])
         fixed = in_dtypes(session, {"adapter_ids": places}) if takes_ids(session) else {}
+        if takes_start(session):
+            starts = [invocation_start(tokens, plan.invocation) for tokens in rows]
+            unused = [NEVER] * (batch - len(rows))
+            fixed = {**fixed, **in_dtypes(session, {"adapter_start": np.array([*starts, *unused])})}
         logits += _Batch(session, rows, plan, batch, chunk, fixed).run(initial_state, texts)
         initial_state = {}
     return logits
@@ -92,6 +101,18 @@ def batches(session: Session, prompts: Sequence[Array], plan: Plan) -> Iterator[
 def takes_ids(session: Session) -> bool:
     """Return True if each row selects its adapter by ``adapter_ids``."""
     return any(spec.name == "adapter_ids" for spec in session.inputs)
+
+
+def takes_start(session: Session) -> bool:
+    """Return True if the adapter of a row acts from the position ``adapter_start`` on (activated LoRA)."""
+    return any(spec.name == "adapter_start" for spec in session.inputs)
+
+
+def invocation_start(tokens: Array, invocation: Sequence[int]) -> int:
+    """Return the position of the last invocation in a prompt, `NEVER` if there is none."""
+    size = len(invocation)
+    starts = [at for at in range(tokens.size - size + 1) if tokens[at : at + size].tolist() == list(invocation)]
+    return starts[-1] if starts else NEVER
 
 
 def in_dtypes(session: Session, feeds: Tensors) -> Tensors:
@@ -112,7 +133,8 @@ def padding(session: Session, plan: Plan) -> Tensors:
     batch, _ = sizes(session, plan)
     feeds: Tensors = {"input_ids": np.full((batch, 1), plan.pad), "position_ids": np.full((batch, 1), -1)}
     ids: Tensors = {"adapter_ids": np.zeros(batch)} if takes_ids(session) else {}
-    return in_dtypes(session, {**feeds, **ids})
+    starts: Tensors = {"adapter_start": np.full(batch, NEVER)} if takes_start(session) else {}
+    return in_dtypes(session, {**feeds, **ids, **starts})
 
 
 def sizes(session: Session, plan: Plan) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from qeff_validate.errors import ValidateError
+from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.reference import adapted_models, batched_logits, load_adapter
 from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
@@ -113,12 +114,13 @@ class FaultyReference:
             with compute_in_dtype(self._model, self._dtype, probe=partial(self._run, self._model, name)):
                 return self._run(self._model, name)
         kind = self._named[owner if owner != BASE else next(iter(self._named))]
+        before = BaseState(self._model, tensors)
         adapted = load_adapter(self._model, kind, tensors)
         try:
             with compute_in_dtype(adapted, self._dtype, probe=partial(self._run, adapted, name)):
                 return self._run(adapted, name)
         finally:
-            self._model = adapted.unload()
+            before.restore()
 
     def _run(self, model: Any, adapter: str) -> list[Array]:
         prompts, texts = self._inputs.ids, self._texts[adapter]

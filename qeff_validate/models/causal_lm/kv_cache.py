@@ -8,21 +8,13 @@ attention reads them, because 0 · NaN is NaN (design §5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-
-from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import returned_cache
-
-RECURRENT = "it keeps a recurrent or convolutional state, which is not served as retained state (keys and values are)"
-
-ATTENTION = frozenset({"attention", "chunked_attention", "full_attention", "mlp", "moe", "sliding_attention"})
-"""Types of layers that keep keys and values of each token, or nothing."""
+from transformers.cache_utils import CacheLayerMixin
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +63,17 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         keys: retained keys.
         values: retained values.
         places: slots that new tokens are written to.
+        prefix: which tokens are virtual, bool ``[batch, 1, seq_len, 1]``, and their keys and values
+            ``[batch, heads, seq_len, head_dim]``, which stand in for those that the layer computes; None: no token.
     """
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, places: WriteIndices) -> None:
-        super().__init__()
+    def __init__(
+        self, keys: Tensor, values: Tensor, places: WriteIndices, prefix: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> None:
+        CacheLayerMixin.__init__(self)
+        self._prefix = prefix
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._places = places
@@ -86,6 +83,10 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
+        if self._prefix is not None:
+            is_virtual, keys, values = self._prefix
+            key_states = torch.where(is_virtual, keys, key_states)
+            value_states = torch.where(is_virtual, values, value_states)
         self.keys = write_tokens(self.keys, key_states, self._places)
         self.values = write_tokens(self.values, value_states, self._places)
         seen = self._places.seen
@@ -112,7 +113,16 @@ def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
     return state.index_put((places.row, heads, places.slot), updates)
 
 
-def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+MASKED = frozenset({"chunked_attention", "full_attention", "sliding_attention"})
+"""Types of layers that attend to tokens under a mask; others keep a state, and padding leaves it as it is."""
+
+MASKED_AS: Mapping[str, str] = {"attention": "full_attention", "mlp": "full_attention", "moe": "full_attention"}
+"""Types of layers without a mask of their own kind."""
+
+
+def masks(
+    position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor] | dict[str, Tensor | None]:
     """Return the additive attention mask ``[batch, 1, seq_len, slots]`` in the form that the architecture takes.
 
     A slot is visible to tokens at its position and later ones, within the sliding window or the chunk if there is one.
@@ -121,7 +131,8 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
     window: int | None = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
+    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    types = {MASKED_AS.get(kind, kind) for kind in types}
     if not types and window:
         types = {"sliding_attention"}
 
@@ -135,44 +146,27 @@ def masks(position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype) -> 
     if "chunked_attention" in types and chunk:
         same_chunk = places // chunk == torch.div(position_ids[..., None], chunk, rounding_mode="floor")
         masks_by_type["chunked_attention"] = additive(full & same_chunk)
+    recurrent = types - MASKED
+    if recurrent:
+        return {**masks_by_type, "linear_attention": None, **dict.fromkeys(recurrent)}
     if len(types) > 1:
         return masks_by_type
     only = next(iter(types), "full_attention")
     return masks_by_type.get(only, masks_by_type["full_attention"])
 
 
-def cache_for(state: Mapping[str, Tensor], layers: int, position_ids: Tensor) -> Cache:
-    """Return a cache over the inputs ``past_key.i`` and ``past_value.i``."""
-    places = write_indices(position_ids, state["past_key.0"].shape[2])
-    return Cache(layers=[StateLayer(state[f"past_key.{i}"], state[f"past_value.{i}"], places) for i in range(layers)])
+def prefix_states(
+    is_virtual: Tensor, content: Tensor, state: Mapping[str, Tensor], layers: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return which tokens are virtual, and their keys and values, for each layer; see `StateLayer`.
 
-
-def state_shapes(model: Any) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return ``(heads, head_dim)`` of keys and of values for each layer, from a run of two tokens.
-
-    Raises:
-        ConfigError: the model keeps something else than keys and values of each token in each layer.
+    Args:
+        is_virtual: bool ``[batch, seq_len]``.
+        content: of prefix tuning, ``[batch, seq_len, layers · 2 · heads · head_dim]``.
+        state: keys and values, which are alike in all layers.
+        layers: number of layers.
     """
-    kind, config = type(model).__name__, model.config.get_text_config()
-    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    if types - ATTENTION:
-        raise ConfigError(f"{kind} is not supported: in layers of type {min(types - ATTENTION)} {RECURRENT}")
-    if any(hasattr(module, "build_alibi_tensor") for module in model.modules()):
-        raise ConfigError(
-            f"{kind} is not supported: it makes its position biases (ALiBi) from a two-dimensional mask, and the"
-            " exported graph masks by position ids"
-        )
-    with torch.inference_mode():
-        outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
-    layers = getattr(returned_cache(outputs), "layers", None)
-    if layers is None:
-        raise ConfigError(f"{kind} is not supported: {RECURRENT}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ConfigError(f"{kind} is not supported: its last layers share keys and values with earlier ones")
-    shapes = []
-    for at, layer in enumerate(layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.ndim != 4 or values.ndim != 4:
-            raise ConfigError(f"{kind} is not supported: in layer {at} {RECURRENT}")
-        shapes.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])))
-    return shapes
+    _, heads, _, size = state["past_key.0"].shape
+    by_layer = content.reshape(*content.shape[:2], 2 * layers, heads, size).permute(2, 0, 3, 1, 4)
+    chosen = is_virtual[:, None, :, None]
+    return [(chosen, by_layer[2 * layer], by_layer[2 * layer + 1]) for layer in range(layers)]

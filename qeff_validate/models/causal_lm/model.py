@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,33 @@ from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import expand_user
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
-from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, check_size, content, read_config
+from qeff_validate.models.adapters.files import (
+    CONFIG,
+    INDEX,
+    content,
+    holds_base_weights,
+    read_config,
+    tensor_shapes,
+    vocabulary,
+    weight_files,
+)
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
-from qeff_validate.models.causal_lm.decode_loop import Plan
+from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
+from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens
+from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.sources.checkpoint import checked, digests
+from qeff_validate.models.sources.checkpoint import checked, digests, has_tokenizer, tokenizer_files
 from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
-from qeff_validate.models.sources.tokenizers import tokenizer_length
+from qeff_validate.models.sources.tokenizers import (
+    Tokenize,
+    conversation_ids,
+    load_tokenizer,
+    tokenize_with,
+    tokenizer_length,
+)
 from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
 from qeff_validate.protocols import (
     Change,
@@ -55,10 +73,17 @@ FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
 
 
 class Interface(BaseModel):
-    """Number of heads and head size of each layer's keys and values, and the vocabulary size."""
+    """Sizes of a model that shape its graph.
 
-    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]]]
+    Attributes:
+        dims: number of heads and head size of each layer's keys and values; None for a layer without.
+        vocab: vocabulary size.
+        recurrent: shapes of recurrent states without their batch dim, by the name of the input.
+    """
+
+    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]] | None]
     vocab: PositiveInt
+    recurrent: dict[str, tuple[PositiveInt, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +98,8 @@ class Prompts:
         adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
         interface: sizes of the model that shape the graph.
         shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
+        virtual: virtual tokens of the adapters; None: they have none.
+        invocation: tokens from which on the adapters act (activated LoRA); empty: they always do.
         notes: notes for the report.
         tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
     """
@@ -86,6 +113,19 @@ class Prompts:
     notes: tuple[str, ...] = ()
     tables: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
+
+    def fed(self, adapter: str) -> tuple[Array, ...]:
+        """Return the token ids that the graph is fed for each prompt with an adapter, its virtual tokens included."""
+        return self.ids if self.virtual is None else self.virtual.fed(adapter, self.ids)
+
+    @property
+    def attended_ids(self) -> tuple[Array, ...]:
+        """Token ids of each prompt, as they are fed with any adapter."""
+        if self.virtual is None:
+            return self.ids
+        return tuple(tokens for name in self.adapters for tokens in self.fed(name))
 
     @property
     def labels(self) -> Sequence[str]:
@@ -112,6 +152,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         self.case, self.options = case, options
         self._in_memory = None if given is None else InMemory(given, tokenizer)
         self._loaded: Any = None
+        self._tokens: int | None = None  # of the base, before its vocabulary grew to that of its adapters
 
     @cached_property
     def source(self) -> Source:
@@ -131,20 +172,84 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """Return what prompts and adapter tensors depend on."""
         options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
         keys = {"model": self.fingerprint(), "adapters": self._adapter_keys(weights=True)}
-        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "options": options, **keys}
+        return {**self.asked(), "tokenizer": self.tokenizer_key(), "options": options, **keys}
 
     def asked(self) -> Mapping[str, Any]:
         """Return the texts and the length limits that are tokenized."""
         sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
-        return {"texts": self._texts(), **{name: getattr(self.options, name) for name in sizes}}
+        conversations = {"messages": self._messages()} if self.options.messages is not None else {}
+        return {"texts": self._texts(), **conversations, **{name: getattr(self.options, name) for name in sizes}}
 
     def tokenizer_key(self) -> Mapping[str, Any]:
-        """Return what identifies the tokenizer."""
-        return self.source.tokenizer_key()
+        """Return what identifies the tokenizer, those in the directories of adapters included."""
+        own = {name: digests(tokenizer_files(folder), folder) for name, folder in self._own_tokenizers().items()}
+        return {**self.source.tokenizer_key(), **({"adapters": own} if own else {})}
+
+    def _own_tokenizers(self) -> dict[str, Path]:
+        """Return the directories of adapters that hold a tokenizer, by the adapter's name."""
+        folders = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
+        return {name: folder for name, folder in folders.items() if has_tokenizer(folder)}
+
+    def _messages(self) -> list[list[dict[str, str]]]:
+        return [[message.model_dump() for message in messages] for messages in self.options.messages or ()]
+
+    def _tokenizer(self) -> tuple[Tokenize, int, str]:
+        """Return the tokenizer, the padding id, and a note if the tokenizer is that of an adapter with more tokens.
+
+        Raises:
+            ConfigError: several adapters have added different tokens.
+        """
+        tokenizer, note = self._grown_tokenizer()
+        return *(self.source.tokenizer() if tokenizer is None else tokenize_with(tokenizer)), note
+
+    def _once_begun(self, rows: Iterable[list[int]]) -> Iterator[list[int]]:
+        """Yield token ids with one begin token, where a text holds it and the tokenizer has added another."""
+        for ids in rows:
+            repeated = len(ids) > 1 and ids[0] == ids[1]
+            tokenizer = (self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()) if repeated else None
+            doubled = repeated and ids[0] == getattr(tokenizer, "bos_token_id", None)
+            yield ids[1:] if doubled else ids
+
+    def _conversations(self) -> Iterator[tuple[str, Array]]:
+        """Yield text and token ids of each conversation.
+
+        Raises:
+            ConfigError: neither the model's tokenizer nor those of its adapters have a chat template, or it refuses.
+        """
+        tokenizer = self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            own = (load_tokenizer(folder) for folder in self._own_tokenizers().values())
+            tokenizer = next((other for other in own if other.chat_template), tokenizer)
+        for messages in self._messages():
+            ids, text = conversation_ids(tokenizer, messages, add_generation_prompt=self.options.add_generation_prompt)
+            yield text, np.array(ids, dtype=np.int64)
+
+    def _grown_tokenizer(self) -> tuple[Any, str]:
+        """Return the transformers tokenizer of an adapter with more tokens than the model's, and a note; or None.
+
+        Raises:
+            ConfigError: several adapters have added different tokens.
+        """
+        own = {name: load_tokenizer(folder) for name, folder in self._own_tokenizers().items()}
+        published = self.source.pretrained_tokenizer() if own else None
+        size = 0 if published is None else len(published)
+        grown = {name: tokenizer for name, tokenizer in own.items() if len(tokenizer) > size}
+        if not grown:
+            return None, ""
+        first, *others = grown
+        for name in others:
+            if grown[name].get_vocab() != grown[first].get_vocab():
+                raise ConfigError(
+                    f"case {self.case.name!r}: the adapters {first!r} and {name!r} have added different tokens to the"
+                    " tokenizer, so a prompt has no ids that both understand: give each a case"
+                )
+        note = f"prompts are tokenized with the tokenizer of adapter {first!r}: {len(grown[first])} tokens"
+        return grown[first], f"{note}, the base's has {size}" if size else note
 
     def reach(self, inputs: Prompts) -> int:
         """Return the number of positions that the graph needs; the context may have more slots."""
-        return max(tokens.size for tokens in inputs.ids) + self.options.max_new_tokens - 1
+        longest = max(tokens.size for tokens in inputs.attended_ids)
+        return longest + self.options.max_new_tokens - 1
 
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
@@ -158,10 +263,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         for name, spec in self.options.named().items():
             if isinstance(spec, str):
                 folder = expand_user(spec)
-                files = [folder / file for file in (WEIGHTS, CONFIG) if os.path.lexists(folder / file)]
-                if weights and folder / WEIGHTS in files:
-                    check_size(folder / WEIGHTS)
-                keys[name] = digests(checked(files), folder) if weights else {"saved": content(read_config(folder))}
+                config, shapes = content(read_config(folder)), tensor_shapes(folder)
+                whole = weights or holds_base_weights(shapes)  # weights that are equal to the base's are no inputs
+                files = [folder / file for file in (CONFIG, INDEX) if os.path.lexists(folder / file)]
+                keys[name] = digests(checked([*weight_files(folder), *files]), folder) if whole else {"saved": config}
             else:
                 keys[name] = {k: v for k, v in spec.items() if weights or k not in ("seed", "init")}
         return keys
@@ -175,13 +280,23 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
+        from qeff_validate.models.causal_lm.attach_adapters import sampling_notes
+
         rows = self.rows()
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
         self._loaded = adapted.base_model()
-        notes = [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
+        _, _, own_tokenizer = self._tokenizer()
+        notes = [own_tokenizer] if own_tokenizer else []
+        notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
+        notes += sampling_notes(adapted.model)
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
+        about["virtual"] = None if adapted.virtual is None else adapted.virtual.model_dump()
+        about["invocation"] = adapted.invocation
+        without = sum(invocation_start(tokens, adapted.invocation) == NEVER for tokens in rows.ids)
+        if adapted.invocation and without:
+            notes.append(f"{without} of {len(rows.ids)} prompts do not hold the invocation tokens of the adapters")
         weights = {
             f"inputs.{name}/{key}": array
             for name, tensors in adapted.adapters.items()
@@ -200,30 +315,54 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context.
         """
-        tokenize, pad = self.source.tokenizer()
+        tokenize, pad, _ = self._tokenizer()
         user_texts = self._texts()
-        texts = [*(TEXTS if user_texts is None else user_texts)]
-        ids: list[Array] = [np.array(tokenize(text), dtype=np.int64) for text in texts]
-        if user_texts is None:
+        if self.options.messages is not None:
+            conversations = list(self._conversations())
+            texts = [text for text, _ in conversations]
+            ids = [tokens for _, tokens in conversations]
+        else:
+            texts = [*(TEXTS if user_texts is None else user_texts)]
+            ids = [np.array(tokens, dtype=np.int64) for tokens in self._once_begun(map(tokenize, texts))]
+        if user_texts is None and self.options.messages is None:
             boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
             texts += [text for text, _ in boundary]
             ids += [tokens for _, tokens in boundary]
-        room = self.options.ctx_len - self.options.max_new_tokens
+            ids = [_with_invocation(tokens, self._invocation()) for tokens in ids]
+        room = self._room()
+        hidden = self.options.ctx_len - self.options.max_new_tokens - room
+        virtual = f" and {hidden} virtual tokens" if hidden else ""
         for text, tokens in zip(texts, ids, strict=True):
             if not 1 <= tokens.size <= room:
                 raise ConfigError(
                     f"case {self.case.name!r}: prompt {text[:60]!r} has {tokens.size} tokens, and 1 to {room}"
-                    f" fit beside max_new_tokens {self.options.max_new_tokens} in ctx_len {self.options.ctx_len}:"
+                    f" fit beside max_new_tokens {self.options.max_new_tokens}{virtual} in ctx_len"
+                    f" {self.options.ctx_len}:"
                     " shorten it, or raise ctx_len"
                 )
         return TokenRows(tuple(ids), pad, tuple(texts))
+
+    def _room(self) -> int:
+        """Return the number of tokens that a prompt may have, beside virtual tokens and the continuation."""
+        virtual = [0]
+        for spec in self.options.named().values():
+            config = read_config(expand_user(spec)) if isinstance(spec, str) else spec
+            count = config.get("num_virtual_tokens")
+            virtual.append(count if isinstance(count, int) else 0)
+        return self.options.ctx_len - self.options.max_new_tokens - max(virtual)
+
+    def _invocation(self) -> list[int]:
+        """Return the invocation tokens of activated LoRA; empty without."""
+        specs = self.options.named().values()
+        configs = [read_config(expand_user(spec)) if isinstance(spec, str) else spec for spec in specs]
+        return next((config["alora_invocation_tokens"] for config in configs if _is_activated(config)), [])
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
         """Yield prompts that end just before, at and after a chunk boundary, if they fit.
 
         Each starts at another offset of the text, because a leak from a prompt with the same prefix would not be seen.
         """
-        chunk, room = self.options.prefill_seq_len, self.options.ctx_len - self.options.max_new_tokens
+        chunk, room = self.options.prefill_seq_len, self._room()
         for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
             if 1 <= length <= min(room, long.size):
                 yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
@@ -238,15 +377,18 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         ids = split_ids(stored, len(about.texts), least=1)
         adapters = _stored_adapters(stored, about.adapters)
         texts, notes = tuple(about.texts), tuple(about.notes)
-        eos = frozenset(about.eos)
-        return Prompts(ids, texts, about.pad, eos, adapters, about.interface, notes, about.tables, about.shared)
+        eos, interface = frozenset(about.eos), about.interface
+        return Prompts(
+            ids, texts, about.pad, eos, adapters, interface, notes, about.tables, about.shared, about.virtual,
+            about.invocation,
+        )  # fmt: skip
 
     def interface(self, inputs: Prompts) -> Graph:
         """Return the interface of the graph that serves the adapters of the inputs."""
-        return self._graph(inputs.interface, inputs.adapters)
+        return self._graph(inputs.interface, inputs.adapters, starts=bool(inputs.invocation))
 
-    def _graph(self, interface: Interface, adapters: Mapping[str, Tensors]) -> Graph:
-        return _graph(interface, self._served_tensors(adapters), self.options)
+    def _graph(self, interface: Interface, adapters: Mapping[str, Tensors], *, starts: bool) -> Graph:
+        return _graph(interface, self._served_tensors(adapters), self.options, starts=starts)
 
     def check_recorded(self, reference: Tensors, inputs: Prompts) -> None:
         """Refuse recorded outputs that do not fit the prompts.
@@ -261,14 +403,32 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _take_model(self) -> Any:
         """Return the model without adapters; the caller puts it back into `_loaded`, because loading is slow."""
-        model, self._loaded = self._loaded or self.source.causal_lm(), None
+        model, self._loaded = self._loaded or self._load_model(), None
+        return model
+
+    def _load_model(self) -> Any:
+        """Load the model, with embeddings for as many tokens as its adapters have."""
+        from qeff_validate.models.adapters.base_state import grow_vocabulary
+
+        saved = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
+        rows = {name: size for name, folder in saved.items() if (size := vocabulary(tensor_shapes(folder)))}
+        if len(set(rows.values())) > 1:
+            sizes = ", ".join(f"{name!r} {size}" for name, size in rows.items())
+            raise ConfigError(
+                f"case {self.case.name!r}: adapters bring embeddings or heads for different numbers of tokens"
+                f" ({sizes}), and a graph has one vocabulary: give each number a case"
+            )
+        model = self.source.causal_lm()
+        with translated_errors("give the base the embeddings of its adapters' tokens"):
+            self._tokens = grow_vocabulary(model, max(rows.values(), default=0))
         return model
 
     def _attach_adapters(self) -> Any:
         """Attach an adapter without effect to the model."""
         from qeff_validate.models.causal_lm.attach_adapters import attach
 
-        return attach(self._take_model(), self.options.named())
+        model = self._take_model()
+        return attach(model, self.options.named(), self._tokens)
 
     def _served_tensors(self, adapters: Mapping[str, Tensors], name: str = BASE) -> Tensors:
         """Return the adapter inputs of the graph: the tensors of one adapter, or the stack of all."""
@@ -291,10 +451,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.wrapper import Decoder, decoder_examples
 
         adapted = self._attach_adapters()
-        module = Decoder(
-            adapted.model, len(adapted.dims), adapted.parameter_names, mixed=self.options.mixed_batch
-        ).eval()
-        graph = self._graph(Interface.model_validate(adapted.interface()), adapted.adapters)
+        mixed, layers = self.options.mixed_batch, len(adapted.states.dims)
+        module = Decoder(adapted.model, layers, adapted.parameter_names, mixed=mixed, virtual=adapted.virtual).eval()
+        interface = Interface.model_validate(adapted.interface())
+        graph = self._graph(interface, adapted.adapters, starts=bool(adapted.invocation))
         return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
 
     def reference(self, inputs: Prompts, *, dtype: str) -> Tensors:
@@ -356,6 +516,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm.original_run import original_run
         from qeff_validate.models.causal_lm.reference import adapted_models
 
+        if inputs.virtual is not None or inputs.interface.recurrent:
+            raise IncomparableError("modules of a model with virtual tokens or recurrent states are not compared")
         ends = np.cumsum(reference["steps"])
         at = int(np.searchsorted(ends, row, side="right"))
         adapter, prompt = divmod(at, len(inputs.ids))
@@ -368,7 +530,11 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         text = np.concatenate([inputs.ids[prompt], tokens])
         tensors = self._served_tensors(inputs.adapters, name)
         place = adapter if self.options.mixed_batch else 0
-        return original_run(model, self.interface(inputs), text, tensors, sizes, pad=inputs.pad, adapter_id=place)
+        start = invocation_start(inputs.ids[prompt], inputs.invocation)
+        graph = self.interface(inputs)
+        return original_run(
+            model, graph, text, tensors, sizes, pad=inputs.pad, adapter_id=place, start=start, steps=tokens.size
+        )
 
     def text_of_row(self, inputs: Prompts, reference: Tensors, row: int) -> int:
         """Return the prompt that a row of the logits continues."""
@@ -386,8 +552,9 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
-        sizes = (options.batch_size, options.prefill_seq_len, options.padding_side)
-        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens)
+        chunk = 1 if inputs.interface.recurrent else options.prefill_seq_len
+        sizes = (options.batch_size, chunk, options.padding_side)
+        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens, invocation=inputs.invocation)
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
         """Return the errors of logits, and of the change that each adapter makes."""
@@ -450,7 +617,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         from qeff_validate.models.causal_lm import reference
 
         run = getattr(reference, function)
-        return run(self.source.causal_lm(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
+        return run(self._load_model(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
 
 
 class PromptsText(RowsText):
@@ -460,6 +627,21 @@ class PromptsText(RowsText):
     interface: Interface
     adapters: list[str]
     shared: dict[str, Any] | None = None
+    virtual: VirtualTokens | None = None
+    invocation: tuple[int, ...] = ()
+
+
+def _is_activated(config: Mapping[str, Any]) -> bool:
+    tokens = config.get("alora_invocation_tokens")
+    return isinstance(tokens, list) and bool(tokens)
+
+
+def _with_invocation(tokens: Array, invocation: Sequence[int]) -> Array:
+    """Return a built-in prompt with the invocation in its middle, if it is long enough."""
+    at = (tokens.size - len(invocation)) // 2
+    if at < 1 or not invocation:
+        return tokens
+    return np.concatenate([tokens[:at], np.array(invocation), tokens[at + len(invocation) :]])
 
 
 def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
@@ -487,23 +669,33 @@ def _split(values: Array, steps: Array) -> list[Array]:
     return np.split(values, np.cumsum(steps)[:-1])
 
 
-def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions) -> Graph:
-    tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
+def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions, *, starts: bool) -> Graph:
+    length: str | int = 1 if interface.recurrent else "seq_len"  # transformers continues recurrent states by one token
+    tokens = [TensorSpec(name, "int64", ("batch_size", length)) for name in ("input_ids", "position_ids")]
     state = [
         TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
         for layer, pair in enumerate(interface.dims)
+        if pair is not None
         for name, (heads, size) in zip(("key", "value"), pair, strict=True)
     ]
+    slots = {"ctx_len": options.ctx_len} if state else {}
+    recurrent: dict[str, tuple[int | str, ...]] = {
+        name: ("batch_size", *shape) for name, shape in interface.recurrent.items()
+    }
+    state += [TensorSpec(name, "float32", shape) for name, shape in recurrent.items()]
     if options.mixed_batch:
         tokens.append(TensorSpec("adapter_ids", "int64", ("batch_size",)))
+    if starts:
+        tokens.append(TensorSpec("adapter_start", "int64", ("batch_size",)))
     weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
-    sizes = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    sizes = {"batch_size": options.batch_size, **slots}
     lengths = dict.fromkeys((options.prefill_seq_len, 1))
+    buckets = tuple({"seq_len": length, **sizes} for length in lengths)
     return Graph(
         inputs=(*tokens, *state, *weights),
         outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab)), *twins),
-        buckets=tuple({"seq_len": length, **sizes} for length in lengths),
+        buckets=(sizes,) if recurrent else buckets,
     )
 
 

@@ -14,6 +14,16 @@ BASE = "base"
 """What the model without an adapter is called."""
 
 
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(min_length=1)] = Field(description="system, user, assistant, or what the template takes")
+    content: str = Field(description="its text")
+
+
+Conversation = Annotated[list[Message], Field(min_length=1)]
+
+
 class PeftCausalLMOptions(Strict):
     """Options of the model kind ``peft-causal-lm``."""
 
@@ -29,6 +39,12 @@ class PeftCausalLMOptions(Strict):
     prompts: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="texts to continue; null: built in, with boundary lengths"
     )
+    messages: Annotated[list[Conversation], Field(min_length=1)] | None = Field(
+        None,
+        description="conversations to continue, instead of prompts: [[{role: user, content: TEXT}, …], …], rendered by"
+        " the tokenizer's chat template",
+    )
+    add_generation_prompt: bool = Field(True, description="end each conversation with the opening of an answer")
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="tokens of each continuation")
     prefill_seq_len: Length = Field(16, description="tokens of a prompt that one run takes")
     ctx_len: Length = Field(64, description="slots for keys and values: prompt and continuation must fit")
@@ -62,6 +78,8 @@ class PeftCausalLMOptions(Strict):
             raise ValueError(
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in ctx_len {self.ctx_len}"
             )
+        if self.messages is not None and self.prompts is not None:
+            raise ValueError("give prompts or messages, not both")
         if self.peft and self.peft_method is None:
             raise ValueError("peft holds the options of peft_method, which is missing")
         if self.adapters and self.peft_method is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.models.framework_calls import cache_argument, translated_errors
 from qeff_validate.protocols import Graph, OriginalRun
 from qeff_validate.tensors import RETAINED, Array, Tensors
 
@@ -24,6 +25,8 @@ def original_run(
     *,
     pad: int,
     adapter_id: int,
+    start: int,
+    steps: int = 0,
 ) -> OriginalRun:
     """Return one run; see `protocols.Explained`.
 
@@ -35,6 +38,8 @@ def original_run(
         sizes: of the batch, where the graph fixes them.
         pad: id of the padding token.
         adapter_id: of the adapter among those that a mixed batch serves.
+        start: position from which on the adapter acts (activated LoRA).
+        steps: tokens of the continuation.
 
     Raises:
         IncomparableError: the text does not fit into the sizes.
@@ -49,6 +54,7 @@ def original_run(
         ids[row, : text.size], places[row, : text.size] = text, np.arange(text.size)
     dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots}
     feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.full(batch, adapter_id)}
+    feeds["adapter_start"] = np.full(batch, start)
     for spec in graph.inputs:
         if spec.name in adapter:
             feeds[spec.name] = adapter[spec.name]
@@ -57,22 +63,56 @@ def original_run(
             feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)
     feeds = {spec.name: feeds[spec.name] for spec in graph.inputs}
     tokens = places >= 0
-    outputs = {spec.name for spec in graph.outputs}
-    layers = _attention_paths(model, outputs)
+    layers = _attention_paths(model, {spec.name for spec in graph.outputs})
     owners = {"logits": _head_path(model), **layers}
+    shapes = {spec.name: (batch, spec.shape[1], slots, spec.shape[-1]) for spec in graph.outputs if spec.name in layers}
 
     def run() -> Tensors:
+        cache = RecordingCache()
         with translated_errors("run the Hugging Face model"), torch.no_grad():
             output = model(
                 input_ids=torch.from_numpy(ids),
                 attention_mask=torch.from_numpy(tokens.astype(np.int64)),
                 position_ids=torch.from_numpy(np.maximum(places, 0)),
-                use_cache=False,
+                use_cache=True,
+                **{cache_argument(model): cache},
             )
         logits = output.logits.double().numpy()
-        return {"logits": logits[np.arange(batch), places.argmax(axis=1)][:, None]}
+        last = logits[np.arange(batch), places.argmax(axis=1)][:, None]
+        return {"logits": last, **_keys_and_values(cache, shapes, tokens)}
 
-    return OriginalRun(model, feeds, tokens, run, owners)
+    return OriginalRun(model, feeds, tokens, run, owners, steps=steps)
+
+
+class RecordingCache(DynamicCache):  # type: ignore[misc]  # transformers is Any to mypy here
+    """A cache that keeps what each layer gives it and hands it back, so that a module can be run again by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: dict[tuple[str, int], Any] = {}
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Keep and return keys and values, ``[batch, heads, tokens, head_dim]``."""
+        self.recorded["key", layer_idx], self.recorded["value", layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+def _keys_and_values(
+    cache: RecordingCache, shapes: Mapping[str, tuple[Any, ...]], tokens: Array
+) -> Mapping[str, Array]:
+    """Return keys and values as a graph retains them, zero where no token stands, float64.
+
+    Those that a graph retains in another shape are left out.
+    """
+    found: dict[str, Array] = {}
+    length = tokens.shape[1]
+    for name, shape in shapes.items():
+        side, _, index = name.removeprefix("past_").removesuffix(RETAINED).partition(".")
+        tensor = cache.recorded.get((side, int(index)))
+        if tensor is not None and tuple(tensor.shape) == (*shape[:2], length, shape[3]):
+            found[name] = np.zeros(shape)
+            found[name][:, :, :length] = np.where(tokens[:, None, :, None], tensor.double().numpy(), 0)
+    return found
 
 
 def _head_path(model: Any) -> str:

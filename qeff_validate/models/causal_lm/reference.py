@@ -8,26 +8,29 @@ loop or names of adapter tensors is used.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import calculate_alora_offsets
 from safetensors.numpy import save_file
 
 from qeff_validate.config.case import Precision
-from qeff_validate.errors import IncomparableError
-from qeff_validate.files import temporary_folder
+from qeff_validate.errors import ConfigError, IncomparableError
+from qeff_validate.files import expand_user, temporary_folder
+from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.config import generate_peft_config
-from qeff_validate.models.adapters.files import CONFIG, WEIGHTS
+from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, read_adapter, read_config, tensor_shapes
 from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
@@ -84,7 +87,8 @@ def ensemble(
     blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
     compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
-    weights = RoundedWeights(precision.compute, large=sum(p.nbytes for p in model.parameters()) > LARGE)
+    large = sum(p.nbytes for p in model.parameters()) > LARGE
+    weights = RoundedWeights(precision.compute, large=large, beyond_range=precision.beyond_range is not None)
     for adapted in adapted_models(model, named, inputs.adapters):
         adapter_texts, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, adapter_texts, strict=True)]
@@ -130,8 +134,9 @@ def batched_logits(
             attention_mask=torch.from_numpy(np.stack(mask).astype(np.int64)),
             use_cache=keep,
             **{cache_argument(model): cache},
+            **activation(model, [texts[row][: starts[row]] for row in rows], length),
         ).logits
-        for row, values in zip(rows, logits, strict=True):
+        for row, values in zip(rows, logits[:, -length:], strict=True):  # virtual tokens may precede
             results[row] = values[starts[row] - 1 : texts[row].size - 1].numpy().copy()
     return results
 
@@ -218,6 +223,7 @@ def keys_and_values(
             {
                 f"past_{name}.{index}": tensor[0].numpy()
                 for index, layer in enumerate(layers)
+                if getattr(layer, "keys", None) is not None
                 for name, tensor in (("key", layer.keys), ("value", layer.values))
             }
         )
@@ -241,20 +247,24 @@ def adapted_models(
         return
     yield model
     for name, spec in named.items():
+        saved = tensor_shapes(expand_user(spec)) if isinstance(spec, str) else adapters[name]
+        before = BaseState(model, saved)
         with translated_errors(f"load adapter {name} with PEFT"):
             adapted = load_adapter(model, spec, None if isinstance(spec, str) else adapters[name])
         yield adapted
-        model = adapted.unload()
+        before.restore()
 
 
 def load_adapter(model: Any, spec: str | Mapping[str, Any], tensors: Tensors | None) -> Any:
     """Load an adapter onto a model with PEFT.
 
     Args:
-        model: the base; ``unload`` of the result returns it.
+        model: the base, changed in place; `BaseState` gives it back.
         spec: directory of the adapter, or its PEFT options.
         tensors: its tensors by saved name; None: those of the directory.
     """
+    if tensors is None and not os.path.lexists(expand_user(str(spec)) / WEIGHTS):
+        tensors = read_adapter(str(spec))[1]  # in shards, which PEFT does not read
     with ExitStack() as stack:
         stack.enter_context(_no_warnings())
         folder = str(spec) if tensors is None else stack.enter_context(_folder(spec, tensors))
@@ -275,9 +285,12 @@ def _folder(spec: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     with temporary_folder() as path:
         folder = str(path)
         if isinstance(spec, str):
-            shutil.copy(Path(spec) / CONFIG, folder)
+            shutil.copy(expand_user(spec) / CONFIG, folder)
         else:
             generate_peft_config(spec).save_pretrained(folder)
+        if TENSOR in tensors:  # padded to the number of the adapter with the most
+            count = read_config(path)["num_virtual_tokens"]
+            tensors = {TENSOR: tensors[TENSOR][:count]}
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, f"{folder}/{WEIGHTS}")
         yield folder
 
@@ -286,13 +299,51 @@ def _greedy(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array
     """Return the token ids of a prompt and its greedy continuation, including the end token."""
     tokens, cache, text = torch.from_numpy(prompt)[None], None, list(prompt)
     argument = cache_argument(model)
+    if _virtual(model):
+        return _greedy_without_cache(model, prompt, steps, eos)
     for _ in range(steps):
-        output = model(input_ids=tokens, use_cache=True, **{argument: cache})
+        options = activation(model, [prompt], len(text))
+        output = model(input_ids=tokens, use_cache=True, **{argument: cache}, **options)
         cache, token = returned_cache(output), int(output.logits[0, -1].argmax())
         text.append(token)
         if token in eos:
             break
         tokens = torch.tensor([[token]])
+    return np.array(text, dtype=np.int64)
+
+
+def activation(model: Any, prompts: Sequence[Array], length: int) -> dict[str, Any]:
+    """Return where activated LoRA acts, as PEFT counts it: from the last invocation in each prompt to the end.
+
+    Args:
+        model: a model with or without an adapter.
+        prompts: the prompt of each row; an invocation in its continuation changes nothing, as in PEFT's ``generate``.
+        length: tokens of a row so far, padding on the right included.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not getattr(config, "alora_invocation_tokens", None):
+        return {}
+    offsets = []
+    for prompt in prompts:
+        ids = torch.from_numpy(np.ascontiguousarray(prompt))[None]
+        (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, ids)
+        offsets.append(None if offset is None else offset + length - prompt.size)
+    return {"alora_offsets": offsets}
+
+
+def _virtual(model: Any) -> int:
+    """Return the number of virtual tokens that PEFT puts before each text."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def _greedy_without_cache(model: Any, prompt: Array, steps: int, eos: frozenset[int]) -> Array:
+    """Return what `_greedy` does, from whole texts: PEFT puts virtual tokens before the tokens of each run."""
+    text = list(prompt)
+    for _ in range(steps):
+        text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        if text[-1] in eos:
+            break
     return np.array(text, dtype=np.int64)
 
 
@@ -306,8 +357,18 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
     tokens = torch.from_numpy(text[:-1])[None]
 
     def run() -> Any:
-        return model(input_ids=tokens, use_cache=False).logits[0, start - 1 :]
+        options = activation(model, [text[:start]], text.size - 1)
+        # virtual tokens may precede
+        return model(input_ids=tokens, use_cache=False, **options).logits[0, start - text.size :]
 
     with compute_in_dtype(model, dtype, probe=run):
-        logits: Array = run().numpy().copy()
+        try:
+            logits: Array = run().numpy().copy()
+        except RuntimeError as exc:
+            if dtype != "float64" or "dtype" not in str(exc):
+                raise
+            raise ConfigError(
+                "the reference cannot be computed in float64, because the model or its adapter keeps tensors that stay"
+                f" in float32 ({first_line(exc)}): bounds are not measured, so give tolerance: table"
+            ) from exc
     return logits

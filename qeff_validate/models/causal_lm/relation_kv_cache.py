@@ -40,6 +40,8 @@ def compare_kv_cache(
     Raises:
         IncomparableError: the graph does not retain these keys and values.
     """
+    if not wanted[0]:
+        raise IncomparableError("the model keeps no keys and values")
     bound = FALLBACK.get(context.precision, {}).get("rel_l2")
     retained_states = _retained_states(session, inputs, plan, state, list(wanted[0]))
     planned = len(wanted) * len(wanted[0])

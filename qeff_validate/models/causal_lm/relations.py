@@ -140,7 +140,7 @@ def relate(
     """
     at = min(1, len(inputs.adapters) - 1)
     adapter = list(inputs.adapters)[at]
-    plan = replace(plan, adapter=at)
+    plan, inputs = replace(plan, adapter=at), replace(inputs, ids=inputs.fed(adapter), virtual=None)
     state = stack_adapters(inputs.adapters) if takes_ids(session) else inputs.adapters[adapter]
     if name in ("merged", "scaled") and not state:
         raise IncomparableError("there is no adapter")

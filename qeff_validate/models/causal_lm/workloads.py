@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qeff_validate.models.causal_lm.decode_loop import Plan, in_dtypes, padding, sizes, takes_ids
+from qeff_validate.models.causal_lm.decode_loop import Plan, in_dtypes, padding, sizes, takes_ids, takes_start
 from qeff_validate.protocols import Session, Workload
 from qeff_validate.tensors import Array, Tensors
 
@@ -26,6 +26,8 @@ def decoder_workloads(
     """
     batch, chunk = sizes(session, plan)
     fixed: Tensors = {"adapter_ids": np.zeros(batch, dtype=np.int64)} if takes_ids(session) else {}
+    if takes_start(session):
+        fixed = {**fixed, "adapter_start": np.zeros(batch, dtype=np.int64)}
     idle = padding(session, plan)
 
     def step(start: int, length: int) -> Tensors:
@@ -49,7 +51,7 @@ def decoder_workloads(
         decode, filled = (step(length, 1),), (*before, *prefill)
         where = f"context {length}, batch {batch}"
         made.append(Workload(where, "inter_token", decode, filled, fetch, rows=0, tokens=batch))
-    if len(states) > 1 and states[0] and not fixed:
+    if len(states) > 1 and states[0] and not takes_ids(session):
         feeds = tuple(swap(state) for state in states[-2:])
         made.append(Workload(f"swap, batch {batch}", "adapter_swap", feeds, (), fetch, count=len(feeds), rows=0))
     return made

@@ -7,13 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import use_row_weights
+from qeff_validate.models.causal_lm.decoder_state import cache_for, new_states, state_order
+from qeff_validate.models.causal_lm.exportable_layers import (
+    use_activation,
+    use_constant_cutoffs,
+    use_exportable_layers,
+    use_slot_biases,
+)
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
-from qeff_validate.models.causal_lm.kv_cache import cache_for, masks
+from qeff_validate.models.causal_lm.kv_cache import masks, prefix_states
+from qeff_validate.models.causal_lm.virtual_tokens import TENSOR, VirtualTokens
 from qeff_validate.models.framework_calls import cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.protocols import Graph
@@ -29,13 +38,20 @@ class Decoder(nn.Module):
         layers: number of layers with keys and values.
         adapter: for each adapter tensor that is an input, PEFT's saved name and the name in ``model``.
         mixed: the tensors are stacks of several adapters, and each row selects its adapter (`batched_lora`).
+        virtual: virtual tokens of the adapters; None: they have none.
 
     Raises:
         ConfigError: the model has no head, or its adapters cannot be mixed.
     """
 
     def __init__(
-        self, model: Any, layers: int, adapter: Mapping[str, str] | None = None, *, mixed: bool = False
+        self,
+        model: Any,
+        layers: int,
+        adapter: Mapping[str, str] | None = None,
+        *,
+        mixed: bool = False,
+        virtual: VirtualTokens | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,13 +62,20 @@ class Decoder(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
+        use_exportable_layers(model)
+        use_slot_biases(model)
+        use_constant_cutoffs(model)
+        self._activation = use_activation(model)
+        self._mixed, self._virtual = mixed, virtual
+        self._embeddings: tuple[Tensor, Tensor] | None = None
+        if virtual is not None and virtual.kind == "prompt":
+            base.get_input_embeddings().register_forward_hook(self._with_virtual)
+        if mixed and virtual is None:
+            use_row_weights(model, self._adapter.values())
         head = base.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
         head.register_forward_pre_hook(self._only_last)
-        self._mixed = mixed
-        if mixed:
-            use_row_weights(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
         """Run one step.
@@ -60,16 +83,27 @@ class Decoder(nn.Module):
         Args:
             input_ids: int64 ``[batch, seq_len]``.
             position_ids: int64 ``[batch, seq_len]``, −1 for padding.
-            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, and the adapter's
-                tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64 ``[batch]`` too.
+            **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, recurrent states
+                (`recurrent_state`), and the adapter's tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64
+                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``.
 
         Returns:
             ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
         """
-        cache = cache_for(state, self._layers, position_ids)
-        slots = state["past_key.0"].shape[2]
+        keys_and_values = None
+        if self._virtual is not None:
+            is_virtual, content = self._virtual_content(input_ids, state)
+            input_ids = torch.where(is_virtual, 0, input_ids)
+            if self._virtual.kind == "prompt":
+                self._embeddings = (is_virtual, content)
+            else:
+                keys_and_values = prefix_states(is_virtual, content, state, self._layers)
+        cache = cache_for(state, self._layers, position_ids, keys_and_values)
         self._last = position_ids.argmax(dim=1)
-        config = self.model.config.get_text_config()
+        activated: dict[str, Any] = {}
+        if "adapter_start" in state:
+            self._activation.mask = position_ids >= state["adapter_start"][:, None]
+            activated = {"alora_offsets": ()}  # PEFT would look for the invocation in these tokens
         outputs = functional_call(
             self.model,
             {parameter: self._rows_of(state[saved], state) for saved, parameter in self._adapter.items()},
@@ -77,17 +111,42 @@ class Decoder(nn.Module):
             kwargs={
                 "input_ids": input_ids,
                 "position_ids": position_ids.clamp(min=0),
-                "attention_mask": masks(position_ids, slots, config, state["past_key.0"].dtype),
+                "attention_mask": self._masks(position_ids, state),
                 self._cache_argument: cache,
                 "use_cache": True,
+                **activated,
             },
         )
-        cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        self._activation.mask = None  # for this run only
+        cached = new_states(cache, state_order(list(state), self._layers)).values()
         # cloned, because the exporter renames an input that is returned unchanged
-        return (outputs.logits, *cached, *(state[name].clone() for name in self._adapter))
+        inputs = (*self._adapter, *((TENSOR,) if self._virtual is not None else ()))
+        return (outputs.logits, *cached, *(state[name].clone() for name in inputs))
+
+    def _masks(self, position_ids: Tensor, state: Mapping[str, Tensor]) -> Any:
+        """Return the attention masks; None for a model that keeps no keys and values."""
+        keys = next((tensor for name, tensor in state.items() if name.startswith("past_key.")), None)
+        if keys is None:
+            return None
+        return masks(position_ids, keys.shape[2], self.model.config.get_text_config(), keys.dtype)
 
     def _rows_of(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return tensor[state["adapter_ids"]] if self._mixed else tensor
+
+    def _virtual_content(self, input_ids: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return which tokens are virtual, bool ``[batch, seq_len]``, and their content ``[batch, seq_len, width]``."""
+        assert self._virtual is not None
+        content = state[TENSOR]
+        is_virtual = input_ids >= self._virtual.first
+        places = (input_ids - self._virtual.first).clamp(min=0, max=content.shape[-2] - 1)
+        if not self._mixed:
+            return is_virtual, content[places]
+        rows = content[state["adapter_ids"]]
+        return is_virtual, rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def _with_virtual(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG002
+        content, self._embeddings = self._embeddings, None  # for this run only
+        return output if content is None else torch.where(content[0][..., None], content[1], output)
 
     def _only_last(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         hidden, last, self._last = inputs[0], self._last, None  # for this run only: others may call the model itself
@@ -104,7 +163,7 @@ def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         if spec.name in ("input_ids", "position_ids"):
-            examples[spec.name] = np.broadcast_to(np.arange(sizes["seq_len"]), shape).copy()
+            examples[spec.name] = np.broadcast_to(np.arange(shape[1]), shape).copy()
         else:
             examples[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
     return {**examples, **(adapter or {})}

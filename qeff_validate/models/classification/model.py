@@ -21,8 +21,8 @@ from qeff_validate.models.classification.options import RerankerOptions
 from qeff_validate.models.corpus import PAIRS, TEXTS
 from qeff_validate.models.head_model import HeadModel, Text
 from qeff_validate.models.sources.checkpoint import modules, read_object
+from qeff_validate.models.sources.encode_settings import SETTINGS
 from qeff_validate.models.sources.resolve import Folder, SentenceFolder, Source
-from qeff_validate.models.sources.sentence_directory import SETTINGS
 from qeff_validate.models.sources.synthetic import Random, Tiny
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import ComparisonContext

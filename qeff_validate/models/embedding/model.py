@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from qeff_validate.comparison.bounds import bounds_for, relation_precision, systematic_bounds
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
-from qeff_validate.config.case import Case, Precision
+from qeff_validate.config.case import Artifacts, Case, Precision
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.models.activations import VectorFunction
 from qeff_validate.models.case_inputs import texts_of
@@ -29,20 +29,23 @@ from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.embedding import pooling_oracle
 from qeff_validate.models.embedding.options import EmbeddingOptions
 from qeff_validate.models.embedding.pooling_config import PoolingConfig, published, resolve_pooling_config
+from qeff_validate.models.framework_calls import with_full_attention
 from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.session_rows import largest_batch, row_workloads, run_rows
 from qeff_validate.models.sources.checkpoint import head_tensors
+from qeff_validate.models.sources.encode_settings import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
-from qeff_validate.models.sources.sentence_directory import EncodeSettings, resolve_prompt
 from qeff_validate.models.sources.static_embedding import StaticFolder
+from qeff_validate.models.sources.tokenizers import Tokenize, prompted
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
     Explained,
     FaultTested,
+    FileAdapted,
     FillerChecked,
     Graph,
     OriginalRun,
@@ -68,7 +71,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Explained):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Sharing, Timed, Explained):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -102,7 +105,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         """The model's directory; None if it has none."""
         if isinstance(self.source, (SentenceFolder, StaticFolder)):
             return self.source.root
-        return self.source.path if isinstance(self.source, Folder) else None
+        return self.source.home if isinstance(self.source, Folder) else None
 
     @cached_property
     def encode_settings(self) -> EncodeSettings:
@@ -122,8 +125,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
 
     def _prompt_tokens(self) -> int:
         """Return the number of tokens of the prompt, without a special token at its end."""
-        if not self.prompt:
-            return 0
+        if not self.prompt or isinstance(self.source, StaticFolder) or self.encode_settings.chat is not None:
+            return 0  # sentence-transformers tells Pooling nothing of the prompt
         tokens = self.source.tokenizer()[0](self.prompt)
         ends = set(getattr(self.source.pretrained_tokenizer(), "all_special_ids", ()))
         return len(tokens) - (tokens[-1] in ends)
@@ -180,23 +183,23 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
 
     def rows(self) -> TokenRows:
         """Tokenize the texts without using stored inputs; raises like `tokenize`."""
-        tokenize, pad = self.source.tokenizer()
+        tokenize, pad = self._prompted_tokenizer(), self.source.tokenizer()[1]
         texts, notes = self._texts(), []
         if self._builtin():
             for length in self.options.seq_len:
                 for wanted in (length - 1, length):
-                    text = boundary_text(tokenize, self.prompt, wanted)
+                    text = boundary_text(tokenize, wanted)
                     if text is None:
                         notes.append(f"no boundary row of exactly {wanted} tokens could be made with this tokenizer")
                     else:
                         texts.insert(len(texts) // 2 if wanted % 2 else len(texts), text)
-        ids = [np.array(tokenize(self.prompt + text), dtype=np.int64) for text in texts]
+        ids = [np.array(tokenize(text), dtype=np.int64) for text in texts]
         most, limit = self.options.seq_len[-1], None
-        if isinstance(self.source, SentenceFolder):
+        if isinstance(self.source, (SentenceFolder, StaticFolder)):
             limit = self.source.text_limit()
         cut = [row for row, tokens in enumerate(ids) if limit is not None and tokens.size > limit]
         for row in cut:
-            ids[row] = np.array(tokenize(self.prompt + texts[row], limit), dtype=np.int64)
+            ids[row] = np.array(tokenize(texts[row], limit), dtype=np.int64)
         if cut:
             notes.append(f"{len(cut)} of {len(texts)} texts were cut to {limit} tokens, as sentence-transformers does")
         long = [row for row, tokens in enumerate(ids) if tokens.size > most]
@@ -209,16 +212,34 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
             )
         notes += self._head_notes()
         for row in long:
-            ids[row] = np.array(tokenize(self.prompt + texts[row], most), dtype=np.int64)
+            ids[row] = np.array(tokenize(texts[row], most), dtype=np.int64)
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
         rows = [*ids, np.array([], dtype=np.int64)]
         return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes))
 
+    def _prompted_tokenizer(self) -> Tokenize:
+        if isinstance(self.source, SentenceFolder):
+            return self.source.prompted_tokenizer(self.prompt)
+        return prompted(self.source.tokenizer()[0], self.prompt)
+
     def _head_notes(self) -> Iterator[str]:
-        """Say that a checkpoint's task head is left out."""
+        """Say what the directory says and the verdict leaves out: a task head, half precision, another similarity."""
+        similarity = self.encode_settings.similarity
+        same_order = similarity == "cosine" or (similarity != "manhattan" and self._unit_vectors())
+        if not same_order:
+            yield (
+                f"the directory compares vectors by {similarity} (similarity_fn_name); the order of neighbours is"
+                " judged by cosine"
+            )
         if not isinstance(self.source, Folder):
             return
+        kept = self.source.computes_in()
+        if kept != "float32" and isinstance(self.source, SentenceFolder):
+            yield (
+                f"sentence-transformers loads this directory in {kept} and computes in it; the reference computes in"
+                " float32 with the same weights, so encode differs from it by rounding"
+            )
         architecture, head = head_tensors(self.source.path)
         if head:
             names = f"{', '.join(head[:3])}{f' and {len(head) - 3} more' if len(head) > 3 else ''}"
@@ -227,9 +248,15 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
                 " is the body alone"
             )
 
+    def _unit_vectors(self) -> bool:
+        """Return True if vectors have length 1, so that dot product and distance order them as cosine does."""
+        config = self.pooling_config
+        last = config.layers[-1].kind if config.layers else ""
+        return config.normalize or (last == "Normalize" and config.truncate_dim is None)
+
     def _body(self) -> Any:
         """Load the body, with the modules on its token vectors."""
-        body = self.source.body()
+        body = with_full_attention(self.source.body())
         if not self.pooling_config.token_layers:
             return body
         from qeff_validate.models.layers import token_body
@@ -243,8 +270,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
             from qeff_validate.models.embedding.reference import pooled_alone
 
             return pooled_alone(config.pooling, tokens, dtype)
-        poolings = config.pooling if isinstance(config.pooling, tuple) else (config.pooling,)
-        return pooling_oracle.pool_row(tokens, poolings, config.prompt_tokens)
+        return pooling_oracle.pool_row(tokens, config.poolings, config.prompt_tokens)
 
     @cached_property
     def _vector_functions(self) -> Sequence[VectorFunction]:
@@ -308,10 +334,13 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         return self._pooled(self._states(inputs, dtype), inputs, dtype)
 
     def _states(self, inputs: TokenRows, dtype: str) -> Iterable[tuple[int, Floats]]:
-        from qeff_validate.models.embedding.reference import hidden_states
+        from qeff_validate.models.embedding.reference import hidden_states, refuse_padding
 
         def run() -> Iterator[tuple[int, Floats]]:
-            return hidden_states(self._body(), inputs.ids, dtype, inputs.texts)
+            body = self._body()
+            yield from hidden_states(body, inputs.ids, dtype, inputs.texts)
+            if dtype == "float32" and self.options.padding_side == "right":
+                refuse_padding(body, inputs.ids, inputs.pad)
 
         if sum(ids.size for ids in inputs.ids) > SHARED_TOKENS:
             return run()
@@ -322,14 +351,39 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         """Yield the output of `reference` with the body in the precision, for each variant of `ENSEMBLE`."""
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
-        name = self._share_name(f"ensemble in {precision.profile}")
+        beyond = ", float32 beyond its range" if precision.beyond_range else ""
+        name = self._share_name(f"ensemble in {precision.profile}{beyond}")
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
-        for variant in sorted(runs):
-            outputs = self._pooled(unpacked(runs[variant], inputs.ids), inputs, "float32")
-            half = precision.compute == "fp16"
+        pooled = [
+            {row: self._pool_row(tokens, "float32") for row, tokens in unpacked(runs[variant], inputs.ids)}
+            for variant in sorted(runs)
+        ]
+        half = precision.compute == "fp16"
+        for vectors in self._emulated_heads(pooled, precision):
+            outputs = self._collected(vectors, inputs, "float32")
             yield {
                 name: array.astype(np.float16).astype(np.float32) if half else array for name, array in outputs.items()
             }
+
+    def _emulated_heads(
+        self, pooled: Sequence[dict[int, Floats]], precision: Precision
+    ) -> Iterator[Mapping[int, Floats]]:
+        """Yield what follows the pooling in each variant, computed in the precision."""
+        config = self.pooling_config
+        if not config.layers and not config.normalize:
+            yield from ({row: self._finish(vector) for row, vector in vectors.items()} for vectors in pooled)
+            return
+        from qeff_validate.models.embedding.vector_head import VectorHead, emulated_head
+        from qeff_validate.models.layers import load_layer
+
+        layers = [load_layer(layer) for layer in config.layers]
+        head = VectorHead(layers, config.truncate_dim, normalize=config.normalize).eval()
+        rows = list(pooled[0])
+        sizes = [pooled[0][row][..., 0].size for row in rows]
+        stacked = [np.concatenate([np.atleast_2d(vectors[row]) for row in rows]) for vectors in pooled]
+        for vectors in emulated_head(head, stacked, precision):
+            parts = np.split(vectors, np.cumsum(sizes)[:-1])
+            yield {row: part.reshape(*pooled[0][row].shape[:-1], -1) for row, part in zip(rows, parts, strict=True)}
 
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
@@ -347,9 +401,11 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         body, compute = self._body(), precision.compute
         blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
         compressed = {block: CompressedWeights(body, block=block) for block in blocks}
-        # this body is not shared, so it may be rounded in place, unless compression needs the unrounded weights
+        # this body is not shared, so it may be rounded in place, unless something needs the unrounded weights
+        beyond_range = precision.beyond_range is not None
+        in_place = not compressed and not beyond_range and compute != "fp32"
         weights = (
-            InPlaceRoundedWeights(compute, body) if not compressed and compute != "fp32" else RoundedWeights(compute)
+            InPlaceRoundedWeights(compute, body) if in_place else RoundedWeights(compute, beyond_range=beyond_range)
         )
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
         return {str(index): states for index, states in enumerate(runs)}
@@ -378,7 +434,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
 
         pool = partial(self._pool_row, dtype=dtype)
-        original = OriginalSession(self._body(), self.graph, pool, self._finish, dtype, states)
+        parts = len(self.pooling_config.poolings)
+        original = OriginalSession(self._body(), self.graph, pool, self._finish, dtype, states, parts)
         longest = max(inputs.ids, key=len)[None]
         probe = partial(original.run, {spec.name: np.ones_like(longest) for spec in self.graph.inputs})
         with one_thread_if_small(original.body), compute_in_dtype(original.body, dtype, probe=probe):
@@ -397,7 +454,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
                     yield change.name, self.infer(session, inputs, reference)
 
     def _pooled(self, states: Iterable[tuple[int, Floats]], inputs: TokenRows, dtype: str) -> Tensors:
-        vectors = {row: self._finish(self._pool_row(tokens, dtype)).astype(dtype) for row, tokens in states}
+        return self._collected(
+            {row: self._finish(self._pool_row(tokens, dtype)) for row, tokens in states}, inputs, dtype
+        )
+
+    @staticmethod
+    def _collected(by_row: Mapping[int, Floats], inputs: TokenRows, dtype: str) -> Tensors:
+        """Return the output from the vectors of the rows with a token, in any order."""
+        vectors = {row: values.astype(dtype) for row, values in by_row.items()}
         if inputs.per_token:
             return {"output": np.concatenate([vectors[row] for row in sorted(vectors)])}
         empty = np.zeros_like(next(iter(vectors.values())))
@@ -490,14 +554,27 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, Sharing, Timed, Ex
         from qeff_validate.models.embedding.original_run import original_run
 
         pool = partial(self._pool_row, dtype="float64")
-        side = self.options.padding_side
-        return original_run(self._body(), self.graph, inputs, sizes, pool=pool, finish=self._finish, side=side)
+        side, parts = self.options.padding_side, len(self.pooling_config.poolings)
+        return original_run(
+            self._body(), self.graph, inputs, sizes, pool=pool, finish=self._finish, side=side, parts=parts
+        )
 
     def text_of_row(self, inputs: TokenRows, reference: Tensors, row: int) -> int:  # noqa: ARG002
         """Return the row; without pooling, the text of a token."""
         if not inputs.per_token:
             return row
         return int(np.searchsorted(np.cumsum([ids.size for ids in inputs.ids]), row, side="right"))
+
+    def adapt(self, session: Session, artifacts: Artifacts) -> tuple[Session, Sequence[str]]:
+        """See `protocols.FileAdapted`: hidden states are pooled by the numpy oracle."""
+        from qeff_validate.models.embedding.file_session import completed
+
+        key = self.pooling_config.key() if len(self.graph.outputs[0].shape) == 2 else {"pooling": "none"}
+        behind = [layer.kind for layer in self.pooling_config.layers] + (["Normalize"] if key.get("normalize") else [])
+        words = ", ".join([str(key["pooling"]), *behind])
+        return completed(
+            session, self.graph, artifacts, lambda tokens: self._finish(self._pool_row(tokens, "float32")), words
+        )
 
     def workloads(self, session: Session, inputs: TokenRows) -> Sequence[Workload]:
         """Return one full batch, without padding, for each length and batch size that the session takes."""

@@ -27,6 +27,7 @@ def original_run(
     pool: Callable[[Floats], Floats],
     finish: Callable[[Floats], Floats],
     side: str,
+    parts: int = 1,
 ) -> OriginalRun:
     """Return one run; see `protocols.Explained`.
 
@@ -38,6 +39,7 @@ def original_run(
         pool: maps the tokens of a row ``[n, hidden]`` to its vector.
         finish: truncation and normalization of vectors.
         side: of the padding.
+        parts: number of poolings whose vectors ``pool`` concatenates.
 
     Raises:
         IncomparableError: the rows do not fit into the sizes.
@@ -99,7 +101,7 @@ def original_run(
         return results
 
     def finished(vectors: Floats) -> Floats:
-        return np.stack([finish(vector) for vector in vectors])
+        return np.stack([finish(np.tile(vector, parts)) for vector in vectors])
 
     def run_unfinished() -> Floats:
         return np.stack([pool(row[seen]) for row, seen in zip(states[0], tokens, strict=True)])

@@ -14,13 +14,8 @@ from qeff_validate.artifact import digest_file
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.embedding.options import POOLINGS, EmbeddingOptions
 from qeff_validate.models.module_search import find_module
-from qeff_validate.models.sources.sentence_directory import (
-    Layer,
-    encode_settings,
-    is_sentence_directory,
-    read_modules,
-    weighted_kinds,
-)
+from qeff_validate.models.sources.encode_settings import encode_settings
+from qeff_validate.models.sources.sentence_directory import Layer, is_sentence_directory, read_modules, weighted_kinds
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 
 
@@ -44,6 +39,11 @@ class PoolingConfig:
     token_layers: tuple[Layer, ...] = ()
     layers: tuple[Layer, ...] = ()
     prompt_tokens: int = 0
+
+    @property
+    def poolings(self) -> tuple[Any, ...]:
+        """The pooling, or those whose vectors are concatenated."""
+        return self.pooling if isinstance(self.pooling, tuple) else (self.pooling,)
 
     @property
     def custom(self) -> bool:

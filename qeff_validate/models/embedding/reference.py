@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.comparison.vector_metrics import Floats
-from qeff_validate.errors import ConfigError
+from qeff_validate.errors import ConfigError, UnstableReferenceError
 from qeff_validate.models.embedding.pooling import pooled, resolve_pooling
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.original_rows import batched_outputs, unpadded_outputs
 from qeff_validate.models.token_rows import together
 from qeff_validate.tensors import Array
+
+PADDING = 5
+"""Number of padding tokens that a body is tried with."""
+
+MAX_PADDING_SHIFT = 1e-3
+"""Accepted relative L2 of a float32 body with padding that the mask hides: rounding gives 1e-6, large negative numbers
+for infinity up to 1e-4."""
 
 
 def hidden_states(
@@ -51,23 +58,45 @@ def batched_states(body: nn.Module, ids: Sequence[Array], pad: int, batch: int |
     return dict(batched_outputs(body, _run, ids, together(ids, batch), pad=pad))
 
 
-def left_padding_shift(body: nn.Module, ids: Sequence[Array], pad: int) -> float:
-    """Return the relative L2 difference of hidden states with left padding and without, the worst of two rows.
+def padding_shift(body: nn.Module, rows: Sequence[Array], pad: int, side: str) -> float:
+    """Return the relative L2 difference of hidden states with `PADDING` tokens of padding and without, the worst row.
 
     Args:
         body: the body, in eval mode.
-        ids: token ids of each row; the shortest and the longest are run.
+        rows: token ids of some rows with a token.
         pad: id of the padding token.
+        side: of the padding: ``left`` or ``right``.
     """
-    by_length = sorted((row for row in ids if row.size), key=len)
-    shifts = []
+    shifts = [0.0]
     with torch.inference_mode():
-        for row in (by_length[0], by_length[-1]):
-            padded = np.concatenate([np.full(5, pad), row])
-            shifted = _run(body, *_tensors(padded, np.arange(padded.size) >= 5))[0, 5:]
+        for row in rows:
+            padded = np.full(row.size + PADDING, pad)
+            tokens = slice(PADDING, None) if side == "left" else slice(0, row.size)
+            padded[tokens] = row
+            mask = np.zeros(padded.size)
+            mask[tokens] = 1
+            shifted = _run(body, *_tensors(padded, mask))[0, tokens]
             alone = _run(body, *_tensors(row, np.ones(row.size)))[0]
             shifts.append(float((shifted - alone).norm() / alone.norm()))
     return float(np.max(shifts))  # NaN if one is NaN
+
+
+def refuse_padding(body: nn.Module, ids: Sequence[Array], pad: int) -> None:
+    """Refuse a body whose hidden states depend on the padding behind a text, under a mask that hides it.
+
+    The shortest row and the longest that has room are tried: behind the longest there may be no position left.
+
+    Raises:
+        UnstableReferenceError: they do.
+    """
+    by_length = sorted((row for row in ids if row.size), key=len)
+    fitting = [row for row in by_length if row.size + PADDING <= by_length[-1].size]
+    shift = padding_shift(body, [*fitting[:1], *fitting[1:][-1:]], pad, "right")
+    if shift > MAX_PADDING_SHIFT:
+        raise UnstableReferenceError(
+            f"what {type(body).__name__} returns depends on the padding behind a text (relative L2 {shift:.1e}), which"
+            " the mask should hide: a compiled program pads every text, so there is no one answer that it could give"
+        )
 
 
 def _tensors(ids: Array, mask: Array) -> tuple[Tensor, Tensor]:
@@ -84,6 +113,11 @@ def _run(body: Any, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> A
         raise ConfigError(
             f"{type(body).__name__} returns no last_hidden_state but {', '.join(output.keys())}:"
             " give the body (AutoModel), not a model with a task head"
+        )
+    if hidden.shape[:2] != ids.shape:
+        raise ConfigError(
+            f"{type(body).__name__} returns {hidden.shape[1]} vectors for {ids.shape[1]} tokens, so a mask does not say"
+            " which of them to pool: such a body is not supported"
         )
     return hidden
 

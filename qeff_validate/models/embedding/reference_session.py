@@ -33,6 +33,7 @@ class OriginalSession:
         finish: truncation and normalization of vectors.
         dtype: ``float32`` or ``float64``, also of the outputs.
         states: cache of hidden states by the digest of the feeds; further runs are added.
+        parts: number of poolings whose vectors ``pool`` concatenates; another pooling takes the place of each.
     """
 
     shapes: tuple[Shapes, ...] = ()
@@ -45,13 +46,14 @@ class OriginalSession:
         finish: Callable[[Floats], Floats],
         dtype: str = "float32",
         states: dict[str, Array] | None = None,
+        parts: int = 1,
     ) -> None:
         self.inputs: tuple[TensorSpec, ...] = graph.inputs
         self.outputs: tuple[TensorSpec, ...] = graph.outputs
         self.body = body
         self.pooling_override: Callable[[Tensor, Tensor], Tensor] | None = None
         """Replaces the pooling: maps hidden states ``[batch, seq, hidden]`` and the mask to ``[batch, hidden]``."""
-        self._pool, self._finish, self._dtype = pool, finish, dtype
+        self._pool, self._finish, self._dtype, self._parts = pool, finish, dtype, parts
         self._states = {} if states is None else states
         self._bytes = sum(array.nbytes for array in self._states.values())
 
@@ -61,7 +63,7 @@ class OriginalSession:
         if self.pooling_override is not None:
             with torch.no_grad():
                 vectors = self.pooling_override(hidden, torch.from_numpy(mask)).double().numpy()
-            return {"output": self._finish(vectors).astype(self._dtype)}
+            return {"output": self._finish(np.tile(vectors, self._parts)).astype(self._dtype)}
         rows = [
             self._vectors(states, row_mask > 0) for states, row_mask in zip(hidden.double().numpy(), mask, strict=True)
         ]

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models import row_relations
 from qeff_validate.models.row_relations import Pair, Relation, joined, run_at, shapes
@@ -23,9 +25,11 @@ def padding_sides(model: Any, session: Session, rows: TokenRows) -> Pair:
     Raises:
         IncomparableError: left padding changes the result of the Hugging Face body too (learned absolute positions).
     """
-    from qeff_validate.models.embedding.reference import left_padding_shift
+    from qeff_validate.models.embedding.reference import padding_shift
 
-    shift = left_padding_shift(model.source.body(), rows.ids, rows.pad)
+    sizes = [ids.size for ids in rows.ids]
+    extremes = [rows.ids[int(np.argmin(sizes))], rows.ids[int(np.argmax(sizes))]]
+    shift = padding_shift(model.source.body(), extremes, rows.pad, "left")
     if not shift <= MAX_LEFT_PADDING_SHIFT:
         raise IncomparableError(
             f"padding before a row changes what the Hugging Face body itself returns (relative L2 {shift:.1e}):"

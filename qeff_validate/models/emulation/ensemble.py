@@ -82,6 +82,8 @@ def run_ensemble(
         for replica, variant in zip(replicas, variants, strict=True):
             stack.enter_context(attention_implementation(replica, variant.attention))
             stack.enter_context(exportable_experts(replica))
+        if weights.beyond_range:  # what is beyond the range for any input stays in float32 for all
+            run_variant(replicas[0], variants[0])
         if threads == 1:
             return [run_variant(replica, variant) for replica, variant in zip(replicas, variants, strict=True)]
         torch.set_num_threads(1)

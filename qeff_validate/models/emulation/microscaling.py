@@ -91,7 +91,8 @@ class CompressedWeights(TorchFunctionMode):
 
     def _compressed(self, weight: Tensor, dim: int) -> Tensor:
         storage = weight.untyped_storage().data_ptr()
-        key = (storage, weight.storage_offset(), weight.shape, weight.stride(), dim)
+        version = 0 if weight.is_inference() else weight._version  # an adapter may write into a weight of the base
+        key = (storage, version, weight.storage_offset(), weight.shape, weight.stride(), dim)
         self.used.add(storage)
         if key not in self._cache:
             with torch.no_grad():

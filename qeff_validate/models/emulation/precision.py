@@ -29,6 +29,9 @@ DEPENDS_ON_WEIGHTS = "_qeff_validate_depends_on_weights"
 ALREADY_ROUNDED = "_qeff_validate_rounded"
 """Attribute that marks views of rounded weights: rounding them again would dominate the run time."""
 
+VIEW_OF = "_qeff_validate_view_of"
+"""Attribute of the views of a parameter: its id."""
+
 FLOAT32_MODULES = ("RMSNorm",)
 """Suffixes of class names of modules that compute in float32 on a card too, because the compiler is asked for it."""
 
@@ -65,18 +68,23 @@ class RoundedWeights:
     Args:
         compute: the precision.
         large: keep the weights in the precision's own dtype, and widen them on each read, to save memory.
+        beyond_range: an operation that reads a number beyond the precision's range, or that has done so in an earlier
+            run, reads nothing rounded, as if a list of nodes kept it in float32.
     """
 
-    def __init__(self, compute: Compute, *, large: bool = False) -> None:
-        self._dtype, self._large = DTYPES[compute], large
-        self._tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    def __init__(self, compute: Compute, *, large: bool = False, beyond_range: bool = False) -> None:
+        self._dtype, self._large, self.beyond_range = DTYPES[compute], large, beyond_range
+        self.unrounded: set[int] = set()
+        """Ids of the parameters that an operation has read beside a number beyond the range."""
+        self._tensors: dict[int, tuple[nn.Parameter, int, Tensor]] = {}
 
     def read(self, weight: nn.Parameter) -> Tensor:
         """Return a float32 weight rounded to the precision, float32."""
-        if id(weight) not in self._tensors:
+        version = 0 if weight.is_inference() else weight._version  # an adapter may write into a weight of the base
+        if id(weight) not in self._tensors or self._tensors[id(weight)][1] != version:
             rounded = self._round(weight)
-            self._tensors[id(weight)] = weight, rounded if self._large else rounded.to(torch.float32)
-        return self._tensors[id(weight)][1].to(torch.float32)
+            self._tensors[id(weight)] = weight, version, rounded if self._large else rounded.to(torch.float32)
+        return self._tensors[id(weight)][2].to(torch.float32)
 
     def _round(self, weight: nn.Parameter) -> Tensor:
         maximum = torch.finfo(self._dtype).max
@@ -102,6 +110,18 @@ class InPlaceRoundedWeights(RoundedWeights):
     def read(self, weight: nn.Parameter) -> Tensor:
         """Return the weight, rounded to the precision."""
         return super().read(weight) if id(weight) in self._exempt else weight.detach()
+
+
+def _parameters(tensors: list[Tensor]) -> set[int]:
+    """Return the ids of the parameters among some tensors, and of those that they are views of."""
+    ids = {id(value) for value in tensors if isinstance(value, nn.Parameter)}
+    return ids | {getattr(value, VIEW_OF) for value in tensors if hasattr(value, VIEW_OF)}
+
+
+def fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Return True unless a finite element is beyond the range of a dtype."""
+    maximum = torch.finfo(dtype).max
+    return not bool(((value.abs() > maximum) & torch.isfinite(value)).any())
 
 
 class PrecisionMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -135,7 +155,8 @@ class PrecisionMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weighted = any(isinstance(value, nn.Parameter) or hasattr(value, DEPENDS_ON_WEIGHTS) for value in tensors)
         # a view of an activation is rounded when it is read, and what is written into it must reach its base
         activation_view = func.is_view and not isinstance(args[0], nn.Parameter)
-        if weighted and not activation_view and not self.float32_depth and self._dtype != torch.float32:
+        parameters = _parameters(tensors) if self._weights.beyond_range else set()
+        if weighted and not activation_view and self._rounds(tensors, parameters):
             original_args, args = args, self._read(args)
             kwargs = {key: self._read(value) for key, value in kwargs.items()}
         if name in PRODUCTS and self._variant.parts > 1:
@@ -150,11 +171,30 @@ class PrecisionMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = original_args[0].copy_(result)
         if original_args is not None and func.is_view:
             setattr(result, ALREADY_ROUNDED, True)
+        if func.is_view and parameters:
+            setattr(result, VIEW_OF, next(iter(parameters)))
         if weighted:
             for value in _flatten((result,)):
                 if isinstance(value, Tensor):
                     setattr(value, DEPENDS_ON_WEIGHTS, True)
         return result
+
+    def _rounds(self, tensors: list[Tensor], parameters: set[int]) -> bool:
+        """Return whether an operation reads rounded values.
+
+        Args:
+            tensors: its arguments.
+            parameters: ids of those that are parameters or views of such.
+        """
+        if self.float32_depth or self._dtype == torch.float32:
+            return False
+        if not self._weights.beyond_range:
+            return True
+        floats = [value for value in tensors if value.dtype == torch.float32]
+        if all(fits(value, self._dtype) for value in floats) and not parameters & self._weights.unrounded:
+            return True
+        self._weights.unrounded |= parameters
+        return False
 
     def _read(self, value: Any) -> Any:
         """Return an argument as an operation reads it: rounded to the precision."""

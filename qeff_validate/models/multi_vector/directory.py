@@ -11,13 +11,8 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.checkpoint import MODULES, modules, read_object
-from qeff_validate.models.sources.sentence_directory import (
-    SETTINGS,
-    TOKENS,
-    TRANSFORMER_CONFIGS,
-    Layer,
-    first_module,
-)
+from qeff_validate.models.sources.encode_settings import SETTINGS
+from qeff_validate.models.sources.sentence_directory import TOKENS, TRANSFORMER_CONFIGS, Layer, first_module
 
 LAYERS = ("Dense", "LayerNorm", "Normalize")
 """Modules on the vectors of tokens that are supported, beside Dropout, which has no effect."""

@@ -29,8 +29,8 @@ from qeff_validate.models.layer_oracle import vector_function
 from qeff_validate.models.multi_vector.directory import MultiVectorModules, read_multi_vector
 from qeff_validate.models.multi_vector.options import MultiVectorOptions
 from qeff_validate.models.session_rows import run_rows
+from qeff_validate.models.sources.encode_settings import resolve_prompt
 from qeff_validate.models.sources.resolve import SentenceFolder
-from qeff_validate.models.sources.sentence_directory import resolve_prompt
 from qeff_validate.models.sources.synthetic import Random, Tiny
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import ComparisonContext, Session

@@ -9,6 +9,7 @@ all files at the top of the directory are included, except types that no tokeniz
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,12 @@ def weights_with_index(folder: Path) -> list[Path]:
 def head_tensors(folder: Path) -> tuple[str, list[str]]:
     """Return the architecture of a checkpoint with a task head, and the names of the head's tensors.
 
-    A head's tensors lie beside the body's, which most names begin with. Without a head there are no names.
+    A head's tensors lie beside the body's, which most names begin with. Without a head there are no names, nor for an
+    encoder-decoder, of which an embedding takes the encoder.
     """
     config = read_object(folder / CONFIG)
     architecture = str((config.get("architectures") or [""])[0])
-    if "For" not in architecture:
+    if not re.search("For[A-Z]", architecture) or config.get("is_encoder_decoder"):
         return architecture, []
     groups: dict[str, list[str]] = {}
     for name in tensors(weight_files(folder)):

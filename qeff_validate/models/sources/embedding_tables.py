@@ -21,6 +21,9 @@ POSITIONS = re.compile(r"(^|.*\.)(position_embeddings?|embed_positions|wpe)\.wei
 ROPE = "rope_"
 """Prefix, followed by the rope_type, of a length beyond which rotary frequencies depend on the input."""
 
+SPARSE = "sparse_attention"
+"""Name of the length beyond which a model attends to blocks of tokens; it attends to all of a shorter text."""
+
 MOST_HEADER = 100 << 20
 
 
@@ -48,7 +51,7 @@ def module_tables(model: Any) -> dict[str, int]:
     the padding token, OPT and BART at an offset.
     """
     config: Any = getattr(model, "config", None)
-    switch = frequency_switch(config.to_dict()) if hasattr(config, "to_dict") else {}
+    switch = switches_by_length(config.to_dict()) if hasattr(config, "to_dict") else {}
     sizes = tables({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) | switch
     if "positions" not in sizes:
         return sizes
@@ -93,13 +96,27 @@ def frequency_switch(config: Mapping[str, Any]) -> dict[str, int]:
     return lengths
 
 
+def switches_by_length(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the lengths of a Hugging Face config beyond which a model computes in another way.
+
+    They are those of `frequency_switch`, and BigBird's: it attends to blocks beyond two global, three sliding and two
+    times its random blocks.
+    """
+    lengths = frequency_switch(config)
+    if config.get("attention_type") == "block_sparse":
+        blocks, size = config.get("num_random_blocks"), config.get("block_size")
+        if isinstance(blocks, int) and isinstance(size, int):
+            lengths[SPARSE] = (5 + 2 * blocks) * size
+    return lengths
+
+
 def folder_switch(config: Path) -> dict[str, int]:
-    """Return `frequency_switch` of a config.json; empty if it cannot be read."""
+    """Return `switches_by_length` of a config.json; empty if it cannot be read."""
     try:
         content = read_json(config, most_bytes=MOST_CONFIG)
     except ConfigError:
         return {}
-    return frequency_switch(content) if isinstance(content, dict) else {}
+    return switches_by_length(content) if isinstance(content, dict) else {}
 
 
 def file_tables(files: Iterable[Path]) -> dict[str, int]:

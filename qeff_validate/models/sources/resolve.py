@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from qeff_validate.config.case import Case
-from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError, missing_package
 from qeff_validate.files import expand_user
-from qeff_validate.models.adapters.files import content
+from qeff_validate.models.adapters.files import CONFIG as ADAPTER
+from qeff_validate.models.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
+from qeff_validate.models.adapters.files import content, read_config
 from qeff_validate.models.framework_calls import (
     OWN_CODE,
     first_line,
@@ -47,21 +49,33 @@ from qeff_validate.models.sources.checkpoint import (
     weights_with_index,
 )
 from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
+from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.gguf import Gguf
-from qeff_validate.models.sources.sentence_directory import (
-    EncodeSettings,
-    encode_settings,
-    first_module,
-    is_sentence_directory,
-)
+from qeff_validate.models.sources.sentence_directory import first_module, is_sentence_directory, text_features
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.sources.synthetic import Random, Tiny, empty_body
 from qeff_validate.models.sources.text_encoders import TextEncoder
-from qeff_validate.models.sources.tokenizers import MOST_LENGTH, Tokenize, hashed_words, tokenize_with
+from qeff_validate.models.sources.tokenizers import (
+    MOST_LENGTH,
+    Tokenize,
+    chat_tokenize,
+    ending_tokenize,
+    hashed_words,
+    prompted,
+    tokenize_with,
+)
+from qeff_validate.models.sources.word_embeddings import WordFolder
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
+
+
+HALF: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
+"""Half precisions of safetensors and torch."""
+
+TABLES: Mapping[str, type[StaticFolder]] = {"StaticEmbedding": StaticFolder, "WordEmbeddings": WordFolder}
+"""Directories with a table of vectors and no transformer, by their first module."""
 
 
 class Source(Protocol):
@@ -100,18 +114,42 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A directory with config, safetensors weights and a tokenizer."""
+    """A directory with config, safetensors weights and a tokenizer, and perhaps another one with an adapter for it.
+
+    Attributes:
+        path: the directory with config and weights.
+        adapter: a directory with an adapter of PEFT that is put on the model, and perhaps its tokenizer; None: none.
+    """
 
     path: Path
+    adapter: Path | None = field(default=None, kw_only=True)
+
+    @property
+    def home(self) -> Path:
+        """The directory that a case names."""
+        return self.adapter or self.path
+
+    def _module_root(self) -> Path:
+        """Return the directory with the files of sentence-transformers."""
+        return self.home
 
     def body_key(self) -> Mapping[str, Any]:
-        """Return digests of the configs, the weights and the files of sentence-transformers."""
-        files = {*config_files(self.path), *weights_with_index(self.path), *module_files(self.path)}
-        return {"files": digests(files, self.path), **versions("transformers")}
+        """Return digests of the configs, the weights, the files of sentence-transformers and the adapter."""
+        root, body = self._module_root(), {*config_files(self.path), *weights_with_index(self.path)}
+        if self.adapter is None:
+            return {"files": digests({*body, *module_files(root)}, root), **versions("transformers")}
+        adapter = checked(self.adapter / name for name in (ADAPTER, ADAPTER_WEIGHTS))
+        files = {"base": digests(body, self.path), "files": digests({*module_files(root), *adapter}, root)}
+        return {**files, **versions("transformers", "peft")}
+
+    @property
+    def _tokenizer_folder(self) -> Path:
+        return self.home if has_tokenizer(self.home) else self.path
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return the digests of all files that a tokenizer may read."""
-        return {"files": digests(tokenizer_files(self.path), self.path), **versions("transformers", "tokenizers")}
+        folder = self._tokenizer_folder
+        return {"files": digests(tokenizer_files(folder), folder), **versions("transformers", "tokenizers")}
 
     def tables(self) -> Mapping[str, int]:
         """Return the table sizes from file headers and config; the first position needs the model class."""
@@ -135,9 +173,18 @@ class Folder:
         return without_cache(self._load(TextEncoder, self._config_overrides()))
 
     def causal_lm(self) -> Any:
-        """Load the causal LM from safetensors."""
+        """Load the causal LM from safetensors.
+
+        Raises:
+            ConfigError: the directory holds an adapter alone, whose base is to be named.
+        """
         from transformers import AutoModelForCausalLM
 
+        if self.adapter is not None:
+            raise ConfigError(
+                f"{self.adapter} holds an adapter ({ADAPTER}) and no model: name its base model as source, and this"
+                " directory in options.adapters of a case with model: peft-causal-lm"
+            )
         return self._load(AutoModelForCausalLM).eval()
 
     def with_head(self, auto: str) -> Any:
@@ -156,8 +203,16 @@ class Folder:
                 self.path, trust_remote_code=False, local_files_only=True, **self._config_overrides()
             )
 
+    def computes_in(self) -> str:
+        """Return the dtype that transformers loads the weights in, unless it is told otherwise."""
+        stored = {tensor.dtype for tensor in tensors(weight_files(self.path)).values()}
+        return next((name for dtype, name in HALF.items() if stored == {dtype}), "float32")
+
     def _config_overrides(self) -> Mapping[str, Any]:
-        return {}
+        """Return overrides of the config; a classifier that an adapter brings has one label, as in a reranker."""
+        architectures = read_object(self.path / CONFIG).get("architectures") or []
+        brings_head = self.adapter is not None and not any("ForSequence" in str(name) for name in architectures)
+        return {"num_labels": 1} if brings_head else {}
 
     def _tokenizer_options(self) -> Mapping[str, Any]:
         return {}
@@ -182,13 +237,20 @@ class Folder:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        # transformers initializes missing tensors randomly; the pooler is not used
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        # transformers initializes missing tensors randomly; the pooler is not used, and an adapter may bring a head
+        brought = {"pooler", *((read_config(self.adapter).get("modules_to_save") or ()) if self.adapter else ())}
+        missing = sorted(key for key in info["missing_keys"] if not brought & set(key.split(".")))
         if missing:
             raise ConfigError(
                 f"the weights in {self.path} lack {len(missing)} tensors that config.json asks for, first"
                 f" {missing[0]!r}; they would be random numbers. Is it the right config.json?"
             )
+        if self.adapter is not None:
+            if versions("peft")["peft"] is None:
+                raise missing_package("peft")
+            from qeff_validate.models.adapters.pretrained import put_adapter
+
+            put_adapter(model, self.adapter)
         return model
 
     def tokenizer(self) -> tuple[Tokenize, int]:
@@ -197,17 +259,21 @@ class Folder:
 
     def pretrained_tokenizer(self) -> Any:
         """Load the transformers tokenizer, None if the directory has none."""
-        return self._load_tokenizer() if has_tokenizer(self.path) else None
+        return self._load_tokenizer() if has_tokenizer(self._tokenizer_folder) else None
 
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        check_tokenizer(self.path)
+        folder = self._tokenizer_folder
+        check_tokenizer(folder)
         self._refuse_own_code()
-        with translated_errors(f"load the tokenizer in {self.path}"):
-            return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=False, local_files_only=True, **self._tokenizer_options()
-            )
+        options = self._tokenizer_options()
+        if not os.path.lexists(
+            folder / CONFIG
+        ):  # beside an adapter; without a config, transformers reads the adapter's
+            options = {"config": self.model_config(), **options}
+        with translated_errors(f"load the tokenizer in {folder}"):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
 
     def _refuse_own_code(self) -> None:
         """Raise ConfigError for an architecture that is unknown to transformers, if the directory contains its code."""
@@ -238,27 +304,45 @@ class SentenceFolder(Folder):
         """What the files say of texts and vectors."""
         return encode_settings(self.root, self.route, task=self.task)
 
-    def body_key(self) -> Mapping[str, Any]:
-        """Return digests of the configs, the weights and the files of sentence-transformers."""
-        files = {*config_files(self.path), *weights_with_index(self.path), *module_files(self.root)}
-        return {"files": digests(files, self.root), **versions("transformers")}
+    def _module_root(self) -> Path:
+        return self.root
 
     def tokenizer(self) -> tuple[Tokenize, int]:
         """Load the tokenizer, which lowercases if the files say so."""
-        return tokenize_with(self._load_tokenizer(), lower_case=self.settings.lower_case)
+        tokenize, pad = tokenize_with(self._load_tokenizer(), lower_case=self.settings.lower_case)
+        if text_features(*first_module(self.root, self.route)):
+            tokenize = ending_tokenize(tokenize, self.model_config().text_config.eos_token_id)
+        return tokenize, pad
 
     def text_limit(self) -> int | None:
         """Return the number of tokens that texts are cut at; None if there is no limit."""
-        if self.settings.max_seq_length is not None:
-            return self.settings.max_seq_length
+        settings = self.settings
+        if not settings.truncate:
+            return None
+        of_files = settings.max_length, settings.tokenizer.get("model_max_length"), settings.max_seq_length
+        named = next((length for length in of_files if length is not None), None)
+        if named is not None:
+            return int(named)
         limits = [self._load_tokenizer().model_max_length]
         positions = read_object(self.path / CONFIG).get("max_position_embeddings")
-        if "model_max_length" not in self.settings.tokenizer and isinstance(positions, int) and positions > 0:
+        if isinstance(positions, int) and positions > 0:
             limits.append(positions)
         return min(limits) if min(limits) < MOST_LENGTH else None
 
+    def computes_in(self) -> str:
+        """Return the dtype that sentence-transformers loads the weights in."""
+        named = str(self.settings.dtype).rpartition(".")[2]
+        return named if named in (*HALF.values(), "float32") else super().computes_in()
+
+    def prompted_tokenizer(self, prompt: str) -> Tokenize:
+        """Return the tokenizer of texts with a prompt: before the text, or as a message before the text's."""
+        chat = self.settings.chat
+        if chat is not None:
+            return chat_tokenize(self._load_tokenizer(), prompt, chat)
+        return prompted(self.tokenizer()[0], prompt)
+
     def _config_overrides(self) -> Mapping[str, Any]:
-        return self.settings.config
+        return {**super()._config_overrides(), **self.settings.config}
 
     def _tokenizer_options(self) -> Mapping[str, Any]:
         return self.settings.tokenizer
@@ -414,11 +498,33 @@ def _folder(path: Path, case: Case) -> Source:
     with named(case):
         route = case.options.get("route")
         kind, body = first_module(path, route)
-        if kind == "StaticEmbedding":
-            return StaticFolder(body, path, route)
+        if kind in TABLES:
+            return TABLES[kind](body, path, route)
+        alone = os.path.lexists(body / ADAPTER) and not os.path.lexists(body / CONFIG)
+        adapter = body if alone else None
+        body = body if adapter is None else _base_of(adapter)
         config, stored = check_directory(body), tensors(weight_files(body))
         check_sizes(config, str(body / CONFIG), stored=len(stored))
-    return SentenceFolder(body, path, route) if is_sentence_directory(path) else Folder(body)
+    if is_sentence_directory(path):
+        return SentenceFolder(body, path, route, adapter=adapter)
+    return Folder(body, adapter=adapter)
+
+
+def _base_of(adapter: Path) -> Path:
+    """Return the directory of the base model that an adapter names: a directory, or a hub id.
+
+    Raises:
+        ConfigError: the adapter's config is broken, or it names no base.
+        Unavailable: the base cannot be had.
+    """
+    name = read_config(adapter).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{adapter / ADAPTER} names no base_model_name_or_path, which the adapter would be put on")
+    try:
+        return Path(name) if Path(name).is_dir() else _hub(name, None)
+    except (ConfigError, Unavailable) as exc:
+        text = f"the base model of the adapter in {adapter} (base_model_name_or_path in {ADAPTER}): {exc}"
+        raise type(exc)(text) from exc
 
 
 @contextmanager

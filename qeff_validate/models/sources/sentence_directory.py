@@ -2,20 +2,19 @@
 """What a directory of sentence-transformers says that ``SentenceTransformer(DIR).encode`` computes. Loads no framework.
 
 `modules.json` lists modules: a Transformer, modules on its token vectors, one Pooling, modules on the text's vector.
-Settings of the texts (prompts, greatest length, lower case) and of the result (``truncate_dim``) stand beside it.
-Layouts of sentence-transformers 2 to 6 are read.
+`encode_settings` reads the settings beside it. Layouts of sentence-transformers 2 to 6 are read.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qeff_validate.errors import ConfigError, suggest
-from qeff_validate.models.sources.checkpoint import MODULES, inside, modules, read_object
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.sources.checkpoint import CONFIG, MODULES, inside, modules, read_object
 
 MODES: Mapping[str, str] = {
     "cls": "cls",
@@ -43,30 +42,34 @@ TRANSFORMER_CONFIGS = tuple(
 )
 """Names of the Transformer module's config, in the order in which they are looked for."""
 
-SETTINGS = "config_sentence_transformers.json"
-
 VECTOR = "sentence_embedding"
 TOKENS = "token_embeddings"
 """Names of the features that modules read and write."""
 
-FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
+FIRST = ("Transformer", "MLMTransformer", "CLIPModel", "StaticEmbedding", "WordEmbeddings")
 """Modules that read tokens."""
+
+NOT_COMPILED: Mapping[str, str] = {
+    "BoW": "it counts words while a text is read, so there is no token and nothing to compile before what follows it",
+    "SparseStaticEmbedding": "it looks up one weight for each word of a text, which the host does: nothing is compiled",
+}
+"""Modules that read texts and are not supported, and why."""
 
 ROUTERS = ("Router", "Asym")
 """Modules that are made of others; ``Asym`` is the name before version 5."""
 
-SUPPORTED = (*FIRST, "Pooling", "Dense", "LayerNorm", "Normalize", "WeightedLayerPooling", "Dropout")
-
-TASKS: Mapping[str, str] = {
-    "feature-extraction": "embedding or multi-vector",
-    "fill-mask": "sparse-embedding",
-    "sequence-classification": "reranker or sequence-classification",
+TOKEN_LAYERS: Mapping[str, str] = {
+    "CNN": "cnn_config.json",
+    "LSTM": "lstm_config.json",
+    "WeightedLayerPooling": "config.json",
+    "WordWeights": "config.json",
 }
-"""Model kinds that validate a directory, by the task of its Transformer module."""
+"""Modules on the vectors of tokens alone, and the names of their configs."""
 
-HARMLESS = frozenset({"attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype",
-                      "trust_remote_code", "use_safetensors"})  # fmt: skip
-"""Options of loading a model that change no float32 result beyond rounding."""
+WORD_WEIGHT_POWERS: Mapping[str, float] = {"mean": 1.0, "mean_sqrt_len": 0.5}
+"""Powers of the ratio of a text's length to the sum of its words' weights that a pooling scales vectors by."""
+
+SUPPORTED = (*FIRST, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout", *TOKEN_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,29 +106,6 @@ class SentenceModules:
     poolings: tuple[str, ...]
     include_prompt: bool
     layers: tuple[Layer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeSettings:
-    """How texts become tokens, and how long the vectors are.
-
-    Attributes:
-        prompts: texts that are put before a text, by name.
-        default_prompt: the prompt that is used where none is asked for.
-        truncate_dim: number of elements that are kept in the end; None: all.
-        max_seq_length: greatest number of tokens, special ones included; None: the tokenizer's limit.
-        lower_case: texts are lowercased.
-        tokenizer: options of loading the tokenizer.
-        config: overrides of the model's config.
-    """
-
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    default_prompt: str = ""
-    truncate_dim: int | None = None
-    max_seq_length: int | None = None
-    lower_case: bool = False
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_sentence_directory(folder: Path | None) -> bool:
@@ -176,6 +156,9 @@ def first_module(folder: Path, route: str | None = None) -> tuple[str, Path]:
     entries = module_list(folder, route)
     if not entries:
         return "Transformer", folder
+    if entries[0][0] in NOT_COMPILED:
+        kind = entries[0][0]
+        raise ConfigError(f"{folder / MODULES} begins with a {kind} module: {NOT_COMPILED[kind]}; it is not supported")
     if entries[0][0] not in FIRST:
         raise ConfigError(
             f"{folder / MODULES} begins with a {entries[0][0]} module; {' and '.join(FIRST)} are supported there"
@@ -203,9 +186,13 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
             )
         if kind == "StaticEmbedding":
             poolings = ("mean",)
+        if kind in FIRST and text_features(kind, path):
+            poolings = ("last",)
+            after.append(Layer("TextProjection", path))
         if kind in (*FIRST, "Dropout"):
             continue
-        config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
+        file = path / TOKEN_LAYERS.get(kind, "config.json")
+        config = read_object(file) if file.is_file() and kind != "WordWeights" else {}  # it holds the vocabulary
         if kind == "Pooling":
             if poolings:
                 raise ConfigError(f"{folder / MODULES} has two Pooling modules; one is supported")
@@ -219,7 +206,72 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
         (after if poolings else before).append(layer)
     if not poolings:
         raise ConfigError(f"{folder / MODULES} names no Pooling module")
+    _check_words(first_module(folder, route), before, poolings, folder / MODULES)
+    power = {"power": WORD_WEIGHT_POWERS.get(poolings[0], 0.0)}
+    before = [replace(layer, config=power) if layer.kind == "WordWeights" else layer for layer in before]
     return SentenceModules(tuple(before), poolings, include_prompt, tuple(after))
+
+
+def _check_words(first: tuple[str, Path], layers: Sequence[Layer], poolings: Sequence[str], where: Path) -> None:
+    """Refuse combinations of modules on the vectors of words that sentence-transformers cannot run either.
+
+    Raises:
+        ConfigError: the message names the module and the reason.
+    """
+    kinds = [layer.kind for layer in layers]
+    if "LSTM" in kinds and first[0] != "WordEmbeddings":
+        raise ConfigError(
+            f"{where} has an LSTM module behind a {first[0]}: it reads the lengths of texts, which WordEmbeddings alone"
+            " gives, so sentence-transformers cannot encode with it"
+        )
+    if first[0] == "WordEmbeddings" and "cls" in poolings:
+        raise ConfigError(f"{where} pools WordEmbeddings with 'cls', which sentence-transformers cannot compute")
+    simple = len(poolings) == 1 and poolings[0] in ("mean", "mean_sqrt_len", "max", "last")
+    if "WordWeights" in kinds[:-1] or ("WordWeights" in kinds and not simple):
+        behind = " and ".join([*kinds[kinds.index("WordWeights") + 1 :], *poolings])
+        raise ConfigError(
+            f"{where} has a WordWeights module before {behind}:"
+            " its weights are supported right before one pooling, mean, mean_sqrt_len_tokens, max or lasttoken"
+        )
+    for layer in layers:
+        sizes = layer.config.get("kernel_sizes") if layer.kind == "CNN" else None
+        strides = layer.config.get("stride_sizes") or [1]
+        if sizes is not None and (any(size % 2 == 0 for size in sizes) or any(stride != 1 for stride in strides)):
+            raise ConfigError(
+                f"{layer.folder}: a CNN module with kernel_sizes {sizes} and stride_sizes {strides} gives another"
+                " number of vectors than there are tokens; supported are odd kernel_sizes with strides of 1"
+            )
+
+
+def text_features(kind: str, folder: Path) -> bool:
+    """Return True for a CLIP model whose text features are the vector of a text: its text tower and projection.
+
+    Raises:
+        ConfigError: the module gives a text's vector in a way that is not supported.
+    """
+    if kind == "CLIPModel":
+        return True
+    path, config = transformer_config(folder) if kind != "StaticEmbedding" else (None, {})
+    if config.get("module_output_name", TOKENS) != VECTOR:
+        return False
+    model_type = read_object(folder / CONFIG).get("model_type")
+    text = (config.get("modality_config") or {}).get("text") or {}
+    if model_type != "clip" or text.get("method") != "get_text_features":
+        raise ConfigError(
+            f"{path}: the {kind} module of a {model_type} model gives {VECTOR} by {text.get('method')!r}; supported is"
+            " get_text_features of a clip model. Name a pooling to validate its text tower alone"
+        )
+    return True
+
+
+def transformer_config(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return the path and the content of a Transformer module's config; None and nothing if there is no such file.
+
+    Raises:
+        ConfigError: the file is broken.
+    """
+    path = next((folder / name for name in TRANSFORMER_CONFIGS if os.path.lexists(folder / name)), None)
+    return path, {} if path is None else read_object(path)
 
 
 def weighted_kinds(folder: Path, route: str | None = None) -> list[str]:
@@ -229,84 +281,14 @@ def weighted_kinds(folder: Path, route: str | None = None) -> list[str]:
         ConfigError: ``modules.json`` is broken.
     """
     plain = (*FIRST, "Pooling", "Normalize", "Dropout")
-    return [kind for kind, _ in module_list(folder, route) if kind not in plain]
-
-
-def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
-    """Return the settings of a directory; defaults where there are no files.
-
-    Args:
-        folder: with ``modules.json``, or without.
-        route: of a Router; None: its default.
-        task: what the Transformer module must be loaded for, as its files name it.
-
-    Raises:
-        ConfigError: a file is broken, or asks for something that is not supported.
-    """
-    settings = read_object(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
-    prompts = settings.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise ConfigError(f"{folder / SETTINGS}: prompts must map names to texts, got {prompts!r}")
-    default = settings.get("default_prompt_name")
-    if default is not None and default not in prompts:
-        raise ConfigError(
-            f"{folder / SETTINGS}: default_prompt_name {default!r} is none of the prompts {sorted(prompts)}"
-        )
-    transformer = first_module(folder, route)[1]
-    path = next((transformer / name for name in TRANSFORMER_CONFIGS if os.path.lexists(transformer / name)), None)
-    config = {} if path is None else read_object(path)
-    saved = config.get("transformer_task", task)
-    if saved != task:
-        remedy = f"say model: {TASKS[saved]}" if saved in TASKS else "no model kind validates it"
-        raise ConfigError(f"{path}: transformer_task is {saved!r}, and this kind of model needs {task!r}: {remedy}")
-    options = {**(config.get("model_args") or {}), **(config.get("model_kwargs") or {})}
-    if not options.keys() <= HARMLESS:
-        unknown = ", ".join(sorted(options.keys() - HARMLESS))
-        raise ConfigError(f"{path}: options of loading the model that are not supported: {unknown}")
-    return EncodeSettings(
-        prompts=prompts,
-        default_prompt="" if default is None else prompts[default],
-        truncate_dim=_count(settings, "truncate_dim", folder / SETTINGS),
-        max_seq_length=_count(config, "max_seq_length", path),
-        lower_case=bool(config.get("do_lower_case")),
-        tokenizer=_options(config, "tokenizer_args", "processor_kwargs"),
-        config=_options(config, "config_args", "config_kwargs"),
-    )
-
-
-def resolve_prompt(prompt: str | None, settings: EncodeSettings) -> str:
-    """Return the text of a prompt: the default, one by its name, or the text itself.
-
-    Raises:
-        ConfigError: the directory names prompts, and a single word is none of them.
-    """
-    if prompt is None:
-        return settings.default_prompt
-    if prompt in settings.prompts:
-        return settings.prompts[prompt]
-    if settings.prompts and prompt.isidentifier():
-        raise ConfigError(
-            f"no prompt is called {prompt!r}.{suggest(prompt, settings.prompts)} The directory has"
-            f" {', '.join(sorted(settings.prompts))}; a text of your own ends with a space or a colon"
-        )
-    return prompt
-
-
-def _options(config: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    options = {**(config.get(old) or {}), **(config.get(new) or {})}
-    return {name: value for name, value in options.items() if name != "trust_remote_code"}
-
-
-def _count(config: Mapping[str, Any], name: str, where: Path | None) -> int | None:
-    value = config.get(name)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ConfigError(f"{where}: {name} is {value!r}, wanted a number from 1")
+    entries = module_list(folder, route)
+    projections = ["TextProjection" for kind, path in entries if kind in FIRST and text_features(kind, path)]
+    return projections + [kind for kind, _ in entries if kind not in plain]
 
 
 def _feature(layer: Layer) -> str:
     """Return the feature that a module reads and writes."""
-    if layer.kind == "WeightedLayerPooling":
+    if layer.kind in TOKEN_LAYERS:
         return TOKENS
     source = layer.config.get("module_input_name", VECTOR)
     target = layer.config.get("module_output_name") or source

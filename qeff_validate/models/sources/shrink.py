@@ -34,6 +34,10 @@ CAPS: Mapping[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    # further tables of embeddings
+    "vocab_size_per_layer_input": 1000,
+    "entity_vocab_size": 100,
+    "hidden_size_per_layer_input": 16,
     # low-rank attention
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
@@ -42,6 +46,12 @@ CAPS: Mapping[str, int] = {
     **dict.fromkeys(("local_attention", "attention_window"), 2 * WINDOW),
 }
 """Maximum values of keys of some families; smaller values are unchanged."""
+
+OTHER_HEADS = ("decoder_attention_heads", "encoder_attention_heads")
+"""Numbers of heads of encoder-decoders, of which num_attention_heads is one."""
+
+OVERRIDES = "per_layer_config"
+"""Key of what is set for single layers, by their index."""
 
 BASIC = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Keys that others depend on."""
@@ -59,7 +69,7 @@ def shrink(full: Mapping[str, Any], limits: Mapping[str, int], chosen: Mapping[s
     small.update({key: chosen[key] for key in BASIC if key in chosen})
     if not all(isinstance(small.get(key, 0), int) for key in BASIC):
         return {**small, **chosen}  # transformers raises the error
-    for derive in (_layers, _heads, _widths, _rope):
+    for derive in (_layers, _heads, _overrides, _widths, _rope):
         small.update(derive(full, small))
     if "initializer_range" in full:
         # 0.02 suits widths around 1000; at 64 all scores would be near 0 and attention uniform, which hides its faults
@@ -76,25 +86,61 @@ def _capped(value: Any, limit: int | None) -> Any:
     return min(value, limit) if isinstance(value, int) else value
 
 
-def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Select layers so that each type is included, and shorten every list with one entry per layer."""
-    count, wanted = full.get("num_hidden_layers"), small.get("num_hidden_layers")
+def _layer_lists(full: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the lists of a config with one entry per layer, and its overrides of single layers as such a list."""
+    count = full.get("num_hidden_layers")
     lists = {
         key: value
         for key, value in full.items()
         if isinstance(value, list) and len(value) == count and not key.endswith("_token_id")
     }
-    if not lists or count is None or wanted is None:
-        return {}
+    overrides = {int(layer): values for layer, values in (full.get(OVERRIDES) or {}).items()}
+    if overrides and isinstance(count, int):
+        lists[OVERRIDES] = [overrides.get(layer) for layer in range(count)]
+    return lists
+
+
+def _selected_layers(full: Mapping[str, Any], wanted: int) -> list[int]:
+    """Return layers so that each kind is included; beyond the last, the first follow."""
+    count = full["num_hidden_layers"]
     # a list of layer indices does not distinguish types
-    telling = [value for value in lists.values() if value != list(range(count))]
+    telling = [value for value in _layer_lists(full).values() if value != list(range(count))]
     kinds = [repr([value[layer] for value in telling]) for layer in range(count)]
     first = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer][:MOST_KINDS]
     rest = [layer for layer in range(max(count, wanted)) if layer not in first]
-    layers = sorted((first + rest)[: max(wanted, len(first))])
+    return [layer % count for layer in sorted((first + rest)[: max(wanted, len(first))])]
+
+
+def _layers(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Select layers so that each type is included, and shorten every list with one entry per layer."""
+    count, wanted, lists = full.get("num_hidden_layers"), small.get("num_hidden_layers"), _layer_lists(full)
+    if not lists or count is None or wanted is None:
+        return {}
+    layers = _selected_layers(full, wanted)
     return {
         "num_hidden_layers": len(layers),
-        **{key: [small[key][layer % count] for layer in layers] for key in lists},
+        **{key: [small[key][layer] for layer in layers] for key in lists if key != OVERRIDES},
+    }
+
+
+def _overrides(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Select and shrink what is set for single layers: head sizes keep their ratio to the others'."""
+    of_layers = _layer_lists(full).get(OVERRIDES)
+    if of_layers is None:
+        return {}
+
+    def shrunk(key: str, value: Any) -> Any:
+        if key == "head_dim" and isinstance(full.get(key), int) and isinstance(value, int):
+            return value * small[key] // full[key]
+        return _capped(value, {**CAPS, "num_key_value_heads": small.get("num_key_value_heads")}.get(key))
+
+    layers = _selected_layers(full, small["num_hidden_layers"])
+    return {
+        OVERRIDES: {
+            place: {key: shrunk(key, value) for key, value in of_layers[layer].items()}
+            for place, layer in enumerate(layers)
+            if of_layers[layer]
+        }
     }
 
 
@@ -102,16 +148,18 @@ def _heads(full: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
     heads = small.get("num_attention_heads")
     if not isinstance(heads, int):
         return {}
-    derived: dict[str, Any] = {}
+    derived: dict[str, Any] = {key: heads for key in OTHER_HEADS if isinstance(full.get(key), int)}
     for key in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(full.get(key), int):
             grouped = 1 if full[key] == 1 else max(1, heads // 2)
             derived[key] = heads if full[key] == full["num_attention_heads"] else grouped
     plain = small["hidden_size"] // heads
-    for key in ("head_dim", "d_kv"):
+    for key in ("head_dim", "d_kv", "d_head"):
         if isinstance(full.get(key), int):
             follows = full[key] * full["num_attention_heads"] == full["hidden_size"]
             derived[key] = plain if follows else 2 * plain
+    if "head_dim" in full and full["head_dim"] is None:  # not every class derives it
+        derived["head_dim"] = plain
     return derived
 
 

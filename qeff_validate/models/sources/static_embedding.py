@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.framework_calls import translated_errors, versions
 from qeff_validate.models.sources.checkpoint import SENTENCE_TRANSFORMERS, SINGLE, checked, digests, tensors
-from qeff_validate.models.sources.sentence_directory import EncodeSettings, encode_settings
+from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.tokenizers import Tokenize
 
 TOKENIZER = "tokenizer.json"
@@ -33,6 +33,11 @@ class StaticFolder:
         root: the directory with ``modules.json``.
         route: of a Router that the module is part of; None: its default.
     """
+
+    kind: ClassVar[str] = "StaticEmbedding"
+    """The module."""
+    table_names: ClassVar[tuple[str, ...]] = TABLES
+    """Names of the table in the file; the first that is there is taken."""
 
     path: Path
     root: Path
@@ -87,7 +92,7 @@ class StaticFolder:
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(f"{self.root} holds a StaticEmbedding, and that generates no text: say model: embedding")
+        raise ConfigError(f"{self.root} holds a {self.kind}, and that generates no text: say model: embedding")
 
     def with_head(self, auto: str) -> Any:  # noqa: ARG002
         """Refuse: a table has no head.
@@ -95,7 +100,7 @@ class StaticFolder:
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(f"{self.root} holds a StaticEmbedding, which has no head: say model: embedding")
+        raise ConfigError(f"{self.root} holds a {self.kind}, which has no head: say model: embedding")
 
     def model_config(self) -> Any:
         """Refuse: there is no transformers config; raises like `with_head`."""
@@ -119,14 +124,14 @@ class StaticFolder:
         return tokenize, 0
 
     def text_limit(self) -> int | None:
-        """Return None: texts of any length are averaged."""
+        """Return the number of tokens that texts are cut at; None: texts of any length are averaged."""
         return None
 
     def _table(self) -> tuple[str, int]:
         """Return the table's name in the file and its number of rows."""
         stored = tensors(checked([self.path / SINGLE]))
-        name = next((name for name in TABLES if name in stored), None)
+        name = next((name for name in self.table_names if name in stored), None)
         if name is None or len(stored[name].shape) != 2:
-            raise ConfigError(f"{self.path / SINGLE} holds no table of token vectors ({' or '.join(TABLES)})")
+            raise ConfigError(f"{self.path / SINGLE} holds no table of token vectors ({' or '.join(self.table_names)})")
         rows = stored["mapping"].shape if name == MODEL2VEC and "mapping" in stored else stored[name].shape
         return name, rows[0]

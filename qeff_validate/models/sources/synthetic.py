@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,13 @@ from qeff_validate.models.sources.checkpoint import (
 from qeff_validate.models.sources.embedding_tables import module_tables
 from qeff_validate.models.sources.shrink import SMALL, WINDOW, shrink
 from qeff_validate.models.sources.size_limits import check_memory, check_sizes
-from qeff_validate.models.sources.text_encoders import TOWERS, TextEncoder
+from qeff_validate.models.sources.text_encoders import TOWERS, TextEncoder, builds_body
 from qeff_validate.models.sources.tokenizers import Tokenize, hashed_words, tokenize_with
+
+MAMBA_HEADS: Mapping[str, Any] = {
+    "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_heads": 8, "num_key_value_heads": 2,
+}  # fmt: skip
+"""Sizes of a hybrid's recurrent layers that fit the width of a ``random:`` body, doubled."""
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # values of published models that differ from the defaults of transformers
@@ -40,6 +48,16 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "eurobert": {"num_key_value_heads": 2},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+        "intermediate_size": [128] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 1000,
+    },
+    "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,
@@ -47,8 +65,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "residual_multiplier": 0.5,
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **MAMBA_HEADS},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 2},
+    "mamba2": {"head_dim": 16, "num_heads": 8, "state_size": 16},
     "nemotron": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
     "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
@@ -60,6 +82,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen3": {"head_dim": 32, "num_key_value_heads": 2},
     "qwen3_moe": {"head_dim": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 64},
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
 }
@@ -67,6 +91,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 
 TIED = 0.25
 """Scale of token embeddings tied to the LM head: unscaled, the most likely next token is the previous one."""
+
+MOST_LAYERS = 9
+"""Greatest number of layers that a ``random:`` body gets, so that each kind of its family is there (Jamba needs 5)."""
 
 MOST_PARAMETERS = 32_000_000
 """Maximum parameters of a shrunk body without token embeddings; more means a config with keys unknown to `shrink`."""
@@ -117,16 +144,112 @@ class Random:
         """Return None: there is no transformers tokenizer."""
 
     def _config(self) -> Any:
-        from transformers import CONFIG_MAPPING, AutoConfig
+        from transformers import CONFIG_MAPPING
 
-        name = f"random:{self.model_type}"
         if self.model_type not in CONFIG_MAPPING:
             hint = suggest(self.model_type, CONFIG_MAPPING.keys())
-            raise ConfigError(f"{name}: transformers knows no such model type.{hint if 'Did you mean' in hint else ''}")
-        with translated_errors(f"make a config for {name}"), quiet_transformers():
-            default = AutoConfig.for_model(self.model_type)
-            default = default.text_config if self.model_type in TOWERS else default
-        return small_config(default, name, SMALL, self.config, special=SPECIAL.get(self.model_type, {}))
+            hint = hint if "Did you mean" in hint else ""
+            raise ConfigError(f"random:{self.model_type}: transformers knows no such model type.{hint}")
+        return copy.deepcopy(_random_config(self.model_type, _Chosen(self.config)))
+
+
+class _Chosen:
+    """Values that a case sets, as the key of a cache."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self._text = json.dumps(self.values, sort_keys=True, default=str)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Chosen) and self._text == other._text
+
+
+@lru_cache(maxsize=64)
+def _random_config(model_type: str, chosen: _Chosen) -> Any:
+    """Return the small config of a model type, with as many layers as its family needs.
+
+    Raises:
+        ConfigError: the type reads no tokens, is made of parts, or its default config builds no small model.
+    """
+    from transformers import AutoConfig
+
+    name = f"random:{model_type}"
+    with translated_errors(f"make a config for {name}"), quiet_transformers():
+        default = AutoConfig.for_model(model_type)
+        default = default.text_config if model_type in TOWERS else default
+    _refuse_parts(default, name)
+    if not builds_body(default):
+        raise ConfigError(f"{name}: transformers builds no body of this type by itself; it is a part of other models")
+    small = family_config(default, name, SMALL, chosen.values, special=SPECIAL.get(model_type, {}))
+    _refuse_large(small, name)
+    return small
+
+
+def family_config(
+    full: Any, name: str, limits: Mapping[str, int], chosen: Mapping[str, Any], *, special: Mapping[str, Any] = {}
+) -> Any:
+    """Return the small config of `small_config`, with as many layers as its family needs, up to `MOST_LAYERS`.
+
+    Raises:
+        ConfigError: as `small_config`; also a body that lacks a class of modules that the original has.
+    """
+    original = copy.deepcopy(full)
+    for key, value in chosen.items():
+        if key not in SMALL and "layer" not in key:  # another activation, say, is no loss
+            setattr(original, key, value)
+    for layers in range(limits["num_hidden_layers"], MOST_LAYERS + 1):
+        small = small_config(full, name, {**limits, "num_hidden_layers": layers}, chosen, special=special)
+        lost = lost_classes(original, small, name)
+        if not lost:
+            return small
+        if "num_hidden_layers" in chosen:
+            break
+    raise ConfigError(
+        f"{name}: shrunk to {small.num_hidden_layers} layers it loses {', '.join(sorted(lost)[:3])}, which the family"
+        " has: set what keeps them in config: {…}, such as num_hidden_layers, or take a saved model by path:"
+    )
+
+
+def _refuse_parts(default: Any, name: str) -> None:
+    """Refuse a config of a model that reads no tokens, or that is made of parts, of which one does.
+
+    Raises:
+        ConfigError: the message names the type of the part that reads texts.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if hasattr(default, "hidden_size") and hasattr(default, "vocab_size"):
+        return
+    part = getattr(getattr(default, "text_config", None), "model_type", None)
+    if part is None and getattr(default, "sub_configs", None):
+        parts = ", ".join(default.sub_configs)
+        raise ConfigError(f"{name} is made of parts ({parts}), which are not shrunk: take a saved model by path:")
+    if part is None:
+        raise ConfigError(f"{name} has no vocab_size and hidden_size in its config: it is no model of texts")
+    remedy = f": take random:{part}" if part in CONFIG_MAPPING else ", which transformers builds by itself no more"
+    raise ConfigError(f"{name} is made of parts; what reads texts is its text_config, of the type {part!r}{remedy}")
+
+
+def lost_classes(full: Any, small: Any, name: str) -> set[str]:
+    """Return the names of the classes of modules that a body of a config has, and of its shrunk config has not.
+
+    Raises:
+        ConfigError: transformers builds no body of the shrunk config.
+    """
+    try:
+        kept = {type(module).__name__ for module in empty_body(small, name).modules()}
+    except Unavailable as exc:
+        raise ConfigError(
+            f"{exc}: its default config, shrunk, is none of a whole model; set what is missing in config: {{…}}, or"
+            " take tiny: with a published config"
+        ) from exc
+    try:
+        return {type(module).__name__ for module in empty_body(full, name).modules()} - kept
+    except Unavailable:  # the default alone is no model, what the case sets makes it one
+        return set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +353,7 @@ class Tiny:
         if loaded is not None:
             ids = [*loaded.get_vocab().values(), *(_positive(full, key) for key in vars(full) if key.endswith("_id"))]
             limits["vocab_size"] = max(ids) + 1
-        return small_config(full, name, limits, self.config)
+        return family_config(full, name, limits, self.config)
 
 
 def _positive(config: Any, key: str) -> int:

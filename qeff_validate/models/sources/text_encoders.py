@@ -11,16 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 ENCODERS: Mapping[str, str] = {
+    "blenderbot": "models.blenderbot.modeling_blenderbot.BlenderbotEncoder",
+    "blenderbot-small": "models.blenderbot_small.modeling_blenderbot_small.BlenderbotSmallEncoder",
     "longt5": "LongT5EncoderModel",
+    "m2m_100": "models.m2m_100.modeling_m2m_100.M2M100Encoder",
+    "marian": "models.marian.modeling_marian.MarianEncoder",
     "mt5": "MT5EncoderModel",
+    "pegasus": "models.pegasus.modeling_pegasus.PegasusEncoder",
+    "pegasus_x": "models.pegasus_x.modeling_pegasus_x.PegasusXEncoder",
+    "prophetnet": "ProphetNetEncoder",
     "siglip2_text_model": "Siglip2TextModel",
     "siglip_text_model": "SiglipTextModel",
     "switch_transformers": "SwitchTransformersEncoderModel",
     "t5": "T5EncoderModel",
+    "t5gemma": "T5GemmaEncoderModel",
     "udop": "UdopEncoderModel",
     "umt5": "UMT5EncoderModel",
 }
-"""Encoders that AutoModel does not build, by model type."""
+"""Encoders that AutoModel does not build, or builds with their decoders, by model type; sentence-transformers takes the
+same."""
 
 TOWERS: Mapping[str, str] = {
     "clip": "CLIPTextModel",
@@ -55,13 +64,22 @@ class TextEncoder:
         return encoder.from_pretrained(folder, config=_own_config(config), **options)
 
 
-def _encoder_class(config: Any) -> Any:
-    import transformers
+def builds_body(config: Any) -> bool:
+    """Return True if `TextEncoder` builds a body of a config."""
+    from transformers import MODEL_MAPPING
 
-    name = {**ENCODERS, **TOWERS}.get(config.model_type)
-    return None if name is None else getattr(transformers, name)
+    return _encoder_class(config) is not None or type(config) in MODEL_MAPPING
+
+
+def _encoder_class(config: Any) -> Any:
+    from importlib import import_module
+
+    module, _, name = {**ENCODERS, **TOWERS}.get(config.model_type, "").rpartition(".")
+    return getattr(import_module(f"transformers.{module}" if module else "transformers"), name) if name else None
 
 
 def _own_config(config: Any) -> Any:
     """Return the config of the encoder alone."""
+    if config.model_type == "t5gemma":
+        config.is_encoder_decoder = False
     return config.text_config if config.model_type in TOWERS else config

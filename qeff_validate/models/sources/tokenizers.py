@@ -8,11 +8,14 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import translated_errors
-from qeff_validate.models.sources.checkpoint import read_object
+from qeff_validate.models.framework_calls import first_line, quiet_transformers, translated_errors
+from qeff_validate.models.sources.checkpoint import check_tokenizer, read_object
+
+if TYPE_CHECKING:
+    from qeff_validate.models.sources.encode_settings import ChatFormat
 
 
 class Tokenize(Protocol):
@@ -51,6 +54,46 @@ def tokenize_with(tokenizer: Any, *, lower_case: bool = False) -> tuple[Tokenize
     return tokenize, 0 if pad is None else int(pad)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Return the transformers tokenizer in a directory, which need not hold a model.
+
+    Raises:
+        ConfigError: a file is broken, or it needs code of its own.
+        Unavailable: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with translated_errors(f"load the tokenizer in {folder}"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def conversation_ids(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+) -> tuple[list[int], str]:
+    """Return the token ids of a conversation, and its text, as the tokenizer's chat template renders them.
+
+    The template writes the begin token, if there is to be one; the tokenizer adds none.
+
+    Args:
+        tokenizer: of transformers, None if there is none.
+        messages: ``role`` and ``content`` of each.
+        add_generation_prompt: end with the opening of an answer.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("messages: the tokenizer has no chat template: give prompts instead")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as exc:  # of jinja, or raised by the template
+        raise ConfigError(f"messages: the chat template refuses them: {first_line(exc)}") from exc
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), str(text)
+
+
 def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> TokenizePair:
     """Return the function of a transformers tokenizer on pairs; types are 0 where the tokenizer gives none."""
     encode = _lowercasing(tokenizer) if lower_case else tokenizer
@@ -64,6 +107,66 @@ def tokenize_pairs_with(tokenizer: Any, *, lower_case: bool = False) -> Tokenize
         return ids, list(encoded["token_type_ids"][0]) if "token_type_ids" in encoded else [0] * len(ids)
 
     return tokenize
+
+
+def prompted(tokenize: Tokenize, prompt: str) -> Tokenize:
+    """Return a tokenizer that puts a prompt before each text."""
+
+    def with_prompt(text: str, most: int | None = None, /) -> list[int]:
+        return tokenize(prompt + text, most)
+
+    return with_prompt
+
+
+def chat_tokenize(tokenizer: Any, prompt: str, chat: ChatFormat) -> Tokenize:
+    """Return the function of a transformers tokenizer on messages, as sentence-transformers makes them of texts.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        prompt: the message of the system; empty: there is none.
+        chat: how texts become messages.
+    """
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if chat.structured else text}
+
+    def tokenize(text: str, most: int | None = None, /) -> list[int]:
+        messages = [*([message("system", prompt)] if prompt else []), message("user", text)]
+        with translated_errors(f"put {text[:40]!r} into the chat template of the tokenizer"):
+            encoded = tokenizer.apply_chat_template(
+                [messages], tokenize=True, return_dict=True, truncation=False, **chat.options
+            )
+        ids = list(encoded["input_ids"][0])
+        if most is not None and len(ids) > most:
+            raise ConfigError(
+                f"{text[:40]!r} has {len(ids)} tokens in the chat template, and at most {most} are taken:"
+                " sentence-transformers would cut it and put the end of the template back, which is not supported; give"
+                " shorter texts"
+            )
+        return ids
+
+    return tokenize
+
+
+def ending_tokenize(tokenize: Tokenize, end: int) -> Tokenize:
+    """Return a tokenizer of a CLIP model, whose vector of a text is that of its first end token.
+
+    Args:
+        tokenize: the tokenizer.
+        end: the config's end token; 2 (of older configs) stands for the greatest id of the text.
+    """
+
+    def checked(text: str, most: int | None = None, /) -> list[int]:
+        ids = tokenize(text, most)
+        found = max(ids, default=None) if end == 2 else end
+        if found not in ids or ids.index(found) != len(ids) - 1:
+            raise ConfigError(
+                f"{text[:40]!r} has the ids {ids[:8]}…, and CLIP reads a text's vector at its first end token, which is"
+                " supported at the end alone: take end tokens out of the texts, and see that the tokenizer adds one"
+            )
+        return ids
+
+    return checked
 
 
 def join_pairs(tokenize: Tokenize) -> TokenizePair:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +18,10 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.models.case_inputs import texts_of
 from qeff_validate.models.corpus import TEXTS
 from qeff_validate.models.head_model import Head, HeadModel, Text
-from qeff_validate.models.sources.checkpoint import modules, read_object
+from qeff_validate.models.sources.checkpoint import read_object
+from qeff_validate.models.sources.encode_settings import SETTINGS
 from qeff_validate.models.sources.resolve import SentenceFolder
+from qeff_validate.models.sources.sentence_directory import module_list
 from qeff_validate.models.sparse_embedding.options import SparseEmbeddingOptions
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import ComparisonContext
@@ -51,7 +55,7 @@ class SparseEmbedding(HeadModel):
         """
         saved: Mapping[str, Any] = {}
         if isinstance(self.source, SentenceFolder):
-            further = [(kind.rpartition(".")[2], path) for kind, path in modules(self.source.root)[1:]]
+            further = module_list(self.source.root, self.options.route)[1:]
             if [kind for kind, _ in further] != ["SpladePooling"]:
                 found = ", ".join(kind for kind, _ in further) or "nothing"
                 raise ConfigError(
@@ -64,6 +68,15 @@ class SparseEmbedding(HeadModel):
         if pooling not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
             raise ConfigError(f"a SpladePooling with {pooling!r} and {activation!r} is not supported")
         return pooling, activation
+
+    def rows(self) -> TokenRows:
+        """Tokenize the texts; a note says how many words encode keeps."""
+        rows = super().rows()
+        if not isinstance(self.source, SentenceFolder) or not os.path.lexists(self.source.root / SETTINGS):
+            return rows
+        most = read_object(self.source.root / SETTINGS).get("max_active_dims")
+        note = f"of each text sentence-transformers keeps the {most} strongest words (max_active_dims); judged are all"
+        return rows if most is None else replace(rows, notes=(*rows.notes, note))
 
     def head(self) -> Head:
         """Return the function on logits and mask."""

@@ -21,3 +21,4 @@ class SparseEmbeddingOptions(HeadOptions):
         description="relu: log(1 + relu(x)) of each logit; log1p_relu: its logarithm once more; null: what the files"
         " say, else relu",
     )
+    route: str | None = Field(None, description="route of a Router in modules.json, e.g. document; null: its default")

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qeff_validate.builders.compiler_inputs import read_graph
+from qeff_validate.builders.compiler_inputs import read_graph, renamed_dims
 from qeff_validate.errors import BuildError
 
 
@@ -69,3 +69,15 @@ def test_file_that_is_no_onnx_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("no model")
     with pytest.raises(BuildError, match=r"cannot read .*model\.onnx as ONNX"):
         read_graph(tmp_path / "model.onnx")
+
+
+def test_symbolic_dims_are_named_as_the_file_names_them() -> None:
+    buckets = [{"batch_size": 4, "seq_len": 32}, {"batch_size": 4, "seq_len": 64}]
+    dims = {"ids": ("batch_size", "seq_len"), "mask": ("batch_size", "seq_len")}
+    theirs = {"ids": ["batch", "sequence"], "mask": ["batch", "mask_length"]}
+    assert renamed_dims(buckets, theirs, dims) == [
+        {"batch": 4, "sequence": 32, "mask_length": 32},
+        {"batch": 4, "sequence": 64, "mask_length": 64},
+    ]
+    assert renamed_dims(buckets, {"ids": ["", ""]}, dims) == buckets  # static, or without names
+    assert renamed_dims(buckets, theirs, {}) == buckets  # exported by this library

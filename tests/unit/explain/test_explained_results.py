@@ -11,6 +11,8 @@ from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.errors import BuildError
 from qeff_validate.explain import explain as module
+from qeff_validate.explain.attribution import Attribution
+from qeff_validate.explain.context import TimeIsUpError
 from qeff_validate.pipeline.explanation import with_explanation
 from qeff_validate.pipeline.stages import Silent, Stages
 from qeff_validate.protocols import Settings, runtime
@@ -64,7 +66,7 @@ def test_what_is_not_to_be_explained_is_left_alone(result: Result, mode: str, mo
 def test_failing_result_gets_its_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
 
-    def explain(*_: Any, limit_s: float) -> Explanation:
+    def explain(*_: Any, limit_s: float, **_more: Any) -> Explanation:
         limits.append(limit_s)
         return Explanation("here")
 
@@ -78,10 +80,10 @@ def test_failing_result_gets_its_explanation(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_known_when_the_time_is_up_is_kept(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(work: Any) -> None:
         if known:
-            work._shares, work._stage = (StageShare("export", 1.0, 0.5),), "export"
-        raise module.TimeIsUpError("the time limit of 60 s has passed")
+            work.attribution = Attribution((StageShare("export", 1.0, 0.5),), "export")
+        raise TimeIsUpError("the time limit of 60 s has passed")
 
-    monkeypatch.setattr(module._Explainer, "run", run)
+    monkeypatch.setattr(module.Explainer, "run", run)
     result = add(Result("small", "ort", "fail", metrics=METRICS))
     if known:
         assert result.explanation is not None

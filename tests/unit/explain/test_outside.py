@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qeff_validate.explain.explain import overflow, revisits_finding
+from qeff_validate.explain.explain import revisits_finding
+from qeff_validate.explain.inside_graph import overflow
 from qeff_validate.explain.outside import BESIDE, ReadingSession, module_of, outside_finding
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues
 from qeff_validate.tensors import TensorSpec

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qeff_validate.explain import layers
-from qeff_validate.explain.explain import TimeIsUpError, _Clock
+from qeff_validate.explain.context import Clock, TimeIsUpError
 from qeff_validate.explain.stages import guilty_stage, stage_shares
 
 RNG = np.random.default_rng(0)
@@ -71,11 +71,11 @@ def test_equal_outputs_have_no_share() -> None:
     ],
 )
 def test_first_layer_near_the_worst_is_named(ratios: list[float], place: int | None) -> None:
-    assert layers._first(ratios, 8.0) == place
+    assert layers.first_divergent(ratios, 8.0) == place
 
 
 def test_time_that_is_up_is_told() -> None:
-    clock = _Clock(60.0, time.monotonic())
+    clock = Clock(60.0, time.monotonic())
     clock.check()
     with pytest.raises(TimeIsUpError, match="the time limit of 60 s has passed"):
-        _Clock(60.0, time.monotonic() - 61).check()
+        Clock(60.0, time.monotonic() - 61).check()

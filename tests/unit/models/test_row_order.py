@@ -97,6 +97,14 @@ def test_rounding_is_no_change_and_everything_else_is() -> None:
             refuse_change(before, lambda _, after=after: after, ["", "x"])
 
 
+def test_rounding_of_a_score_near_zero_is_no_change_beside_greater_scores() -> None:
+    scores = {0: np.array([1e-6]), 1: np.array([0.5]), 2: np.array([np.inf])}
+    refuse_change(scores, lambda row: scores[row] + 1e-8, ["a", "b", "c"])
+    for changed in ({0: 1e-5}, {1: 1e-5}, {2: np.nan}):
+        with pytest.raises(UnstableReferenceError, match="other values"):
+            refuse_change(scores, lambda row, by=changed: scores[row] + by.get(row, 0.0), ["a", "b", "c"])
+
+
 def test_a_suspicion_stays_when_what_was_fed_is_right_and_goes_when_it_is_wrong() -> None:
     suspect = Precheck("positions", "unknown", "rope", suspect=True)
     for state in ("same", "differs"):

@@ -86,7 +86,8 @@ def run(
     dtype: str = "float32",
 ) -> Array:
     """Return what was read, ``[visits, prompts, steps, CTX + 1]``: visits to base, a, b, base and a."""
-    inputs = SimpleNamespace(ids=tuple(np.array(prompt) for prompt in PROMPTS), adapters=adapters)
+    prompts = tuple(np.array(prompt) for prompt in PROMPTS)
+    inputs = SimpleNamespace(ids=prompts, adapters=adapters, fed=lambda name: prompts)
     plan = Plan(rows, 8, side, PAD, frozenset(), STEPS)
     forced = [np.array(text) for text in FORCED] * len(ADAPTERS)
     outputs = (run_batched if mixed else run_sequentially)(

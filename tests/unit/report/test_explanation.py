@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.report.explanation import Explanation, LayerError, StageShare
+from qeff_validate.report.explanation import BoundaryError, Explanation, LayerError, ProgramSearch, StageShare
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
 
@@ -19,6 +20,10 @@ EXPLANATION = Explanation(
     finding="weight row 77 is zero",
     rows=(3, 4),
     seconds=1.5,
+    row="row 3 ('text', step 2)",
+    program=ProgramSearch(3, float("inf"), (BoundaryError("encoder.layer.0", 1e-3, 2e-3),)),
+    repro="bundle",
+    repro_note="2 nodes",
 )
 
 
@@ -27,6 +32,13 @@ def test_explanation_survives_json_with_values_that_are_not_finite() -> None:
     plain = json.loads(json.dumps(Report((result,)).plain(), allow_nan=False))
     assert plain["results"][0]["explanation"]["stages"][0] == {"name": "export", "share": 1.25, "error": "inf"}
     assert Report.from_plain(plain).results[0].explanation == EXPLANATION
+
+
+def test_explanation_of_an_earlier_report_is_read() -> None:
+    plain = EXPLANATION.to_plain()
+    for name in ("row", "program", "repro", "repro_note"):
+        del plain[name]
+    assert Explanation.from_plain(plain) == replace(EXPLANATION, row="", program=None, repro=None, repro_note="")
 
 
 def test_result_without_an_explanation_has_no_such_key() -> None:

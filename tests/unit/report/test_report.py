@@ -88,6 +88,12 @@ def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
+def test_count_that_is_an_integer_is_written_as_one() -> None:
+    from qeff_validate.report.markdown import markdown
+
+    assert "rel_l2 7 of " in markdown((result("fail", metrics=(judged(7),)),))
+
+
 def test_what_is_only_shown_never_fails() -> None:
     assert judged(math.inf, None).passed
     assert not judged(math.nan, 1e-3).passed

@@ -134,6 +134,7 @@ def _constants(node: Any, readable: AbstractSet[str]) -> Iterator[Any]:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.output[0] = unrounded(node.output[0])
+        copy.name = unrounded(node.name) if node.name else ""  # ONNX Runtime refuses a name that is there twice
         yield copy
     _round_constant(node)
     yield node

@@ -204,8 +204,6 @@ def test_usual_patterns_are_matched() -> None:
         ({"lora_dropout": 1.5}, "lora_dropout: wanted at least 0 and less than 1"),
         ({"task_type": 7}, "task_type 7: wanted CAUSAL_LM"),
         ({"peft_type": ["LORA"]}, "names no peft_type"),
-        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is not supported: activated LoRA"),
-        ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters is not supported: LoRA on parameters"),
     ],
 )
 def test_values_of_other_types_are_told_by_name(

@@ -19,6 +19,7 @@ import qeff_validate as qv
 from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.shared_lora import LoraLayers, shared_tensors
+from qeff_validate.models.causal_lm import attach_adapters
 from qeff_validate.models.causal_lm.attach_adapters import attach
 from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.protocols import runtime
@@ -35,6 +36,10 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
         "alpha_pattern": {"q_proj": 2}, "layers_to_transform": [1],
     },
     "head": {"r": 4, "lora_alpha": 4, "target_modules": ["lm_head", "embed_tokens"]},
+    "biased": {"r": 2, "lora_alpha": 5, "target_modules": ["v_proj"], "lora_bias": True},
+    "tokens": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [7, 3]},
+    "more-tokens": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 5]},
+    "tokens-by-layer": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}},
     "whole": {"r": 4, "lora_alpha": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
 }  # fmt: skip
 
@@ -77,13 +82,17 @@ def case(saved: Path, names: tuple[str, ...], **options: Any) -> qv.Case:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [PLAIN[:2], (*PLAIN, "head"), (*PLAIN, "whole")], ids="-".join)
+@pytest.mark.parametrize(
+    "names",
+    [PLAIN[:2], (*PLAIN, "head"), (*PLAIN, "whole"), ("small", "biased", "tokens", "more-tokens")],
+    ids="-".join,
+)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_adapters_of_different_shape_agree_with_peft(
     names: tuple[str, ...], mixed: bool, saved: Path, tmp_path: Path
 ) -> None:
     if mixed and names != PLAIN[:2]:
-        names = PLAIN  # whole modules and embeddings are not gathered by row
+        names = (*PLAIN, "whole") if "whole" in names else ("small", "biased")  # not embeddings or tokens by row
     runner = Runner(store=tmp_path / "store", model=base(saved))
     result = runner.pipeline(case(saved, names, mixed_batch=mixed)).result(runtime("torch"))
     assert result.status == "pass", result.reason
@@ -92,6 +101,25 @@ def test_adapters_of_different_shape_agree_with_peft(
 def test_adapter_of_the_head_alone_is_exported_and_served(saved: Path, tmp_path: Path) -> None:
     report = qv.validate(case(saved, ("head",)), runtimes=["ort"], store=tmp_path / "store", model=base(saved))
     assert report.passed, report.results[0].reason
+
+
+@pytest.mark.parametrize("fault", ["rank that is padded is not zero", "module of another adapter"])
+def test_faults_of_sharing_are_found(fault: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(tensors: Any, layers: Any, neutral: Any, tokens: Any = ()) -> Any:
+        shared = shared_tensors(tensors, layers, neutral, tokens)
+        for name, array in shared.items():
+            if fault.startswith("rank") and ".lora_" in name:
+                shared[name] = np.where(array == 0, np.float32(0.2), array)
+            elif "layers.0.self_attn.k_proj.lora_" in name:
+                shared[name] = first.setdefault(name, array if array.any() else array + np.float32(0.2))
+        return shared
+
+    first: dict[str, Any] = {}
+    monkeypatch.setattr(attach_adapters, "shared_tensors", faulty)
+    runner = Runner(store=tmp_path / "store", model=base(saved))
+    result = runner.pipeline(case(saved, PLAIN[:2])).result(runtime("torch"))
+    assert result.status == "fail"
+    assert "'small'" in result.reason
 
 
 @pytest.mark.numeric
@@ -109,7 +137,7 @@ def test_product_of_padded_tensors_is_that_of_the_adapter() -> None:
     assert not any(shared[name].any() for name in other), "a module that the adapter does not adapt has zeros"
 
 
-@pytest.mark.parametrize("name", ["dora", "oft"])
+@pytest.mark.parametrize("name", ["dora", "oft", "tokens-by-layer"])
 def test_what_cannot_share_proposes_groups(name: str, saved: Path) -> None:
     model = base(saved)
     named = {each: str(saved / each) for each in ("small", name, "rank-stabilized")}

@@ -11,6 +11,7 @@ import torch
 
 import qeff_validate as qv
 from qeff_validate.models.causal_lm.kv_cache import masks
+from qeff_validate.models.causal_lm.recurrent_state import RecurrentLayer
 
 OPTIONS = {"prefill_seq_len": 8, "ctx_len": 32, "max_new_tokens": 6, "batch_size": 3}
 
@@ -40,18 +41,70 @@ def test_complex_numbers_are_named_as_the_reason_of_a_failed_export(kind: str, t
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("mamba", "in layers of type linear_attention it keeps a recurrent or convolutional state"),
-        ("lfm2", "in layers of type conv it keeps a recurrent or convolutional state"),
-        ("qwen3_next", "in layers of type linear_attention it keeps a recurrent"),
-        ("falcon_h1", "in layers of type hybrid it keeps a recurrent"),
-        ("bloom", "it makes its position biases (ALiBi) from a two-dimensional mask"),
+        ("rwkv", "it keeps its state in a form of its own (in its outputs)"),
+        ("minimax", "it keeps its state in a form of its own (in a MiniMaxCache)"),
+        ("falcon", "it makes its position biases from a two-dimensional mask"),
     ],
 )
 def test_family_that_is_not_served_is_an_error_with_its_reason(kind: str, reason: str, tmp_path: Path) -> None:
-    (result,) = qv.validate(case(kind), runtimes=["torch"], store=tmp_path).results
+    config = {"alibi": True} if kind == "falcon" else {}
+    (result,) = qv.validate(case(kind, config=config), runtimes=["torch"], store=tmp_path).results
     assert (result.status, result.stage) == ("error", "config")
     assert reason in result.reason
     assert "\n" not in result.reason
+
+
+TARGETS = {"bloom": ["query_key_value"], "gemma3n_text": ["q_proj"]}
+FAMILIES = (
+    "mamba", "mamba2", "lfm2", "qwen3_next", "falcon_h1", "granitemoehybrid", "olmo_hybrid", "jamba", "bloom",
+    "gemma3n_text",
+)  # fmt: skip
+"""Recurrent, convolutional and hybrid state, position biases of slots, and layers that share keys and values."""
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_family_agrees_with_hugging_face(kind: str, tmp_path: Path) -> None:
+    report = qv.validate(case(kind), runtimes=["torch"], store=tmp_path)
+    assert report.passed, report.results[0].reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba", "lfm2", "falcon_h1", "bloom", "gemma3n_text"])
+def test_state_is_retained_by_a_graph(kind: str, tmp_path: Path) -> None:
+    options = {
+        **OPTIONS, "peft_method": "lora",
+        "peft": {"init": 0.3, "target_modules": TARGETS.get(kind, ["in_proj"])},
+    }  # fmt: skip
+    report = qv.validate(case(kind).model_copy(update={"options": options}), runtimes=["ort", "sim"], store=tmp_path)
+    assert report.passed, [result.reason for result in report.results]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+@pytest.mark.parametrize("fault", ["kept", "padded"])
+def test_state_of_another_text_or_of_padding_fails(
+    kind: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = RecurrentLayer._rows
+
+    def changed(self: RecurrentLayer, condition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        first = bool((condition == (self._positions == 0)).all() and (condition != (self._positions < 0)).any())
+        return rows(self, condition & (fault == "kept" if not first else fault == "padded"), state)
+
+    monkeypatch.setattr(RecurrentLayer, "_rows", changed)
+    (result,) = qv.validate(case(kind), runtimes=["torch"], store=tmp_path).results
+    assert result.status == "fail"
+
+
+def test_rows_start_at_zero_continue_or_stay() -> None:
+    old = torch.tensor([[[float("nan")] * 3], [[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]])
+    layer = RecurrentLayer({"past_conv.0": old, "past_recurrent.0": old}, torch.tensor([[0], [7], [-1]]))
+    new = torch.tensor([[[10.0]], [[11.0]], [[12.0]]])
+    whole = layer.update_conv_state(new)
+    assert whole[:2].tolist() == [[[0.0, 0.0, 0.0, 10.0]], [[1.0, 2.0, 3.0, 11.0]]]
+    layer.update_recurrent_state(layer.recurrent_states[0] * 2)
+    results = layer.results()
+    assert results["past_conv.0"].tolist() == [[[0.0, 0.0, 10.0]], [[2.0, 3.0, 11.0]], [[4.0, 5.0, 6.0]]]
+    assert results["past_recurrent.0"].tolist() == [[[0.0] * 3], [[2.0, 4.0, 6.0]], [[4.0, 5.0, 6.0]]]
 
 
 def test_tokens_see_their_own_chunk_only() -> None:

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.models.causal_lm.decode_loop import Plan, generate
-from qeff_validate.models.causal_lm.kv_cache import cache_for, masks, state_shapes
+from qeff_validate.models.causal_lm.decoder_state import cache_for, state_shapes
+from qeff_validate.models.causal_lm.kv_cache import masks
 from qeff_validate.models.causal_lm.wrapper import Decoder
 from qeff_validate.models.framework_calls import cache_argument, returned_cache
 from qeff_validate.models.sources.synthetic import Random
@@ -173,7 +174,7 @@ def test_chunks_and_steps_from_undefined_state_give_transformers_logits(name: st
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 1000, length) for length in (13, 4, 1, 9)]  # windows reach 8
     ours = model(name)
-    dims = state_shapes(ours)
+    dims = state_shapes(ours).dims
     module = Decoder(ours, len(dims)).eval()
     made = Artifact("module", None, "0" * 64, payload=(module, graph(len(dims), dims, ours.config.vocab_size)))
     with runtime("torch").open(made) as session:
@@ -197,7 +198,7 @@ def test_tokens_are_those_of_generate() -> None:
 
 def test_a_head_sees_the_last_real_token_of_each_row_alone() -> None:
     ours = model("llama")
-    dims, seen = state_shapes(ours), []
+    dims, seen = state_shapes(ours).dims, []
     module = Decoder(ours, len(dims)).eval()
     ours.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     state = {f"past_{what}.{i}": torch.full((2, pair[k][0], CTX, pair[k][1]), torch.nan)

@@ -13,7 +13,7 @@ from qeff_validate.config.case import Case, Inputs
 from qeff_validate.engine import check, model
 from qeff_validate.errors import ConfigError, RunError
 from qeff_validate.models.embedding.model import PooledEmbedding
-from qeff_validate.models.sources.tokenizers import hashed_words
+from qeff_validate.models.sources.tokenizers import hashed_words, prompted
 from qeff_validate.models.token_rows import TokenRows, boundary_text
 from qeff_validate.tensors import Tensors, TensorSpec
 
@@ -154,13 +154,13 @@ def test_an_output_that_lost_its_rows_is_an_error() -> None:
 
 @pytest.mark.parametrize("length", range(3, 40))
 def test_boundary_texts_have_exactly_the_wanted_length(length: int) -> None:
-    tokenize, _ = hashed_words(1000, 0)
-    text = boundary_text(tokenize, "some prompt ", length)
+    tokenize = prompted(hashed_words(1000, 0)[0], "some prompt ")
+    text = boundary_text(tokenize, length)
     if length < 5:
         assert text is None  # two special tokens, two of the prompt, one word
     else:
         assert text is not None
-        assert len(tokenize("some prompt " + text)) == length
+        assert len(tokenize(text)) == length
 
 
 @pytest.mark.numeric

@@ -10,63 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from bounds import close, within
+from bounds import close
+from encode_oracle import TEXTS, WIDTH, WORDS, assert_near, encoded, reference
 from torch import nn
 
 import qeff_validate as qv
 from qeff_validate.engine import Runner
 from qeff_validate.errors import ConfigError
 from qeff_validate.protocols import runtime
-
-WIDTH = 32
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "query",
-    ":",
-    "red",
-    "Red",
-    "green",
-    "Green",
-    "blue",
-    "one",
-    "two",
-    "three",
-]
-TEXTS = ["red", "Green green BLUE one", "one two three red green blue one two three red green blue one two", "", "Red"]
-LIMIT = 5e-6
-"""Relative L2 between two float32 implementations of one model (issue K)."""
-
-
-@pytest.fixture(scope="module")
-def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a small BERT and a tokenizer that keeps the case of letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("body")
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_max_length=64,
-    ).save_pretrained(folder)  # fmt: skip
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def dense(*sizes: int, activation: nn.Module | None = None, **options: Any) -> list[Any]:
@@ -120,6 +73,7 @@ SAVED: Mapping[str, tuple[Any, Modules, Modules, dict[str, Any]]] = {
     "two dense, normalized": ("cls", list, lambda: [*dense(WIDTH, 64, 16, bias=False), normalize()], {}),
     "identity": ("mean", list, lambda: dense(WIDTH, WIDTH, activation=nn.Identity()), {}),
     "GELU": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.GELU()), {}),
+    "PReLU, which has a weight": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.PReLU(init=0.7)), {}),
     "residual": ("mean", list, lambda: dense(WIDTH, WIDTH, use_residual=True), {}),
     "residual of another width": ("mean", list, lambda: dense(WIDTH, 8, use_residual=True), {}),
     "normalized before dense": ("mean", list, lambda: [normalize(), *dense(WIDTH, 8)], {}),
@@ -164,35 +118,22 @@ def save(
     return folder
 
 
-def encoded(folder: Path, texts: list[str], **options: Any) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, **options)
-
-
-def reference(folder: Path, tmp_path: Path, texts: list[str] = TEXTS, **options: Any) -> Any:
-    case = qv.Case(
-        name="saved", source=f"path:{folder}", inputs={"texts": texts}, tolerance="table", exporter="torchscript",
-        options={"seq_len": [8, 32], **options},
-    )  # fmt: skip
-    pipeline = Runner(store=tmp_path / "store").pipeline(case)
-    result = pipeline.result(runtime("torch"))
-    assert result.status == "pass", result.reason
-    return pipeline.reference()["output"][: len(texts)]
-
-
-def assert_near(ours: Any, theirs: Any) -> None:
-    assert ours.shape == theirs.shape
-    errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    within(errors, LIMIT)
-
-
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", SAVED)
 def test_reference_is_what_encode_returns_and_the_module_agrees(name: str, body: Path, tmp_path: Path) -> None:
     pooling, before, after, options = SAVED[name]
     folder = save(tmp_path / "saved", body, pooling, before, after, **options)
     assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))
+
+
+def test_bounds_of_concatenated_poolings_are_measured(body: Path, tmp_path: Path) -> None:
+    """Faults of the pooling take the place of each part, so that the modules behind it still fit."""
+    modes = {"pooling_mode": ("cls", "mean"), "include_prompt": False}
+    folder = save(tmp_path / "saved", body, modes, list, lambda: dense(2 * WIDTH, 8), prompts={"query": "query : "})
+    case = qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}, options={"prompt": "query"})
+    result = Runner(store=tmp_path / "store").pipeline(case).result(runtime("torch"))
+    assert result.status == "pass", result.reason
+    assert {metric.bound.source for metric in result.metrics if metric.metric.name == "output.rel_l2"} == {"floor"}
 
 
 @pytest.mark.numeric
@@ -318,6 +259,12 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
     "pickled weights": (_pickled, "pickled weights"),
     "unknown pooling": (_change("1_Pooling/config.json", pooling_mode="median"), "'median'"),
     "unknown default prompt": (_change("config_sentence_transformers.json", default_prompt_name="q"), "none of the"),
+    "another output": (
+        _change(
+            "sentence_bert_config.json", modality_config={"text": {"method": "forward", "method_output_name": "x"}}
+        ),
+        "the module reads ['x'] of 'forward'; supported is last_hidden_state",
+    ),
     "other task": (_change("sentence_bert_config.json", transformer_task="fill-mask"), "fill-mask"),
 }
 
@@ -392,3 +339,17 @@ def test_head_of_a_checkpoint_is_said_to_be_left_out(kind: str, body: Path, tmp_
     notes = qv.model(qv.Case(name="x", source=f"path:{folder}")).rows().notes
     assert [f"a BertFor{kind}, and its head" in note for note in notes].count(True) == 1
     assert not qv.model(qv.Case(name="x", source=f"path:{body}")).rows().notes
+
+
+def test_head_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
+    """An embedding takes the encoder of an encoder-decoder, and RoFormerModel has no head though its name has a For."""
+    from transformers import RoFormerConfig, RoFormerModel, T5Config, T5ForConditionalGeneration
+
+    from qeff_validate.models.sources.checkpoint import head_tensors
+
+    t5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    RoFormerModel(RoFormerConfig(vocab_size=9, embedding_size=8, **sizes)).save_pretrained(tmp_path / "roformer")
+    assert head_tensors(tmp_path / "t5")[1] == []
+    assert head_tensors(tmp_path / "roformer")[1] == []

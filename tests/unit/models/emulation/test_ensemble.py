@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +20,7 @@ from qeff_validate.models.emulation.ensemble import (
     copy_sharing_weights,
     run_ensemble,
 )
+from qeff_validate.models.emulation.microscaling import CompressedWeights
 from qeff_validate.models.emulation.precision import (
     ComputationVariant,
     InPlaceRoundedWeights,
@@ -158,3 +160,49 @@ def test_a_copy_has_its_own_modules_and_shares_the_weights() -> None:
     assert not set(twin.modules()) & set(model.modules())
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert twin.config is not model.config
+
+
+def test_rounded_and_compressed_weights_follow_what_an_adapter_writes_into_the_base() -> None:
+    layer = torch.nn.Linear(32, 32, bias=False)
+    rounded, compressed = RoundedWeights("fp16"), CompressedWeights(layer)
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        before = rounded.read(layer.weight).clone()
+        with compressed:
+            product = layer(x)
+        layer.weight.copy_(layer.weight + 1)
+        assert (rounded.read(layer.weight) - before).min() > 0.5
+        with compressed:
+            assert not torch.equal(layer(x), product)
+
+
+# --- values beyond the range ---
+
+
+@pytest.mark.numeric
+def test_what_is_beyond_the_range_for_one_input_stays_in_float32_for_all() -> None:
+    """The second product reads an activation of 1e7, whose weight is too small for fp16; with a small input as well."""
+    first, second = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second).eval()
+    torch.manual_seed(0)
+    for layer in (first, second):
+        layer.weight.data.uniform_(0.1, 1)
+    first.weight.data[3] *= 1e6
+    second.weight.data[:, 3] /= 1e6
+    inputs = torch.tensor([[1.0] * 8, [1e-3] * 8])
+    exact = copy.deepcopy(model).double()(inputs.double()).detach().numpy()
+
+    def run(replica: Any, _: ComputationVariant) -> Any:
+        return np.stack([replica(row[None]).detach().numpy()[0] for row in inputs])
+
+    def errors(**options: bool) -> Any:
+        weights = RoundedWeights("fp16", **options)
+        (outputs,) = run_ensemble(model, "fp16", run, weights=weights, variants=ENSEMBLE[:1])
+        with np.errstate(invalid="ignore"):
+            return np.linalg.norm(outputs - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+
+    plain, kept = errors(), errors(beyond_range=True)
+    assert not np.isfinite(plain[0])  # it overflows
+    assert plain[1] > 1e-2  # a weight of 1e-6 and less has few bits
+    within(kept, 2e-3)
+    assert kept[1] > 1e-6  # an activation that fits is rounded where other operations read it

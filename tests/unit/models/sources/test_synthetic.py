@@ -267,8 +267,8 @@ def test_a_missing_directory_is_not_taken_for_a_hub_id(rest: str) -> None:
 def test_a_config_that_stays_large_is_refused_before_anything_is_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = written(tmp_path / "m", "luke")
-    with pytest.raises(ConfigError, match=r"128 M parameters.*entity_embeddings.*\[500000, 256\].*entity_vocab_size"):
+    folder = written(tmp_path / "m", "longcat_flash")
+    with pytest.raises(ConfigError, match=r"33 M parameters.*experts\.gate_up_proj.*\[260, 64, 64\].*zero_expert_num"):
         tiny(folder).body()
     monkeypatch.setattr(synthetic, "MOST_PARAMETERS", 1)
     with pytest.raises(ConfigError, match="shrunk it still has"):

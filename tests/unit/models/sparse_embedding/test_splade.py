@@ -157,3 +157,27 @@ def test_pairs_are_an_error(tmp_path: Path) -> None:
     case = splade(masked_lm(tmp_path / "plain"), {"pairs": [["a", "b"], ["a", "c"], ["a", "d"]]})
     with pytest.raises(ConfigError, match="the model kind 'sparse-embedding' reads single texts"):
         reference(case, tmp_path / "store")
+
+
+@pytest.mark.numeric
+def test_route_of_a_router_without_inference_for_queries(tmp_path: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+    from transformers import AutoTokenizer
+
+    plain = masked_lm(tmp_path / "plain")
+    static = SparseStaticEmbedding(AutoTokenizer.from_pretrained(plain))
+    documents = [Transformer(str(plain), transformer_task="fill-mask"), SpladePooling("sum")]
+    SparseEncoder(modules=[Router.for_query_document([static], documents)]).save(str(tmp_path / "saved"))
+    case = splade(tmp_path / "saved", {"texts": GIVEN}, options={"route": "document"})
+    wanted = SparseEncoder(str(tmp_path / "saved")).encode_document(GIVEN, convert_to_sparse_tensor=False)
+    compare_with(wanted.cpu().numpy(), reference(case, tmp_path / "store"))
+    with pytest.raises(ConfigError, match="a SparseStaticEmbedding module: it looks up one weight for each word"):
+        reference(splade(tmp_path / "saved", options={"route": "query"}), tmp_path / "store")
+
+
+def test_number_of_words_that_encode_keeps_is_told(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, {}, {"max_active_dims": 4})
+    notes = qv.model(splade(folder)).rows().notes
+    assert "of each text sentence-transformers keeps the 4 strongest words (max_active_dims); judged are all" in notes

@@ -106,6 +106,17 @@ def test_operators_by_type(run):
     assert np.array_equal(actual, half(half(X * K) + half(K))), "a name decides before an operator"
 
 
+def test_named_constant_that_is_read_in_both_precisions(run):
+    value = helper.make_tensor("value", F, [1], [float(K)])
+    nodes = [
+        node("ConstantOfShape", ["shape"], ["k"], name="constant", value=value),
+        node("Mul", ["x", "k"], ["a"]),
+        node("Mul", ["a", "k"], ["y"]),
+    ]
+    actual = run(nodes, ["y"], {"shape": np.array([1], np.int64)}, fp16=False, fp16_names=["y"])["y"]
+    assert np.array_equal(actual, half(half(X * K) * half(K)))
+
+
 def test_nodes_of_subgraphs(make_model, compile_onnx, client, tmp_path):
     def branch(name):
         nodes = [node("Mul", ["a", "k"], [f"{name}1"]), node("Mul", [f"{name}1", "k"], [f"{name}2"])]

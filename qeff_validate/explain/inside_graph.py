@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks into an ONNX graph for the module of the original model whose own error stands above its floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.explain.context import ExplainContext, Subset
+from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.layers import Layers, find_layers
+from qeff_validate.explain.locate import Location, locate
+from qeff_validate.explain.matching import of_tokens
+from qeff_validate.explain.range_audit import FP16_MAX
+from qeff_validate.explain.reference_values import ReferenceValues, record
+from qeff_validate.explain.weights import compare_weights, repairs
+from qeff_validate.files import temporary_folder
+from qeff_validate.protocols import OriginalRun
+from qeff_validate.tensors import Array, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class InsideGraph:
+    """A graph beside the original model, on a few texts.
+
+    Attributes:
+        graph: open for runs as long as the context that made this.
+        original: the run of the original model.
+        recorded: its values.
+        feeds: of the graph, by its own names.
+        layers: the local errors.
+        location: the module, and what differs there.
+    """
+
+    graph: GraphValues
+    original: OriginalRun
+    recorded: ReferenceValues
+    feeds: Tensors
+    layers: Layers
+    location: Location
+
+
+@contextmanager
+def look_inside(
+    context: ExplainContext,
+    subset: Subset,
+    row: int,
+    stage: str | None,
+    early: Callable[[Location], None] = lambda _: None,
+) -> Iterator[InsideGraph]:
+    """Match the values of the original model with those of the graph, and find the first that diverges.
+
+    Args:
+        context: of a runtime that opens a graph or what is made of one, and a model with `protocols.Explained`.
+        subset: the texts.
+        row: the failing one among the rows of the subset.
+        stage: the guilty one; the graph runs with the optimizer if that is it.
+        early: called with the first weight that differs, before anything is run, in case the time is up meanwhile.
+
+    Raises:
+        IncomparableError: the texts do not fit into the graph's fixed sizes.
+        ValidateError: the graph cannot be run, or the time is up.
+    """
+    check = context.clock.check
+    artifact = context.graph_artifact()
+    assert artifact is not None
+    assert artifact.path is not None
+    settings = context.settings if stage == "optimizer" else context.unoptimized
+    with temporary_folder() as folder:
+        opened = context.isolated("ort", settings).open
+        graph = GraphValues(Path(artifact.path), folder, opened, untrusted=artifact.untrusted)
+        check()
+        original = context.original_run(subset, graph.sizes(), row)
+        check()
+        feeds = own_feeds(context, original)
+        fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
+        weights = compare_weights(original.module, {**graph.weights, **fed}, check)
+        differing = [item for item in weights.findings if item.initializer is not None]
+        if differing:
+            early(Location(differing[0].module, differing[0].sentence()))
+        graph.repairs = repairs(original.module, graph.weights, weights)
+        recorded = record(original)
+        check()
+        layers = find_layers(original, recorded, graph, feeds, "fp32", check)
+        location = locate(original, recorded, graph, layers, weights)
+        yield InsideGraph(graph, original, recorded, feeds, layers, location)
+
+
+def own_feeds(context: ExplainContext, original: OriginalRun) -> dict[str, Array]:
+    """Return the feeds of a run by the names that the graph has for them."""
+    names: Any = context.pipeline.case.artifacts
+    return {names.inputs.get(name, name): array for name, array in original.feeds.items()}
+
+
+def overflow(recorded: ReferenceValues, tokens: Array) -> Location:
+    """Return the first module whose values are beyond the range of fp16, with the greatest; none if all fit."""
+    for value in recorded.values:
+        most = float(np.abs(of_tokens(value.array, tokens)).max())
+        if most > FP16_MAX:
+            return Location(value.module, overflow_text(most))
+    return Location(None, "")
+
+
+def overflow_text(greatest: float) -> str:
+    """Return the finding for values beyond the range of fp16."""
+    return f"values up to {greatest:.4g} overflow fp16 (65504)"
