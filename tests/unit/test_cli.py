@@ -372,6 +372,7 @@ def test_wrong_source_or_input_is_an_error_with_the_remedy_and_leaves_nothing_ha
         "report.html",
         "report.json",
         "report.md",
+        "results.jsonl",
     ]
 
 
