@@ -101,6 +101,6 @@ def test_normalization_in_half_precision_moves_whole_vectors() -> None:
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     rounded = np.linalg.norm(unit.astype(np.float16).astype(np.float64), axis=1)
     assert lengths.max() > 3 * np.abs(rounded - 1).max()
-    within(lengths, 5e-3)
+    within(lengths, 8e-3)
     exact = emulated_head(head, [rows] * 8, Precision(compute="fp32"))
     close(exact, [unit] * 8, atol=2e-6)
