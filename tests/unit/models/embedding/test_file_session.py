@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states of a user's graph, pooled on the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from qeff_validate.models.embedding.file_session import FileSession
+from qeff_validate.tensors import TensorSpec
+
+STATES = np.arange(12, dtype=np.float32).reshape(2, 3, 2) + 1
+
+
+def session() -> Any:
+    """A graph that gives `STATES`, whatever it is fed."""
+    inputs = [TensorSpec(name, "int64", ("batch", "seq")) for name in ("ids", "attention_mask", "token_type_ids")]
+    outputs = (TensorSpec("last_hidden_state", "float32", ("batch", "seq", 2)),)
+    fed: list[Any] = []
+
+    def run(feeds: Any, *, fetch: Any = None) -> Any:
+        fed.append(feeds)
+        return dict.fromkeys(fetch, STATES)
+
+    return SimpleNamespace(inputs=inputs, outputs=outputs, shapes=(), run=run, fed=fed)
+
+
+def test_real_tokens_are_pooled_a_row_without_one_is_zero_and_token_types_are_fed_with_zeros() -> None:
+    graph = session()
+    pooled = FileSession(
+        graph, "last_hidden_state", "output", "attention_mask", lambda row: row.mean(0), ["token_type_ids"]
+    )
+    assert [spec.name for spec in pooled.inputs] == ["ids", "attention_mask"]
+    assert [(spec.name, spec.shape) for spec in pooled.outputs] == [("output", ("batch", "hidden"))]
+    mask = np.array([[0, 1, 1], [0, 0, 0]])
+    vectors = pooled.run({"ids": mask, "attention_mask": mask})["output"]
+    assert vectors.tolist() == [[4.0, 5.0], [0.0, 0.0]]
+    assert graph.fed[0]["token_type_ids"].tolist() == [[0] * 3] * 2
