@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -185,8 +185,8 @@ def validate(
             if fail_fast and result.expected is None and result.status in ("fail", "inconclusive", "error"):
                 stopped = f"{item.name}-{name}"
                 break
-    dropped = Result("", "", "not_run", f"{stopped} did not pass, and --fail-fast is on")
-    ordered = [done.get((item.name, name)) or replace(dropped, case=item.name, runtime=name) for item, name in planned]
+    why = f"{stopped} did not pass, and --fail-fast is on"
+    ordered = [done.get((item.name, name)) or Result(item.name, name, "not_run", why) for item, name in planned]
     unwritten = _record(runner, cases, ordered, record) if record is not None else []
     return Report(tuple(ordered), environment(runner.settings), tuple(unwritten))
 

@@ -121,6 +121,11 @@ class Settings:
                 f"the time limit of a run is {self.run_timeout_s} s: give 0.001 to {LONGEST_RUN_S:,} seconds"
             )
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Settings:
+        """Return the settings that `dataclasses.asdict` has made plain and JSON has carried to another process."""
+        return cls(**{**plain, "device_ids": tuple(plain["device_ids"])})
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:

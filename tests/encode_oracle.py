@@ -36,6 +36,20 @@ LIMIT = 5e-6
 """Relative L2 between two float32 implementations of one model."""
 
 
+def save_bert(folder: Path) -> None:
+    """Save a small BERT over `WORDS`, the same each time."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+
+
 def encoded(folder: Path, texts: list[str], **options: Any) -> Any:
     from sentence_transformers import SentenceTransformer
 

@@ -72,6 +72,18 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
+def runtime_names(text: str | None) -> list[str] | None:
+    """Parse ``--runtimes``; None if it was not given.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    names = None if text is None else split_list(text)
+    if names == []:
+        raise ConfigError("--runtimes names no runtime")
+    return names
+
+
 def device_ids(text: str) -> tuple[int, ...]:
     """Parse ``--device-ids``.
 

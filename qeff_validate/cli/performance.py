@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, select_cases, split_list
+from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, runtime_names, select_cases
 from qeff_validate.cli.options import device_ids as parse_ids
 from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
-from qeff_validate.errors import ConfigError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.timings import HEAD, TimedEntry, timing_closing, timing_lines, timing_rows
 
@@ -64,9 +63,7 @@ def perf(
 
     check_writable(report, "--report")
     cases = select_cases(load(configs), case or [])
-    names = split_list(runtimes) if runtimes is not None else None
-    if names is not None and not names:
-        raise ConfigError("--runtimes names no runtime")
+    names = runtime_names(runtimes)
     settings = Settings(sdk=sdk, device_ids=parse_ids(device_ids), run_timeout_s=run_timeout)
     progress = terminal_progress(store, verbose)
     made = measure(cases, names, against=against, store=store, settings=settings, progress=progress)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qeff_validate.cli.options import Configs, SdkPrefix, StoreDir, matching_cases, shard, split_list
+from qeff_validate.cli.options import Configs, SdkPrefix, StoreDir, matching_cases, runtime_names, shard
 from qeff_validate.cli.progress import console, print_text
 
 EPILOG = "Exit codes: 0 this is the plan · 2 wrong usage or config."
@@ -44,7 +44,7 @@ def plan(
     from qeff_validate.protocols import Settings
 
     cases = shard(matching_cases(load(configs), keyword), part)
-    names = split_list(runtimes) if runtimes is not None else None
+    names = runtime_names(runtimes)
     runner = Runner(store=store, settings=Settings(sdk=sdk))
     units = planned_units([(case, name) for case in cases for name in names or case.runtimes], runner.runtime)
     costs, by_name = UnitCosts(Store(store).root), {case.name: case for case in cases}

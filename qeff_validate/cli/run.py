@@ -20,9 +20,9 @@ from qeff_validate.cli.options import (
     job_count,
     matching_cases,
     required_runtimes,
+    runtime_names,
     select_cases,
     shard,
-    split_list,
 )
 from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
 from qeff_validate.errors import ConfigError, ValidateError
@@ -145,9 +145,7 @@ def run(
     else:
         cases = load(configs or []) if bundle is None else read_bundle(bundle, digest=bundle_digest)
     cases = shard(matching_cases(select_cases(cases, case or []), keyword), part)
-    names = split_list(runtimes) if runtimes is not None else None
-    if names is not None and not names:
-        raise ConfigError("--runtimes names no runtime")
+    names = runtime_names(runtimes)
     if bundle is not None and names not in (None, cases[0].runtimes):
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)

@@ -9,7 +9,6 @@ The job is a JSON file (`performance.Launch`), so is the result. All artifacts a
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from qeff_validate.pipeline.rounds import Side, time_workload
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Runtime, Settings, Timed, capabilities, model_kind, runtime
 from qeff_validate.runtimes.qaic_cards import shared_cards
-from qeff_validate.sdk.processes import die_with_parent
+from qeff_validate.sdk.processes import bound_to_parent
 
 
 def launch(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def launch(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValidateError: a program cannot be opened or fails in a run, or two programs have no workload in common.
     """
-    settings = Settings(**{**job["settings"], "device_ids": tuple(job["settings"]["device_ids"])})
+    settings = Settings.from_plain(job["settings"])
     cases = [Case.model_validate(plain) for plain in job["cases"]]
     opened: dict[int, Side] = {}
     watch = MachineWatch()
@@ -106,9 +105,8 @@ def _device_free(runtime: Runtime) -> float | None:
 def main(arguments: Sequence[str]) -> int:
     """Run the job in a file and write its result, or the error, into another."""
     job, result, parent = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
-    die_with_parent()
-    if os.getppid() != parent:
-        return 1  # it died before we could ask
+    if not bound_to_parent(parent):
+        return 1
     try:
         made = launch(json.loads(job.read_text(encoding="utf-8")))
     except ValidateError as exc:

@@ -23,6 +23,25 @@ def die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def bound_to_parent(parent: int) -> bool:
+    """Die with the parent from now on; return False if it has died already, so that nobody wants this process.
+
+    Args:
+        parent: its process id, as the parent gave it.
+    """
+    die_with_parent()
+    return os.getppid() == parent
+
+
+def wait_or_kill(child: subprocess.Popen[Any], seconds: float) -> int:
+    """Wait for the end of a child and return its exit code; after so many seconds it is killed, with its group."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill(child)
+        return child.returncode
+
+
 def kill(child: subprocess.Popen[Any]) -> None:
     """Kill a child and every other process of its process group, and wait for the child."""
     with contextlib.suppress(ProcessLookupError):

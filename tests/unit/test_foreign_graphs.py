@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from encode_oracle import TEXTS, WIDTH, WORDS
+from encode_oracle import TEXTS, WIDTH, WORDS, save_bert
 
 import qeff_validate as qv
 
@@ -54,20 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("zoo")
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     fast.save_pretrained(root / "body")
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(root / "body")
+    save_bert(root / "body")
     modules = [Transformer(str(root / "body")), Pooling(WIDTH, "mean"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(root / "saved"))
     return root / "saved"

@@ -21,8 +21,9 @@ from qeff_validate.config.case import Case
 from qeff_validate.engine import validate
 from qeff_validate.pipeline.stages import NumberedProgress
 from qeff_validate.report import notebook_progress
+from qeff_validate.report.kept_numbers import MOST_NUMBERS
 from qeff_validate.report.notebook_progress import NotebookProgress, in_notebook
-from qeff_validate.report.step_times import MOST_STEPS, StepTimes
+from qeff_validate.report.step_times import StepTimes
 
 
 def logged(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
@@ -92,10 +93,10 @@ def test_broken_file_with_durations_is_none(text: str, tmp_path: Path) -> None:
 
 def test_only_the_latest_steps_are_kept_and_a_place_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
-    path.write_text(json.dumps({f"s{at}": 1.0 for at in range(MOST_STEPS)}))
+    path.write_text(json.dumps({f"s{at}": 1.0 for at in range(MOST_NUMBERS)}))
     StepTimes(path).keep("new", 2.0)
     kept = json.loads(path.read_text())
-    assert (len(kept), "s0" in kept, kept["new"]) == (MOST_STEPS, False, 2.0)
+    assert (len(kept), "s0" in kept, kept["new"]) == (MOST_NUMBERS, False, 2.0)
     StepTimes(path / "below-a-file.json").keep("a", 1.0)
     StepTimes(None).keep("a", 1.0)
 

@@ -20,7 +20,7 @@ from qeff_validate.pipeline.executors.worker_pool import Message, Worker, Worker
 from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.runtimes.isolation.parent import child_environment
-from qeff_validate.sdk.processes import ending, kill
+from qeff_validate.sdk.processes import ending, wait_or_kill
 
 WORKER = "qeff_validate.pipeline.executors.worker"
 """The module that a process runs."""
@@ -72,11 +72,7 @@ class LocalProcess:
 
     def how_it_ended(self) -> str:
         """Return how a process ended that has closed its channel, with the last line that it printed."""
-        try:
-            code = self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            kill(self.process)
-            code = self.process.returncode
+        code = wait_or_kill(self.process, GRACE_SECONDS)
         self._output.seek(max(self._output.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
         lines = self._output.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -89,10 +85,7 @@ class LocalProcess:
 
     def end(self) -> None:
         """Wait for the end of a process that was asked to; kill it, and what it has started, after `GRACE_SECONDS`."""
-        try:
-            self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            kill(self.process)
+        wait_or_kill(self.process, GRACE_SECONDS)
         self._listener.join()  # nobody holds the other end any more
         self._channel.close()
         self._output.close()

@@ -109,12 +109,6 @@ class Schedule:
         self._waiting = {unit.id: unit, **self._waiting}
         return None
 
-    def drop_waiting(self) -> list[Unit]:
-        """Drop and return the units that have not begun."""
-        dropped = [*self._waiting.values()]
-        self._waiting.clear()
-        return dropped
-
     def _may_run(self, unit: Unit) -> bool:
         running = self._running.values()
         if not self._ended.issuperset(unit.needs):

@@ -8,7 +8,7 @@ from pathlib import Path
 from qeff_validate.config.case import Case
 from qeff_validate.models.sources.resolve import weights_size
 from qeff_validate.pipeline.executors.units import Unit
-from qeff_validate.report.step_times import StepTimes
+from qeff_validate.report.kept_numbers import KeptNumbers
 
 MEMORY, SECONDS = "unit-memory.json", "unit-times.json"
 """In a store's directory."""
@@ -21,18 +21,20 @@ COPIES = {"reference": 1.5, "measure": 3.5, "export": 3.0, "compile": 2.0, "run"
 
 
 class UnitCosts:
-    """Time and memory of units, as measured in an earlier run; memory else estimated from the weights.
+    """Time and memory of units, as measured in runs before this one; memory else estimated from the weights.
 
     Args:
         store: directory of the store, which keeps the measured ones.
     """
 
     def __init__(self, store: Path) -> None:
-        self._memory, self._times = StepTimes(store / MEMORY), StepTimes(store / SECONDS)
+        self._memory, self._times = KeptNumbers(store / MEMORY), KeptNumbers(store / SECONDS)
+        self._known_mb, self._known_s = self._memory.all(), self._times.all()
+        self._weights: dict[str, int] = {}
 
     def seconds(self, unit: Unit) -> float | None:
         """Return how long a unit took last time; None if it never ran."""
-        return self._times.seconds(unit.id)
+        return self._known_s.get(unit.id)
 
     def megabytes(self, unit: Unit, case: Case) -> float:
         """Return the most memory that a unit is expected to take, in 10^6 bytes.
@@ -41,8 +43,11 @@ class UnitCosts:
             unit: one of the case.
             case: whose source has weights.
         """
-        known = self._memory.seconds(unit.id)
-        return known if known is not None else BASE_MB + COPIES[unit.stage] * weights_size(case) / 1e6
+        if unit.id in self._known_mb:
+            return self._known_mb[unit.id]
+        if case.source not in self._weights:
+            self._weights[case.source] = weights_size(case)
+        return BASE_MB + COPIES[unit.stage] * self._weights[case.source] / 1e6
 
     def keep(self, unit: Unit, seconds: float, megabytes: float | None) -> None:
         """Remember what a unit took.

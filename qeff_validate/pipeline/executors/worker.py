@@ -6,7 +6,6 @@ python -m qeff_validate.pipeline.executors.worker SOCKET PARENT
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ from qeff_validate.pipeline.runner import Runner
 from qeff_validate.prechecks.graph_precision import measurable
 from qeff_validate.protocols import Runtime, Settings, capabilities
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
-from qeff_validate.sdk.processes import die_with_parent
+from qeff_validate.sdk.processes import bound_to_parent
 
 
 class ForwardedProgress:
@@ -63,7 +62,7 @@ class UnitServer:
     """
 
     def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], object]) -> None:
-        settings = Settings(**{**job["settings"], "device_ids": tuple(job["settings"]["device_ids"])})
+        settings = Settings.from_plain(job["settings"])
         self._runner = Runner(store=Path(job["store"]), settings=settings, progress=ForwardedProgress(send))
         self._cases = {plain["name"]: Case.model_validate(plain) for plain in job["cases"]}
         self._explain, self._send = job["explain"], send
@@ -124,9 +123,8 @@ def prepare(pipeline: Pipeline, unit: Unit, runtimes: Sequence[Runtime]) -> None
 def main(arguments: Sequence[str]) -> int:
     """Serve one parent until it closes its end of the socket or ends."""
     number, parent = map(int, arguments)
-    die_with_parent()
-    if os.getppid() != parent:
-        return 1  # it died before we could ask
+    if not bound_to_parent(parent):
+        return 1
 
     def leave(signum: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)  # what is half-made is removed on the way out

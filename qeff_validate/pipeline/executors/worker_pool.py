@@ -118,9 +118,12 @@ class WorkerPool(ABC):
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         workers: dict[int, Worker] = {}
         try:
+            changed = True  # whether a unit may begin that could not before
             while not schedule.done:
-                self._start_units(schedule, workers, runtimes, lambda place: self.start(place, job, messages))
+                if changed:
+                    self._start_units(schedule, workers, runtimes, lambda place: self.start(place, job, messages))
                 worker, message = messages.get()
+                changed = message is None or "megabytes" in message
                 if worker is not workers.get(worker.place):
                     continue  # the last word of one that was ended
                 worker.is_ready = True

@@ -19,7 +19,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Capabilities, Runtime, Session, Settings, capabilities
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
-from qeff_validate.sdk.processes import ending, kill
+from qeff_validate.sdk.processes import ending, kill, wait_or_kill
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds
 
 LOG = logging.getLogger(__name__)
@@ -224,11 +224,7 @@ class Child:
             self._output.close()
 
     def _crash_report(self, phase: str) -> str:
-        try:
-            code = self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            kill(self.process)
-            code = self.process.returncode
+        code = wait_or_kill(self.process, GRACE_SECONDS)
         hints = ["native code of the runtime failed"]
         hints += ["the kernel log tells whether memory ran out"] if code == -9 else []
         hints += ["qaic-util -q shows the card's state"] if self._card and code != -9 else []

@@ -7,7 +7,6 @@ python -m qeff_validate.runtimes.isolation.worker SOCKET PARENT
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import sys
 import traceback
@@ -21,7 +20,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
-from qeff_validate.sdk.processes import die_with_parent
+from qeff_validate.sdk.processes import bound_to_parent
 from qeff_validate.tensors import Tensors, TensorSpec
 
 
@@ -48,11 +47,11 @@ def serve(channel: Channel) -> None:
         Closed: the parent has closed its end or ended; the artifact is released.
     """
     request, _ = channel.receive()
-    settings = {**request["settings"], "device_ids": tuple(request["settings"]["device_ids"])}
+    settings = Settings.from_plain(request["settings"])
     fields = request["artifact"]
     artifact = {**fields, "path": Path(fields["path"]), "buckets": tuple(fields["buckets"])}
     try:
-        with runtime(request["runtime"], Settings(**settings)).open(Artifact(**artifact)) as session:
+        with runtime(request["runtime"], settings).open(Artifact(**artifact)) as session:
             channel.send(_description(session))
             _serve_requests(channel, session)
         channel.send({})
@@ -107,9 +106,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: file descriptor of the socket, and process id of the parent.
     """
     number, parent = map(int, arguments)
-    die_with_parent()
-    if os.getppid() != parent:
-        return 1  # the parent ended before the line above
+    if not bound_to_parent(parent):
+        return 1
     channel = Channel(socket.socket(fileno=number))
     logging.getLogger("qeff_validate").addHandler(LogForwarder(channel))
     with suppress(Closed):

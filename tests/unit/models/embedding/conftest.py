@@ -4,15 +4,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from encode_oracle import WIDTH, WORDS
+from encode_oracle import WORDS, save_bert
 
 
 @pytest.fixture(scope="package")
 def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a small BERT and a tokenizer that keeps the case of letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("body")
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -24,11 +23,5 @@ def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=64,
     ).save_pretrained(folder)  # fmt: skip
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
+    save_bert(folder)
     return folder
