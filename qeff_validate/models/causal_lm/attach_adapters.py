@@ -393,27 +393,6 @@ def _eos_ids(model: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-GREEDY: Mapping[str, Any] = {
-    "do_sample": False, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0,
-}  # fmt: skip
-"""Settings of a generation config that greedy continuation has, and their neutral values."""
-
-
-def sampling_notes(model: Any) -> list[str]:
-    """Return a note if a model's generation_config.json asks for something else than greedy continuation.
-
-    Args:
-        model: of transformers, or a PeftModel around one.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "generation_config", None)
-    asked = {name: getattr(config, name, None) for name in GREEDY}
-    ignored = [f"{name}: {value}" for name, value in asked.items() if value not in (None, GREEDY[name])]
-    if not ignored:
-        return []
-    return [f"generation_config asks for {', '.join(ignored)}, which is ignored: texts are continued greedily"]
-
-
 def set_adapter_tensors(model: Any, tensors: Tensors, parameter_names: Mapping[str, str]) -> None:
     """Copy adapter tensors into a model."""
     state = dict((*model.named_parameters(), *model.named_buffers()))

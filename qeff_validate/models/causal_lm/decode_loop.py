@@ -7,8 +7,9 @@ have ended, and unused rows of the batch, are fed padding only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,12 @@ from qeff_validate.tensors import Array, Tensors
 
 NEVER = 1 << 30
 """Position that no token reaches: an adapter that starts there has no effect."""
+
+
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+"""Settings of a generation config that greedy continuation has, and their neutral values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,3 +218,18 @@ class _Batch:
                 last: Array = logits[np.arange(self._batch), places.argmax(axis=1)]
                 return last
         raise RunError(f"logits have shape {list(logits.shape)}, wanted [{self._batch}, 1 or {ids.shape[1]}, vocab]")
+
+
+def sampling_notes(model: Any) -> list[str]:
+    """Return a note if a model's generation_config.json asks for something else than greedy continuation.
+
+    Args:
+        model: of transformers, or a PeftModel around one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "generation_config", None)
+    asked = {name: getattr(config, name, None) for name in GREEDY}
+    ignored = [f"{name}: {value}" for name, value in asked.items() if value not in (None, GREEDY[name])]
+    if not ignored:
+        return []
+    return [f"generation_config asks for {', '.join(ignored)}, which is ignored: texts are continued greedily"]

@@ -36,7 +36,7 @@ from qeff_validate.models.adapters.files import (
     weight_files,
 )
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
-from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start
+from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start, sampling_notes
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
 from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens
@@ -185,10 +185,19 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         own = {name: digests(tokenizer_files(folder), folder) for name, folder in self._own_tokenizers().items()}
         return {**self.source.tokenizer_key(), **({"adapters": own} if own else {})}
 
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """The directories of saved adapters, by the adapter's name."""
+        return {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
+
+    def _adapter_configs(self) -> list[Mapping[str, Any]]:
+        """Return the config of each adapter, as its directory or the case has it."""
+        named = self.options.named().items()
+        return [read_config(self._folders[name]) if isinstance(spec, str) else spec for name, spec in named]
+
     def _own_tokenizers(self) -> dict[str, Path]:
         """Return the directories of adapters that hold a tokenizer, by the adapter's name."""
-        folders = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
-        return {name: folder for name, folder in folders.items() if has_tokenizer(folder)}
+        return {name: folder for name, folder in self._folders.items() if has_tokenizer(folder)}
 
     def _messages(self) -> list[list[dict[str, str]]]:
         return [[message.model_dump() for message in messages] for messages in self.options.messages or ()]
@@ -199,15 +208,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: several adapters have added different tokens.
         """
-        tokenizer, note = self._grown_tokenizer()
+        tokenizer, note = self._grown
         return *(self.source.tokenizer() if tokenizer is None else tokenize_with(tokenizer)), note
 
     def _once_begun(self, rows: Iterable[list[int]]) -> Iterator[list[int]]:
         """Yield token ids with one begin token, where a text holds it and the tokenizer has added another."""
         for ids in rows:
             repeated = len(ids) > 1 and ids[0] == ids[1]
-            tokenizer = (self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()) if repeated else None
-            doubled = repeated and ids[0] == getattr(tokenizer, "bos_token_id", None)
+            doubled = repeated and ids[0] == getattr(self._pretrained_tokenizer, "bos_token_id", None)
             yield ids[1:] if doubled else ids
 
     def _conversations(self) -> Iterator[tuple[str, Array]]:
@@ -216,7 +224,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: neither the model's tokenizer nor those of its adapters have a chat template, or it refuses.
         """
-        tokenizer = self._grown_tokenizer()[0] or self.source.pretrained_tokenizer()
+        tokenizer = self._pretrained_tokenizer
         if not getattr(tokenizer, "chat_template", None):
             own = (load_tokenizer(folder) for folder in self._own_tokenizers().values())
             tokenizer = next((other for other in own if other.chat_template), tokenizer)
@@ -224,8 +232,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
             ids, text = conversation_ids(tokenizer, messages, add_generation_prompt=self.options.add_generation_prompt)
             yield text, np.array(ids, dtype=np.int64)
 
-    def _grown_tokenizer(self) -> tuple[Any, str]:
-        """Return the transformers tokenizer of an adapter with more tokens than the model's, and a note; or None.
+    @cached_property
+    def _pretrained_tokenizer(self) -> Any:
+        """The transformers tokenizer of the prompts: that of an adapter with more tokens, else the model's or None."""
+        return self._grown[0] or self.source.pretrained_tokenizer()
+
+    @cached_property
+    def _grown(self) -> tuple[Any, str]:
+        """The transformers tokenizer of an adapter with more tokens than the model's, and a note; or None.
 
         Raises:
             ConfigError: several adapters have added different tokens.
@@ -253,8 +267,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
-        saved = {name: spec for name, spec in self.options.named().items() if isinstance(spec, str)}
-        bases = {name: read_config(expand_user(spec)).get("base_model_name_or_path") for name, spec in saved.items()}
+        bases = {name: read_config(folder).get("base_model_name_or_path") for name, folder in self._folders.items()}
         return {**tokenizer_length(getattr(self.source, "path", None)), "bases": bases}
 
     def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
@@ -262,7 +275,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         keys: dict[str, Any] = {}
         for name, spec in self.options.named().items():
             if isinstance(spec, str):
-                folder = expand_user(spec)
+                folder = self._folders[name]
                 config, shapes = content(read_config(folder)), tensor_shapes(folder)
                 whole = weights or holds_base_weights(shapes)  # weights that are equal to the base's are no inputs
                 files = [folder / file for file in (CONFIG, INDEX) if os.path.lexists(folder / file)]
@@ -280,8 +293,6 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context, or an adapter does not fit.
         """
-        from qeff_validate.models.causal_lm.attach_adapters import sampling_notes
-
         rows = self.rows()
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
@@ -344,17 +355,13 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _room(self) -> int:
         """Return the number of tokens that a prompt may have, beside virtual tokens and the continuation."""
-        virtual = [0]
-        for spec in self.options.named().values():
-            config = read_config(expand_user(spec)) if isinstance(spec, str) else spec
-            count = config.get("num_virtual_tokens")
-            virtual.append(count if isinstance(count, int) else 0)
-        return self.options.ctx_len - self.options.max_new_tokens - max(virtual)
+        counts = [config.get("num_virtual_tokens") for config in self._adapter_configs()]
+        virtual = max((count for count in counts if isinstance(count, int)), default=0)
+        return self.options.ctx_len - self.options.max_new_tokens - max(virtual, 0)
 
     def _invocation(self) -> list[int]:
         """Return the invocation tokens of activated LoRA; empty without."""
-        specs = self.options.named().values()
-        configs = [read_config(expand_user(spec)) if isinstance(spec, str) else spec for spec in specs]
+        configs = self._adapter_configs()
         return next((config["alora_invocation_tokens"] for config in configs if _is_activated(config)), [])
 
     def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
@@ -410,8 +417,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """Load the model, with embeddings for as many tokens as its adapters have."""
         from qeff_validate.models.adapters.base_state import grow_vocabulary
 
-        saved = {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
-        rows = {name: size for name, folder in saved.items() if (size := vocabulary(tensor_shapes(folder)))}
+        rows = {name: size for name, folder in self._folders.items() if (size := vocabulary(tensor_shapes(folder)))}
         if len(set(rows.values())) > 1:
             sizes = ", ".join(f"{name!r} {size}" for name, size in rows.items())
             raise ConfigError(
