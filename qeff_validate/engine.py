@@ -132,7 +132,8 @@ def validate(
         runtimes: instead of those that the cases name.
         model: an in-memory torch model instead of the case's source; it is left unchanged.
         tokenizer: the tokenizer of ``model``.
-        store: directory of the artifact store; default: ``$QEFF_VALIDATE_HOME``, else the user's cache.
+        store: directory of the artifact store, or its URL (fsspec); default: ``$QEFF_VALIDATE_HOME``, else the user's
+            cache.
         settings: SDK prefix, cards, threads.
         progress: is told of each long step; default: a line below the cell in a notebook, nothing elsewhere.
         record: directory for each case's inputs, reference outputs and floor, ``CASE.safetensors``.
@@ -140,8 +141,8 @@ def validate(
         explain: whether results that fail get an explanation: ``off``, ``auto`` (within a minute each) or ``full``.
         jobs: how many processes run stages of cases side by side; the processors are divided among them. 1: none, all
             is done here.
-        cluster: address of a Ray cluster whose hosts do the stages instead, sharing the store's directory; ``local``: a
-            cluster of this host alone. ``jobs`` above 1 then limits the number of workers.
+        cluster: address of a Ray cluster whose hosts do the stages instead, sharing the store's directory or URL;
+            ``local``: a cluster of this host alone. ``jobs`` above 1 then limits the number of workers.
         known: results of an earlier run by case and runtime, which are not made again.
         on_result: is told of each result as it is made.
 
@@ -173,7 +174,7 @@ def validate(
     if jobs > 1 or cluster is not None:
         if model is not None:
             raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs and cluster out")
-        executor = _worker_pool(jobs, cluster, runner, store=Store(store).root, progress=shown, explain=explain)
+        executor = _worker_pool(jobs, cluster, runner, store=Store(store), progress=shown, explain=explain)
     done = dict(known or {})
     missing = [(item, name) for item, name in planned if (item.name, name) not in done]
     stopped = ""

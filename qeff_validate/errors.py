@@ -136,6 +136,7 @@ EXTRAS = {
     "gguf": ("gguf", "gguf"),
     "mlflow": ("MLflow", "mlflow"),
     "ray": ("Ray", "ray"),
+    "fsspec": ("fsspec", "fsspec"),
     "opentelemetry": ("OpenTelemetry", "opentelemetry"),
 }
 """Name and extra of each optional package, by the name of its module."""

@@ -67,7 +67,7 @@ OPTIONS = {
     "require": "comma-separated runtimes that must run: 'not run' is a failure",
     "report": "directory for report.json, report.md and report.html",
     "reporters": "comma-separated reporters that get the report too, such as mlflow",
-    "store": "directory of the artifact store",
+    "store": "directory of the artifact store, or its URL",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
     "explain": "say where failures come from: off; auto, within a minute each (default); full, within an hour each",
@@ -342,7 +342,8 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
         raise pytest.UsageError(f"--qv-device-ids: wanted numbers, got {ids}")
     settings = Settings(sdk=option(config, "sdk"), device_ids=tuple(int(text) for text in ids))
     settings = replace(settings, run_timeout_s=_run_timeout(config))
-    return Runner(store=_place(config, "store"), settings=settings)
+    written = option(config, "store") or ""
+    return Runner(store=written if "://" in written else _place(config, "store"), settings=settings)
 
 
 @pytest.fixture

@@ -26,11 +26,11 @@ from typing import Any
 from qeff_validate.artifact import digest_files, fingerprint
 from qeff_validate.builders.file_locks import FileLock, lock, remove, try_lock
 from qeff_validate.builders.leases import Leases
+from qeff_validate.builders.shared_store import PROVENANCE, SharedStore
 from qeff_validate.errors import BuildError, Unavailable
 from qeff_validate.files import expand_user, read_bytes
 from qeff_validate.tensors import Tensors, load_tensors, save_tensors
 
-PROVENANCE = "provenance.json"
 MAX_PROVENANCE_BYTES = 64 << 20
 """A larger ``provenance.json`` is not read; a key lists the digest of every file of a model."""
 
@@ -86,14 +86,25 @@ class EntryInfo:
 
 
 class Store:
-    """Entries below one directory.
+    """Entries below one directory, and at a URL if there is one.
 
     Args:
-        root: the directory; None: ``$QEFF_VALIDATE_HOME``, else the user's cache directory.
+        location: the directory; or an fsspec URL such as ``s3://bucket/store``, from which entries that others made
+            are copied into the default directory, and to which those made here are copied. None: the default directory,
+            ``$QEFF_VALIDATE_HOME``, else the user's cache directory.
+
+    Raises:
+        MissingPackage: fsspec, or its package for the URL's protocol, is not installed.
+        ConfigError: the protocol of the URL is unknown.
     """
 
-    def __init__(self, root: Path | str | None = None) -> None:
-        self.root = expand_user(root).resolve() if root is not None else default_root()
+    def __init__(self, location: Path | str | None = None) -> None:
+        shared = isinstance(location, str) and "://" in location
+        self.root = default_root() if shared or location is None else expand_user(location).resolve()
+        self.location = str(location) if shared else str(self.root)
+        """What opens this store in another process, or on another host."""
+        self._shared = SharedStore(self.location) if shared else None
+        self._known_there: set[str] = set()
         self._leases = Leases(self.root / "leases")
 
     def entry(
@@ -119,9 +130,14 @@ class Store:
         path = self.root / kind / name
         with self._locked(f"{kind}-{name}", waiting):
             entry = self._verified(path, key)
-            if entry is not None:
-                return entry
-            return self._make(kind, name, key, make)
+            if self._shared is None:
+                return entry or self._make(kind, name, key, make)
+            if entry is None:
+                entry = self._fetched(kind, name, key, self._shared) or self._make(kind, name, key, make)
+            if entry.made or (name not in self._known_there and not self._shared.has(kind, name)):
+                self._shared.keep(kind, name, entry.path, entry.digest)
+            self._known_there.add(name)
+            return entry
 
     def tensors(self, kind: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> tuple[Tensors, Entry]:
         """Return the tensors stored for a key; computed on a miss, or if their file cannot be read.
@@ -220,13 +236,22 @@ class Store:
             os.utime(path / PROVENANCE)
         return Entry(path, fingerprint(files), provenance, made=False)
 
+    def _fetched(self, kind: str, name: str, key: Mapping[str, Any], shared: SharedStore) -> Entry | None:
+        """Copy an entry from the URL; return None if it is not there, or damaged."""
+        path = self.root / kind / name
+        with self._work_folder(kind, name) as work, self._translated((errno.ENOSPC, errno.EDQUOT)):
+            if not shared.fetch(kind, name, work):
+                return None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(work, path)
+        entry = self._verified(path, key)
+        if entry is not None:
+            self._known_there.add(name)
+        return entry
+
     def _make(self, kind: str, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Entry:
-        work, path = self.root / "tmp" / f"{kind}-{name}", self.root / kind / name
-        try:
-            with self._translated():
-                remove(path)  # damaged
-                remove(work)  # of a killed process: we hold its lock now
-                work.mkdir(parents=True)
+        path = self.root / kind / name
+        with self._work_folder(kind, name) as work:
             start = time.perf_counter()
             with self._translated(NO_ROOM):
                 make(work)
@@ -244,10 +269,21 @@ class Store:
                 (work / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True), encoding="utf-8")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(work, path)
+        return Entry(path, fingerprint(files), provenance, made=True)
+
+    @contextmanager
+    def _work_folder(self, kind: str, name: str) -> Iterator[Path]:
+        """Yield an empty directory for an entry that is made; what stands in the entry's place is damaged, and goes."""
+        work = self.root / "tmp" / f"{kind}-{name}"
+        try:
+            with self._translated():
+                remove(self.root / kind / name)
+                remove(work)  # of a killed process: we hold its lock now
+                work.mkdir(parents=True)
+            yield work
         finally:
             with contextlib.suppress(OSError):
                 remove(work)
-        return Entry(path, fingerprint(files), provenance, made=True)
 
     @contextmanager
     def _locked(self, name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:

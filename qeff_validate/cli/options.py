@@ -29,7 +29,11 @@ SdkPrefix = Annotated[
     str | None, typer.Option("--sdk", help="prefix of the AI 100 SDK (default: QEFF_VALIDATE_SDK, /opt/qti-aic)")
 ]
 StoreDir = Annotated[
-    Path | None, typer.Option("--store", help="artifact store (default: QEFF_VALIDATE_HOME, user cache)")
+    str | None,
+    typer.Option(
+        "--store",
+        help="artifact store: a directory, or an fsspec URL such as s3://… (default: QEFF_VALIDATE_HOME, user cache)",
+    ),
 ]
 Verbose = Annotated[
     bool,

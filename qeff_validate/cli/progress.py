@@ -156,11 +156,11 @@ class TerminalProgress:
             timer.cancel()
 
 
-def terminal_progress(store: Path | None, verbose: bool, *, quiet: bool = False) -> TerminalProgress:
+def terminal_progress(store: str | None, verbose: bool, *, quiet: bool = False) -> TerminalProgress:
     """Return the progress of a command; durations are kept in the store.
 
     Args:
-        store: directory of the store; None: the default one.
+        store: directory or URL of the store; None: the default one.
         verbose: see `TerminalProgress`.
         quiet: print nothing.
     """

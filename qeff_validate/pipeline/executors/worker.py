@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -63,7 +62,7 @@ class UnitServer:
 
     def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], object]) -> None:
         settings = Settings.from_plain(job["settings"])
-        self._runner = Runner(store=Path(job["store"]), settings=settings, progress=ForwardedProgress(send))
+        self._runner = Runner(store=job["store"], settings=settings, progress=ForwardedProgress(send))
         self._cases = {plain["name"]: Case.model_validate(plain) for plain in job["cases"]}
         self._explain, self._send = job["explain"], send
 

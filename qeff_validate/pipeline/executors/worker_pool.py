@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol
 
+from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
 from qeff_validate.errors import Unavailable
 from qeff_validate.pipeline.executors.schedule import Schedule
@@ -59,7 +59,7 @@ class WorkerPool(ABC):
 
     Args:
         runtime: returns the runtime of a name.
-        store: directory of the store, through which workers hand on what they make.
+        store: through which workers hand on what they make.
         settings: of the runtimes.
         progress: shows what they do.
         explain: whether results that fail get an explanation.
@@ -73,7 +73,7 @@ class WorkerPool(ABC):
         self,
         runtime: Callable[[str], Runtime],
         *,
-        store: Path,
+        store: Store,
         settings: Settings,
         progress: Progress,
         explain: ExplainMode = "off",
@@ -81,8 +81,8 @@ class WorkerPool(ABC):
     ) -> None:
         self._runtime, self._progress, self._memory_mb = runtime, progress, memory_mb
         self._shown = NumberedProgress(progress, 1)
-        self._costs, self._places = UnitCosts(store), itertools.count()
-        self._job: dict[str, Any] = {"store": str(store), "settings": asdict(settings), "explain": explain}
+        self._costs, self._places = UnitCosts(store.root), itertools.count()
+        self._job: dict[str, Any] = {"store": store.location, "settings": asdict(settings), "explain": explain}
 
     @abstractmethod
     def places(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from processes import case, cli, config, ended, finish, report_in, said, start, until
 
+from qeff_validate.builders.store import Store
 from qeff_validate.cli.options import shard
 from qeff_validate.config.case import Case
 from qeff_validate.pipeline.executors import local_processes
@@ -27,7 +28,7 @@ from qeff_validate.report.result import Result
 def stub_results(names: list[str], jobs: int, store: Path, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Results of cases on ORT, of workers that only sleep."""
     monkeypatch.setattr(local_processes, "WORKER", "stub_worker")
-    executor = LocalProcesses(jobs, Runner().runtime, store=store, settings=Settings(), progress=Silent())
+    executor = LocalProcesses(jobs, Runner().runtime, store=Store(store), settings=Settings(), progress=Silent())
     cases = [Case(name=name, source="random:bert", seed=number) for number, name in enumerate(names)]
     return [result for _, _, result in executor.results([(one, "ort") for one in cases])]
 
@@ -49,7 +50,7 @@ def test_unit_that_kills_each_process_is_an_error_with_its_history_and_no_result
 @pytest.mark.integration
 def test_closing_the_results_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_processes, "WORKER", "stub_worker")
-    executor = LocalProcesses(2, Runner().runtime, store=tmp_path, settings=Settings(), progress=Silent())
+    executor = LocalProcesses(2, Runner().runtime, store=Store(tmp_path), settings=Settings(), progress=Silent())
     cases = [Case(name=f"c{number}", source="random:bert", seed=number) for number in range(9)]
     results = executor.results([(one, "ort") for one in cases])
     next(results)
