@@ -65,6 +65,7 @@ __all__ = [
     "result_key",
     "selftest",
     "validate",
+    "worker_pool",
 ]
 
 
@@ -174,7 +175,7 @@ def validate(
     if jobs > 1 or cluster is not None:
         if model is not None:
             raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs and cluster out")
-        executor = _worker_pool(jobs, cluster, runner, store=Store(store), progress=shown, explain=explain)
+        executor = worker_pool(jobs, cluster, runner, progress=shown, explain=explain)
     done = dict(known or {})
     missing = [(item, name) for item, name in planned if (item.name, name) not in done]
     stopped = ""
@@ -192,14 +193,34 @@ def validate(
     return Report(tuple(ordered), environment(runner.settings), tuple(unwritten))
 
 
-def _worker_pool(jobs: int, cluster: str | None, runner: Runner, **more: Any) -> Executor:
-    settings = runner.settings
+def worker_pool(
+    jobs: int, cluster: str | None, runner: Runner, *, progress: Progress, explain: ExplainMode = "off"
+) -> Executor:
+    """Return what does the stages of cases side by side.
+
+    Args:
+        jobs: number of processes of this host; with a cluster, the greatest number of workers, and 1 is no limit.
+        cluster: address of a Ray cluster, or ``local``; None: processes of this host.
+        runner: whose store and settings the workers use.
+        progress: is told of each long step.
+        explain: whether results that fail get an explanation.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        ConfigError: there is no cluster at this address.
+    """
+    more: dict[str, Any] = {
+        "settings": runner.settings,
+        "progress": progress,
+        "explain": explain,
+        "store": runner.store,
+    }
     if cluster is None:
-        return LocalProcesses(jobs, runner.runtime, settings=settings, memory_mb=available_mb(), **more)
+        return LocalProcesses(jobs, runner.runtime, memory_mb=available_mb(), **more)
     from qeff_validate.pipeline.executors.ray_cluster import RayCluster
 
     with naming_extras():
-        return RayCluster(cluster, runner.runtime, settings=settings, jobs=jobs if jobs > 1 else None, **more)
+        return RayCluster(cluster, runner.runtime, jobs=jobs if jobs > 1 else None, **more)
 
 
 def _record(runner: Runner, cases: Sequence[Case], results: Sequence[Result], folder: Path) -> list[str]:

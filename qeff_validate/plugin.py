@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from html import escape
 from importlib import import_module
@@ -21,6 +21,7 @@ from qeff_validate.session_outcome import NO_TARGET, NOTHING_COMPARED, SessionOu
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case
     from qeff_validate.engine import Runner
+    from qeff_validate.pipeline.executors.awaited_results import AwaitedResults
     from qeff_validate.pipeline.explanation import ExplainMode
     from qeff_validate.protocols import Session
     from qeff_validate.report.report import Report
@@ -70,6 +71,8 @@ OPTIONS = {
     "store": "directory of the artifact store, or its URL",
     "sdk": "prefix of the AI 100 SDK",
     "device-ids": "comma-separated ids of the cards to use",
+    "jobs": "processes that run stages of all cases side by side, or auto (not with -n, which runs whole tests)",
+    "cluster": "address of a Ray cluster that runs the cases (relations and timings run here), or local",
     "explain": "say where failures come from: off; auto, within a minute each (default); full, within an hour each",
     "run-timeout": "seconds after which a run is ended that gives no answer (ai100, sim, a user's ONNX file)",
 }
@@ -207,6 +210,26 @@ def _run_timeout(config: pytest.Config) -> float:
         raise pytest.UsageError(f"--qv-run-timeout: wanted seconds, got {limit!r}: {exc}") from exc
 
 
+def _jobs(config: pytest.Config) -> int:
+    """Return how many processes ``--qv-jobs`` asks for; 1: it was not given."""
+    from qeff_validate.cli.options import job_count
+    from qeff_validate.errors import ConfigError
+
+    try:
+        return job_count(option(config, "jobs") or "1", "--qv-jobs")
+    except ConfigError as exc:
+        raise pytest.UsageError(str(exc)) from exc
+
+
+def _check_jobs(config: pytest.Config) -> None:
+    """Refuse a wrong number of processes, and workers of pytest-xdist beside them."""
+    if not (option(config, "jobs") or option(config, "cluster")):
+        return
+    _jobs(config)
+    if _is_worker(config) or config.getoption("numprocesses", None):
+        raise pytest.UsageError("--qv-jobs and --qv-cluster run stages of cases side by side: leave out -n")
+
+
 def _explain_mode(config: pytest.Config) -> ExplainMode:
     from qeff_validate.pipeline.explanation import ExplainMode
 
@@ -248,6 +271,7 @@ def pytest_collection(session: pytest.Session) -> None:
         _run_timeout(config)
     if option(config, "explain"):
         _explain_mode(config)
+    _check_jobs(config)
     _check_reporters(config)
     if any(option(config, name) for name in ("config", "model", "runtimes", "require")):
         _cases(config)
@@ -346,10 +370,40 @@ def qv_runner(request: pytest.FixtureRequest) -> Runner:
     return Runner(store=written if "://" in written else _place(config, "store"), settings=settings)
 
 
+@pytest.fixture(scope="session")
+def _qv_awaited(request: pytest.FixtureRequest, qv_runner: Runner) -> Generator[AwaitedResults | None, None, None]:
+    """The results that ``--qv-jobs`` or ``--qv-cluster`` makes elsewhere; None: each is made here."""
+    from qeff_validate.engine import worker_pool
+    from qeff_validate.errors import ValidateError
+    from qeff_validate.pipeline.executors.awaited_results import AwaitedResults
+    from qeff_validate.pipeline.stages import Silent
+
+    config = request.config
+    jobs, cluster = _jobs(config), option(config, "cluster")
+    if jobs == 1 and cluster is None:
+        yield None
+        return
+    planned = dict(_planned(request.session.items))
+    try:
+        executor = worker_pool(jobs, cluster, qv_runner, progress=Silent(), explain=_explain_mode(config))
+    except ValidateError as exc:
+        pytest.exit(str(exc), returncode=pytest.ExitCode.USAGE_ERROR)
+    awaited = AwaitedResults(executor, [*planned.values()])
+    with closing(awaited):
+        yield awaited
+
+
 @pytest.fixture
-def qv_result(request: pytest.FixtureRequest, qv_runner: Runner, qv_target: tuple[Case, str]) -> Result:
+def qv_result(
+    request: pytest.FixtureRequest,
+    qv_runner: Runner,
+    _qv_awaited: AwaitedResults | None,
+    qv_target: tuple[Case, str],
+) -> Result:
     """The result of one case on one runtime; skips with the reason if the runtime is not usable here."""
     case, name = qv_target
+    if _qv_awaited is not None and (case.name, name) in _qv_awaited:
+        return _usable(request, _qv_awaited.get(case.name, name))
     return _usable(request, qv_runner.result(case, name, _explain_mode(request.config)))
 
 
@@ -448,6 +502,15 @@ def _number_line(metric: Mapping[str, Any]) -> str:
     """Return a metric of a plain result as ``name = value (bound …, source)``; a value may be the string nan or inf."""
     bound = "no bound" if metric["bound"] is None else f"bound {metric['bound']}, {metric['source']}"
     return f"{metric['name']} = {metric['value']} ({bound})"
+
+
+def _planned(items: Sequence[pytest.Item]) -> Iterator[tuple[Target, tuple[Case, str]]]:
+    """Yield the cases and runtimes whose results tests ask for."""
+    for item in items:
+        target = _target(item)
+        if isinstance(item, pytest.Function) and "qv_result" in item.fixturenames and target not in (None, NO_TARGET):
+            chosen: Any = item.callspec.params["qv_target"]
+            yield target, chosen
 
 
 def _target(item: pytest.Item) -> Target | None:

@@ -15,16 +15,21 @@ from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
 
 SECONDS = 0.05
+BROKEN = 4
+"""Id of a card with which each unit fails."""
 
 channel = Channel(socket.socket(fileno=int(sys.argv[1])))
 channel.receive()
 with suppress(Closed):
     while True:
-        unit = channel.receive()[0]["unit"]
+        request = channel.receive()[0]
+        unit, cards = request["unit"], request["device_ids"]
         time.sleep(SECONDS)
         if unit["case"].startswith("SIG") and unit["stage"] == JUDGES:
             os.write(1, b"the last words of a process\n")
             os.kill(os.getpid(), getattr(signal, unit["case"].partition("-")[0]))
         judged = unit["stage"] == JUDGES
-        result = Result(unit["case"], unit["runtime"], "pass", planned=3, compared=3).plain() if judged else None
-        channel.send({"result": result, "seconds": SECONDS, "megabytes": 1.0})
+        fault = {"reason": "had a broken card", "cards": [BROKEN]} if BROKEN in cards else None
+        status = "error" if fault else "pass"
+        result = Result(unit["case"], unit["runtime"], status, planned=3, compared=3).plain() if judged else None
+        channel.send({"result": result, "fault": fault, "seconds": SECONDS, "megabytes": 1.0})

@@ -20,6 +20,9 @@ from qeff_validate.errors import BuildError, ConfigError, MissingPackage, naming
 PROVENANCE = "provenance.json"
 """Name of the file that lists the files of an entry."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the file system that another disk would not have."""
+
 
 class SharedStore:
     """Entries at a URL.
@@ -113,7 +116,7 @@ class SharedStore:
         try:
             yield
         except Exception as exc:
-            if doing == "read" and getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if doing == "read" and getattr(exc, "errno", None) in FULL:
                 raise
             raise BuildError(
                 f"cannot {doing} the store {self.url}: {type(exc).__name__}: {exc}. Look at its address and"

@@ -26,7 +26,7 @@ from typing import Any
 from qeff_validate.artifact import digest_files, fingerprint
 from qeff_validate.builders.file_locks import FileLock, lock, remove, try_lock
 from qeff_validate.builders.leases import Leases
-from qeff_validate.builders.shared_store import PROVENANCE, SharedStore
+from qeff_validate.builders.shared_store import FULL, PROVENANCE, SharedStore
 from qeff_validate.errors import BuildError, Unavailable
 from qeff_validate.files import expand_user, read_bytes
 from qeff_validate.tensors import Tensors, load_tensors, save_tensors
@@ -105,6 +105,8 @@ class Store:
         """What opens this store in another process, or on another host."""
         self._shared = SharedStore(self.location) if shared else None
         self._known_there: set[str] = set()
+        self.no_room = ""
+        """What could last not be written because the disk is full."""
         self._leases = Leases(self.root / "leases")
 
     def entry(
@@ -239,7 +241,7 @@ class Store:
     def _fetched(self, kind: str, name: str, key: Mapping[str, Any], shared: SharedStore) -> Entry | None:
         """Copy an entry from the URL; return None if it is not there, or damaged."""
         path = self.root / kind / name
-        with self._work_folder(kind, name) as work, self._translated((errno.ENOSPC, errno.EDQUOT)):
+        with self._work_folder(kind, name) as work, self._translated(FULL):
             if not shared.fetch(kind, name, work):
                 return None
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +316,8 @@ class Store:
             if numbers is not None and exc.errno not in numbers:
                 raise
             where = f"{exc.filename}: " if exc.filename is not None else ""
+            if exc.errno in FULL:
+                self.no_room = f"{where}{exc.strerror or exc}"
             raise BuildError(
                 f"cannot write to the store {self.root}: {where}{exc.strerror or exc}; nothing was kept. Free some"
                 " room, take away what stands there, or choose another place with --store DIR or QEFF_VALIDATE_HOME"

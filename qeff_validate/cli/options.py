@@ -115,8 +115,12 @@ def required_runtimes(text: str) -> list[str]:
     return names
 
 
-def job_count(text: str) -> int:
+def job_count(text: str, option: str = "--jobs") -> int:
     """Parse ``--jobs``: a number, or ``auto`` for the number of processors.
+
+    Args:
+        text: its value.
+        option: its name.
 
     Raises:
         ConfigError: it is neither.
@@ -124,7 +128,7 @@ def job_count(text: str) -> int:
     if text == "auto":
         return len(os.sched_getaffinity(0))
     if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST_JOBS:
-        raise ConfigError(f"--jobs: {text[:40]!r} is no number of processes: give 1 to {MOST_JOBS}, or auto")
+        raise ConfigError(f"{option}: {text[:40]!r} is no number of processes: give 1 to {MOST_JOBS}, or auto")
     return int(text)
 
 

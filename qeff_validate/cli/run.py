@@ -101,7 +101,7 @@ def run(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="do the stages of cases on a Ray cluster, e.g. ray://head:10001; local: one of this host",
+            help="do the stages of cases on this host's Ray cluster, e.g. auto or head:6379; local: a new one",
         ),
     ] = None,
     fail_fast: Annotated[

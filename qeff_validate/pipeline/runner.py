@@ -37,7 +37,7 @@ class Runner:
         tokenizer: Any = None,
     ) -> None:
         self.settings = settings or Settings()
-        self._store, self._progress = Store(store), progress or Silent()
+        self.store, self._progress = Store(store), progress or Silent()
         self._model, self._tokenizer = model, tokenizer
         self._runtimes: dict[str, Runtime] = {}
         self._pipeline: Pipeline | None = None
@@ -91,7 +91,7 @@ class Runner:
             if baseline is not None and baseline.case is not None:
                 build_costs(self.pipeline(baseline.case), timed_runtime)
 
-        pipeline = Pipeline(case, check(case), self._store, self._progress)
+        pipeline = Pipeline(case, check(case), self.store, self._progress)
         return measure_case(pipeline, timed_runtime, self.settings, baseline=baseline, prepare=prepare)
 
     def pipeline(self, case: Case) -> Pipeline:
@@ -99,6 +99,6 @@ class Runner:
         if self._pipeline is None or self._pipeline.case != case:
             self._pipeline = None  # let go of the last case's module before the next is loaded
             self._pipeline = Pipeline(
-                case, check(case), self._store, self._progress, model=self._model, tokenizer=self._tokenizer
+                case, check(case), self.store, self._progress, model=self._model, tokenizer=self._tokenizer
             )
         return self._pipeline

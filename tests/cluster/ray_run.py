@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs small cases on a Ray cluster of four hosts on this machine, and loses a host and a process on the way.
+"""Runs small cases on a Ray cluster of four hosts on this machine, which share nothing but the URL of a store.
+
+On the way a host is lost, a process is killed, and the disk of a host becomes full. One host has a card, it says.
 
 python tests/cluster/ray_run.py COUNT FOLDER: prints a JSON object with what came of it.
 """
@@ -9,10 +11,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,6 +28,8 @@ from qeff_validate.engine import validate
 from qeff_validate.report.result import Result
 
 HOSTS = 4
+DISK_KB = 4096
+"""Of the host whose disk becomes full; it has room for some units."""
 
 CONFIG = {
     "hidden_size": 32,
@@ -51,30 +58,64 @@ def cases(count: int) -> list[Case]:
     ]
 
 
+def small_disk(folder: Path) -> bool:
+    """Make a disk of `DISK_KB`; return False if this process may not."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KB}k", "tmpfs", str(folder)]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
 def main(count: int, folder: Path) -> dict[str, Any]:
-    """Run the cases on the cluster; after a third of the results a host is lost, after two thirds a process."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    hosts = [cluster.add_node(num_cpus=1) for _ in range(HOSTS - 1)]
+    """Run the cases; after a third of the results a host is lost, after a half a disk is full, then a process dies."""
+    homes = [folder / f"host-{number}" for number in range(HOSTS)]
+    limited = small_disk(homes[1])
+    cluster = Cluster(initialize_head=True, head_node_args=host(homes[0], 0))
+    hosts = [cluster.add_node(**host(home, int(number == 2))) for number, home in enumerate(homes) if number]
     made: list[Result] = []
+    said: list[str] = []
 
     def disturb(_case: Case, result: Result) -> None:
         made.append(result)
         if len(made) == 2 * count // 3:
-            cluster.remove_node(hosts[0], allow_graceful=False)
+            cluster.remove_node(hosts[-1], allow_graceful=False)
+        if len(made) == count and limited:
+            with suppress(OSError), open(homes[1] / "full", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"0" * 4096)
         if len(made) == 4 * count // 3:
             titles = {one.pid: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
             os.kill(next(pid for pid, title in titles.items() if "ray::UnitActor" in title), signal.SIGKILL)
 
     start = time.perf_counter()
-    report = validate(cases(count), store=folder / "store", cluster=cluster.address, on_result=disturb)
+    progress = SimpleNamespace(step=lambda _: nullcontext(), line=said.append)
+    report = validate(
+        cases(count), store=f"file://{folder}/shared", cluster=cluster.address, on_result=disturb, progress=progress
+    )
     seconds = time.perf_counter() - start
     cluster.shutdown()
+    built = Counter(path.parent.name for home in homes for path in (home / "onnx").glob("*/provenance.json"))
+    if limited:
+        subprocess.run(["umount", str(homes[1])], check=True)
     return {
         "statuses": Counter(result.status for result in report.results),
         "times": Counter(Counter((result.case, result.runtime) for result in made).values()),
         "anew": [note for result in report.results for note in result.notes if "begun anew" in note],
+        "lost": said,
+        "disk": limited,
         "exit code": report.exit_code(),
         "seconds": seconds,
+        "graphs": len(built),
+    }
+
+
+def host(home: Path, cards: int) -> dict[str, Any]:
+    """Return what a host of the cluster is started with."""
+    return {
+        "num_cpus": 1,
+        "memory": 4_000_000_000,
+        "env_vars": {"QEFF_VALIDATE_HOME": str(home)},
+        "include_dashboard": False,
+        "resources": {"ai100": cards} if cards else {},
     }
 
 

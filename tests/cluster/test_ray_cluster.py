@@ -37,7 +37,7 @@ def run(python: Path, *arguments: str | Path, folder: Path) -> subprocess.Comple
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
-def test_lost_host_and_killed_process_lose_no_result_and_double_none(python: Path, tmp_path: Path) -> None:
+def test_lost_host_killed_process_and_full_disk_lose_no_result_and_double_none(python: Path, tmp_path: Path) -> None:
     count = int(os.environ.get("QV_TEST_CLUSTER_CASES", "12"))
     done = run(python, ROOT / "tests" / "cluster" / "ray_run.py", str(count), tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,6 +45,8 @@ def test_lost_host_and_killed_process_lose_no_result_and_double_none(python: Pat
     assert told["statuses"] == {"pass": 2 * count}
     assert told["times"] == {"1": 2 * count}, "each result is made once"
     assert told["exit code"] == 0
+    assert not told["disk"] or any("had no room in its store" in line for line in told["lost"]), told["lost"]
+    assert told["graphs"] == count
     sys.stdout.write(f"{told}\n")
 
 
@@ -69,3 +71,52 @@ def test_address_without_a_cluster_is_wrong_usage(python: Path, tmp_path: Path) 
     done = run(python, "-m", "qeff_validate.cli", "run", config(tmp_path), *fixed, folder=tmp_path)
     assert done.returncode == 2
     assert "--cluster: nothing answers at '127.0.0.1:1'" in said(done)
+    done = run(python, "-m", "qeff_validate.cli", "run", config(tmp_path), *fixed[:-1], "ray://h:1", folder=tmp_path)
+    assert (done.returncode, "Ray's client cannot stream" in said(done)) == (2, True), said(done)
+
+
+PLACES = """
+import queue, sys, time
+from dataclasses import asdict
+
+import ray
+from ray.cluster_utils import Cluster
+from qeff_validate.builders.store import Store
+from qeff_validate.config.case import Case
+from qeff_validate.pipeline.executors.ray_cluster import RayCluster
+from qeff_validate.pipeline.executors.units import Unit
+from qeff_validate.pipeline.runner import Runner
+from qeff_validate.pipeline.stages import Silent
+from qeff_validate.protocols import Settings
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "memory": 3e9, "include_dashboard": False})
+cluster.add_node(num_cpus=2, memory=6e9, resources={"ai100": 2})
+runner = Runner()
+pool = RayCluster(cluster.address, runner.runtime, store=Store(sys.argv[1]), settings=Settings(), progress=Silent())
+runs, compiles, small, large = units = [
+    Unit("a", "run", "ai100", cards=1), Unit("a", "compile", "ai100"), Unit("a", "export"), Unit("b", "export")
+]
+pool.megabytes = {unit.id: size for unit, size in zip(units, (900, 900, 1100, 90_000), strict=True)}
+assert pool.is_usable(runner.runtime("ai100")), "the cluster has cards, this host has none"
+assert (pool.places(), list(pool.cards(units))) == (4, [0, 1])
+job = {"cases": [], "settings": asdict(Settings()), "store": sys.argv[1], "explain": "off"}
+workers = [pool.start(number, unit, job, queue.SimpleQueue()) for number, unit in enumerate((runs, small))]
+assert workers[0].resources == {"memory": 1e9, "ai100": 1}, workers[0].resources
+assert workers[1].resources == {"memory": 2e9}, workers[1].resources
+assert [pool.fits(workers[0], unit) for unit in units] == [True, True, False, False]
+assert [pool.fits(workers[1], unit) for unit in units] == [False, False, True, False]
+assert pool._resources(large) == {"memory": 6e9}, "no host has more"
+for _ in range(100):
+    if ray.available_resources().get("ai100") == 1:
+        break
+    time.sleep(0.1)
+assert ray.available_resources()["ai100"] == 1
+pool.close()
+cluster.shutdown()
+print("right")
+"""
+
+
+def test_units_declare_their_memory_and_go_to_hosts_that_have_what_they_take(python: Path, tmp_path: Path) -> None:
+    done = run(python, "-c", PLACES, tmp_path, folder=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["right"]), done.stderr[-3000:]

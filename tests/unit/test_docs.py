@@ -21,6 +21,7 @@ import qeff_validate
 from qeff_validate.cli.app import app
 from qeff_validate.engine import load
 from qeff_validate.errors import ConfigError
+from qeff_validate.pipeline.executors import ray_cluster
 from qeff_validate.plugin import MARKERS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,7 @@ DOCS = [path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rg
 SPECS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "specs").glob("*.md"))}
 SOURCES = [path for name in ("qeff_validate", "tests", "tools") for path in sorted((ROOT / name).rglob("*.py"))]
 ACTION = ROOT / ".github" / "actions" / "validate" / "action.yml"
+DEPLOYMENT = [*sorted((ROOT / "deploy").iterdir())]
 WORKFLOWS = [*sorted((ROOT / ".github" / "workflows").glob("*.yml")), ACTION]
 
 _SPEC = importlib.util.spec_from_file_location("layers_svg", ROOT / "tools" / "layers_svg.py")
@@ -274,6 +276,32 @@ def test_drawing_has_the_layers_of_the_import_rule_in_their_order() -> None:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_named_by_commit(path: Path) -> None:
     assert unpinned_actions(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", DEPLOYMENT, ids=lambda path: path.name)
+def test_files_to_deploy_parse_and_name_commands_and_options_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".yaml":
+        yaml.safe_load(text)
+    commented = "\n".join(re.findall(r"^#   (.*)$", text, flags=re.MULTILINE))
+    joined = re.sub(r"\\\n\s*", "", commented)
+    lines = [line[line.index("qeff-validate run") :] for line in joined.splitlines() if "qeff-validate run" in line]
+    assert wrong_commands("```sh\n" + "\n".join(lines) + "\n```") == []
+    resources = set(re.findall(r'"?(\w+)\\?": (?:\d|\$\{CARDS)', text))
+    assert resources <= {ray_cluster.CARDS, ray_cluster.COMPILER}, "what no unit asks for"
+
+
+def test_shards_of_the_workflow_are_the_ones_that_it_merges() -> None:
+    text = (ROOT / ".github" / "workflows" / "shards.yml").read_text(encoding="utf-8")
+    share, report = yaml.safe_load(text)["jobs"].values()
+    numbers = share["strategy"]["matrix"]["share"]
+    (shard,) = re.findall(r'--shard "\$SHARE/(\d+)"', text)
+    assert numbers == list(range(1, int(shard) + 1))
+    (merged,) = [step["run"] for step in report["steps"] if "merge" in step.get("run", "")]
+    assert merged.split()[2:-2] == [f"share-{number}" for number in numbers]
+    runs = [step["run"] for step in (*share["steps"], *report["steps"]) if "qeff-validate" in step.get("run", "")]
+    assert len(runs) == 2
+    assert wrong_commands("```sh\n" + "\n".join(runs) + "\n```") == []
 
 
 def action_steps() -> list[dict[str, Any]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import psutil
 import pytest
 from processes import case, config, first_run, forked_pytest
 
 import qeff_validate.engine  # pytester would unload it after each run in this process, and numpy with it
 import qeff_validate.plugin
+from qeff_validate.pipeline.executors import local_processes
 
 pytestmark = pytest.mark.integration
 
@@ -217,6 +219,21 @@ def test_unknown_way_to_explain_is_a_usage_error(pytester: pytest.Pytester) -> N
     result.stderr.fnmatch_lines(["*--qv-explain: wanted off, auto, full, got 'always'"])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--qv-jobs=many",), "*--qv-jobs: 'many' is no number of processes: give 1 to 1024, or auto"),
+        (("--qv-jobs=2", "-n2"), "*--qv-jobs and --qv-cluster run stages of cases side by side: leave out -n"),
+    ],
+)
+def test_wrong_number_of_processes_is_a_usage_error(
+    options: tuple[str, ...], said: str, pytester: pytest.Pytester
+) -> None:
+    result = quick(pytester, *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([said])
+
+
 def test_missing_config_is_a_usage_error_that_names_it(pytester: pytest.Pytester) -> None:
     result = quick(pytester, "--qv-config", "nowhere.yaml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -224,6 +241,23 @@ def test_missing_config_is_a_usage_error_that_names_it(pytester: pytest.Pytester
 
 
 # --- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [(), ("-x",)])
+def test_processes_make_the_results_that_tests_wait_for_and_end_with_the_session(
+    stop: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_processes, "WORKER", "stub_worker")
+    text = "".join(case(name) for name in ("SIGKILL", "good", "better"))
+    path = config(pytester.path, text).name
+    options = ("--qv-config", path, "--qv-runtimes", "torch,ort", "--qv-jobs", "2", "--qv-report", "out")
+    result = quick(pytester, *options, *stop)
+    result.assert_outcomes(failed=1 if stop else 2, passed=0 if stop else 4)
+    reasons = {found["reason"] for found in report(pytester)["results"]}
+    assert "its worker was killed by SIGKILL (the last words of a process) (3 times); given up" in reasons
+    if not stop:
+        assert report(pytester)["summary"]["rows_compared"] == 4 * 3, "the stand-in says that it compared 3 rows"
+    assert not [child for child in psutil.Process().children() if "stub_worker" in " ".join(child.cmdline())]
 
 
 @pytest.mark.slow
@@ -401,7 +435,8 @@ def test_numbers_reach_other_reports(pytester: pytest.Pytester) -> None:
     """What pytest-html reads is there without it; tests/install tries it and Allure themselves."""
     pytester.makepyfile(
         printer="""
-        from qeff_validate.comparison.bounds import Bound
+        from qeff_validate.pipeline.executors import local_processes
+from qeff_validate.comparison.bounds import Bound
         from qeff_validate.comparison.metric import Metric
         from qeff_validate.comparison.verdict import GateResult
         from qeff_validate.engine import Runner

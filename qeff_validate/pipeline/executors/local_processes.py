@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any
 
+from qeff_validate.pipeline.executors.units import Unit
 from qeff_validate.pipeline.executors.worker_pool import Message, Worker, WorkerPool
 from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
@@ -46,7 +47,7 @@ class LocalProcess:
     """
 
     def __init__(self, place: int, job: Mapping[str, Any], threads: int, messages: queue.SimpleQueue[Message]) -> None:
-        self.place, self.is_ready = place, False
+        self.place, self.is_ready, self.is_avoided = place, False, False
         self.steps: dict[int, AbstractContextManager[None]] = {}
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         parent_end, child_end = socket.socketpair()
@@ -116,6 +117,12 @@ class LocalProcesses(WorkerPool):
         """Return the number of processes."""
         return self._jobs
 
-    def start(self, place: int, job: Mapping[str, Any], messages: queue.SimpleQueue[Message]) -> Worker:
+    def start(
+        self,
+        place: int,
+        unit: Unit,  # noqa: ARG002
+        job: Mapping[str, Any],
+        messages: queue.SimpleQueue[Message],
+    ) -> Worker:
         """Start a process."""
         return LocalProcess(place, job, self._threads, messages)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qeff_validate.pipeline.executors.units import Unit
@@ -45,20 +45,24 @@ class Schedule:
         return not self._waiting and not self._running
 
     @property
-    def waits(self) -> bool:
-        """True if a unit has not begun."""
-        return bool(self._waiting)
+    def waiting(self) -> list[Unit]:
+        """The units that have not begun."""
+        return [*self._waiting.values()]
 
     def is_busy(self, worker: Hashable) -> bool:
         """Return whether a worker has a unit."""
         return worker in self._running
 
-    def take(self, worker: Hashable) -> Unit | None:
+    def take(self, worker: Hashable, fits: Callable[[Unit], bool] = lambda _: True) -> Unit | None:
         """Return a unit for a free worker, which then runs; None if there is none for it now.
 
         A worker goes on with its case, which it has loaded; then it begins another; then it helps with one of others.
+
+        Args:
+            worker: which has none.
+            fits: whether it can do a unit.
         """
-        ready = [unit for unit in self._waiting.values() if self._may_run(unit)]
+        ready = [unit for unit in self._waiting.values() if fits(unit) and self._may_run(unit)]
         if not ready:
             return None
         own = self._case.get(worker)
@@ -108,6 +112,13 @@ class Schedule:
             return unit
         self._waiting = {unit.id: unit, **self._waiting}
         return None
+
+    def withdraw(self, cards: Sequence[int]) -> bool:
+        """Give cards to no unit any more; return False, and do nothing, if no other one would be left."""
+        left = [card for card in self._by_use if card not in cards]
+        if left:
+            self.cards = self._by_use = left
+        return bool(left)
 
     def _may_run(self, unit: Unit) -> bool:
         running = self._running.values()

@@ -41,24 +41,40 @@ class Unit:
         return f"{self.case}: {self.stage}{f' on {self.runtime}' if self.runtime else ''}"
 
 
-def plan(planned: Sequence[tuple[Case, str]], runtime: Callable[[str], Runtime]) -> list[Unit]:
+def is_usable_here(runtime: Runtime) -> bool:
+    """Return whether a runtime can be used on this host."""
+    return runtime.probe() is None
+
+
+def plan(
+    planned: Sequence[tuple[Case, str]],
+    runtime: Callable[[str], Runtime],
+    is_usable: Callable[[Runtime], bool] = is_usable_here,
+) -> list[Unit]:
     """Return the units of cases on runtimes, each after those that it needs.
 
     Args:
         planned: cases and names of runtimes, in the order of the report.
-        runtime: returns the runtime of a name; one that cannot be used here has nothing but `JUDGES`.
+        runtime: returns the runtime of a name.
+        is_usable: whether a runtime can be used; one that cannot has nothing but `JUDGES`.
     """
     cases = {case.name: case for case, _ in planned}
     return [
         unit
         for case in cases.values()
-        for unit in _units(case, {name: runtime(name) for other, name in planned if other is case})
+        for unit in _units(case, {name: runtime(name) for other, name in planned if other is case}, is_usable)
     ]
 
 
-def _units(case: Case, runtimes: dict[str, Runtime]) -> Iterator[Unit]:
+def is_real_card(runtime: Runtime) -> bool:
+    """Return whether a runtime runs programs on cards that are not simulated."""
+    able = capabilities(runtime)
+    return able.sdk is not None and not able.simulated
+
+
+def _units(case: Case, runtimes: dict[str, Runtime], is_usable: Callable[[Runtime], bool]) -> Iterator[Unit]:
     name, body = case.name, _body(case)
-    usable = {key: item for key, item in runtimes.items() if item.probe() is None}
+    usable = {key: item for key, item in runtimes.items() if is_usable(item)}
     for key in runtimes.keys() - usable.keys():
         yield Unit(name, JUDGES, key)  # it tells why not
     if not usable:
@@ -81,9 +97,7 @@ def _units(case: Case, runtimes: dict[str, Runtime]) -> Iterator[Unit]:
             compiled = Unit(name, "compile", key, exported)
             yield compiled
             needs = (*first, compiled.id)
-        able = capabilities(item)
-        real = able.sdk is not None and not able.simulated
-        yield Unit(name, JUDGES, key, needs, cards=case.compile.num_devices if real else 0)
+        yield Unit(name, JUDGES, key, needs, cards=case.compile.num_devices if is_real_card(item) else 0)
 
 
 def _body(case: Case) -> str:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from qeff_validate.config.case import Case
+from qeff_validate.errors import Unavailable
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.executors.units import JUDGES, Unit
 from qeff_validate.pipeline.machine import reset_resident_peak, resident_peak_mb
@@ -71,15 +72,43 @@ class UnitServer:
         unit, runner = Unit(**{**request["unit"], "needs": ()}), self._runner
         case = self._cases[unit.case]
         reset_resident_peak()
-        start, result = time.perf_counter(), None
+        start, result, failed = time.perf_counter(), None, False
         if request["device_ids"]:
             runner.use_cards(request["device_ids"])
         if unit.stage == JUDGES:
-            result = runner.result(case, unit.runtime, self._explain).plain()
+            made = runner.result(case, unit.runtime, self._explain)
+            result, failed = made.plain(), made.status == "error"
         else:
-            with suppress(Exception):  # whoever needs what could not be made meets the error again, and tells it
+            try:
                 prepare(runner.pipeline(case), unit, [runner.runtime(name) for name in request["runtimes"]])
-        self._send({"result": result, "seconds": time.perf_counter() - start, "megabytes": resident_peak_mb()})
+            except Exception:  # whoever needs what could not be made meets the error again, and tells it
+                failed = True
+        fault = host_fault(runner, unit, request["device_ids"]) if failed else None
+        done = {"result": result, "fault": fault, "seconds": time.perf_counter() - start}
+        self._send({**done, "megabytes": resident_peak_mb()})
+
+
+def host_fault(runner: Runner, unit: Unit, cards: Sequence[int]) -> Mapping[str, Any] | None:
+    """Return why a unit failed that might not fail elsewhere, as ``reason`` and ``cards``; None: nothing is known.
+
+    Args:
+        runner: has done it.
+        unit: has failed.
+        cards: ids of those that it had.
+    """
+    if runner.store.no_room:
+        reason, runner.store.no_room = f"had no room in its store ({runner.store.no_room})", ""
+        return {"reason": reason, "cards": []}
+    sdk = capabilities(runner.runtime(unit.runtime)).sdk if cards else None
+    if sdk is None:
+        return None
+    try:
+        ready = {card.qid for card in sdk.ready()}
+    except Unavailable as exc:
+        return {"reason": f"had no card ({exc})", "cards": [*cards]}
+    broken = [card for card in cards if card not in ready]
+    names = ", ".join(map(str, broken))
+    return {"reason": f"had a card that is not Ready any more ({names})", "cards": broken} if broken else None
 
 
 def serve(channel: Channel) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Protocol
 
 from qeff_validate.builders.store import Store
@@ -17,7 +18,7 @@ from qeff_validate.config.case import Case
 from qeff_validate.errors import Unavailable
 from qeff_validate.pipeline.executors.schedule import Schedule
 from qeff_validate.pipeline.executors.unit_costs import UnitCosts
-from qeff_validate.pipeline.executors.units import JUDGES, Unit, plan
+from qeff_validate.pipeline.executors.units import JUDGES, Unit, is_usable_here, plan
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.pipeline.stages import NumberedProgress, Progress
 from qeff_validate.protocols import Runtime, Settings, capabilities
@@ -31,11 +32,13 @@ class Worker(Protocol):
         place: its number.
         steps: that it shows at the moment, by number.
         is_ready: it has sent a message, so it does not wait for a place on a host.
+        is_avoided: its host can do no such work, so it gets none any more.
     """
 
     place: int
     steps: dict[int, AbstractContextManager[None]]
     is_ready: bool
+    is_avoided: bool
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message; that a worker is lost is told by its last one."""
@@ -89,14 +92,33 @@ class WorkerPool(ABC):
         """Return how many workers there may be now."""
 
     @abstractmethod
-    def start(self, place: int, job: Mapping[str, Any], messages: queue.SimpleQueue[Message]) -> Worker:
+    def start(self, place: int, unit: Unit, job: Mapping[str, Any], messages: queue.SimpleQueue[Message]) -> Worker:
         """Start a worker.
 
         Args:
             place: its number.
+            unit: what it begins with.
             job: cases, settings and store.
             messages: takes what it sends.
         """
+
+    def is_usable(self, runtime: Runtime) -> bool:
+        """Return whether a runtime can be used where the workers are."""
+        return is_usable_here(runtime)
+
+    def fits(self, worker: Worker, unit: Unit) -> bool:  # noqa: ARG002
+        """Return whether a worker can do a unit, besides that with which it began."""
+        return True
+
+    def avoid(self, worker: Worker, fault: Mapping[str, Any], schedule: Schedule) -> bool:  # noqa: ARG002
+        """Keep units away from what failed on a worker's host; return False if there is nowhere else to go.
+
+        Args:
+            worker: on that host.
+            fault: of `worker.host_fault`.
+            schedule: of the units.
+        """
+        return bool(fault["cards"]) and schedule.withdraw(fault["cards"])
 
     def close(self) -> None:  # noqa: B027 (most pools hold nothing but their workers)
         """Release what the pool holds beside its workers."""
@@ -109,11 +131,11 @@ class WorkerPool(ABC):
         """
         cases = {case.name: case for case, _ in planned}
         job = {**self._job, "cases": [case.model_dump(mode="json") for case in cases.values()]}
-        usable = {name for name in {name for _, name in planned} if self._runtime(name).probe() is None}
+        usable = {name for name in {name for _, name in planned} if self.is_usable(self._runtime(name))}
         runtimes = {case: [name for other, name in planned if other.name == case and name in usable] for case in cases}
-        units = plan(planned, self._runtime)
-        estimates = {unit.id: self._costs.megabytes(unit, cases[unit.case]) for unit in units}
-        schedule = Schedule(units, estimates, self._memory_mb, self._cards(units))
+        units = plan(planned, self._runtime, self.is_usable)
+        self.megabytes = {unit.id: self._costs.megabytes(unit, cases[unit.case]) for unit in units}
+        schedule = Schedule(units, self.megabytes, self._memory_mb, self.cards(units))
         self._shown = NumberedProgress(self._progress, len(planned))
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         workers: dict[int, Worker] = {}
@@ -121,48 +143,73 @@ class WorkerPool(ABC):
             changed = True  # whether a unit may begin that could not before
             while not schedule.done:
                 if changed:
-                    self._start_units(schedule, workers, runtimes, lambda place: self.start(place, job, messages))
+                    self._start_units(schedule, workers, runtimes, partial(self.start, job=job, messages=messages))
                 worker, message = messages.get()
                 changed = message is None or "megabytes" in message
                 if worker is not workers.get(worker.place):
                     continue  # the last word of one that was ended
                 worker.is_ready = True
-                if message is None:
-                    del workers[worker.place]
-                    unit = schedule.lose(worker.place, self._end_of(worker))
-                    if unit is not None and unit.stage == JUDGES:
-                        self._shown.number += 1
-                        yield cases[unit.case], unit.runtime, _given_up(unit, schedule.losses[unit.id])
-                elif "megabytes" in message:
-                    unit = schedule.end(worker.place)
-                    self._costs.keep(unit, message["seconds"], message["megabytes"])
-                    if message["result"] is not None:
-                        self._shown.number += 1
-                        result = _with_history(Result.from_plain(message["result"]), schedule.losses.get(unit.id, []))
-                        yield cases[unit.case], unit.runtime, result
-                else:
+                if message is not None and not changed:
                     self._show(worker, message)
+                    continue
+                result = self._ended(schedule, worker, message)
+                if message is None or worker.is_avoided:
+                    del workers[worker.place]
+                if result is not None:
+                    self._shown.number += 1
+                    yield cases[result.case], result.runtime, result
         finally:
             try:
                 _end([*workers.values()])
             finally:
                 self.close()
 
+    def _ended(self, schedule: Schedule, worker: Worker, message: Mapping[str, Any] | None) -> Result | None:
+        """Take note of the end of a unit, or of the loss of its worker; return the result if there is one now."""
+        place = worker.place
+        if message is None:
+            how = worker.how_it_ended()
+            _end([worker])
+            self._progress.line(f"a worker {how}; another one takes its work")
+            given_up = schedule.lose(place, how)
+            if given_up is None or given_up.stage != JUDGES:
+                return None
+            return _given_up(given_up, schedule.losses[given_up.id])
+        result = None if message["result"] is None else Result.from_plain(message["result"])
+        fault = message["fault"]
+        if fault is not None and self.avoid(worker, fault, schedule):
+            self._progress.line(f"a worker {fault['reason']}; another one takes its work")
+            if worker.is_avoided:
+                _end([worker])
+            unit = schedule.lose(place, fault["reason"])
+            if unit is None:
+                return None
+        else:
+            unit = schedule.end(place)
+            self._costs.keep(unit, message["seconds"], message["megabytes"])
+        return None if result is None else _with_history(result, schedule.losses.get(unit.id, []))
+
     def _start_units(
         self,
         schedule: Schedule,
         workers: dict[int, Worker],
         runtimes: Mapping[str, Sequence[str]],
-        start: Callable[[int], Worker],
+        start: Callable[[int, Unit], Worker],
     ) -> None:
         """Give each free place a unit, and end the workers of those that get none any more."""
         for place in [*workers]:
             self._start_unit(place, schedule, workers, runtimes, start)
+        self._end_idle(schedule, workers, lambda worker: any(self.fits(worker, unit) for unit in schedule.waiting))
         while len(workers) < self.places() and self._start_unit(next(self._places), schedule, workers, runtimes, start):
             pass
-        wanted = any(not worker.is_ready for worker in workers.values()) and self.scarce
-        if wanted or not schedule.waits:  # what idle workers hold is for those that begin, or nobody needs it
-            _end([workers.pop(place) for place in [*workers] if not schedule.is_busy(place)])
+        if self.scarce and any(not worker.is_ready for worker in workers.values()):
+            self._end_idle(schedule, workers, lambda _: False)  # what they hold is for those that begin
+
+    @staticmethod
+    def _end_idle(schedule: Schedule, workers: dict[int, Worker], is_needed: Callable[[Worker], bool]) -> None:
+        """End workers without a unit that are not needed any more."""
+        idle = [place for place in [*workers] if not schedule.is_busy(place) and not is_needed(workers[place])]
+        _end([workers.pop(place) for place in idle])
 
     def _start_unit(
         self,
@@ -170,19 +217,28 @@ class WorkerPool(ABC):
         schedule: Schedule,
         workers: dict[int, Worker],
         runtimes: Mapping[str, Sequence[str]],
-        start: Callable[[int], Worker],
+        start: Callable[[int, Unit], Worker],
     ) -> bool:
         """Give a unit to a place that is free; return whether there was one."""
-        unit = None if schedule.is_busy(place) else schedule.take(place)
+        worker = workers.get(place)
+        unit = (
+            None
+            if schedule.is_busy(place)
+            else schedule.take(place, lambda one: worker is None or self.fits(worker, one))
+        )
         if unit is None:
             return False
-        if place not in workers:
-            workers[place] = start(place)
+        if worker is None:
+            worker = workers[place] = start(place, unit)
         names = [unit.runtime] if unit.stage == "compile" else runtimes[unit.case]
-        workers[place].send({"unit": asdict(unit), "runtimes": names, "device_ids": schedule.cards_of(place)})
+        worker.send({"unit": asdict(unit), "runtimes": names, "device_ids": self.device_ids(schedule, place)})
         return True
 
-    def _cards(self, units: Sequence[Unit]) -> Sequence[int]:
+    def device_ids(self, schedule: Schedule, place: int) -> Sequence[int]:
+        """Return the ids of the cards that the unit of a place is to use; empty: those that its host has free."""
+        return schedule.cards_of(place)
+
+    def cards(self, units: Sequence[Unit]) -> Sequence[int]:
         """Return the cards to use: those that the settings name, else all Ready ones, the most free first."""
         named: Sequence[int] = self._job["settings"]["device_ids"]
         name = next((unit.runtime for unit in units if unit.cards), None)
@@ -192,13 +248,6 @@ class WorkerPool(ABC):
         with suppress(Unavailable):  # the run says why there is none
             return [card.qid for card in sdk.ready()]
         return ()
-
-    def _end_of(self, worker: Worker) -> str:
-        """Clean up after a worker that was lost; return how."""
-        how = worker.how_it_ended()
-        _end([worker])
-        self._progress.line(f"a worker {how}; another one takes its work")
-        return how
 
     def _show(self, worker: Worker, message: Mapping[str, Any]) -> None:
         if "begin" in message:

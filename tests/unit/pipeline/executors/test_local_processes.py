@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import signal
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from qeff_validate.cli.options import shard
 from qeff_validate.config.case import Case
 from qeff_validate.pipeline.executors import local_processes
 from qeff_validate.pipeline.executors.local_processes import LocalProcesses
+from qeff_validate.pipeline.executors.units import Unit
+from qeff_validate.pipeline.executors.worker import UnitServer
 from qeff_validate.pipeline.runner import Runner
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import Settings
@@ -45,6 +49,46 @@ def test_unit_that_kills_each_process_is_an_error_with_its_history_and_no_result
         name: f"its worker was killed by {name} (the last words of a process) (3 times); given up"
         for name in ("SIGKILL", "SIGSEGV")
     }
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("cards", "status"), [((4, 7), "pass"), ((4,), "error")])
+def test_unit_whose_card_breaks_is_done_on_another_card_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: tuple[int, ...], status: str
+) -> None:
+    class WithCards(LocalProcesses):
+        def is_usable(self, runtime: Any) -> bool:
+            return True
+
+        def cards(self, units: Any) -> tuple[int, ...]:
+            return cards
+
+    monkeypatch.setattr(local_processes, "WORKER", "stub_worker")
+    executor = WithCards(2, Runner().runtime, store=Store(tmp_path), settings=Settings(), progress=Silent())
+    cases = [Case(name=f"c{number}", source="random:bert", seed=number) for number in range(4)]
+    results = [result for _, _, result in executor.results([(one, "ai100") for one in cases])]
+    assert [result.status for result in results] == [status] * 4
+    told = [note for result in results for note in result.notes]
+    assert told == (["begun anew, because its worker had a broken card"] if status == "pass" else [])
+
+
+@pytest.mark.parametrize("stage", ["reference", "run"])
+def test_worker_tells_that_its_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = Case(name="c", source="random:bert", tolerance="table", inputs={"texts": ["a", "b", "c d"]})
+    sent: list[Any] = []
+    job = {"cases": [one.model_dump(mode="json")], "settings": asdict(Settings()), "explain": "off"}
+    server = UnitServer({**job, "store": str(tmp_path)}, sent.append)
+    request = {"unit": asdict(Unit("c", stage, "torch")), "runtimes": ["torch"], "device_ids": []}
+    with monkeypatch.context() as patch:
+        patch.setattr("qeff_validate.builders.store.os.replace", full)
+        server.do(request)
+    assert sent[-1]["fault"] == {"reason": "had no room in its store (No space left on device)", "cards": []}
+    fresh = UnitServer({**job, "store": str(tmp_path)}, sent.append)
+    fresh.do(request)
+    assert sent[-1]["fault"] is None
 
 
 @pytest.mark.integration

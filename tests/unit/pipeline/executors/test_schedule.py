@@ -115,6 +115,21 @@ def test_unit_that_wants_more_cards_than_there_are_runs_alone_and_says_so_itself
     assert schedule.take(2) is None
 
 
+def test_withdrawn_card_is_given_to_no_unit_and_the_last_one_stays() -> None:
+    schedule = Schedule([Unit(name, "run", "ai100", cards=1) for name in "ab"], cards=(4, 7))
+    assert schedule.withdraw([4])
+    assert (schedule.take(1).case, schedule.cards_of(1)) == ("a", [7])
+    assert not schedule.withdraw([7])
+    assert schedule.take(2) is None, "its card is taken"
+
+
+def test_worker_takes_only_what_fits_it() -> None:
+    schedule = Schedule([Unit("a", "run", "ai100", cards=1), Unit("b", "run", "ort")], cards=(4,))
+    assert schedule.take(1, lambda unit: not unit.cards).case == "b"
+    assert schedule.take(2, lambda unit: not unit.cards) is None
+    assert schedule.take(2).case == "a"
+
+
 def test_lost_unit_comes_first_again_and_is_given_up_after_three_times() -> None:
     schedule = Schedule(units(case("a"), runtimes=("torch",)))
     for attempt in range(1, MOST_TRIES + 1):
