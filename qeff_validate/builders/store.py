@@ -105,6 +105,8 @@ class Store:
         """What opens this store in another process, or on another host."""
         self._shared = SharedStore(self.location) if shared else None
         self._known_there: set[str] = set()
+        self.hits = 0
+        """How many entries were there when they were asked for, in this directory or at the URL."""
         self.no_room = ""
         """What could last not be written because the disk is full."""
         self._leases = Leases(self.root / "leases")
@@ -132,13 +134,15 @@ class Store:
         path = self.root / kind / name
         with self._locked(f"{kind}-{name}", waiting):
             entry = self._verified(path, key)
-            if self._shared is None:
-                return entry or self._make(kind, name, key, make)
+            if entry is None and self._shared is not None:
+                entry = self._fetched(kind, name, key, self._shared)
+            self.hits += entry is not None
             if entry is None:
-                entry = self._fetched(kind, name, key, self._shared) or self._make(kind, name, key, make)
-            if entry.made or (name not in self._known_there and not self._shared.has(kind, name)):
-                self._shared.keep(kind, name, entry.path, entry.digest)
-            self._known_there.add(name)
+                entry = self._make(kind, name, key, make)
+            if self._shared is not None and name not in self._known_there:
+                if entry.made or not self._shared.has(kind, name):
+                    self._shared.keep(kind, name, entry.path, entry.digest)
+                self._known_there.add(name)
             return entry
 
     def tensors(self, kind: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> tuple[Tensors, Entry]:

@@ -18,7 +18,7 @@ from qeff_validate.report.step_times import SHOWN_S, STEP_TIMES, StepTimes
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 LONG_S = 2.0
 """After so long a step has a line in a log although it has not ended."""
@@ -94,6 +94,8 @@ class TerminalProgress:
         self._verbose = verbose
         self._times = StepTimes(times)
         self._live: Progress | None = None
+        self._overview = ""
+        self._overview_task: TaskID | None = None
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
@@ -119,6 +121,12 @@ class TerminalProgress:
         if self._verbose:
             self._print(f"  | {text}")
 
+    def overview(self, text: str) -> None:
+        """Show a line above the steps that run, on a terminal."""
+        self._overview = text
+        if self._live is not None and self._overview_task is not None:
+            self._live.update(self._overview_task, description=text)
+
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -130,13 +138,14 @@ class TerminalProgress:
         if self._live is None:
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
             self._live = Progress(*columns, console=self._console, transient=True)
+            self._overview_task = self._live.add_task(self._overview, total=None) if self._overview else None
             self._live.start()
         live, task = self._live, self._live.add_task(text, total=None)
         try:
             yield
         finally:
             live.remove_task(task)
-            if not live.tasks:  # steps of several processes end in any order
+            if {one.id for one in live.tasks} <= {self._overview_task}:  # steps of several processes end in any order
                 live.stop()
                 self._live = None
 

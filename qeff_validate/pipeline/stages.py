@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from qeff_validate.errors import ValidateError, naming_extras
 
@@ -20,6 +20,14 @@ class Progress(Protocol):
 
     def line(self, text: str) -> None:
         """Take one line of a child's output."""
+
+
+@runtime_checkable
+class OverviewProgress(Progress, Protocol):
+    """Progress that also shows how far a whole run is."""
+
+    def overview(self, text: str) -> None:
+        """Show a line instead of the last one."""
 
 
 class Silent:

@@ -119,6 +119,13 @@ def test_spinner_shows_a_step_within_a_step_and_its_elapsed_time(monkeypatch: py
     first.__exit__(None, None, None)
     assert progress._live is not None, "the other step still runs"
     second.__exit__(None, None, None)
+    progress.overview("0 of 2 results")
+    with progress.step("bert: compile"):
+        until(lambda: "0 of 2 results" in stream.getvalue(), "the line of the whole run")
+        progress.overview("1 of 2 results")
+        until(lambda: "1 of 2 results" in stream.getvalue(), "its next text")
+    assert progress._live is None, "the line of the whole run is no step"
+    stream.truncate(0)
     with progress.step("bert: faults"), progress.step("bert: reference [float64]"):
         until(lambda: "bert: reference [float64]" in stream.getvalue(), "the inner step")
     assert "bert: faults" in stream.getvalue()

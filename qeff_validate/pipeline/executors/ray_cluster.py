@@ -57,7 +57,7 @@ class UnitActor:
         host = ray.get_runtime_context().get_node_id()
         while True:
             message = self._messages.get()
-            yield {**message, "fault": {**message["fault"], "host": host}} if message.get("fault") else message
+            yield {**message, "host": host} if "host" in message else message
             if "megabytes" in message:
                 return
 
@@ -190,11 +190,11 @@ class RayCluster(WorkerPool):
         held = cast(RayWorker, worker).resources
         return all(held.get(name, 0) >= amount for name, amount in self._resources(unit).items())
 
-    def avoid(self, worker: Worker, fault: Mapping[str, Any], schedule: Schedule) -> bool:  # noqa: ARG002
+    def avoid(self, worker: Worker, message: Mapping[str, Any], schedule: Schedule) -> bool:  # noqa: ARG002
         """Start no worker on a host any more; return False if it is the last one."""
-        if not self._hosts().keys() - {fault["host"]}:
+        if not self._hosts().keys() - {message["host"]}:
             return False
-        self._avoided.add(fault["host"])
+        self._avoided.add(message["host"])
         worker.is_avoided = True
         return True
 

@@ -72,7 +72,7 @@ class UnitServer:
         unit, runner = Unit(**{**request["unit"], "needs": ()}), self._runner
         case = self._cases[unit.case]
         reset_resident_peak()
-        start, result, failed = time.perf_counter(), None, False
+        start, result, failed, hits = time.perf_counter(), None, False, runner.store.hits
         if request["device_ids"]:
             runner.use_cards(request["device_ids"])
         if unit.stage == JUDGES:
@@ -84,7 +84,8 @@ class UnitServer:
             except Exception:  # whoever needs what could not be made meets the error again, and tells it
                 failed = True
         fault = host_fault(runner, unit, request["device_ids"]) if failed else None
-        done = {"result": result, "fault": fault, "seconds": time.perf_counter() - start}
+        done = {"result": result, "fault": fault, "seconds": time.perf_counter() - start, "host": ""}
+        done["hits"] = runner.store.hits - hits
         self._send({**done, "megabytes": resident_peak_mb()})
 
 

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
 from qeff_validate.errors import Unavailable
+from qeff_validate.pipeline.executors.overview import Overview
 from qeff_validate.pipeline.executors.schedule import Schedule
 from qeff_validate.pipeline.executors.unit_costs import UnitCosts
 from qeff_validate.pipeline.executors.units import JUDGES, Unit, is_usable_here, plan
 from qeff_validate.pipeline.explanation import ExplainMode
-from qeff_validate.pipeline.stages import NumberedProgress, Progress
+from qeff_validate.pipeline.stages import NumberedProgress, OverviewProgress, Progress
 from qeff_validate.protocols import Runtime, Settings, capabilities
 from qeff_validate.report.result import Result
 
@@ -83,7 +84,7 @@ class WorkerPool(ABC):
         memory_mb: float = float("inf"),
     ) -> None:
         self._runtime, self._progress, self._memory_mb = runtime, progress, memory_mb
-        self._shown = NumberedProgress(progress, 1)
+        self._shown, self._overview = NumberedProgress(progress, 1), Overview((), lambda _: None, 0)
         self._costs, self._places = UnitCosts(store.root), itertools.count()
         self._job: dict[str, Any] = {"store": store.location, "settings": asdict(settings), "explain": explain}
 
@@ -110,15 +111,16 @@ class WorkerPool(ABC):
         """Return whether a worker can do a unit, besides that with which it began."""
         return True
 
-    def avoid(self, worker: Worker, fault: Mapping[str, Any], schedule: Schedule) -> bool:  # noqa: ARG002
+    def avoid(self, worker: Worker, message: Mapping[str, Any], schedule: Schedule) -> bool:  # noqa: ARG002
         """Keep units away from what failed on a worker's host; return False if there is nowhere else to go.
 
         Args:
             worker: on that host.
-            fault: of `worker.host_fault`.
+            message: its last one, with a ``fault`` as `worker.host_fault` returns it.
             schedule: of the units.
         """
-        return bool(fault["cards"]) and schedule.withdraw(fault["cards"])
+        cards = message["fault"]["cards"]
+        return bool(cards) and schedule.withdraw(cards)
 
     def close(self) -> None:  # noqa: B027 (most pools hold nothing but their workers)
         """Release what the pool holds beside its workers."""
@@ -137,6 +139,7 @@ class WorkerPool(ABC):
         self.megabytes = {unit.id: self._costs.megabytes(unit, cases[unit.case]) for unit in units}
         schedule = Schedule(units, self.megabytes, self._memory_mb, self.cards(units))
         self._shown = NumberedProgress(self._progress, len(planned))
+        self._overview = Overview(units, self._costs.seconds, len(planned))
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         workers: dict[int, Worker] = {}
         try:
@@ -144,6 +147,8 @@ class WorkerPool(ABC):
             while not schedule.done:
                 if changed:
                     self._start_units(schedule, workers, runtimes, partial(self.start, job=job, messages=messages))
+                    if isinstance(self._progress, OverviewProgress):
+                        self._progress.overview(self._overview.text(self._shown.number - 1, len(workers)))
                 worker, message = messages.get()
                 changed = message is None or "megabytes" in message
                 if worker is not workers.get(worker.place):
@@ -172,21 +177,25 @@ class WorkerPool(ABC):
             _end([worker])
             self._progress.line(f"a worker {how}; another one takes its work")
             given_up = schedule.lose(place, how)
+            if given_up is not None:
+                self._overview.give_up(given_up)
             if given_up is None or given_up.stage != JUDGES:
                 return None
             return _given_up(given_up, schedule.losses[given_up.id])
         result = None if message["result"] is None else Result.from_plain(message["result"])
         fault = message["fault"]
-        if fault is not None and self.avoid(worker, fault, schedule):
+        if fault is not None and self.avoid(worker, message, schedule):
             self._progress.line(f"a worker {fault['reason']}; another one takes its work")
             if worker.is_avoided:
                 _end([worker])
             unit = schedule.lose(place, fault["reason"])
             if unit is None:
                 return None
+            self._overview.give_up(unit)
         else:
             unit = schedule.end(place)
             self._costs.keep(unit, message["seconds"], message["megabytes"])
+            self._overview.end(unit, message["seconds"], message["hits"], message["host"])
         return None if result is None else _with_history(result, schedule.losses.get(unit.id, []))
 
     def _start_units(
