@@ -107,8 +107,6 @@ class Store:
         self._known_there: set[str] = set()
         self.hits = 0
         """How many entries were there when they were asked for, in this directory or at the URL."""
-        self.no_room = ""
-        """What could last not be written because the disk is full."""
         self._leases = Leases(self.root / "leases")
 
     def entry(
@@ -320,8 +318,6 @@ class Store:
             if numbers is not None and exc.errno not in numbers:
                 raise
             where = f"{exc.filename}: " if exc.filename is not None else ""
-            if exc.errno in FULL:
-                self.no_room = f"{where}{exc.strerror or exc}"
             raise BuildError(
                 f"cannot write to the store {self.root}: {where}{exc.strerror or exc}; nothing was kept. Free some"
                 " room, take away what stands there, or choose another place with --store DIR or QEFF_VALIDATE_HOME"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def difference(
     return next(_hypotheses(expected.astype(np.float64), actual.astype(np.float64), close))
 
 
+def is_named(text: str) -> bool:
+    """Return whether `difference` says what happened, and not only how much."""
+    return not re.match(r"differs by |\d+ of \d+ values differ", text)
+
+
 def _hypotheses(expected: Numbers, actual: Numbers, close: float) -> Iterator[str]:
     """Yield what explains the whole difference, the simplest first; at last the size of the difference."""
     bad = ~np.isfinite(actual)
@@ -64,6 +70,8 @@ def _hypotheses(expected: Numbers, actual: Numbers, close: float) -> Iterator[st
         yield "is zero"
     if expected.ndim == 2 and expected.shape[0] == expected.shape[1] and np.array_equal(expected.T, actual):
         yield "transposed"
+    if expected.ndim == 2 and np.array_equal(expected.T.reshape(expected.shape), actual):
+        yield "read in the other memory order"
     yield from _of_rows(expected, actual, close)
     yield from _scaled(expected, actual, close)
     yield from _moved(expected, actual)

@@ -142,7 +142,8 @@ def _like(actual: Array, expected: Any) -> Array:
 
 
 def first_divergent(ratios: Sequence[float], factor: float) -> int | None:
-    """Return the index of the first ratio that is beyond the factor and near the greatest."""
+    """Return the index of the first ratio that is beyond the factor and near the greatest; NaN is beyond everything."""
+    ratios = [np.inf if np.isnan(ratio) else ratio for ratio in ratios]
     if not ratios or not max(ratios) > factor:
         return None
     finite = [ratio for ratio in ratios if np.isfinite(ratio)]

@@ -80,6 +80,7 @@ def _locate(
     own = [item for item in weights.of(module) if item.initializer is not None] if module else []
     if own:
         return _of_weights(own, weights)
+    learned = {name for name, _ in original.module.named_parameters()}  # buffers are used by many modules
     nodes = graph.block(layers.matches.names[layers.guilty], set(layers.matches.names.values()))
     for name in used_weights(nodes, graph.weights, graph.producer):
         differing = [item for item in weights.findings if item.initializer == name]
@@ -87,9 +88,20 @@ def _locate(
             return _of_weights(differing, weights)
         parameter = weights.by_initializer.get(name)
         owner = parameter.rpartition(".")[0] if parameter is not None else module
-        if parameter is not None and not is_within(owner, module) and not is_within(module, owner):
+        if parameter in learned and not is_within(owner, module) and not is_within(module, owner):
             return _of_another(module, owner, graph, weights)
-    return Location(module, computed_finding(original, recorded, layers, compute))
+    finding = computed_finding(original, recorded, layers, compute)
+    return Location(module, finding or _softmax_finding(nodes, layers))
+
+
+def _softmax_finding(nodes: Sequence[Any], layers: Layers) -> str:
+    """Return the axis of a softmax that does not run over the last one; empty if there is none."""
+    for node in nodes:
+        axis = next((item.i for item in node.attribute if item.name == "axis"), -1)
+        output = layers.matches.inherited.get(node.output[0])
+        if node.op_type == "Softmax" and output is not None and axis not in (-1, output.ndim - 1):
+            return f"its softmax runs over axis {axis}, not the last"
+    return ""
 
 
 def computed_finding(
@@ -119,10 +131,11 @@ def computed_finding(
         text = _candidate(original, value.output, observed, tolerance)
     elif value.place is not None and observed.shape == value.array.shape:
         before = [(item.module, item.array) for item in layers.values[: layers.guilty] if item.place is not None]
-        text = operator_finding(
-            original.module, value.place, module, recorded.calls, observed, size, tolerance, before[-NEARBY:]
-        )
-        call = recorded.calls.get(module)
+        call = recorded.call(module, value.place)
+        if call is not None:
+            text = operator_finding(
+                original.module, value.place, module, call, observed, size, tolerance, before[-NEARBY:]
+            )
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
         text = text or output_finding(value.array, observed, given, size, tolerance)

@@ -8,9 +8,11 @@ the graph gives is the finding.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qeff_validate.explain.reference_values import Place
+from qeff_validate.explain.reference_values import Call, Place
 from qeff_validate.models.emulation.ensemble import attention_implementation
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -33,15 +35,36 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "elu": functional.elu,
     "mish": functional.mish,
     "softplus": functional.softplus,
+    "gelu with tanh in place of erf": lambda x: x * 0.5 * (1 + torch.tanh(x / 2**0.5)),
+    "hardswish": functional.hardswish,
     "relu squared": lambda x: torch.relu(x).square(),
     "no activation": lambda x: x,
 }
 
+HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The coarser first: few numbers of the other are on its grid."""
+
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
 
+QUERIES = ("q", "query", "q_proj", "q_lin")
+"""Names of the layer whose outputs the scores are proportional to."""
+
 LEAST_MASK = -1e3
 """Value from which a number among an attention's arguments hides a place."""
+
+MASK_VALUES = (-1.0, -10.0, -100.0, 1.0, 1e4)
+"""What masks have been seen to add that were written for another precision, or with the wrong sign."""
+
+ROTATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "rotary positions pair neighbours, not halves": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(
+        -2
+    ),
+    "rotary positions turn the other way": lambda x: torch.cat(
+        (x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1
+    ),
+    "rotary positions are left out in one of their two terms": torch.zeros_like,
+}
 
 GRID = torch.linspace(-4, 4, 33, dtype=torch.float64)
 
@@ -50,7 +73,7 @@ def operator_finding(
     root: Any,
     place: Place,
     module: str,
-    calls: Mapping[str, tuple[Any, Any]],
+    call: Call,
     observed: Any,
     size: Callable[[Any, Any], float],
     tolerance: float,
@@ -62,18 +85,16 @@ def operator_finding(
         root: the original model, float32.
         place: where the block's output is in the original model.
         module: path of the module that computes it.
-        calls: positional and keyword arguments of each module's recorded call, float64.
+        call: the arguments of its recorded call, float64.
         observed: the block's output, in the shape of the original's.
         size: of an error, from the expected and the actual value.
         tolerance: error up to which a hypothesis holds.
         others: paths of modules, and the values that they compute before this one.
     """
-    if module not in calls:
-        return ""
     observed = np.asarray(observed, dtype=np.float64)
     with attention_implementation(root, "eager"):  # as in the recorded run; the copy has a config of its own
         copied = copy.deepcopy(root.get_submodule(module)).double()
-    tried = _Tried(copied, calls[module], module, place)
+    tried = _Tried(copied, call, module, place)
     try:
         with torch.no_grad():
             hypotheses = _hypotheses(tried, observed, size, tolerance)
@@ -100,7 +121,7 @@ class _Tried:
 
     def run(self) -> Any:
         """Return the value at the place, float64."""
-        path, side, index = self.place
+        path, side, index, _ = self.place
         if path == self.path:
             output = self.module(*self.call[0], **self.call[1])
             found = output[index] if isinstance(output, (tuple, list)) else output
@@ -131,23 +152,50 @@ def _hypotheses(
         yield from _norm(tried, names[0], observed, size)
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         yield from _activation(module, call)
-    scales = [name for name in SCALES if isinstance(getattr(module, name, None), float)]
-    if scales:
-        yield from _scale(tried, scales[0], observed, size)
-        yield from _without_mask(tried)
+    scaled = _score_scaling(module)
+    if scaled is not None:
+        yield from _scale(tried, scaled, observed, size)
+        yield from _other_masks(tried)
+        yield from _other_attention(tried)
     yield from _swapped(tried)
 
 
-def _without_mask(tried: _Tried) -> Iterator[tuple[str, Any]]:
-    """Yield the module without its additive masks."""
+def _other_masks(tried: _Tried) -> Iterator[tuple[str, Any]]:
+    """Yield the module with other additive masks, [batch, heads or 1, queries, keys]."""
     args, kwargs = tried.call
 
-    def cleared(value: Any) -> Any:
-        is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
-        return torch.zeros_like(value) if is_mask else value
+    def run(change: Callable[[Tensor], Tensor]) -> Any:
+        def of(value: Any) -> Any:
+            is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
+            return change(value) if is_mask else value
 
-    changed_args = tuple(map(cleared, args)), {name: cleared(value) for name, value in kwargs.items()}
-    yield "the mask is left out", _Tried(tried.module, changed_args, tried.path, tried.place).run()
+        call = tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
+        return _Tried(tried.module, call, tried.path, tried.place).run()
+
+    yield "the mask is left out", run(torch.zeros_like)
+    for value in MASK_VALUES:
+        text = f"the mask adds {value:g} to hidden places, which does not hide them"
+        yield text, run(functools.partial(_with_hidden, value))
+    yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
+    yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))
+    yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
+
+
+def _with_hidden(value: float, mask: Tensor) -> Tensor:
+    """Return a mask that adds another value to what it hides."""
+    return torch.where(mask <= LEAST_MASK, value, mask)
+
+
+def _other_attention(tried: _Tried) -> Iterator[tuple[str, Any]]:
+    """Yield attention as a wrong operator or layout in its place computes it."""
+    family = sys.modules[type(tried.module).__module__]
+    if hasattr(family, "repeat_kv"):
+        with changed(family, "repeat_kv", lambda states, count: states.repeat(1, count, 1, 1)):
+            yield "heads of keys and values are repeated one after the other, not each in place", tried.run()
+    if hasattr(family, "rotate_half"):
+        for text, rotate in ROTATIONS.items():
+            with changed(family, "rotate_half", rotate):
+                yield text, tried.run()
 
 
 def _other_inputs(tried: _Tried, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -238,13 +286,47 @@ def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]
             yield f"{name} instead of {known or type(module).__name__}", function(given).numpy()
 
 
-def _scale(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
+def _score_scaling(module: Any) -> Callable[[float], AbstractContextManager[None]] | None:
+    """Return what multiplies the scores of an attention by a factor until its context ends; None of other modules."""
+    name = next((name for name in SCALES if isinstance(getattr(module, name, None), float)), None)
+    if name is not None:
+        before = getattr(module, name)
+        return lambda factor: changed(module, name, before * factor)
+    if "Attention" not in type(module).__name__:
+        return None
+    family = sys.modules[type(module).__module__]
+    attention = getattr(family, "eager_attention_forward", None)
+    if attention is not None:
+
+        def with_factor(*args: Any, factor: float, scaling: float | None = None, **more: Any) -> Any:
+            query = args[1] * factor  # where no scale is given, the function has one of its own
+            return attention(args[0], query, *args[2:], **({} if scaling is None else {"scaling": scaling}), **more)
+
+        return lambda factor: changed(family, "eager_attention_forward", functools.partial(with_factor, factor=factor))
+    query = next((child for name, child in module.named_children() if name in QUERIES), None)
+    return None if query is None else functools.partial(_scaled_output, query)
+
+
+@contextmanager
+def _scaled_output(module: Any, factor: float) -> Iterator[None]:
+    """Multiply what a module returns by a factor until the context ends."""
+    handle = module.register_forward_hook(lambda _module, _args, output: output * factor)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scale(
+    tried: _Tried,
+    scaled: Callable[[float], AbstractContextManager[None]],
+    observed: Any,
+    size: Callable[[Any, Any], float],
+) -> Iterator[tuple[str, Any]]:
     """Yield attention with the scale of its scores that fits best, by a search for the least error."""
-    module = tried.module
-    before = getattr(module, name)
 
     def error(factor: float) -> float:
-        with changed(module, name, before * factor):
+        with scaled(factor):
             output = tried.run()
         return size(output, observed) if output.shape == observed.shape else float("inf")
 
@@ -258,7 +340,7 @@ def _scale(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], f
         if high - low < 1e-7:
             break
     factor = (low + high) / 2
-    with changed(module, name, before * factor):
+    with scaled(factor):
         yield f"scores scaled by {factor:.5g}", tried.run()
 
 
@@ -293,6 +375,12 @@ def output_finding(
         return "its output is zero"
     if given is not None and given.shape == observed.shape and size(given, observed) <= tolerance:
         return "skipped: its output is its input"
+    for name, grid in HALVES.items():
+        rounded = torch.from_numpy(observed).to(grid).double().numpy()
+        if np.array_equal(rounded, observed) and not np.array_equal(np.rint(observed), observed):
+            coarse = torch.from_numpy(expected).to(grid).double().numpy()
+            if size(coarse, observed) <= max(tolerance, 2 * size(coarse, expected)):
+                return f"its output is rounded to {name}"
     factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
     if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
         return f"its output is scaled by {factor:.5g}"

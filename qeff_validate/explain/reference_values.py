@@ -8,6 +8,7 @@ replaces each by its recorded content, so that the difference at each is made th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from qeff_validate.models.emulation.ensemble import attention_implementation
 from qeff_validate.models.emulation.float64 import compute_in_dtype, one_thread_if_small
@@ -34,8 +37,11 @@ from qeff_validate.tensors import RETAINED, Tensors
 MASK = 1e30
 """Magnitude from which a value is a mask."""
 
-Place = tuple[str, str, int]
-"""Path of the module whose hook sees a value, ``out`` or ``in``, and the index among its tensors."""
+Place = tuple[str, str, int, int]
+"""Path of the module whose hook sees a value, ``out`` or ``in``, the index among its tensors, and which call it is."""
+
+Call = tuple[Any, Any]
+"""Positional and keyword arguments of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,37 @@ class ReferenceValues:
 
     Attributes:
         values: the outputs of the graph are last.
-        calls: positional and keyword arguments of each leaf module's last call, for trying other formulas.
+        calls: of each module, for trying other formulas.
     """
 
     values: tuple[ReferenceValue, ...]
-    calls: Mapping[str, tuple[Any, Any]]
+    calls: Mapping[str, Sequence[Call]]
+
+    def call(self, module: str, place: Place) -> Call | None:
+        """Return the arguments with which a module computes the value at a place; None if it is not called.
+
+        Args:
+            module: its path.
+            place: of its own, or of a module below it that it calls once a call.
+        """
+        path, _, _, number = place
+        calls = self.calls.get(module, ())
+        if len(calls) != len(self.calls.get(path, calls)):
+            number = len(calls) - 1
+        return calls[number] if calls else None
+
+
+class SoftmaxInFloat64(TorchFunctionMode):
+    """Computes each softmax of float64 scores in float64, also where a model asks for float32.
+
+    A mask of float64's least number is -inf in float32, and a row that hides everything, such as one of padding, NaN.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (functional.softmax, torch.softmax, Tensor.softmax) and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": None}
+        return func(*args, **kwargs)
 
 
 def record(original: OriginalRun) -> ReferenceValues:
@@ -86,6 +118,7 @@ def record(original: OriginalRun) -> ReferenceValues:
         torch.no_grad(),
         one_thread_if_small(root),
         attention_implementation(root, "eager"),
+        SoftmaxInFloat64(),
         recorder.hooks(),
         compute_in_dtype(root, "float64", probe=probe),
     ):
@@ -189,23 +222,24 @@ class _Recorder:
     """
 
     def __init__(self, root: Any) -> None:
-        self._root = root
+        self._root, self._numbers = root, Counter[str]()
         self._seen: dict[tuple[Any, ...], Any] = {}
         self._found: list[ReferenceValue] = []
-        self.calls: dict[str, tuple[Any, Any]] = {}
+        self.calls: dict[str, list[Call]] = {}
 
     def hooks(self) -> Any:
         """Return the context in which a run is recorded."""
-        return replaced(self._root, self._take, self._call)
+        return replaced(self._root, self._take, self._call, self._numbers)
 
     def clear(self) -> None:
         """Forget a run that did not come to its end."""
         self._seen.clear()
         self._found.clear()
         self.calls.clear()
+        self._numbers.clear()
 
     def _call(self, path: str, args: Any, kwargs: Any) -> None:
-        self.calls[path] = args, kwargs
+        self.calls.setdefault(path, []).append((args, kwargs))
 
     def _take(self, place: Place, tensor: Tensor) -> Tensor:
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
@@ -214,7 +248,7 @@ class _Recorder:
             known, content, equal_nan=True
         ):  # else another's memory, or changed since
             self._seen[key] = content.copy()
-            path, side, _ = place
+            path, side, _, _ = place
             module = path if side == "out" else path.rpartition(".")[0]
             self._found.append(ReferenceValue(module, self._seen[key], place))
         return tensor
@@ -235,7 +269,10 @@ class _Recorder:
 
 @contextmanager
 def replaced(
-    root: Any, change: Callable[[Place, Tensor], Tensor], called: Callable[[str, Any, Any], None] | None = None
+    root: Any,
+    change: Callable[[Place, Tensor], Tensor],
+    called: Callable[[str, Any, Any], None] | None = None,
+    numbers: Counter[str] | None = None,
 ) -> Iterator[None]:
     """Pass every real tensor that enters or leaves a submodule through a function, until the context ends.
 
@@ -243,7 +280,9 @@ def replaced(
         root: the model; it itself is left out.
         change: gets the place and the tensor, and returns the tensor to go on with.
         called: gets the path and the arguments of each call, before the change.
+        numbers: counts the calls of each path; a second run begins with it empty.
     """
+    numbers = Counter() if numbers is None else numbers
     with ExitStack() as stack:
         for path, module in root.named_modules():
             if not path:
@@ -252,23 +291,27 @@ def replaced(
             def before(module: Any, args: Any, kwargs: Any, path: str = path) -> Any:  # noqa: ARG001
                 if called is not None:
                     called(path, args, kwargs)
-                return _mapped(args, path, "in", change), kwargs
+                numbers[path] += 1
+                return _mapped(args, (path, "in", numbers[path] - 1), change), kwargs
 
             def after(module: Any, args: Any, out: Any, path: str = path) -> Any:  # noqa: ARG001
-                return _mapped(out, path, "out", change)
+                return _mapped(out, (path, "out", numbers[path] - 1), change)
 
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         yield
 
 
-def _mapped(values: Any, path: str, side: str, change: Callable[[Place, Tensor], Tensor]) -> Any:
+def _mapped(values: Any, at: tuple[str, str, int], change: Callable[[Place, Tensor], Tensor]) -> Any:
     """Return values with each float tensor changed; of a tuple each element, of other containers none."""
+    path, side, number = at
     if isinstance(values, Tensor):
-        return change((path, side, 0), values) if values.is_floating_point() else values
+        return change((path, side, 0, number), values) if values.is_floating_point() else values
     if type(values) in (tuple, list):
         changed = [
-            change((path, side, index), value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            change((path, side, index, number), value)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
             for index, value in enumerate(values)
         ]
         return type(values)(changed)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.explain.differences import difference
+from qeff_validate.explain.differences import difference, is_named
 from qeff_validate.explain.names import common_module
 from qeff_validate.prechecks.weights_in_graph import UNUSED
 from qeff_validate.tensors import Array
@@ -196,9 +196,14 @@ def _share(expected: Array, actual: Array) -> float:
 
 
 def _describe(expected: Array, actual: Array) -> str:
-    """Return what differs, with the tensor turned whichever way is more alike."""
+    """Return what differs, with the tensor turned whichever way is more alike, or else in the way that has a name."""
     actual = np.squeeze(np.asarray(actual, np.float32))
-    return difference(expected, actual.T if _is_turned(expected, actual) else actual)
+    turned = _is_turned(expected, actual)
+    text = difference(expected, actual.T if turned else actual)
+    if not is_named(text) and actual.ndim == 2 and expected.shape == actual.shape == actual.shape[::-1]:
+        other = difference(expected, actual if turned else actual.T)
+        return other if is_named(other) else text
+    return text
 
 
 def _is_turned(expected: Array, actual: Array) -> bool:

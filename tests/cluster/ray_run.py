@@ -98,6 +98,7 @@ def main(count: int, folder: Path) -> dict[str, Any]:
         subprocess.run(["umount", str(homes[1])], check=True)
     return {
         "statuses": Counter(result.status for result in report.results),
+        "reasons": [result.reason for result in report.results if result.status != "pass"],
         "times": Counter(Counter((result.case, result.runtime) for result in made).values()),
         "anew": [note for result in report.results for note in result.notes if "begun anew" in note],
         "lost": said,

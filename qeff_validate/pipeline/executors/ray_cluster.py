@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,6 +32,9 @@ of memory. The first two are given to a host when it joins: ``ray start --resour
 
 A_LITTLE = 0.001
 """Of a resource, to be where it is without taking it from others."""
+
+REFRESH_SECONDS = 1
+"""How old what is known of the hosts may be."""
 
 CONNECT_SECONDS = 10
 """How long the head of a cluster may take to accept a connection."""
@@ -144,6 +148,8 @@ class RayCluster(WorkerPool):
         super().__init__(runtime, settings=settings, **more)
         self._jobs, self._variables = jobs, {name: os.environ.get(name, "1") for name in THREADS}
         self._avoided: set[str] = set()
+        self._alive: dict[str, Mapping[str, float]] = {}
+        self._asked = -math.inf
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask the network
         import ray
 
@@ -207,11 +213,13 @@ class RayCluster(WorkerPool):
         return ()
 
     def _hosts(self) -> dict[str, Mapping[str, float]]:
-        """Return the resources of each host that is there now and not avoided, by id."""
+        """Return the resources of each host that is there now and not avoided, by id; Ray is asked once a second."""
         import ray
 
-        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        return {name: resources for name, resources in alive.items() if name not in self._avoided}
+        if time.monotonic() - self._asked >= REFRESH_SECONDS:
+            self._alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            self._asked = time.monotonic()
+        return {name: resources for name, resources in self._alive.items() if name not in self._avoided}
 
     def _most(self, resource: str) -> float:
         """Return how much of a resource the host has that has the most."""

@@ -62,7 +62,7 @@ class Schedule:
             worker: which has none.
             fits: whether it can do a unit.
         """
-        ready = [unit for unit in self._waiting.values() if fits(unit) and self._may_run(unit)]
+        ready = [unit for unit in self._waiting.values() if self._may_run(unit) and fits(unit)]
         if not ready:
             return None
         own = self._case.get(worker)

@@ -6,6 +6,7 @@ python -m qeff_validate.pipeline.executors.worker SOCKET PARENT
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from qeff_validate.builders.shared_store import FULL
 from qeff_validate.config.case import Case
 from qeff_validate.errors import Unavailable
 from qeff_validate.pipeline.case_pipeline import Pipeline
@@ -72,34 +74,35 @@ class UnitServer:
         unit, runner = Unit(**{**request["unit"], "needs": ()}), self._runner
         case = self._cases[unit.case]
         reset_resident_peak()
-        start, result, failed, hits = time.perf_counter(), None, False, runner.store.hits
+        start, result, failure, hits = time.perf_counter(), None, "", runner.store.hits
         if request["device_ids"]:
             runner.use_cards(request["device_ids"])
         if unit.stage == JUDGES:
             made = runner.result(case, unit.runtime, self._explain)
-            result, failed = made.plain(), made.status == "error"
+            result, failure = made.plain(), made.reason if made.status == "error" else ""
         else:
             try:
                 prepare(runner.pipeline(case), unit, [runner.runtime(name) for name in request["runtimes"]])
-            except Exception:  # whoever needs what could not be made meets the error again, and tells it
-                failed = True
-        fault = host_fault(runner, unit, request["device_ids"]) if failed else None
+            except Exception as exc:  # whoever needs what could not be made meets the error again, and tells it
+                failure = str(exc) or type(exc).__name__
+        fault = host_fault(runner, unit, request["device_ids"], failure) if failure else None
         done = {"result": result, "fault": fault, "seconds": time.perf_counter() - start, "host": ""}
         done["hits"] = runner.store.hits - hits
         self._send({**done, "megabytes": resident_peak_mb()})
 
 
-def host_fault(runner: Runner, unit: Unit, cards: Sequence[int]) -> Mapping[str, Any] | None:
+def host_fault(runner: Runner, unit: Unit, cards: Sequence[int], failure: str) -> Mapping[str, Any] | None:
     """Return why a unit failed that might not fail elsewhere, as ``reason`` and ``cards``; None: nothing is known.
 
     Args:
         runner: has done it.
         unit: has failed.
         cards: ids of those that it had.
+        failure: what it said, or what a process that it called said.
     """
-    if runner.store.no_room:
-        reason, runner.store.no_room = f"had no room in its store ({runner.store.no_room})", ""
-        return {"reason": reason, "cards": []}
+    full = next((text for text in map(os.strerror, FULL) if text in failure), None)
+    if full is not None:
+        return {"reason": f"had no room ({full})", "cards": []}
     sdk = capabilities(runner.runtime(unit.runtime)).sdk if cards else None
     if sdk is None:
         return None

@@ -140,6 +140,33 @@ def without_mask(proto: Any, _: Body) -> None:
     softmax.input[0] = next(node for node in proto.graph.node if node.output[0] == softmax.input[0]).input[0]
 
 
+def softmax_over_queries(proto: Any, _: Body) -> None:
+    softmax = nodes(proto, "Softmax")[1]
+    del softmax.attribute[:]
+    softmax.attribute.append(helper.make_attribute("axis", -2))
+
+
+def weak_mask(proto: Any, _: Body) -> None:
+    softmax = nodes(proto, "Softmax")[1]
+    add = next(node for node in proto.graph.node if node.output[0] == softmax.input[0])
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(-10), "weak"))
+    at = list(proto.graph.node).index(add)
+    proto.graph.node.insert(at, helper.make_node("Max", [add.input[1], "weak"], ["weak_mask"]))
+    add.input[1] = "weak_mask"
+
+
+def half_output(proto: Any, _: Body) -> None:
+    node = nodes(proto, "LayerNormalization")[1]
+
+    def casts(before: str, after: str) -> list[Any]:
+        return [
+            helper.make_node("Cast", [before], ["half"], to=TensorProto.FLOAT16),
+            helper.make_node("Cast", ["half"], [after], to=TensorProto.FLOAT),
+        ]
+
+    wrap(proto, node, casts)
+
+
 def without_residual(proto: Any, _: Body) -> None:
     norm = nodes(proto, "LayerNormalization")[1]
     norm.input[0] = next(node for node in proto.graph.node if node.output[0] == norm.input[0]).input[1]
@@ -181,6 +208,15 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("relu", relu, "layers.1.act", "relu instead of gelu"),
     ("scale", scale, "layers.1.attention", "scores scaled by 0.9"),
     ("mask", without_mask, "layers.1.attention", "the mask is left out"),
+    ("softmax", softmax_over_queries, "layers.1.attention", "its softmax runs over axis -2, not the last"),
+    ("weak mask", weak_mask, "layers.1.attention", "the mask adds -10 to hidden places"),
+    ("half output", half_output, "layers.1.norm", "its output is rounded to fp16"),
+    ("square, shifted", in_weight("layers.1.output", lambda a: np.roll(a, 1, 0)), "layers.1.output",
+     "weight rows are shifted by 1"),
+    ("square, shifted columns", in_weight("layers.0.output", lambda a: np.roll(a, -1, 1)), "layers.0.output",
+     "weight columns are shifted by -1"),
+    ("memory order", in_weight("layers.0.up", lambda a: a.T.reshape(a.shape)), "layers.0.up",
+     "weight read in the other memory order"),
     ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
     ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),

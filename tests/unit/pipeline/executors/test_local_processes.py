@@ -85,7 +85,7 @@ def test_worker_tells_that_its_disk_is_full(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr("qeff_validate.builders.store.os.replace", full)
         server.do(request)
-    assert sent[-1]["fault"] == {"reason": "had no room in its store (No space left on device)", "cards": []}
+    assert sent[-1]["fault"] == {"reason": "had no room (No space left on device)", "cards": []}
     fresh = UnitServer({**job, "store": str(tmp_path)}, sent.append)
     fresh.do(request)
     assert sent[-1]["fault"] is None
