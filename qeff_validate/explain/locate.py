@@ -13,7 +13,7 @@ from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import operator_finding, output_finding
 from qeff_validate.explain.reference_values import ReferenceValues
-from qeff_validate.explain.weights import WeightComparison, WeightFinding, used_weights
+from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights
 from qeff_validate.models.emulation.precision import Compute
 from qeff_validate.protocols import OriginalRun
 
@@ -80,6 +80,7 @@ def _locate(
     own = [item for item in weights.of(module) if item.initializer is not None] if module else []
     if own:
         return _of_weights(own, weights)
+    owned = dict(original.module.named_modules()).get(module)  # None of what is no module, such as a pooling
     learned = {name for name, _ in original.module.named_parameters()}  # buffers are used by many modules
     nodes = graph.block(layers.matches.names[layers.guilty], set(layers.matches.names.values()))
     for name in used_weights(nodes, graph.weights, graph.producer):
@@ -87,6 +88,9 @@ def _locate(
         if differing:
             return _of_weights(differing, weights)
         parameter = weights.by_initializer.get(name)
+        text = "" if parameter or owned is None else copy_finding(owned, graph.weights[name])
+        if text:
+            return Location(module, text)
         owner = parameter.rpartition(".")[0] if parameter is not None else module
         if parameter in learned and not is_within(owner, module) and not is_within(module, owner):
             return _of_another(module, owner, graph, weights)

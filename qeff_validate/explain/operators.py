@@ -44,6 +44,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The coarser first: few numbers of the other are on its grid."""
 
+COARSE = 1e-4
+"""Tolerance from which values are expected to be on the grid of half precision anyway."""
+
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
 
@@ -237,6 +240,9 @@ def _linear(
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         left, right = (tensor.to(dtype).double() for tensor in (given, weight))
         yield f"computed from {name} operands", (left @ right).numpy() + bias
+        if tolerance < COARSE:
+            coarse = torch.from_numpy(observed - bias).to(dtype).double().numpy() + bias
+            yield f"its product is rounded to {name}", coarse
     yield "its output is negated", -(product + bias)
     if observed.shape == product.shape and _clipped(product, observed - bias, size, tolerance):
         yield "its product is clipped", observed
@@ -375,7 +381,7 @@ def output_finding(
         return "its output is zero"
     if given is not None and given.shape == observed.shape and size(given, observed) <= tolerance:
         return "skipped: its output is its input"
-    for name, grid in HALVES.items():
+    for name, grid in HALVES.items() if tolerance < COARSE else ():
         rounded = torch.from_numpy(observed).to(grid).double().numpy()
         if np.array_equal(rounded, observed) and not np.array_equal(np.rint(observed), observed):
             coarse = torch.from_numpy(expected).to(grid).double().numpy()

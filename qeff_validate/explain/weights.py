@@ -206,6 +206,24 @@ def _describe(expected: Array, actual: Array) -> str:
     return text
 
 
+def copy_finding(module: Any, actual: Array) -> str:
+    """Return what differs in an initializer that stands for a module's weight beside a right one; empty if none does.
+
+    A graph has several of a weight that several layers share, or that is folded where it is used.
+
+    Args:
+        module: that uses it.
+        actual: its content.
+    """
+    for name, parameter in module.named_parameters():
+        expected = np.squeeze(parameter.detach().float().numpy())
+        if actual.size >= MIN_SIZE and np.squeeze(actual).shape in (expected.shape, expected.shape[::-1]):
+            text = _describe(expected, actual)
+            if is_named(text) or _likeness(expected, np.squeeze(actual)) >= ALIKE:
+                return f"{name} {text}"
+    return ""
+
+
 def _is_turned(expected: Array, actual: Array) -> bool:
     """Return True if a tensor is more like the transposed one than like the expected one."""
     if actual.ndim != 2 or actual.shape[::-1] != expected.shape:

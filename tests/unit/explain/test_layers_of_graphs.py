@@ -155,16 +155,28 @@ def weak_mask(proto: Any, _: Body) -> None:
     add.input[1] = "weak_mask"
 
 
+def through_half(before: str, after: str) -> list[Any]:
+    return [
+        helper.make_node("Cast", [before], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], [after], to=TensorProto.FLOAT),
+    ]
+
+
 def half_output(proto: Any, _: Body) -> None:
-    node = nodes(proto, "LayerNormalization")[1]
+    wrap(proto, nodes(proto, "LayerNormalization")[1], through_half)
 
-    def casts(before: str, after: str) -> list[Any]:
-        return [
-            helper.make_node("Cast", [before], ["half"], to=TensorProto.FLOAT16),
-            helper.make_node("Cast", ["half"], [after], to=TensorProto.FLOAT),
-        ]
 
-    wrap(proto, node, casts)
+def second_copy(proto: Any, model: Body) -> None:
+    """One of two uses of a weight reads another copy, as graphs have of layers that share their weights."""
+    weight = initializers(proto, model.layers[0].up.weight.detach().numpy().T)
+    node = next(node for node in nodes(proto, "MatMul") if node.input[1] == weight.name)
+    proto.graph.initializer.append(numpy_helper.from_array(np.roll(numpy_helper.to_array(weight), 1, 1), "copy"))
+    node.input[1] = "copy"
+
+
+def half_product(proto: Any, model: Body) -> None:
+    weight = initializers(proto, model.layers[0].up.weight.detach().numpy().T)
+    wrap(proto, next(node for node in nodes(proto, "MatMul") if node.input[1] == weight.name), through_half)
 
 
 def without_residual(proto: Any, _: Body) -> None:
@@ -217,6 +229,8 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
      "weight columns are shifted by -1"),
     ("memory order", in_weight("layers.0.up", lambda a: a.T.reshape(a.shape)), "layers.0.up",
      "weight read in the other memory order"),
+    ("second copy", second_copy, "layers.0.up", "weight rows are shifted by 1"),
+    ("half product", half_product, "layers.0.up", "its product is rounded to fp16"),
     ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
     ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),
