@@ -3,7 +3,7 @@
 
 Processor time of an export in a process that has exported before, with neither this nor `replace_in_place` and
 `decompose_alone`, and with them: a BERT of two layers 1.7 s and 0.9 s, MiniLM 2.6 s and 1.6 s, a Qwen2 of two layers
-with DoRA 3.8 s and 1.2 s, SmolLM2-135M 27 s and 18 s (on a busy machine; 22 s and 15 s on a quiet one).
+with DoRA 3.8 s and 1.2 s, SmolLM2-135M 27 s and 18 s (on a busy machine).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-_MISSING = object()
+from qeff_validate.models.framework_calls import replaced
+
 _registries: dict[int, Any] = {}
 """The exporter's translations of operators by opset: it parses the source of each of them, 0.4 s an export."""
 
@@ -37,20 +38,6 @@ def no_repeated_work() -> Iterator[None]:
         stack.enter_context(_shared_registry(_registration.ONNXRegistry))
         stack.enter_context(_promotion_by_rule())
         yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of a module or class, and afterwards its previous value; without the attribute do nothing."""
-    previous = vars(owner).get(name, _MISSING)
-    if previous is _MISSING:
-        yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, previous)
 
 
 @functools.cache
