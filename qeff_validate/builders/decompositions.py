@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spares an export the traces with which the exporter decomposes operators, where the graph needs no decomposition.
+"""Spares an export the traces with which the exporter decomposes operators.
 
 `torch.onnx.export` captures a module and then traces the graph twice more, to replace operators that have no form in
-ONNX by others that have one. That is 40 % of the time of an export. Most graphs of transformers hold only a few such
-operators, each with an equivalent of the same arguments.
+ONNX by others that have one. That is up to 70 % of the time of an export. Graphs of transformers hold only a few such
+operators: some have an equivalent of the same arguments, some work in place on a tensor that has no views, and others
+are decomposed alone, at their place in the graph. Only a graph with still others is traced again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,15 @@ EQUIVALENTS = {
     "max.other": "maximum.default",
 }
 """Operators of ATen, each with one that has the same arguments and values, and a form in ONNX."""
+
+IN_PLACE = {
+    "add_.Tensor": "add.Tensor",
+    "sub_.Tensor": "sub.Tensor",
+    "mul_.Tensor": "mul.Tensor",
+    "div_.Tensor": "div.Tensor",
+    "index_put_.default": "index_put.default",
+}
+"""Operators that change their first argument, each with one that returns the changed tensor."""
 
 CONVERSIONS = ("to.dtype", "to.device", "to.dtype_layout")
 """Operators that change the dtype, or nothing."""
@@ -46,6 +57,8 @@ def needed_decompositions() -> Iterator[None]:
             return decompose(self, table, *args, **options)
         table = {**table, _operator("linalg_solve.default"): solve_without_pivots}
         replace_equivalents(self.graph)
+        replace_in_place(self.graph)
+        decompose_alone(self.graph, table)
         return decompose(self, table, *args, **options) if needs_decomposition(self.graph, table) else self
 
     program.run_decompositions = run_decompositions  # type: ignore[method-assign]
@@ -96,6 +109,93 @@ def replace_equivalents(graph: Any) -> None:
             node.args, node.kwargs = (source,), {} if same else {"dtype": dtype}
         elif node.target is ops.aten.numpy_T.default and node.args[0].meta["val"].ndim == 2:
             node.target, node.args = ops.aten.transpose.int, (node.args[0], 0, 1)
+
+
+def replace_in_place(graph: Any) -> None:
+    """Replace operators that change a tensor, if the tensor was made in the graph and had no views until then.
+
+    Whoever reads the tensor after the operator then reads the operator's result.
+    """
+    targets = {_operator(name): _operator(other) for name, other in IN_PLACE.items()}
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for first, *others in _nodes_by_storage(graph).values():
+        changes = list(itertools.takewhile(lambda node: node.target in targets, others))
+        if first.op != "call_function" or not all(_keeps_dtype(node) for node in changes):
+            continue
+        earlier = [first]
+        for change in changes:
+            for node in earlier:
+                for user in [user for user in node.users if order[user] > order[change]]:
+                    user.replace_input_with(node, change)
+            change.target = targets[change.target]
+            earlier.append(change)
+
+
+def _nodes_by_storage(graph: Any) -> dict[int, list[Any]]:
+    """Return the nodes whose tensors share their memory, by its address, in the order of the graph."""
+    import torch
+
+    nodes: dict[int, list[Any]] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            nodes.setdefault(value.untyped_storage()._cdata, []).append(node)
+    return nodes
+
+
+def _keeps_dtype(node: Any) -> bool:
+    """Return whether an operator gives its first argument's dtype without being told to: no operand is wider."""
+    dtype = node.meta["val"].dtype
+    dtypes = {getattr(argument.meta["val"], "dtype", dtype) for argument in node.all_input_nodes} - {dtype}
+    return not dtypes or (dtype.is_floating_point and not any(other.is_floating_point for other in dtypes))
+
+
+def decompose_alone(graph: Any, table: Mapping[Any, Any]) -> None:
+    """Replace each operator of a captured `torch.fx.Graph` that has a decomposition by the operators of it.
+
+    Args:
+        graph: the graph.
+        table: operators that have no form in ONNX, with their decompositions.
+    """
+    from torch._guards import detect_fake_mode
+    from torch._ops import OpOverload
+
+    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes if node.op == "placeholder"])
+    for node in list(graph.nodes):
+        if mode is not None and isinstance(node.target, OpOverload) and node.target in table:
+            _decompose_node(graph, node, mode, table)
+
+
+def _decompose_node(graph: Any, node: Any, mode: Any, table: Mapping[Any, Any]) -> None:
+    """Replace a node by its decomposition; one with arguments or results other than tensors stays."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.node import map_arg
+
+    inputs = node.all_input_nodes
+    values = [each.meta.get("val") for each in (*inputs, node)]
+    if node.target._schema.is_mutable or not all(isinstance(value, torch.Tensor) for value in values):
+        return
+
+    def run(*tensors: Any) -> Any:
+        by_node = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), by_node.__getitem__)
+        return node.target(*args, **kwargs)
+
+    with mode:
+        traced = make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
+    if any(each.op == "get_attr" for each in traced.nodes):
+        return
+    placeholders = [each for each in traced.nodes if each.op == "placeholder"]
+    before = set(graph.nodes)
+    with graph.inserting_before(node):
+        result = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))
+    for each in graph.nodes:
+        if each not in before:
+            each.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta")})
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    result.name = node.name  # the program's signature names its outputs
 
 
 def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:

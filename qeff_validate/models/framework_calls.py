@@ -71,6 +71,20 @@ def returned_cache(outputs: Any) -> Any:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of a module or class, and afterwards its previous value; without the attribute do nothing."""
+    if name not in vars(owner):
+        yield
+        return
+    previous = vars(owner)[name]  # of a class, without binding it
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
+
+
+@contextmanager
 def translated_errors(action: str) -> Iterator[None]:
     """Translate exceptions of transformers, safetensors and torch, which share no base class.
 

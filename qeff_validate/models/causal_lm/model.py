@@ -297,7 +297,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
         self._loaded = adapted.base_model()
-        _, _, own_tokenizer = self._tokenizer()
+        _, own_tokenizer = self._grown
         notes = [own_tokenizer] if own_tokenizer else []
         notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}

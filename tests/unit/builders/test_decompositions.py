@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export decomposes a graph only where an operator needs it, and the values are those of the module either way."""
+"""An export traces a graph again only where an operator needs it, and the values are those of the module either way."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import onnxruntime
 import pytest
 import torch
 from bounds import close
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
 
 from qeff_validate.builders.export_onnx import export_onnx
 from qeff_validate.protocols import Graph
@@ -26,13 +28,18 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "detach": lambda x: (x * 2).detach_() + x.detach(),
     "smaller": lambda x: torch.min(x, x * x) + torch.max(x, -x),
     "no-gradients": lambda x: _without_gradients(x) + 1,
+    "in-place": lambda x: (x * 2).add_(x).mul_(3) + _read_before_and_after(x),
+    "in-place-then-view": lambda x: (x * 2).sub_(x).T.reshape(8, -1).T,
+    "in-place-integers": lambda x: ((x > 0).long() * 2).add_((x > 1).long()) * x,
+    "eye": lambda x: x @ torch.eye(8) + torch.linalg.norm(x, dim=1, keepdim=True),
+    "decomposed-output": lambda x: torch.square(x @ torch.kron(torch.eye(4), torch.ones(2, 2))),
 }
-"""Operators of transformers that torch captures as they are."""
+"""Operators of transformers, in graphs that need no trace to be translated."""
 
 DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "in-place": lambda x: (x * 2).add_(x),
+    "in-place-of-a-view": lambda x: _changed_through_a_view(x) + 1,
+    "in-place-in-wider-numbers": lambda x: (x * 2).add_(x.to(torch.float64)),
     "in-place-view": lambda x: (x * 2).unsqueeze_(1),
-    "eye": lambda x: x @ torch.eye(8),
     "gradients": lambda x: _with_gradients(x) + 1,
 }
 
@@ -45,6 +52,19 @@ def _without_gradients(x: torch.Tensor) -> torch.Tensor:
 @torch.enable_grad()
 def _with_gradients(x: torch.Tensor) -> torch.Tensor:
     return x * 3
+
+
+def _read_before_and_after(x: torch.Tensor) -> torch.Tensor:
+    doubled = x * 2
+    before = doubled * 5
+    doubled.add_(x)
+    return before - doubled
+
+
+def _changed_through_a_view(x: torch.Tensor) -> torch.Tensor:
+    doubled = x * 2
+    doubled[:, :4].add_(x[:, 4:])
+    return doubled
 
 
 def exported(function: Callable[[torch.Tensor], torch.Tensor], folder: Path, monkeypatch: Any) -> int:
@@ -85,9 +105,14 @@ def test_operators_without_a_form_in_onnx_are_decomposed(name: str, tmp_path: Pa
 @pytest.mark.numeric
 def test_torch_is_as_before_after_an_export_that_fails(tmp_path: Path, monkeypatch: Any) -> None:
     decompose, cache = torch.export.ExportedProgram.run_decompositions, torch._dynamo.config.fake_tensor_cache_enabled
+    registry, interpreter = ONNXRegistry.from_torchlib, _TypePromotionInterpreter.run_node
+    tables = torch.export.default_decompositions
     with pytest.raises(Exception, match=r"torch\.onnx\.export failed"):
         exported(lambda x: torch.linalg.solve(x.T @ x, torch.ones(8)), tmp_path, monkeypatch)
     monkeypatch.undo()
     assert torch.export.ExportedProgram.run_decompositions is decompose
     assert torch._dynamo.config.fake_tensor_cache_enabled == cache
     assert torch.is_grad_enabled()
+    assert ONNXRegistry.from_torchlib == registry
+    assert _TypePromotionInterpreter.run_node is interpreter
+    assert torch.export.default_decompositions is tables

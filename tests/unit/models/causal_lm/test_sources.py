@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.adapters.apply import load_model_and_tokenizer
-from qeff_validate.models.sources.gguf import Gguf
+from qeff_validate.models.sources.gguf import Gguf, parsed_once
 from qeff_validate.models.sources.resolve import InMemory
 from qeff_validate.models.sources.synthetic import Random
 
@@ -165,6 +165,29 @@ def test_a_gguf_file_is_a_source_and_its_key_is_its_content(tmp_path: Path, monk
     assert Gguf(file).body_key() != key
     with pytest.raises(ConfigError, match=r"nowhere\.gguf does not exist"):
         load_model_and_tokenizer({"source": f"path:{tmp_path / 'nowhere.gguf'}"})
+
+
+def test_a_gguf_file_is_parsed_once_for_a_load_and_says_the_same(tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_token_list(["<s>", "a", "bc"])
+    writer.add_tensor("output.weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    reader_class, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = reader_class(tmp_path / "model.gguf")
+    with parsed_once():
+        parsed = gguf.GGUFReader(tmp_path / "model.gguf")
+        assert gguf.GGUFReader(tmp_path / "model.gguf") is parsed
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader_class, names)
+    assert list(parsed.fields) == list(plain.fields)
+    for name, field in plain.fields.items():
+        assert parsed.fields[name].contents() == field.contents()
+    assert np.array_equal(parsed.tensors[0].data, np.arange(6, dtype=np.float32).reshape(2, 3))
 
 
 @pytest.mark.parametrize(
