@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.comparison.bounds import NOISE_SHARE, Bound
+from qeff_validate.models.classification.verdict import judge_scores
 from qeff_validate.models.multi_vector.verdict import judge_multi_vector
 from qeff_validate.models.sparse_embedding.verdict import judge_sparse
 from qeff_validate.protocols import ComparisonContext
@@ -77,6 +78,15 @@ def test_scores_without_a_bound_are_not_settled() -> None:
     assert "no sound bound for maxsim_error" in verdict.reason
     context = replace(OWN_BOUNDS, override={**OWN_BOUNDS.override, "maxsim_error": 0.5})
     assert judge_multi_vector("out", {"out": vectors}, {"out": vectors}, inputs, context).status == "pass"
+
+
+def test_documents_keep_their_order_where_the_case_bounds_scores_alone() -> None:
+    context = replace(OWN_BOUNDS, override={"score_error": 0.5, "why": "weights of six bits"})
+    reference, swapped = np.float32([[3], [2.55], [-4]]), np.float32([[2.55], [3], [-4]])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], groups=(0, 0, 0))
+    assert judge_scores("scores", {"scores": reference}, {"scores": reference}, inputs, context).status == "pass"
+    verdict = judge_scores("scores", {"scores": reference}, {"scores": swapped}, inputs, context)
+    assert failed(verdict) == {"scores.document_order"}
 
 
 def test_noise_is_the_measured_one_unless_the_case_says_what_is_usual() -> None:
