@@ -29,7 +29,7 @@ def test_words_that_change_places_fail_the_verdict() -> None:
     reference[2, ::3] = 30
     swapped = reference.copy()
     swapped[0, [4, 5]] = swapped[0, [5, 4]]
-    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], similarity="dot")
     assert judge_sparse("words", {"words": reference}, {"words": reference}, inputs, CONTEXT).status == "pass"
     verdict = judge_sparse("words", {"words": reference}, {"words": swapped}, inputs, CONTEXT)
     assert verdict.status == "fail"
@@ -59,7 +59,7 @@ OWN_BOUNDS = ComparisonContext(
 
 def test_dot_products_without_a_bound_are_not_settled() -> None:
     words = np.random.default_rng(0).uniform(0.5, 2, (3, 100)).astype(np.float32)
-    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], similarity="dot")
     verdict = judge_sparse("words", {"words": words}, {"words": words}, inputs, OWN_BOUNDS)
     assert verdict.status == "inconclusive"
     assert "no sound bound for dot_error" in verdict.reason
