@@ -242,6 +242,12 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
                 f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
             )
         notes += self._head_notes()
+        empty = sum(not tokens.size for tokens in ids)
+        if empty and self.pooling_config.layers:
+            notes.append(
+                f"{empty} of {len(texts)} texts have no token: their vectors are zeros here and are not compared;"
+                " sentence-transformers gives what the modules behind the pooling make of zeros"
+            )
         for row in long:
             ids[row] = np.array(tokenize(texts[row], most), dtype=np.int64)
         if long:
@@ -263,14 +269,14 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
 
     def _head_notes(self) -> Iterator[str]:
         """Say what the directory says and the verdict leaves out: a task head, half precision."""
-        if not isinstance(self.source, Folder):
-            return
-        kept = self.source.computes_in()
-        if kept != "float32" and isinstance(self.source, SentenceFolder):
+        kept = self.source.computes_in() if isinstance(self.source, SentenceFolder | StaticFolder) else "float32"
+        if kept != "float32":
             yield (
                 f"sentence-transformers loads this directory in {kept} and computes in it; the reference computes in"
                 " float32 with the same weights, so encode differs from it by rounding"
             )
+        if not isinstance(self.source, Folder):
+            return
         architecture, head = head_tensors(self.source.path)
         if head:
             names = f"{', '.join(head[:3])}{f' and {len(head) - 3} more' if len(head) > 3 else ''}"

@@ -15,7 +15,7 @@ from typing import Any
 from qeff_validate.comparison.similarity import SIMILARITIES
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.models.sources.checkpoint import read_object
-from qeff_validate.models.sources.sentence_directory import VECTOR, first_module, transformer_config
+from qeff_validate.models.sources.sentence_directory import VECTOR, first_module, module_list, transformer_config
 
 SETTINGS = "config_sentence_transformers.json"
 
@@ -101,6 +101,10 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
     saved = config.get("transformer_task", task)
     if saved != task:
         remedy = f"say model: {TASKS[saved]}" if saved in TASKS else "no model kind validates it"
+        if any(kind == "SparseAutoEncoder" for kind, _ in module_list(folder, route)):
+            remedy = (
+                "its SparseAutoEncoder keeps the strongest numbers of a dense vector, which no model kind validates"
+            )
         raise ConfigError(f"{path}: transformer_task is {saved!r}, and this kind of model needs {task!r}: {remedy}")
     options = {**(config.get("model_args") or {}), **(config.get("model_kwargs") or {})}
     if not options.keys() <= HARMLESS:
