@@ -362,12 +362,11 @@ def bundle(
 
 def _with_texts(case: Case, model: Any) -> Case:
     """Return a case that holds its texts or pairs instead of naming their file, which another host need not have."""
-    files = [name for name in case.inputs.given() if name.endswith("_file")]
-    if not files:
+    if not {"texts_file", "pairs_file", "dataset"} & set(case.inputs.given()):
         return case
-    name = files[0].removesuffix("_file")
-    given = model.asked()[name] if isinstance(model, Prechecked) else None
-    return case.model_copy(update={"inputs": Inputs.model_validate({name: given})})
+    asked = model.asked() if isinstance(model, Prechecked) else {}
+    name = "pairs" if "pairs" in asked else "texts"
+    return case.model_copy(update={"inputs": Inputs.model_validate({name: asked.get(name)})})
 
 
 def selftest(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from qeff_validate.comparison.noise_floor import Floor
+    from qeff_validate.comparison.task_metrics import TaskScore
     from qeff_validate.comparison.verdict import Verdict
     from qeff_validate.config.case import Case, Precision
 
@@ -376,6 +377,19 @@ class FileAdapted(Protocol):
         Args:
             session: on the user's file.
             artifacts: the case's `config.case.Artifacts`, with the mapping of names.
+        """
+
+
+@runtime_checkable
+class TaskScored(Protocol):
+    """Optional part of a `Model`: what outputs are worth for a task is shown beside their verdict."""
+
+    @abstractmethod
+    def task_score(self, reference: Tensors, actual: Tensors, inputs: Any) -> TaskScore | None:
+        """Return what the reference and a runtime's outputs, of the same shapes, reach on the case's task data.
+
+        Returns:
+            None: the inputs are no task data.
         """
 
 

@@ -2,7 +2,8 @@
 """Which PEFT methods work on which architectures: ``make support`` tries every pair and writes docs/support.md.
 
 Each pair is a case of its own with two random adapters, run on ONNX Runtime and on the simulated AI 100. Graphs and
-QPCs are in the store, so a run that was broken off goes on where it was. ``--only lora,llama`` writes no page.
+QPCs are in the store, so a run that was broken off goes on where it was. ``--only lora,llama`` writes no page. Behind
+the pairs stand the model types that ``random:`` builds; ``--bodies`` writes these alone.
 """
 
 from __future__ import annotations
@@ -309,6 +310,56 @@ def try_all(
             yield pair, outcome
 
 
+BODIES_HEADING = "## Bodies of `random:`\n"
+
+OUTCOMES: Mapping[str, str] = {
+    # part of the message | what it says
+    "it is no model of texts": "is no model of texts with a vocabulary",
+    "is made of parts; ": "is made of parts, of which one reads texts: the arrow names its type",
+    "is made of parts (": "is made of parts that are not shrunk: take a saved model by `path:`",
+    "it is a part of other models": "is built as a part of other models only",
+    "its default config, shrunk, is none of a whole model": "has a default config that, shrunk, builds no model: say"
+    " what is missing in `config`, or take `tiny:` with a published one",
+    "the config's values do not go together": "has a default config whose values do not fit when it is shrunk",
+    "which the family has": "would lose what makes its family when it is shrunk",
+    "shrunk it still has": "is still too large when it is shrunk",
+    "cannot make a config for": "has no default config",
+}
+"""Why a type of transformers builds no small body."""
+
+
+def bodies() -> str:
+    """Return the section about the model types of transformers: which build a small body, and why others do not."""
+    from transformers import CONFIG_MAPPING
+
+    from qeff_validate.errors import ConfigError, Unavailable
+    from qeff_validate.models.sources.synthetic import Random, empty_body
+
+    built: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for name in sorted(set(CONFIG_MAPPING)):
+        try:
+            empty_body(Random(name, {}, 0)._config(), name)
+            built.append(f"`{name}`")
+        except (ConfigError, Unavailable) as exc:
+            message = str(exc)
+            why = next((said for part, said in OUTCOMES.items() if part in message), message)
+            part = re.search(r"take random:(\S+)$", message)
+            refused.setdefault(why, []).append(f"`{name}`" + (f" → `{part[1]}`" if part else ""))
+    lines = [
+        BODIES_HEADING,
+        f"Written by `python tests/support.py --bodies`: of {len(built) + sum(map(len, refused.values()))} model types"
+        f" of transformers {environment(Settings())['versions']['transformers']}, {len(built)} build a small body that"
+        " keeps every class of modules of its family (`tests/unit/models/sources/test_random_types.py`). That a body"
+        " builds does not say that it exports: [tried bodies](models.md).",
+        "",
+        f"**Built ({len(built)}):** {', '.join(built)}",
+    ]
+    for why, names in sorted(refused.items(), key=lambda item: -len(item[1])):
+        lines += ["", f"**{len(names)} × {why}:** {', '.join(names)}"]
+    return "\n".join([*lines, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try pairs and write the page; with ``--only``, print alone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -316,10 +367,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", help="directory of the artifact store; default: as qeff-validate")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/support.md)")
+    parser.add_argument("--bodies", action="store_true", help="write the section about bodies alone")
     given = parser.parse_args(arguments)
+    if given.bodies:
+        before = given.output.read_text(encoding="utf-8").partition(BODIES_HEADING)[0].rstrip("\n")
+        given.output.write_text(f"{before}\n\n{bodies()}", encoding="utf-8")
+        return 0
     outcomes = dict(try_all(pairs(given.only), given.jobs, given.store))
     if not given.only:
-        given.output.write_text(page(outcomes, environment(Settings())["versions"]), encoding="utf-8")
+        text = f"{page(outcomes, environment(Settings())['versions'])}\n{bodies()}"
+        given.output.write_text(text, encoding="utf-8")
     return 0
 
 

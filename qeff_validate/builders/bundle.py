@@ -126,9 +126,9 @@ def read_bundle(folder: Path, *, digest: str | None = None) -> list[Case]:
     if runtime_for(manifest.runtime).kind != "qpc":
         raise ConfigError(f"{folder} is for {manifest.runtime}, which opens no QPC, and a bundle holds nothing else")
     for case in manifest.cases:
-        files = [name for name in case.inputs.given() if name.endswith("_file")]
-        if files:
-            raise ConfigError(f"{folder}: case {case.name!r} names a {files[0]}, and a bundle holds its texts itself")
+        file = case.inputs.file
+        if file is not None:
+            raise ConfigError(f"{folder}: case {case.name!r} names a {file}, and a bundle holds its texts itself")
     names = [case.name for case in manifest.cases]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"{folder}/{MANIFEST} names the cases {names}: at least one is needed, and each once")

@@ -96,14 +96,18 @@ def no_jit_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def export_errors() -> Iterator[None]:
-    """Raise a BuildError with the reason for any exception of an exporter; errors of a full store pass."""
+def export_errors(remedy: str = "") -> Iterator[None]:
+    """Raise a BuildError with the reason for any exception of an exporter; errors of a full store pass.
+
+    Args:
+        remedy: ends the message.
+    """
     try:
         yield
     except Exception as exc:  # an exporter raises any exception of its tracer
         if isinstance(exc, OSError) and exc.errno in NO_ROOM:
             raise
-        raise BuildError(f"torch.onnx.export failed: {known_reason(exc)}{_place(exc)}{reason(exc)}") from exc
+        raise BuildError(f"torch.onnx.export failed: {known_reason(exc)}{_place(exc)}{reason(exc)}{remedy}") from exc
 
 
 def known_reason(exc: BaseException) -> str:

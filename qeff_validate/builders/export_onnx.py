@@ -150,7 +150,7 @@ def _torchscript(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, 
     }
     raw = path.parent / "raw"  # beyond 2 GiB the exporter writes a file for each tensor
     raw.mkdir()
-    with export_errors(), no_jit_log():
+    with export_errors("; try exporter: dynamo"), no_jit_log():
         torch.onnx.export(
             _positional(module, list(inputs)).eval(),
             tuple(inputs.values()),

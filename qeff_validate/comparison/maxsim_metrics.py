@@ -63,6 +63,11 @@ def maxsim(vectors: Array, texts: Texts) -> Floats:
     return scores
 
 
+def summed_maxsim(query: Floats, document: Floats) -> float:
+    """Return the score of a document for a query, vectors ``[n, dim]``; 0 if either has none."""
+    return float((query @ document.T).max(axis=1).sum()) if len(query) and len(document) else 0.0
+
+
 def maxsim_errors(reference: Array, actual: Array, texts: Texts) -> Floats:
     """Return the error of each score, float64 ``[queries, documents]``."""
     errors: Floats = np.abs(maxsim(actual, texts) - maxsim(reference, texts))

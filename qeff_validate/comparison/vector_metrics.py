@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.comparison.metric import VECTOR_METRICS, ErrorsByRow, Metric, names
+from qeff_validate.comparison.similarity import similarity, similarity_noise
 from qeff_validate.errors import IncomparableError
 from qeff_validate.tensors import Array
 
@@ -140,12 +141,14 @@ def systematic_size(metric: Metric) -> float:
     return float(np.max([metric.value, metric.worst.get("standard_error", 0.0)]))
 
 
-def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: int = 0) -> list[Metric]:
-    """Return the order of neighbours, the overlap of the ten nearest, and the drift of cosine scores.
+def neighbour_metrics(
+    reference: Array, actual: Array, *, noise: float, seed: int = 0, by: str = "cosine"
+) -> list[Metric]:
+    """Return the order of neighbours, the overlap of the ten nearest, and the drift of their scores.
 
-    With unit rows, errors of at most ``noise`` move a score by at most δ = 2·noise + noise² (Cauchy–Schwarz), so
-    two neighbours of a row can swap ranks only if their reference scores differ by at most 2δ. Every
-    neighbour that is overtaken across a greater gap is a violation.
+    Errors of at most ``noise`` move the score of neighbour k by at most δₖ (`similarity_noise`), so two neighbours of a
+    row can swap ranks only if their reference scores differ by at most δⱼ + δₖ. Every neighbour that is overtaken
+    across a greater gap is a violation.
 
     Args:
         reference: [n, d], n ≥ 3.
@@ -153,6 +156,7 @@ def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: in
         noise: relative L2 error of a row that is expected from rounding alone; below the row bound, so that this
             metric detects correlated errors of rows that pass one by one.
         seed: for sampling the rows if there are more than `PAIR_ROWS`.
+        by: the score, one of `similarity.SIMILARITIES`.
 
     Returns:
         ``neighbour_order`` (number of violations), ``overlap_10`` (1 = all), ``score_drift``.
@@ -163,19 +167,23 @@ def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: in
     sample = np.arange(n)
     if n > PAIR_ROWS:
         sample = np.sort(np.random.default_rng(seed).choice(n, PAIR_ROWS, replace=False))
-    a, b = _unit(reference[sample]), _unit(actual[sample])
-    gap = 2 * (2 * noise + noise**2)
+    a, b = reference[sample].astype(np.float64), actual[sample].astype(np.float64)
+    a, b = (_unit(a), _unit(b)) if by == "cosine" else (a, b)
+    score = "dot" if by == "cosine" else by  # of unit rows
     k = min(10, len(sample) - 1)
     violations = np.zeros(len(sample))
     overlap = np.zeros(len(sample))
     drift = np.zeros(len(sample))
+    gap = 0.0
     for i in range(len(sample)):
         others = np.delete(np.arange(len(sample)), i)
-        wanted, got = a[others] @ a[i], b[others] @ b[i]
-        violations[i] = overtaken(wanted, got, gap)
+        wanted, got = similarity(score, a[i], a[others]), similarity(score, b[i], b[others])
+        moved = similarity_noise(by, a[i], a[others], noise)
+        gap = max(gap, 2 * float(moved.max()))
+        violations[i] = overtaken(wanted, got, 2 * moved)
         drift[i] = np.max(np.abs(got - wanted))
         overlap[i] = len(np.intersect1d(np.argsort(-wanted)[:k], np.argsort(-got)[:k])) / k
-    used = {"rows_used": len(sample), "rows": n}
+    used = {"rows_used": len(sample), "rows": n, **({} if by == "cosine" else {"similarity": by})}
     row = int(sample[int(np.argmax(violations))])
     return [
         Metric("neighbour_order", float(violations.sum()), {"row": row, "gap": gap, **used}),
@@ -184,18 +192,24 @@ def neighbour_metrics(reference: Array, actual: Array, *, noise: float, seed: in
     ]
 
 
-def _unit(rows: Array) -> Floats:
-    wide = rows.astype(np.float64)
+def _unit(rows: Floats) -> Floats:
     with np.errstate(all="ignore"):
-        unit: Floats = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+        unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
 
 
-def overtaken(wanted: Floats, got: Floats, gap: float) -> int:
-    """Count the neighbours k that ``got`` ranks at or above some j with wanted[j] > wanted[k] + gap."""
-    order = np.argsort(-wanted)
-    wanted, got = wanted[order], got[order]
+def overtaken(wanted: Floats, got: Floats, gap: float | Floats) -> int:
+    """Count the neighbours k that ``got`` ranks at or above some j with wanted[j] > wanted[k] + gap.
+
+    Args:
+        wanted: scores of the reference, float64 ``[n]``.
+        got: scores under test.
+        gap: one number, or one of each neighbour: of two, noise can close the mean.
+    """
+    lower, upper = wanted - np.asarray(gap) / 2, wanted + np.asarray(gap) / 2
+    order = np.argsort(-lower)
+    lower, upper, got = lower[order], upper[order], got[order]
     lowest = np.minimum.accumulate(got)  # propagates NaN
-    ahead = np.searchsorted(-wanted, -(wanted + gap), side="left")  # number of scores above wanted[k] + gap
+    ahead = np.searchsorted(-lower, -upper, side="left")  # number of neighbours that are above k whatever noise does
     has_ahead = ahead > 0
     return int(np.count_nonzero(~(lowest[ahead[has_ahead] - 1] > got[has_ahead])))

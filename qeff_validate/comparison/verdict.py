@@ -173,6 +173,7 @@ def compare(
     seed: int = 0,
     precision: str = "",
     relation: bool = False,
+    similarity: str = "cosine",
 ) -> Verdict:
     """Compare the outputs of a runtime with the reference: names, dtypes, shapes, finiteness, then every metric.
 
@@ -187,6 +188,7 @@ def compare(
         seed: for sampling the rows of pairwise metrics.
         precision: profile of what computed ``actual``, for messages.
         relation: ``reference`` is an output of the same session, so a row that is not finite in it fails as well.
+        similarity: by which neighbours are ordered (`similarity.SIMILARITIES`).
     """
     planned = len(reference) * len(rows.gated())
     problem = structure_problem(reference, actual, len(rows.labels))
@@ -206,7 +208,8 @@ def compare(
         results += non_finite(name, both, broken, rows)
         measured = [row for row in rows.with_tokens() if wanted[row] and got[row]]
         if measured:
-            results += _gate_output(name, reference[name], actual[name], bounds, rows, measured, floor, seed)
+            arrays = reference[name], actual[name]
+            results += _gate_output(name, *arrays, bounds, rows, measured, floor, seed, similarity)
         if rows.tokenless and rows.zeros:
             results.append(_tokenless_gate(name, actual[name], rows))
         elif rows.tokenless:
@@ -299,6 +302,7 @@ def _gate_output(
     measured: list[int],
     floor: Floor | None,
     seed: int,
+    similarity: str,
 ) -> list[GateResult]:
     complete = len(measured) == len(reference)
     wanted, got = (reference, actual) if complete else (reference[measured], actual[measured])
@@ -309,7 +313,7 @@ def _gate_output(
     if len(measured) >= 3 and "rel_l2" in bounds:
         bound = bounds["rel_l2"]
         noise = nan_max((bound.noise, LEAST["rel_l2"] / 10)) if bound.source == "floor" else bound.noise
-        metrics += neighbour_metrics(wanted, got, noise=noise, seed=seed)
+        metrics += neighbour_metrics(wanted, got, noise=noise, seed=seed, by=similarity)
     results = []
     for metric in metrics:
         row = measured[metric.worst["row"]]

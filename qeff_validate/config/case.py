@@ -49,10 +49,14 @@ Length = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Inputs(Strict):
-    """The texts of a case, or its pairs; the built-in ones if none are given."""
+    """The texts of a case, its pairs, or its task data; the built-in texts or pairs if none are given."""
 
     texts: list[str] | None = Field(None, description="texts to embed, at least three distinct ones")
-    texts_file: Name | None = Field(None, description="UTF-8 file with one text per line, relative to the config")
+    texts_file: Name | None = Field(
+        None,
+        description="UTF-8 file with one text per line, or .tsv, .csv or .jsonl with a column text; relative to the"
+        " config",
+    )
 
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = Field(
         None, description="[query, document] each; documents of one query are ranked against each other"
@@ -60,17 +64,33 @@ class Inputs(Strict):
     pairs_file: Name | None = Field(
         None, description=".tsv, .csv or .jsonl with columns query and document, relative to the config"
     )
+    dataset: Name | None = Field(
+        None,
+        description="task data: sts or retrieval, or a .tsv, .csv or .jsonl relative to the config, with columns"
+        " sentence1, sentence2 and score, or query, document and score",
+    )
+    columns: dict[str, str] = Field({}, description="what columns of the file are called: {text: body}")
 
     @model_validator(mode="after")
     def _one(self) -> Inputs:
         given = self.given()
         if len(given) > 1:
             raise ValueError(f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
+        if self.columns and (not given or given[0] in ("texts", "pairs")):
+            raise ValueError("columns are of a file: give texts_file, pairs_file or dataset")
         return self
 
     def given(self) -> list[str]:
         """Return the names of the keys that are given; none: the built-in inputs."""
-        return [name for name in ("texts", "texts_file", "pairs", "pairs_file") if getattr(self, name) is not None]
+        names = ("texts", "texts_file", "pairs", "pairs_file", "dataset")
+        return [name for name in names if getattr(self, name) is not None]
+
+    @property
+    def file(self) -> str | None:
+        """The name of the key that names a file; None if there is none."""
+        files = [name for name in self.given() if name.endswith("_file")]
+        named = self.dataset is not None and "." in self.dataset  # sets that come with the library have no suffix
+        return "dataset" if named else files[0] if files else None
 
 
 class Compile(Strict):

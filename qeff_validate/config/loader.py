@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qeff_validate.config.case import Case, Config, Inputs
+from qeff_validate.config.case import Case, Config
 from qeff_validate.config.explain import explain
 from qeff_validate.config.yaml_reader import MOST_VALUES, expanded_size, lines_by_name, parse_yaml
 from qeff_validate.errors import ConfigError, suggest
@@ -102,10 +102,9 @@ def _absolute(case: Case, config: Path) -> Case:
     update: dict[str, Any] = {}
     if case.source.startswith("path:"):
         update["source"] = f"path:{place(case.source[5:])}"
-    for name in ("texts_file", "pairs_file"):
-        file = getattr(case.inputs, name)
-        if file is not None:
-            update["inputs"] = Inputs.model_validate({name: place(file)})
+    file = case.inputs.file
+    if file is not None:
+        update["inputs"] = case.inputs.model_copy(update={file: place(getattr(case.inputs, file))})
     files = {name: getattr(case.artifacts, name) for name in ("onnx", "qpc", "reference")}
     given = {name: place(path) for name, path in files.items() if path is not None}
     if given:

@@ -30,6 +30,7 @@ from qeff_validate.models.sources.encode_settings import EncodeSettings, resolve
 from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.tokenizers import TokenizePair, join_pairs, tokenize_pairs_with
+from qeff_validate.models.task_data import TaskRows
 from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import Change, ComparisonContext, FaultTested, Graph, Prechecked, Session, Timed, Workload
 from qeff_validate.tensors import Tensors, TensorSpec
@@ -159,7 +160,9 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
-        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "body": self.source.body_key()}
+        task = self.task_rows()
+        of_task = {} if task is None else {"task": task.model_dump()}
+        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "body": self.source.body_key(), **of_task}
 
     def asked(self) -> Mapping[str, Any]:
         """Return the texts or pairs, the prompt and the length limits that are tokenized."""
@@ -224,7 +227,21 @@ class HeadModel(FaultTested, Prechecked, Timed):
             notes=tuple(notes),
             types=tuple(np.array(types, dtype=np.int64) for _, types in encoded) if self._has_types else (),
             groups=self.groups(),
+            task=self.task_rows(),
         )
+
+    def task_rows(self) -> TaskRows | None:
+        """Return the case's task data by rows; a kind that scores no pairs of texts refuses them.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if self.case.inputs.dataset is not None:
+            raise ConfigError(
+                f"case {self.case.name!r}: inputs: dataset: the model kind {self.case.model!r} gives pairs of texts no"
+                " score: give texts or texts_file"
+            )
+        return None
 
     def groups(self) -> tuple[int, ...]:
         """Return the number of each text's group; by default there are none."""

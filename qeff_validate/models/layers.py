@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qeff_validate.errors import ConfigError, Unavailable
-from qeff_validate.models.activations import activation
+from qeff_validate.models.activations import activation, load_weights
 from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, read_object, tensors, weight_files
 from qeff_validate.models.sources.sentence_directory import Layer
 
 WEIGHTS = "model.safetensors"
+
+MOST_WIDTH = 1 << 20
+"""Greatest width of a Dense or LayerNorm module."""
 
 TEXT_PROJECTION = "text_projection.weight"
 """Name of the projection of texts in a CLIP checkpoint."""
@@ -208,23 +211,19 @@ def load_layer(layer: Layer) -> nn.Module:
     except (KeyError, TypeError, ValueError, RuntimeError) as exc:
         raise ConfigError(f"{layer.folder}/config.json describes no {layer.kind} module: {exc!r}") from exc
     if list(module.parameters()):
-        try:
-            module.load_state_dict(layer_weights(layer))
-        except RuntimeError as exc:
-            reason = " ".join(str(exc).split())
-            raise ConfigError(f"{layer.folder / WEIGHTS} does not fit its config.json: {reason}") from exc
+        load_weights(module, layer_weights(layer), f"the {layer.kind} module in {layer.folder / WEIGHTS}")
     return module.float().eval()
 
 
 def _create(layer: Layer) -> nn.Module:
     config = layer.config
     if layer.kind == "CNN":
-        width = config.get("in_embedding_dimension", config.get("in_word_embedding_dimension"))
-        return Convolutions(int(width), int(config.get("out_channels", 256)), config.get("kernel_sizes", (1, 3, 5)))
+        width = _width(layer, "in_embedding_dimension", "in_word_embedding_dimension")
+        return Convolutions(width, int(config.get("out_channels", 256)), config.get("kernel_sizes", (1, 3, 5)))
     if layer.kind == "LSTM":
-        width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
-        hidden, count = int(config["hidden_dim"]), int(config.get("num_layers", 1))
-        return Recurrent(int(width), hidden, count, bidirectional=bool(config.get("bidirectional", True)))
+        width, hidden = _width(layer, "embedding_dimension", "word_embedding_dimension"), _width(layer, "hidden_dim")
+        bidirectional = bool(config.get("bidirectional", True))
+        return Recurrent(width, hidden, int(config.get("num_layers", 1)), bidirectional=bidirectional)
     if layer.kind == "WordWeights":
         return WordWeights(word_weights(layer.folder), float(config["power"]))
     if layer.kind == "TextProjection":
@@ -233,16 +232,32 @@ def _create(layer: Layer) -> nn.Module:
     if layer.kind == "Normalize":
         return Normalize()
     if layer.kind == "LayerNorm":
-        return _Named("norm", nn.LayerNorm(int(config["dimension"])))
+        return _Named("norm", nn.LayerNorm(_width(layer, "dimension")))
     if layer.kind == "WeightedLayerPooling":
         return LayerWeights(int(config.get("num_hidden_layers", 12)), int(config.get("layer_start", 4)))
     return Dense(
-        int(config["in_features"]),
-        int(config["out_features"]),
+        _width(layer, "in_features"),
+        _width(layer, "out_features"),
         bias=bool(config.get("bias", True)),
         activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
         residual=bool(config.get("use_residual", False)),
     )
+
+
+def _width(layer: Layer, *names: str) -> int:
+    """Return a width that a module's config names, by one of its names.
+
+    Raises:
+        ConfigError: it names none, or one that no module has.
+    """
+    name = next((name for name in names if name in layer.config), names[0])
+    width = layer.config.get(name)
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= MOST_WIDTH:
+        raise ConfigError(
+            f"{layer.folder}/config.json: {name} of the {layer.kind} module is {width!r}, wanted a number from 1 to"
+            f" {MOST_WIDTH:,}"
+        )
+    return width
 
 
 class _Named(nn.Sequential):

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from pydantic import BaseModel, NonNegativeInt
 
 from qeff_validate.errors import IncomparableError
 from qeff_validate.json_tensor import json_tensor, parse_json_tensor
+from qeff_validate.models.task_data import TaskRows
 from qeff_validate.tensors import Array, Tensors
 
 FILLERS = (
@@ -36,6 +38,8 @@ class RowsText(BaseModel):
     notes: list[str]
     pad: NonNegativeInt
     tables: dict[str, NonNegativeInt] = {}
+    similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
+    task: TaskRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class TokenRows:
         groups: number of each row's group, such as the query of a pair; empty: there are no groups.
         attended: 1 for each token of a row that the mask lets the model see, else 0; empty: it sees all.
         scored: 1 for each token of a row whose vector counts, else 0; empty: all do.
+        similarity: how vectors are compared (`similarity.SIMILARITIES`).
+        task: what people say of these texts; None: nothing is known.
     """
 
     ids: tuple[Array, ...]
@@ -65,6 +71,8 @@ class TokenRows:
     groups: tuple[int, ...] = ()
     attended: tuple[Array, ...] = ()
     scored: tuple[Array, ...] = ()
+    similarity: str = "cosine"
+    task: TaskRows | None = None
 
     @property
     def attended_ids(self) -> tuple[Array, ...]:
@@ -102,11 +110,19 @@ class TokenRows:
             attended=tuple(self.attended[text] for text in texts if self.attended),
             scored=tuple(self.scored[text] for text in texts if self.scored),
             groups=tuple(self.groups[text] for text in texts if self.groups),
+            task=None,
         )
 
     def stored(self) -> dict[str, Array]:
         """Return the rows as arrays for a safetensors file."""
-        about = {"texts": self.texts, "notes": self.notes, "pad": self.pad, "tables": dict(self.tables)}
+        about = {
+            "texts": self.texts,
+            "notes": self.notes,
+            "pad": self.pad,
+            "tables": dict(self.tables),
+            "similarity": self.similarity,
+            "task": None if self.task is None else self.task.model_dump(),
+        }
         return {
             "ids": np.concatenate(self.ids).astype(np.int64),
             "lengths": np.array([ids.size for ids in self.ids], dtype=np.int64),
@@ -132,8 +148,13 @@ class TokenRows:
             raise IncomparableError("tensor 'ids' is empty: no row holds a token")
         types, attended, scored = (_by_token(stored, name, ids) for name in (TYPES, ATTENDED, SCORED))
         groups = _groups(stored, len(ids)) if GROUPS in stored else ()
+        if about.task is not None:
+            about.task.check(len(ids))
         texts, notes = tuple(about.texts), tuple(about.notes)
-        return cls(ids, about.pad, texts, notes, per_token, about.tables, types, groups, attended, scored)
+        return cls(
+            ids, about.pad, texts, notes, per_token, about.tables, types, groups, attended, scored,
+            about.similarity, about.task,
+        )  # fmt: skip
 
 
 def _by_token(stored: Tensors, name: str, ids: Sequence[Array]) -> tuple[Array, ...]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qeff_validate.artifact import Kind
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.config.case import Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
@@ -33,6 +34,7 @@ from qeff_validate.protocols import (
     Runtime,
     Session,
     Settings,
+    TaskScored,
     capabilities,
 )
 from qeff_validate.report.result import Precheck, Result
@@ -146,6 +148,7 @@ class Pipeline(CaseArtifacts):
                 verdict = verdict.with_power(
                     ceiling.power(floor, verdict.metrics), override.get("accept_low_power", "")
                 )
+            task = self._task_score(reference, actual) if verdict.metrics else None
         stages = ("export", "compile") if runtime.kind == "qpc" else ("export",) if runtime.kind == "onnx" else ()
         built = {name: self.seconds[name] for name in stages if name in self.seconds}
         file = tuple(self._file_findings(runtime))
@@ -168,7 +171,13 @@ class Pipeline(CaseArtifacts):
             findings=(*file, *verdict.findings, *told),
             texts=verdict.texts,
             power=verdict.power,
+            task=task,
         )
+
+    def _task_score(self, reference: Tensors, actual: Tensors) -> TaskScore | None:
+        """Return what the outputs, which have the structure of the reference, reach on the case's task data."""
+        model = self.model()
+        return model.task_score(reference, actual, self.inputs()) if isinstance(model, TaskScored) else None
 
     def _fillers(self, runtime: Runtime, session: Session, actual: Tensors) -> tuple[Sequence[int], Sequence[str]]:
         """Return the rows that change with a token-less row beside them, in a graph of others, and findings."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import ErrorsByRow, Metric
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.verdict import GateResult, Power, RowText, Status
 from qeff_validate.errors import IncomparableError
 from qeff_validate.report.explanation import Explanation
@@ -67,6 +68,8 @@ class Result:
     """The texts of the rows that `Metric.by_row` has the errors of; empty: only those of the worst rows are known."""
     explanation: Explanation | None = None
     """Where a failure comes from; None: it was not looked for."""
+    task: TaskScore | None = None
+    """What the outputs reach on the case's task data; None without such data. The status does not depend on it."""
 
     def plain(self) -> dict[str, Any]:
         """Return the result as report.json holds it; non-finite numbers are strings."""
@@ -96,6 +99,8 @@ class Result:
             plain["performance"] = dict(self.performance)
         if self.texts:
             plain["texts"] = [{"text": item.text, "rows": item.rows} for item in self.texts]
+        if self.task is not None:
+            plain["task"] = self.task.plain()
         if self.explanation is not None:
             plain["explanation"] = self.explanation.to_plain()
         return {key: finite(value) for key, value in plain.items()}
@@ -112,7 +117,7 @@ class Result:
             if plain["status"] not in get_args(Status):
                 raise ValueError(f"status {plain['status']!r}")
             _check_types(plain)
-            power, explanation = plain["power"], plain.get("explanation")
+            power, explanation, task = plain["power"], plain.get("explanation"), plain.get("task")
             return cls(
                 **{
                     **same,
@@ -124,6 +129,7 @@ class Result:
                     "prechecks": tuple(Precheck(**item) for item in plain["prechecks"]),
                     "texts": tuple(RowText(item["text"], item["rows"]) for item in plain.get("texts", ())),
                     "explanation": None if explanation is None else Explanation.from_plain(explanation),
+                    "task": None if task is None else TaskScore.from_plain(task),
                 }
             )
         except (KeyError, TypeError, ValueError) as exc:
@@ -140,7 +146,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("stage", "precision", "expected"), (str, NoneType)),
     "simulated": (bool,),
     **dict.fromkeys(("coverage", "timings_s"), (dict,)),
-    **dict.fromkeys(("artifact", "power", "performance", "explanation"), (dict, NoneType)),
+    **dict.fromkeys(("artifact", "power", "performance", "explanation", "task"), (dict, NoneType)),
     **dict.fromkeys(("metrics", "notes", "findings", "prechecks", "texts"), (list,)),
 }
 

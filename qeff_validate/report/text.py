@@ -30,6 +30,9 @@ PROVED, HELD, NOT_PROVED = "Proved", "Held", "Not proved"
 DISPROVED, NOT_SETTLED, NOT_RUN = "Disproved", "Not settled", "Not run"
 """What is said of other results."""
 
+TASK_DATA = "Task data"
+"""What is said of the numbers on task data, which stand beside a verdict."""
+
 HEAD = ("case", "runtime", "precision", "status", "nearest bound", "worst row", "rows", "faults", "ms/run", "rows/s")
 
 NARROW = (0, 1, 3, 4, 6)
@@ -180,7 +183,16 @@ def closing(results: Sequence[Result]) -> list[str]:
                 else ""
             )
         )
-    return [*lines, *explanations(results)]
+    return [*lines, *task_lines(results), *explanations(results)]
+
+
+def task_lines(results: Iterable[Result]) -> list[str]:
+    """Return a sentence for each result with task data: what it reaches there, beside its verdict."""
+    return [
+        f"{TASK_DATA}: {result.case}-{runtime_name(result)} ({result.status}): {result.task}."
+        for result in results
+        if result.task is not None
+    ]
 
 
 def explanations(results: Iterable[Result]) -> list[str]:

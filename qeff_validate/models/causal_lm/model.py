@@ -285,6 +285,12 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         return keys
 
     def _texts(self) -> list[str] | None:
+        for name in self.case.inputs.given():
+            if name != "texts":
+                raise ConfigError(
+                    f"case {self.case.name!r}: inputs: {name}: the model kind {self.case.model!r} reads prompts: give"
+                    " texts, or options: {prompts: […]}"
+                )
         return self.options.prompts if self.options.prompts is not None else self.case.inputs.texts
 
     def tokenize(self) -> Tensors:

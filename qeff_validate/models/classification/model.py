@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import nan_max
 from qeff_validate.comparison.score_metrics import score_errors
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.errors import ConfigError
@@ -24,8 +26,9 @@ from qeff_validate.models.sources.checkpoint import modules, read_object
 from qeff_validate.models.sources.encode_settings import SETTINGS
 from qeff_validate.models.sources.resolve import Folder, SentenceFolder, Source
 from qeff_validate.models.sources.synthetic import Random, Tiny
+from qeff_validate.models.task_data import TaskRows, read_task_data, rows_of_pairs, task_score
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.protocols import ComparisonContext
+from qeff_validate.protocols import ComparisonContext, TaskScored
 from qeff_validate.tensors import Tensors
 
 
@@ -85,7 +88,7 @@ class SequenceClassification(HeadModel):
         return judge_scores(self.output, reference, actual, inputs, context)
 
 
-class Reranker(SequenceClassification):
+class Reranker(SequenceClassification, TaskScored):
     """The model kind ``reranker``: pairs of query and document → ``scores [batch_size, labels]``."""
 
     output = "scores"
@@ -107,6 +110,31 @@ class Reranker(SequenceClassification):
         """Return the number of each pair's query."""
         numbers: dict[str, int] = {}
         return tuple(numbers.setdefault(query, len(numbers)) for query, _ in self.texts())
+
+    def task_rows(self) -> TaskRows | None:
+        """Return the case's task data; each pair is a row.
+
+        Raises:
+            ConfigError: the model gives a pair several labels.
+        """
+        data = read_task_data(self.case)
+        if data is not None and self.source.model_config().num_labels != 1:
+            raise ConfigError(
+                f"case {self.case.name!r}: inputs: dataset: the model gives each pair"
+                f" {self.source.model_config().num_labels} labels, and task data need one score: give pairs_file"
+            )
+        return None if data is None else rows_of_pairs(data, self.groups())
+
+    def task_score(self, reference: Tensors, actual: Tensors, inputs: TokenRows) -> TaskScore | None:
+        """See `protocols.TaskScored`: each query ranks the documents that it has a pair with."""
+
+        def score(outputs: Tensors, query: int, rows: NDArray[np.int64]) -> Floats:  # noqa: ARG001
+            scores: Floats = outputs[self.output][rows, 0].astype(np.float64)
+            return scores
+
+        if inputs.task is None:
+            return None
+        return task_score(inputs.task, reference, actual, score, seed=self.case.seed, every_document=False)
 
     def head_key(self) -> Mapping[str, Any]:
         """Return the activation that the case names; what the files name is part of the body's fingerprint."""

@@ -93,9 +93,7 @@ def _bounds(context: ComparisonContext, scale: float) -> dict[str, Bound]:
     table = {precision: scaled(table_bounds(SCORE_METRICS, precision)) for precision in PRECISIONS}
     least, most = scaled(least_bounds(SCORE_METRICS)), scaled(most_bounds(SCORE_METRICS))
     bounds = gate_bounds(context.precision, context.floor, table=table, least=least, most=most)
-    if bounds:
-        exact = Bound(0.0, "exact", "nothing changes places across a gap that noise cannot close")
-        bounds |= dict.fromkeys(ORDERS, exact)
+    bounds |= dict.fromkeys(ORDERS, Bound(0.0, "exact", "nothing changes places across a gap that noise cannot close"))
     return bounds | overridden(context.override)
 
 

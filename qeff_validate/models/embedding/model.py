@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import bounds_for, relation_precision, systematic_bounds
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Artifacts, Case, Precision
@@ -39,6 +40,7 @@ from qeff_validate.models.sources.exportable_experts import make_exportable
 from qeff_validate.models.sources.resolve import Folder, InMemory, SentenceFolder, Source, resolve
 from qeff_validate.models.sources.static_embedding import StaticFolder
 from qeff_validate.models.sources.tokenizers import Tokenize, prompted
+from qeff_validate.models.task_data import TaskRows, read_task_data, rows_of_texts, task_score, vector_scores
 from qeff_validate.models.token_rows import EMPTY_ROW, TokenRows, boundary_text, packed, unpacked
 from qeff_validate.protocols import (
     Change,
@@ -53,6 +55,7 @@ from qeff_validate.protocols import (
     Session,
     Share,
     Sharing,
+    TaskScored,
     Timed,
     Workload,
 )
@@ -71,7 +74,7 @@ SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
 
-class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Sharing, Timed, Explained):
+class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskScored, Sharing, Timed, Explained):
     """The model kind ``embedding``: ``input_ids, attention_mask → output [batch_size, hidden]``.
 
     Args:
@@ -144,8 +147,36 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
         }
 
     def inputs_key(self) -> Mapping[str, Any]:
-        """Return what the token ids depend on."""
-        return {**self.asked(), "tokenizer": self.source.tokenizer_key()}
+        """Return what the token ids, and what is known of the texts, depend on."""
+        task = self._task_rows()
+        known = {"similarity": self._similarity, **({} if task is None else {"task": task.model_dump()})}
+        return {**self.asked(), "tokenizer": self.source.tokenizer_key(), **known}
+
+    @property
+    def _similarity(self) -> str:
+        """How vectors are compared, as the files say."""
+        return self.encode_settings.similarity or "cosine"
+
+    def _task_rows(self) -> TaskRows | None:
+        """Return the case's task data by texts.
+
+        Raises:
+            ConfigError: there is no vector for each text.
+        """
+        data = read_task_data(self.case)
+        if data is not None and self.options.pooling == "none":
+            raise ConfigError(
+                f"case {self.case.name!r}: inputs: dataset: pooling: none gives a vector for each token, and task data"
+                " need one for each text: name a pooling"
+            )
+        return None if data is None else rows_of_texts(data, data.texts, ())
+
+    def task_score(self, reference: Tensors, actual: Tensors, inputs: TokenRows) -> TaskScore | None:
+        """See `protocols.TaskScored`."""
+        if inputs.task is None:
+            return None
+        score = vector_scores("output", inputs.similarity)
+        return task_score(inputs.task, reference, actual, score, seed=self.case.seed)
 
     def asked(self) -> Mapping[str, Any]:
         """Return the texts, the prompt and the length limits that are tokenized."""
@@ -211,12 +242,25 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
                 f" add a seq_len of at least {max(ids[r].size for r in long)}, or set truncate: true"
             )
         notes += self._head_notes()
+        empty = sum(not tokens.size for tokens in ids)
+        if empty and self.pooling_config.layers:
+            notes.append(
+                f"{empty} of {len(texts)} texts have no token: their vectors are zeros here and are not compared;"
+                " sentence-transformers gives what the modules behind the pooling make of zeros"
+            )
         for row in long:
             ids[row] = np.array(tokenize(texts[row], most), dtype=np.int64)
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
         rows = [*ids, np.array([], dtype=np.int64)]
-        return TokenRows(tuple(rows), pad, (*texts, EMPTY_ROW), tuple(notes))
+        return TokenRows(
+            tuple(rows),
+            pad,
+            (*texts, EMPTY_ROW),
+            tuple(notes),
+            similarity=self._similarity,
+            task=self._task_rows(),
+        )
 
     def _prompted_tokenizer(self) -> Tokenize:
         if isinstance(self.source, SentenceFolder):
@@ -224,22 +268,15 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
         return prompted(self.source.tokenizer()[0], self.prompt)
 
     def _head_notes(self) -> Iterator[str]:
-        """Say what the directory says and the verdict leaves out: a task head, half precision, another similarity."""
-        similarity = self.encode_settings.similarity
-        same_order = similarity == "cosine" or (similarity != "manhattan" and self._unit_vectors())
-        if not same_order:
-            yield (
-                f"the directory compares vectors by {similarity} (similarity_fn_name); the order of neighbours is"
-                " judged by cosine"
-            )
-        if not isinstance(self.source, Folder):
-            return
-        kept = self.source.computes_in()
-        if kept != "float32" and isinstance(self.source, SentenceFolder):
+        """Say what the directory says and the verdict leaves out: a task head, half precision."""
+        kept = self.source.computes_in() if isinstance(self.source, SentenceFolder | StaticFolder) else "float32"
+        if kept != "float32":
             yield (
                 f"sentence-transformers loads this directory in {kept} and computes in it; the reference computes in"
                 " float32 with the same weights, so encode differs from it by rounding"
             )
+        if not isinstance(self.source, Folder):
+            return
         architecture, head = head_tensors(self.source.path)
         if head:
             names = f"{', '.join(head[:3])}{f' and {len(head) - 3} more' if len(head) > 3 else ''}"
@@ -247,12 +284,6 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
                 f"the checkpoint is a {architecture}, and its head ({names}) is no part of an embedding: what is judged"
                 " is the body alone"
             )
-
-    def _unit_vectors(self) -> bool:
-        """Return True if vectors have length 1, so that dot product and distance order them as cosine does."""
-        config = self.pooling_config
-        last = config.layers[-1].kind if config.layers else ""
-        return config.normalize or (last == "Normalize" and config.truncate_dim is None)
 
     def _body(self) -> Any:
         """Load the body, with the modules on its token vectors."""
@@ -506,8 +537,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
             bounds = systematic_bounds(context.floor) | bounds
         rows = Rows(inputs.labels, inputs.tokenless, zeros=context.ours, reached=context.reached)
         verdict = compare(
-            reference, actual, bounds, rows=rows, floor=context.floor, seed=context.seed, precision=context.precision
-        )
+            reference, actual, bounds, rows=rows, floor=context.floor, seed=context.seed, precision=context.precision,
+            similarity=inputs.similarity,
+        )  # fmt: skip
         if verdict.status != "fail" or not verdict.metrics or inputs.per_token:
             return verdict
         hint = padding_hint(
@@ -532,8 +564,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, Shari
         # both runs read the same compressed weights
         bounds = bounds_for(relation_precision(context.precision), override=context.override)
         return compare(
-            expected, actual, bounds, rows=Rows(labels), seed=context.seed, precision=context.precision, relation=True
-        )
+            expected, actual, bounds, rows=Rows(labels), seed=context.seed, precision=context.precision, relation=True,
+            similarity=inputs.similarity,
+        )  # fmt: skip
 
     def infer(self, session: Session, inputs: TokenRows, reference: Tensors | None = None) -> Tensors:  # noqa: ARG002
         """Run all rows in batches of the case's size, each padded to the smallest shape that fits it.

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_validate.comparison.bounds import bounds_for, relation_precision
-from qeff_validate.comparison.maxsim_metrics import Texts, maxsim_errors
+from qeff_validate.comparison.maxsim_metrics import Texts, maxsim_errors, summed_maxsim
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, worst_errors
 from qeff_validate.errors import ConfigError
@@ -32,15 +33,16 @@ from qeff_validate.models.session_rows import run_rows
 from qeff_validate.models.sources.encode_settings import resolve_prompt
 from qeff_validate.models.sources.resolve import SentenceFolder
 from qeff_validate.models.sources.synthetic import Random, Tiny
+from qeff_validate.models.task_data import TaskRows, read_task_data, rows_of_texts, task_score
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.protocols import ComparisonContext, Session
+from qeff_validate.protocols import ComparisonContext, Session, TaskScored
 from qeff_validate.tensors import Array, Tensors
 
 QUERY, DOCUMENT = 0, 1
 """Groups of rows."""
 
 
-class MultiVector(HeadModel):
+class MultiVector(HeadModel, TaskScored):
     """The model kind ``multi-vector``: queries and documents → ``vectors``, one for each token that counts."""
 
     task = "feature-extraction"
@@ -98,6 +100,22 @@ class MultiVector(HeadModel):
         pairs = pairs_of(self.case, PAIRS)
         return tuple(side for side in (0, 1) for _ in dict.fromkeys(pair[side] for pair in pairs))
 
+    def task_rows(self) -> TaskRows | None:
+        """Return the case's task data; documents stand behind the queries."""
+        data = read_task_data(self.case)
+        return None if data is None else rows_of_texts(data, *data.sides)
+
+    def task_score(self, reference: Tensors, actual: Tensors, inputs: TokenRows) -> TaskScore | None:
+        """See `protocols.TaskScored`."""
+        ends = np.cumsum([int(counts.sum()) for counts in inputs.scored])
+        vectors = [slice(end - int(counts.sum()), end) for counts, end in zip(inputs.scored, ends, strict=True)]
+
+        def score(outputs: Tensors, query: int, rows: NDArray[np.int64]) -> Floats:
+            wide, parts = outputs[self.output].astype(np.float64), [vectors[row] for row in rows]
+            return np.array([summed_maxsim(wide[vectors[query]], wide[part]) for part in parts], np.float64)
+
+        return None if inputs.task is None else task_score(inputs.task, reference, actual, score, seed=self.case.seed)
+
     def asked(self) -> Mapping[str, Any]:
         """Return the pairs, and all that decides their tokens."""
         modules = self.modules
@@ -145,6 +163,7 @@ class MultiVector(HeadModel):
             groups=self.groups(),
             attended=tuple(attended) if any(not seen.all() for seen in attended) else (),
             scored=tuple(scored),
+            task=self.task_rows(),
         )
 
     def _limit(self, side: int) -> int | None:

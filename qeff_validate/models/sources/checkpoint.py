@@ -37,6 +37,9 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "s
               "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "tokenizer_config.json")  # fmt: skip
 """Files that show that a directory holds a tokenizer."""
 
+HALF: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
+"""Half precisions of safetensors and torch."""
+
 SMALL = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 """Files that hold one small JSON object."""
 
@@ -188,6 +191,12 @@ def modules(folder: Path) -> list[tuple[str, Path]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "type" in entry for entry in entries):
         raise ConfigError(f"{path} is no list of modules, each with type and path")
     return [(str(entry["type"]), inside(folder, entry.get("path") or ".", path)) for entry in entries]
+
+
+def half_precision(dtypes: Iterable[str]) -> str:
+    """Return the half precision of tensors that are all in one, as torch calls it, else ``float32``."""
+    stored = set(dtypes)
+    return next((name for dtype, name in HALF.items() if stored == {dtype}), "float32")
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qeff_validate.comparison.similarity import SIMILARITIES
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.models.sources.checkpoint import read_object
-from qeff_validate.models.sources.sentence_directory import VECTOR, first_module, transformer_config
+from qeff_validate.models.sources.sentence_directory import VECTOR, first_module, module_list, transformer_config
 
 SETTINGS = "config_sentence_transformers.json"
 
@@ -59,7 +60,7 @@ class EncodeSettings:
         config: overrides of the model's config.
         chat: how texts become messages; None: they are texts.
         dtype: that the model is loaded in; None: that of its weights.
-        similarity: how vectors are compared: ``cosine``, ``dot``, ``euclidean`` or ``manhattan``.
+        similarity: how vectors are compared (`similarity.SIMILARITIES`); None: as is usual for the kind.
     """
 
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class EncodeSettings:
     config: Mapping[str, Any] = field(default_factory=dict)
     chat: ChatFormat | None = None
     dtype: str | None = None
-    similarity: str = "cosine"
+    similarity: str | None = None
 
 
 def encode_settings(folder: Path, route: str | None = None, *, task: str = "feature-extraction") -> EncodeSettings:
@@ -100,6 +101,10 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
     saved = config.get("transformer_task", task)
     if saved != task:
         remedy = f"say model: {TASKS[saved]}" if saved in TASKS else "no model kind validates it"
+        if any(kind == "SparseAutoEncoder" for kind, _ in module_list(folder, route)):
+            remedy = (
+                "its SparseAutoEncoder keeps the strongest numbers of a dense vector, which no model kind validates"
+            )
         raise ConfigError(f"{path}: transformer_task is {saved!r}, and this kind of model needs {task!r}: {remedy}")
     options = {**(config.get("model_args") or {}), **(config.get("model_kwargs") or {})}
     if not options.keys() <= HARMLESS:
@@ -119,7 +124,7 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
         config=_options(config, "config_args", "config_kwargs"),
         chat=_chat(config, processing, path),
         dtype=options.get("dtype", options.get("torch_dtype")),
-        similarity=str(settings.get("similarity_fn_name") or "cosine"),
+        similarity=_similarity(settings, folder / SETTINGS),
     )
 
 
@@ -194,6 +199,13 @@ def resolve_prompt(prompt: str | None, settings: EncodeSettings) -> str:
             f" {', '.join(sorted(settings.prompts))}; a text of your own ends with a space or a colon"
         )
     return prompt
+
+
+def _similarity(settings: Mapping[str, Any], where: Path) -> str | None:
+    name = settings.get("similarity_fn_name")
+    if name is not None and name not in SIMILARITIES:
+        raise ConfigError(f"{where}: similarity_fn_name is {name!r}; there are {', '.join(SIMILARITIES)}")
+    return None if name is None else str(name)
 
 
 def _options(config: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

@@ -34,11 +34,13 @@ from qeff_validate.models.framework_calls import (
 from qeff_validate.models.module_search import find_module
 from qeff_validate.models.sources.checkpoint import (
     CONFIG,
+    HALF,
     check_directory,
     check_tokenizer,
     checked,
     config_files,
     digests,
+    half_precision,
     has_tokenizer,
     module_files,
     read_object,
@@ -70,9 +72,6 @@ from qeff_validate.models.sources.word_embeddings import WordFolder
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", "*.vocab", "*.tiktoken", "*.spm")
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
 
-
-HALF: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
-"""Half precisions of safetensors and torch."""
 
 TABLES: Mapping[str, type[StaticFolder]] = {"StaticEmbedding": StaticFolder, "WordEmbeddings": WordFolder}
 """Directories with a table of vectors and no transformer, by their first module."""
@@ -205,8 +204,7 @@ class Folder:
 
     def computes_in(self) -> str:
         """Return the dtype that transformers loads the weights in, unless it is told otherwise."""
-        stored = {tensor.dtype for tensor in tensors(weight_files(self.path)).values()}
-        return next((name for dtype, name in HALF.items() if stored == {dtype}), "float32")
+        return half_precision(tensor.dtype for tensor in tensors(weight_files(self.path)).values())
 
     def _config_overrides(self) -> Mapping[str, Any]:
         """Return overrides of the config; a classifier that an adapter brings has one label, as in a reranker."""
@@ -354,6 +352,14 @@ class InMemory:
 
     model: Any
     caller_tokenizer: Any
+
+    def __post_init__(self) -> None:
+        kind = type(self.model)
+        if kind.__module__.partition(".")[0] == "sentence_transformers":
+            raise ConfigError(
+                f"a {kind.__name__} in memory holds tokenizer, settings and modules beside its model: save it"
+                " (save_pretrained) and name the directory as source: path:DIR"
+            )
 
     def body_key(self) -> Mapping[str, Any]:
         """Return a digest of all tensors, with the class, the config, and the configs of adapters."""

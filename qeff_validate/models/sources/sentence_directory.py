@@ -124,8 +124,10 @@ def module_list(folder: Path, route: str | None = None) -> list[tuple[str, Path]
         ConfigError: a file is broken, or the Router has no such route.
     """
     kinds: list[tuple[str, Path]] = []
-    for name, path in modules(folder):
-        kind = name.rpartition(".")[2]
+    entries = [(name.rpartition(".")[2], path) for name, path in modules(folder)]
+    if route is not None and not any(kind in ROUTERS for kind, _ in entries):
+        raise ConfigError(f"options: route: {route!r}: {folder / MODULES} has no Router, whose routes have names")
+    for kind, path in entries:
         kinds += _route(path, route) if kind in ROUTERS else [(kind, path)]
     return kinds
 
@@ -176,14 +178,7 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
     after: list[Layer] = []
     poolings: tuple[str, ...] = ()
     include_prompt = True
-    for kind, path in module_list(folder, route):
-        if kind in leave_out:
-            continue
-        if kind not in SUPPORTED:
-            raise ConfigError(
-                f"{folder / MODULES} has a {kind} module, which is not supported; supported are {', '.join(SUPPORTED)}."
-                f" Name a pooling and leave_out: [{kind}] to validate the model without it"
-            )
+    for kind, path in _kept_modules(folder, leave_out, route):
         if kind == "StaticEmbedding":
             poolings = ("mean",)
         if kind in FIRST and text_features(kind, path):
@@ -196,6 +191,8 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
         if kind == "Pooling":
             if poolings:
                 raise ConfigError(f"{folder / MODULES} has two Pooling modules; one is supported")
+            if not file.is_file():
+                raise ConfigError(f"{folder / MODULES} names a Pooling module, and {file} is missing")
             poolings, include_prompt = _poolings(config, path), config.get("include_prompt") is not False
             continue
         layer = Layer(kind, path, config)
@@ -210,6 +207,33 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
     power = {"power": WORD_WEIGHT_POWERS.get(poolings[0], 0.0)}
     before = [replace(layer, config=power) if layer.kind == "WordWeights" else layer for layer in before]
     return SentenceModules(tuple(before), poolings, include_prompt, tuple(after))
+
+
+def _kept_modules(folder: Path, leave_out: Collection[str], route: str | None) -> list[tuple[str, Path]]:
+    """Return kind and directory of each module that is not left out.
+
+    Raises:
+        ConfigError: one is not supported, or what is left out is none of the modules.
+    """
+    kinds = module_list(folder, route)
+    found = list(dict.fromkeys(kind for kind, _ in kinds))
+    for name in leave_out:
+        if name not in (*SUPPORTED, *found):
+            raise ConfigError(f"leave_out: {folder / MODULES} has no {name} module; it has {', '.join(found)}")
+    kept = [(kind, path) for kind, path in kinds if kind not in leave_out]
+    for kind, _ in kept:
+        if kind not in SUPPORTED:
+            raise ConfigError(
+                f"{folder / MODULES} has a {kind} module, which is not supported; supported are {', '.join(SUPPORTED)}."
+                f" Name a pooling and leave_out: [{kind}] to validate the model without it"
+            )
+    again = next((kind for kind, _ in kept[1:] if kind in FIRST), None)
+    if again is not None:
+        raise ConfigError(
+            f"{folder / MODULES} has a {again} module behind others; a module that reads tokens is supported as the"
+            " first one only"
+        )
+    return kept
 
 
 def _check_words(first: tuple[str, Path], layers: Sequence[Layer], poolings: Sequence[str], where: Path) -> None:
@@ -298,8 +322,14 @@ def _feature(layer: Layer) -> str:
 
 
 def _poolings(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    modes = config.get("pooling_mode") or [mode for key, mode in OLD_MODES.items() if config.get(key)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in OLD_MODES.items() if config.get(key)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not modes:
+        raise ConfigError(
+            f"{folder}/config.json: pooling_mode is {modes!r}, wanted one or several of {', '.join(MODES)}"
+        )
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown:
         raise ConfigError(f"{folder}/config.json pools with {unknown[0]!r}; supported are {', '.join(MODES)}")

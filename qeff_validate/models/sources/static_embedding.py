@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.framework_calls import translated_errors, versions
-from qeff_validate.models.sources.checkpoint import SENTENCE_TRANSFORMERS, SINGLE, checked, digests, tensors
+from qeff_validate.models.sources.checkpoint import (
+    SENTENCE_TRANSFORMERS,
+    SINGLE,
+    checked,
+    digests,
+    half_precision,
+    tensors,
+)
 from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.tokenizers import Tokenize
 
@@ -85,6 +92,10 @@ class StaticFolder:
                 return (self.embedding(input_ids),)
 
         return TokenTable().eval()
+
+    def computes_in(self) -> str:
+        """Return the dtype that sentence-transformers looks vectors up in."""
+        return half_precision([tensors(checked([self.path / SINGLE]))[self._table()[0]].dtype])
 
     def causal_lm(self) -> Any:
         """Refuse: a table generates no text.

@@ -228,8 +228,11 @@ def _refuse_parts(default: Any, name: str) -> None:
         parts = ", ".join(default.sub_configs)
         raise ConfigError(f"{name} is made of parts ({parts}), which are not shrunk: take a saved model by path:")
     if part is None:
-        raise ConfigError(f"{name} has no vocab_size and hidden_size in its config: it is no model of texts")
-    remedy = f": take random:{part}" if part in CONFIG_MAPPING else ", which transformers builds by itself no more"
+        raise ConfigError(
+            f"{name} has no vocab_size and hidden_size in its config: it is no model of texts with a vocabulary"
+        )
+    alone = part in CONFIG_MAPPING and builds_body(default.text_config)
+    remedy = f": take random:{part}" if alone else ", of which transformers builds no body by itself"
     raise ConfigError(f"{name} is made of parts; what reads texts is its text_config, of the type {part!r}{remedy}")
 
 

@@ -43,6 +43,10 @@ class WordFolder(StaticFolder):
     def _config(self) -> Mapping[str, Any]:
         return read_object(self.path / CONFIG, most_bytes=MOST_CONFIG)
 
+    def computes_in(self) -> str:
+        """Return float32: sentence-transformers copies the table into one of that."""
+        return "float32"
+
     def text_limit(self) -> int | None:
         """Return the number of tokens that texts are cut at."""
         limit = self._config.get("max_seq_length", 1000000)

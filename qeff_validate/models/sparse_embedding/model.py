@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.comparison.sparse_metrics import dot_error, zero_rows
+from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, worst_errors
 from qeff_validate.errors import ConfigError
@@ -23,12 +24,13 @@ from qeff_validate.models.sources.encode_settings import SETTINGS
 from qeff_validate.models.sources.resolve import SentenceFolder
 from qeff_validate.models.sources.sentence_directory import module_list
 from qeff_validate.models.sparse_embedding.options import SparseEmbeddingOptions
+from qeff_validate.models.task_data import TaskRows, read_task_data, rows_of_texts, task_score, vector_scores
 from qeff_validate.models.token_rows import TokenRows
-from qeff_validate.protocols import ComparisonContext
+from qeff_validate.protocols import ComparisonContext, TaskScored
 from qeff_validate.tensors import Tensors
 
 
-class SparseEmbedding(HeadModel):
+class SparseEmbedding(HeadModel, TaskScored):
     """The model kind ``sparse-embedding``: ``input_ids, attention_mask → output [batch_size, vocabulary]``."""
 
     auto = "AutoModelForMaskedLM"
@@ -71,7 +73,7 @@ class SparseEmbedding(HeadModel):
 
     def rows(self) -> TokenRows:
         """Tokenize the texts; a note says how many words encode keeps."""
-        rows = super().rows()
+        rows = replace(super().rows(), similarity=self.encode_settings.similarity or "dot")
         if not isinstance(self.source, SentenceFolder) or not os.path.lexists(self.source.root / SETTINGS):
             return rows
         most = read_object(self.source.root / SETTINGS).get("max_active_dims")
@@ -102,6 +104,18 @@ class SparseEmbedding(HeadModel):
         """Return how small each text's vector is: its weights are nearest to where ReLU cuts."""
         sizes: list[float] = (-np.linalg.norm(reference[self.output].astype(np.float64), axis=1)).tolist()
         return sizes
+
+    def task_rows(self) -> TaskRows | None:
+        """Return the case's task data by texts."""
+        data = read_task_data(self.case)
+        return None if data is None else rows_of_texts(data, data.texts, ())
+
+    def task_score(self, reference: Tensors, actual: Tensors, inputs: TokenRows) -> TaskScore | None:
+        """See `protocols.TaskScored`."""
+        if inputs.task is None:
+            return None
+        score = vector_scores(self.output, inputs.similarity)
+        return task_score(inputs.task, reference, actual, score, seed=self.case.seed)
 
     def compare(self, reference: Tensors, actual: Tensors, inputs: Any, context: ComparisonContext) -> Verdict:
         """Compare vectors, their strongest words, and their dot products."""

@@ -21,7 +21,10 @@ def judge_sparse(name: str, reference: Tensors, actual: Tensors, inputs: Any, co
     """Compare sparse vectors ``[rows, vocabulary]``; a row that is zeros in the reference must be zeros."""
     bounds = bounds_for(context.precision, floor=context.floor, override=context.override)
     rows = Rows(inputs.labels, zero_rows(reference[name]))
-    verdict = compare(reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision)
+    verdict = compare(
+        reference, actual, bounds, rows=rows, seed=context.seed, precision=context.precision,
+        similarity=inputs.similarity,
+    )  # fmt: skip
     if not verdict.metrics:
         return verdict  # outputs of another structure
     usable = finite_rows(reference[name]) & finite_rows(actual[name])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.comparison.bounds import NOISE_SHARE, Bound
+from qeff_validate.models.classification.verdict import judge_scores
 from qeff_validate.models.multi_vector.verdict import judge_multi_vector
 from qeff_validate.models.sparse_embedding.verdict import judge_sparse
 from qeff_validate.protocols import ComparisonContext
@@ -28,7 +29,7 @@ def test_words_that_change_places_fail_the_verdict() -> None:
     reference[2, ::3] = 30
     swapped = reference.copy()
     swapped[0, [4, 5]] = swapped[0, [5, 4]]
-    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], similarity="dot")
     assert judge_sparse("words", {"words": reference}, {"words": reference}, inputs, CONTEXT).status == "pass"
     verdict = judge_sparse("words", {"words": reference}, {"words": swapped}, inputs, CONTEXT)
     assert verdict.status == "fail"
@@ -58,7 +59,7 @@ OWN_BOUNDS = ComparisonContext(
 
 def test_dot_products_without_a_bound_are_not_settled() -> None:
     words = np.random.default_rng(0).uniform(0.5, 2, (3, 100)).astype(np.float32)
-    inputs = SimpleNamespace(labels=["a", "b", "c"])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], similarity="dot")
     verdict = judge_sparse("words", {"words": words}, {"words": words}, inputs, OWN_BOUNDS)
     assert verdict.status == "inconclusive"
     assert "no sound bound for dot_error" in verdict.reason
@@ -77,6 +78,15 @@ def test_scores_without_a_bound_are_not_settled() -> None:
     assert "no sound bound for maxsim_error" in verdict.reason
     context = replace(OWN_BOUNDS, override={**OWN_BOUNDS.override, "maxsim_error": 0.5})
     assert judge_multi_vector("out", {"out": vectors}, {"out": vectors}, inputs, context).status == "pass"
+
+
+def test_documents_keep_their_order_where_the_case_bounds_scores_alone() -> None:
+    context = replace(OWN_BOUNDS, override={"score_error": 0.5, "why": "weights of six bits"})
+    reference, swapped = np.float32([[3], [2.55], [-4]]), np.float32([[2.55], [3], [-4]])
+    inputs = SimpleNamespace(labels=["a", "b", "c"], groups=(0, 0, 0))
+    assert judge_scores("scores", {"scores": reference}, {"scores": reference}, inputs, context).status == "pass"
+    verdict = judge_scores("scores", {"scores": reference}, {"scores": swapped}, inputs, context)
+    assert failed(verdict) == {"scores.document_order"}
 
 
 def test_noise_is_the_measured_one_unless_the_case_says_what_is_usual() -> None:

@@ -163,11 +163,10 @@ def test_file_of_pairs_is_read_by_its_columns(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        (
-            "pairs.tsv",
-            "query\ttext\na\tb\n",
-            r"no text in the column 'document' \(its columns: 'query', 'text'",
-        ),
+        ("pairs.tsv", "query\ttext\na\tb\n", r"no column 'document'; its columns are 'query', 'text'"),
+        ("pairs.tsv", "query\tdocument\na\tb\tc\n", "row 1 has 3 values, and the header has 2 columns"),
+        ("pairs.csv", "query,document,query\na,b,c\n", "two columns are called 'query'"),
+        ("pairs.csv", "", "it is empty"),
         ("pairs.csv", "query,document\na\n", "row 1 has no text in the column 'document'"),
         ("pairs.jsonl", '{"query": "a", "document": 3}', "row 1 has no text in the column 'document'"),
         ("pairs.jsonl", "[1]", "line 1 is no JSON object"),

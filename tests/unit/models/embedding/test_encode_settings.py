@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from encode_oracle import TEXTS, WIDTH, assert_near, encoded, reference
 
 import qeff_validate as qv
 from qeff_validate.errors import ConfigError
+from qeff_validate.protocols import ComparisonContext
 
 TEMPLATES = {
     "flat": "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}one"
@@ -130,22 +132,27 @@ def test_computation_of_encode_in_half_precision_is_told(body: Path, tmp_path: P
     assert "loads this directory in bfloat16 and computes in it" in notes()
 
 
-@pytest.mark.parametrize(
-    ("similarity", "normalize", "told"),
-    [
-        ("dot", False, True),
-        ("dot", True, False),
-        ("manhattan", True, True),
-        ("cosine", False, False),
-        (None, False, False),
-    ],
-)
-def test_other_order_of_neighbours_is_told(
-    similarity: str | None, normalize: bool, told: bool, body: Path, tmp_path: Path
+@pytest.mark.parametrize("similarity", ["dot", "manhattan", None])
+def test_neighbours_are_ordered_by_the_similarity_of_the_files(
+    similarity: str | None, body: Path, tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "saved", body)
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "similarity_fn_name": similarity}))
-    case = qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}, options={"normalize": normalize})
-    notes = " ".join(qv.model(case).rows().notes)
-    assert (f"compares vectors by {similarity}" in notes) == told
+    model = qv.model(qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}))
+    inputs = model.inputs(model.tokenize())
+    vectors = np.random.default_rng(0).uniform(size=(len(inputs.ids), WIDTH)).astype(np.float32)
+    vectors[-1] = 0  # the row without a token
+    grown = vectors * np.float32([[1], [3], [1], [1], [1], [1]])
+    verdict = model.judge({"output": vectors}, {"output": grown}, inputs, ComparisonContext("fp32", {}, seed=0))
+    (order,) = (item.metric for item in verdict.metrics if item.metric.name == "output.neighbour_order")
+    assert (order.value > 0) == (similarity is not None)
+    assert order.worst.get("similarity") == similarity
+
+
+def test_unknown_similarity_is_an_error(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "similarity_fn_name": "cosin"}))
+    with pytest.raises(ConfigError, match="similarity_fn_name is 'cosin'; there are cosine, dot"):
+        qv.model(qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS})).rows()

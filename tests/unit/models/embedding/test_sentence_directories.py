@@ -73,6 +73,7 @@ SAVED: Mapping[str, tuple[Any, Modules, Modules, dict[str, Any]]] = {
     "two dense, normalized": ("cls", list, lambda: [*dense(WIDTH, 64, 16, bias=False), normalize()], {}),
     "identity": ("mean", list, lambda: dense(WIDTH, WIDTH, activation=nn.Identity()), {}),
     "GELU": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.GELU()), {}),
+    "RReLU, which draws numbers in training": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.RReLU()), {}),
     "PReLU, which has a weight": ("mean", list, lambda: dense(WIDTH, 8, activation=nn.PReLU(init=0.7)), {}),
     "residual": ("mean", list, lambda: dense(WIDTH, WIDTH, use_residual=True), {}),
     "residual of another width": ("mean", list, lambda: dense(WIDTH, 8, use_residual=True), {}),
@@ -248,10 +249,33 @@ def _pickled(_: list[Any], folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
+def _add_transformer(modules: list[Any], _: Path) -> None:
+    modules.insert(1, modules[0])
+
+
+def _without_pooling(_: list[Any], folder: Path) -> None:
+    shutil.rmtree(folder / "1_Pooling")
+
+
 DAMAGES: Mapping[str, tuple[Any, str]] = {
     "unsupported module": (_add_cnn, "a CNN module"),
     "directory outside": (_climb, "lies outside of"),
-    "wrong width": (_change("2_Dense/config.json", in_features=7), "does not fit"),
+    "another module that reads tokens": (_add_transformer, "a Transformer module behind others"),
+    "wrong width": (
+        _change("2_Dense/config.json", in_features=7),
+        "do not fit: linear.weight has the shape [8, 32], and its config asks for [8, 7]",
+    ),
+    "width that is a word": (
+        _change("2_Dense/config.json", in_features="32"),
+        "in_features of the Dense module is '32'",
+    ),
+    "activation with arguments": (
+        _change("2_Dense/config.json", activation_function="torch.nn.Threshold"),
+        "'torch.nn.Threshold' needs arguments",
+    ),
+    "no pooling": (_change("1_Pooling/config.json", pooling_mode=[]), "pooling_mode is [], wanted one or several"),
+    "pooling by number": (_change("1_Pooling/config.json", pooling_mode=3), "pooling_mode is 3, wanted one or several"),
+    "missing pooling": (_without_pooling, "names a Pooling module, and"),
     "unknown activation": (
         _change("2_Dense/config.json", activation_function="torch.nn.Nothing"),
         "no class of torch",
@@ -279,6 +303,40 @@ def test_broken_directories_are_errors_that_name_what_is_wrong(name: str, body: 
     case = qv.Case(name="x", source=f"path:{folder}", options={"pooling": "auto"}, tolerance="table")
     result = Runner(store=tmp_path / "store").pipeline(case).result(runtime("torch"))
     assert (result.status, words in result.reason) == ("error", True), result.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"route": "query"}, r"route: 'query': .* has no Router"),
+        ({"leave_out": ["Dens"]}, r"leave_out: .* has no Dens module; it has Transformer, Pooling"),
+    ],
+)
+def test_options_that_fit_no_module_are_errors(options: Any, words: str, body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body)
+    with pytest.raises(ConfigError, match=words):
+        qv.model(qv.Case(name="x", source=f"path:{folder}", options=options)).settings()
+
+
+def test_sentence_transformer_in_memory_is_to_be_saved(body: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    with pytest.raises(ConfigError, match=r"a SentenceTransformer in memory .* name the directory as source"):
+        qv.model(qv.Case(name="x", source="random:bert"), given=SentenceTransformer(str(body), device="cpu"))
+
+
+def test_what_encode_does_otherwise_with_a_table_is_told(body: Path, tmp_path: Path) -> None:
+    """A text without a token goes through Dense as zeros, and a table in half precision computes in that."""
+    from safetensors.torch import load_file, save_file
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "saved"
+    SentenceTransformer(modules=[table(body), *dense(12, 8)], device="cpu").save(str(folder))
+    (path,) = (path for path in folder.rglob("model.safetensors") if "Dense" not in str(path))
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    notes = " ".join(qv.model(qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS})).rows().notes)
+    assert "1 of 5 texts have no token: their vectors are zeros here" in notes
+    assert "loads this directory in float16 and computes in it" in notes
 
 
 def table(body: Path, width: int = 12) -> Any:

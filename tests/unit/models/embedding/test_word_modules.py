@@ -185,6 +185,8 @@ def test_recurrence_behind_a_transformer_is_refused_as_sentence_transformers_can
     types = [("Transformer", ""), ("LSTM", "1_LSTM"), ("Pooling", "2_Pooling")]
     entries = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in types]
     (tmp_path / "modules.json").write_text(json.dumps(entries))
+    (tmp_path / "2_Pooling").mkdir()
+    (tmp_path / "2_Pooling" / "config.json").write_text("{}")
     from qeff_validate.models.sources.sentence_directory import read_modules
 
     with pytest.raises(ConfigError, match="an LSTM module behind a Transformer: it reads the lengths of texts"):

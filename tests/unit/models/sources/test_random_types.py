@@ -101,6 +101,7 @@ def test_what_is_set_for_single_layers_stays_with_its_kind_of_layer() -> None:
     [
         ("qwen2_5_omni_thinker", "made of parts; what reads texts is its text_config"),
         ("gemma3", "take random:gemma3_text"),
+        ("align", "of the type 'align_text_model', of which transformers builds no body by itself"),
         ("convnext", "no vocab_size and hidden_size in its config: it is no model of texts"),
         ("owlvit_text_model", "transformers builds no body of this type by itself; it is a part of other models"),
         ("mistral_large4_text", "the config's values do not go together"),
