@@ -23,11 +23,12 @@ from qeff_validate.errors import IncomparableError
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
 from qeff_validate.models.causal_lm.adapter_specs import AdapterSpecs, fp16_notes
-from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start, sampling_notes
+from qeff_validate.models.causal_lm.decoder_feeds import NEVER, Plan, invocation_start
 from qeff_validate.models.causal_lm.decoder_interface import Interface, decoder_graph
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompt_inputs import Prompts, prompts_of, split_steps
 from qeff_validate.models.causal_lm.prompt_tokens import PromptTokenizer
+from qeff_validate.models.causal_lm.sampling_notes import sampling_notes
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.embedding_tables import module_tables
@@ -80,11 +81,17 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
     def settings(self) -> Mapping[str, Any]:
         """Return what the graph depends on besides the body."""
         adapters = self._adapters.keys(weights=False)
-        return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, "adapters": adapters}
+        return {
+            "kind": "peft-causal-lm",
+            "mixed": self.options.mixed_batch,
+            "slots": self.options.full_batch_size is not None,
+            "adapters": adapters,
+        }
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what prompts and adapter tensors depend on."""
-        options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
+        rows = {"batch_size", "full_batch_size", "kv_cache_batch_size", "padding_side"}
+        options = self.options.model_dump(mode="json", exclude=rows)
         keys = {"model": self.fingerprint(), "adapters": self._adapters.keys(weights=True)}
         return {**self.asked(), "tokenizer": self.tokenizer_key(), "options": options, **keys}
 
@@ -321,9 +328,11 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
-        chunk = 1 if inputs.interface.recurrent else options.prefill_seq_len
-        sizes = (options.batch_size, chunk, options.padding_side)
-        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens, invocation=inputs.invocation)
+        lengths = (1,) if inputs.interface.recurrent else options.prefill_lengths
+        return Plan(
+            options.rows, lengths, options.padding_side, inputs.pad, inputs.eos, options.max_new_tokens,
+            invocation=inputs.invocation, slots=options.slots,
+        )  # fmt: skip
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
         """Return the errors of logits, and of the change that each adapter makes."""
@@ -360,9 +369,13 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Compare logits, chosen tokens, effects of adapters, and second visits."""
+        from qeff_validate.models.causal_lm.failure_hints import Serving
         from qeff_validate.models.causal_lm.verdict import judge_continuations
 
-        return judge_continuations(reference, actual, context, adapters=list(inputs.adapters), inputs=inputs)
+        slotted, virtual = self.options.full_batch_size is not None, inputs.virtual is not None
+        serving = Serving(self.options.rows, slotted, virtual, bool(inputs.invocation))
+        adapters = list(inputs.adapters)
+        return judge_continuations(reference, actual, context, adapters=adapters, inputs=inputs, serving=serving)
 
     def relate(self, name: str, session: Session, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Check one of `relations.RELATIONS`."""

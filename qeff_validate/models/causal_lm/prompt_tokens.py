@@ -155,8 +155,9 @@ class PromptTokenizer:
 
         Each starts at another offset of the text, because a leak from a prompt with the same prefix would not be seen.
         """
-        chunk, room = self._options.prefill_seq_len, self._room()
-        for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
+        room = self._room()
+        around = {chunk + more for chunk in self._options.prefill_lengths for more in (-1, 0, 1)}
+        for start, length in enumerate(sorted({1, *around, room})):
             if 1 <= length <= min(room, long.size):
                 yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
 

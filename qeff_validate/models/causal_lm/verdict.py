@@ -35,7 +35,7 @@ from qeff_validate.comparison.verdict import (
     with_unusable_rows,
 )
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.failure_hints import FirstTokens, describe_rows
+from qeff_validate.models.causal_lm.failure_hints import SERVED_ALONE, FirstTokens, Serving, describe_rows
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Array, Tensors
 
@@ -56,7 +56,13 @@ MOST_DESCRIBED = 3
 
 
 def judge_continuations(
-    reference: Tensors, actual: Tensors, context: ComparisonContext, *, adapters: Sequence[str], inputs: Any
+    reference: Tensors,
+    actual: Tensors,
+    context: ComparisonContext,
+    *,
+    adapters: Sequence[str],
+    inputs: Any,
+    serving: Serving = SERVED_ALONE,
 ) -> Verdict:
     """Compare the continuations of all prompts with all adapters.
 
@@ -66,6 +72,7 @@ def judge_continuations(
         context: precision, floor, the case's bounds.
         adapters: ``base`` and the adapters' names.
         inputs: labels and token ids of the prompts, and end tokens.
+        serving: how they are served.
     """
     texts = _texts(reference["steps"], adapters, inputs.labels)
     labels = [f"{text.label} +{step}" for text in texts for step in range(len(text.rows))]
@@ -105,15 +112,15 @@ def judge_continuations(
     if verdict.status == "fail" and not missing:
         beyond = rows_beyond(reference["logits"], actual["logits"], bounds) & usable
         parts = [
-            *first.explanations(beyond),
-            describe_rows(beyond, texts, adapters, lengths),
+            *first.explanations(beyond, serving),
+            describe_rows(beyond, texts, adapters, lengths, serving),
             _divergence(results),
             verdict.reason,
         ]
         verdict = replace(verdict, reason="; ".join(filter(None, parts)))
     elif verdict.status == "fail" and not finite[usable].all():
         verdict = replace(
-            verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths)}"
+            verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths, serving)}"
         )
     shown = row_texts([(text.label, len(text.rows)) for text in texts])
     verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()), texts=shown)

@@ -85,7 +85,8 @@ class Decoder(nn.Module):
             position_ids: int64 ``[batch, seq_len]``, −1 for padding.
             **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, recurrent states
                 (`recurrent_state`), and the adapter's tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64
-                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``.
+                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``. With ``batch_index`` int64
+                ``[batch, 1]`` states are ``[slots, …]``, and each row has the slot that it names.
 
         Returns:
             ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
@@ -158,12 +159,14 @@ class Decoder(nn.Module):
 
 def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
     """Return example inputs; batch size, length and context differ from each other and from every usual bucket."""
-    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11}
+    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11, "full_batch_size": 7}
     examples: dict[str, Any] = {}
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         if spec.name in ("input_ids", "position_ids"):
             examples[spec.name] = np.broadcast_to(np.arange(shape[1]), shape).copy()
+        elif spec.name == "batch_index":
+            examples[spec.name] = np.arange(shape[0], dtype=spec.dtype)[:, None]
         else:
             examples[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
     return {**examples, **(adapter or {})}
