@@ -6,16 +6,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
 from qeff_validate.engine import check
+from qeff_validate.models.causal_lm.next_tokens import NEXT_TOKENS
 from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
+from qeff_validate.mutation.mutant import session_of
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.stages import Silent
 from qeff_validate.protocols import runtime
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
+from qeff_validate.tensors import Array
 
 NAMED = {mutant.name: mutant for mutant in CAUSAL_LM_MUTANTS}
 STALE = "not the first 2 texts, which found unused state: what former texts left is seen"
@@ -29,7 +33,10 @@ def random_adapter(seed: int, **options: Any) -> dict[str, Any]:
 VIRTUAL = {"peft_method": "prompt_tuning", "peft": {"num_virtual_tokens": 3, "init": 0.5}}
 EXPERTS = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
 CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "slots": ("ort", "llama", {"full_batch_size": 2, "kv_cache_batch_size": 3, "prefill_seq_len": [2, 4]}),
+    "slots": (
+        "ort", "llama",
+        {"full_batch_size": 2, "kv_cache_batch_size": 3, "prefill_seq_len": [2, 4], "next_tokens": True},
+    ),
     "recurrent": ("torch", "mamba", {"full_batch_size": 2, "peft": {"r": 4, "target_modules": ["in_proj", "x_proj"]}}),
     "virtual": ("torch", "llama", VIRTUAL),
     "shared": ("torch", "llama", {"adapters": {
@@ -117,3 +124,13 @@ def test_fault_is_found_and_named(name: str, fault: str, said: str, pipelines: d
     result = made.result(FaultyRuntime(serving(NAMED[fault], made.inputs().adapters), CASES[name][0]))
     assert result.status == "fail", result.reason
     assert said in result.reason
+
+
+def test_next_token_of_another_row_is_found(pipelines: dict[str, Pipeline]) -> None:
+    def rolled(_: object, outputs: dict[str, Array]) -> dict[str, Array]:
+        return {name: np.roll(array, 1, axis=0) if name == NEXT_TOKENS else array for name, array in outputs.items()}
+
+    result = pipeline("slots", pipelines).result(FaultyRuntime(session_of(out=rolled)))
+    assert result.status == "fail", result.reason
+    assert "sampler.wrong" in result.reason
+    assert "rows fail" not in result.reason, "the logits are right"

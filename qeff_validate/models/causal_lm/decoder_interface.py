@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, PositiveInt
 
+from qeff_validate.models.causal_lm.next_tokens import NEXT_TOKENS
 from qeff_validate.models.causal_lm.options import PeftCausalLMOptions
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import RETAINED, Tensors, TensorSpec
@@ -59,9 +60,12 @@ def decoder_graph(interface: Interface, adapter: Tensors, options: PeftCausalLMO
     weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
     lengths = (1,) if recurrent else (*reversed(options.prefill_lengths), 1)
+    outputs = [TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab))]
+    if options.next_tokens:
+        outputs.append(TensorSpec(NEXT_TOKENS, "int64", ("batch_size", 1, 1)))
     return Graph(
         inputs=(*tokens, *state, *weights),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab)), *twins),
+        outputs=(*outputs, *twins),
         buckets=_buckets(lengths, slots, options, fixed=bool(recurrent)),
     )
 

@@ -25,6 +25,7 @@ from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_seq
 from qeff_validate.models.causal_lm.adapter_specs import AdapterSpecs, fp16_notes
 from qeff_validate.models.causal_lm.decoder_feeds import NEVER, Plan, invocation_start
 from qeff_validate.models.causal_lm.decoder_interface import Interface, decoder_graph
+from qeff_validate.models.causal_lm.next_tokens import NextTokenMonitor
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
 from qeff_validate.models.causal_lm.prompt_inputs import Prompts, prompts_of, split_steps
 from qeff_validate.models.causal_lm.prompt_tokens import PromptTokenizer
@@ -85,12 +86,13 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
             "kind": "peft-causal-lm",
             "mixed": self.options.mixed_batch,
             "slots": self.options.full_batch_size is not None,
+            "next_tokens": self.options.next_tokens,
             "adapters": adapters,
         }
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what prompts and adapter tensors depend on."""
-        rows = {"batch_size", "full_batch_size", "kv_cache_batch_size", "padding_side"}
+        rows = {"batch_size", "full_batch_size", "kv_cache_batch_size", "next_tokens", "padding_side"}
         options = self.options.model_dump(mode="json", exclude=rows)
         keys = {"model": self.fingerprint(), "adapters": self._adapters.keys(weights=True)}
         return {**self.asked(), "tokenizer": self.tokenizer_key(), "options": options, **keys}
@@ -228,7 +230,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
         adapted = self._attach_adapters()
         mixed, layers = self.options.mixed_batch, len(adapted.states.dims)
-        module = Decoder(adapted.model, layers, adapted.parameter_names, mixed=mixed, virtual=adapted.virtual).eval()
+        module = Decoder(
+            adapted.model,
+            layers,
+            adapted.parameter_names,
+            mixed=mixed,
+            virtual=adapted.virtual,
+            next_tokens=self.options.next_tokens,
+        ).eval()
         interface = Interface.model_validate(adapted.interface())
         graph = self._graph(interface, adapted.adapters, starts=bool(adapted.invocation))
         return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
@@ -282,10 +291,15 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
         Returns:
             ``logits``, and ``again``: the logits of second visits to the first two adapters, which must show no state
-            left over from others.
+            left over from others; if the graph chooses ``next_tokens``, ``next_token_gaps`` (`next_tokens`).
         """
         run = run_batched if self.options.mixed_batch else run_sequentially
-        return run(session, inputs, self._plan(inputs), split_steps(reference["tokens"], reference["steps"]))
+        forced = split_steps(reference["tokens"], reference["steps"])
+        if not self.options.next_tokens:
+            return run(session, inputs, self._plan(inputs), forced)
+        monitor = NextTokenMonitor(session)
+        outputs = run(monitor, inputs, self._plan(inputs), forced)
+        return {**outputs, "next_token_gaps": monitor.gaps()}
 
     def original_run(self, inputs: Prompts, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
         """Return one run of a prompt and its continuation up to a row of the logits, with that row's adapter."""

@@ -60,6 +60,10 @@ class PeftCausalLMOptions(Strict):
     kv_cache_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="slots of continuous batching, if there are more than full_batch_size"
     )
+    next_tokens: bool = Field(
+        False,
+        description="the graph has the output next_tokens too, the greatest logits', as on-device greedy sampling",
+    )
     padding_side: Literal["right", "left"] = Field("right", description="where the padding of a prompt stands")
     mixed_batch: bool = Field(
         False,

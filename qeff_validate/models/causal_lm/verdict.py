@@ -36,6 +36,7 @@ from qeff_validate.comparison.verdict import (
 )
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.failure_hints import SERVED_ALONE, FirstTokens, Serving, describe_rows
+from qeff_validate.models.causal_lm.next_tokens import next_token_gate
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Array, Tensors
 
@@ -104,6 +105,8 @@ def judge_continuations(
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
     effects, weaknesses = _effects(first, context.precision, floor) if first.at.size else ([], [])
     results += [*effects, _revisits(actual, labels, again)]
+    if "next_token_gaps" in actual:
+        results.append(next_token_gate(actual["next_token_gaps"]))
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
         weaknesses = [missing_bounds_reason(missing, floor, context.precision)]

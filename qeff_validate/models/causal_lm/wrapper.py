@@ -39,6 +39,7 @@ class Decoder(nn.Module):
         adapter: for each adapter tensor that is an input, PEFT's saved name and the name in ``model``.
         mixed: the tensors are stacks of several adapters, and each row selects its adapter (`batched_lora`).
         virtual: virtual tokens of the adapters; None: they have none.
+        next_tokens: return the token with the greatest logit too.
 
     Raises:
         ConfigError: the model has no head, or its adapters cannot be mixed.
@@ -52,8 +53,10 @@ class Decoder(nn.Module):
         *,
         mixed: bool = False,
         virtual: VirtualTokens | None = None,
+        next_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self._next_tokens = next_tokens
         self.model = model
         self._layers = layers
         self._adapter = dict(adapter or {})
@@ -89,7 +92,8 @@ class Decoder(nn.Module):
                 ``[batch, 1]`` states are ``[slots, …]``, and each row has the slot that it names.
 
         Returns:
-            ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
+            ``logits [batch, 1, vocab]``, ``next_tokens`` int64 ``[batch, 1, 1]`` if asked for, then the new value of
+            each state in the order of the graph.
         """
         keys_and_values = None
         if self._virtual is not None:
@@ -122,7 +126,8 @@ class Decoder(nn.Module):
         cached = new_states(cache, state_order(list(state), self._layers)).values()
         # cloned, because the exporter renames an input that is returned unchanged
         inputs = (*self._adapter, *((TENSOR,) if self._virtual is not None else ()))
-        return (outputs.logits, *cached, *(state[name].clone() for name in inputs))
+        chosen = (outputs.logits.argmax(dim=-1, keepdim=True),) if self._next_tokens else ()
+        return (outputs.logits, *chosen, *cached, *(state[name].clone() for name in inputs))
 
     def _masks(self, position_ids: Tensor, state: Mapping[str, Tensor]) -> Any:
         """Return the attention masks; None for a model that keeps no keys and values."""
