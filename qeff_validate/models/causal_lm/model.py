@@ -33,6 +33,7 @@ from qeff_validate.models.causal_lm.sampling_notes import sampling_notes
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
 from qeff_validate.models.sources.embedding_tables import module_tables
+from qeff_validate.models.sources.quantized import quantization_notes
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
 from qeff_validate.models.sources.tokenizers import tokenizer_length
 from qeff_validate.models.token_rows import TokenRows
@@ -133,7 +134,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         notes = [self._tokenizer.note] if self._tokenizer.note else []
         notes += [note for name, tensors in adapted.adapters.items() for note in fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
-        notes += sampling_notes(adapted.model)
+        notes += [*sampling_notes(adapted.model), *quantization_notes(getattr(self.source, "path", None))]
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
         about["virtual"] = None if adapted.virtual is None else adapted.virtual.model_dump()
         about["invocation"] = adapted.invocation
