@@ -83,6 +83,8 @@ class GraphValues:
         fixed: dict[str, int] = {}
         for value in self.model.graph.input:
             dims = value.type.tensor_type.shape.dim
+            if value.name == "batch_index":  # [batch_size, 1], of continuous batching
+                continue
             if len(dims) == 2 and value.type.tensor_type.elem_type in (TensorProto.INT64, TensorProto.INT32):
                 for name, dim in zip(("batch_size", "seq_len"), dims, strict=True):
                     if dim.dim_value:

@@ -65,8 +65,8 @@ PEFT_CAUSAL_LM = ModelKind(
     suite="peft",
     metrics=LOGIT_METRICS,
     relations=(
-        *("kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots", "poisoned_state"),
-        *("row_alone", "scaled"),
+        *("kept_prefix", "kv_cache", "merged", "mixed_rows", "other_chunks", "other_padding", "other_slots"),
+        *("poisoned_state", "row_alone", "scaled"),
     ),
     mutants=(
         "qeff_validate.mutation.module_mutants:MODULE_MUTANTS",

@@ -221,6 +221,53 @@ def layer_of_another(name: str, adapters: Adapters) -> Tensors:
     return _with_layers(adapters[name], adapters[others[others.index(name) - 1]], {last: last})
 
 
+def _nonzero_elsewhere(name: str, tensor: str, adapters: Adapters) -> Numbers | None:
+    """Return the tensor of another adapter that is not zero in places where this one's is; None if there is none."""
+    zero = adapters[name][tensor] == 0
+    others = [adapters[other][tensor] for other in adapters if other not in (BASE, name)]
+    return next((array for array in others if (array[zero] != 0).any()), None)
+
+
+def filled(*, modules_alone: bool) -> Change:
+    """Serve another adapter's numbers where an adapter that shares the graph with it is padded with zeros.
+
+    Args:
+        modules_alone: in modules that the adapter lacks; else beyond its rank.
+    """
+
+    @except_base
+    def served(name: str, adapters: Adapters) -> Tensors:
+        result = {}
+        for tensor, array in adapters[name].items():
+            lacking = not array.any()
+            other = _nonzero_elsewhere(name, tensor, adapters) if lacking == modules_alone else None
+            result[tensor] = array if other is None else np.where(array == 0, other, array)
+        return result
+
+    def change(name: str, adapters: Adapters) -> Tensors:
+        everything = {adapter: served(adapter, adapters) for adapter in adapters}
+        if all(array is adapters[adapter][key] for adapter in everything for key, array in everything[adapter].items()):
+            padded = "lacks a module that another has" if modules_alone else "has a smaller rank than another"
+            raise Inapplicable(f"no adapter {padded}")
+        return everything[name]
+
+    return change
+
+
+@except_base
+def transposed(name: str, adapters: Adapters) -> Tensors:
+    """Exchange the factors of LoRA on square weights, which transposes what they add: B A becomes Aᵀ Bᵀ."""
+    adapter = adapters[name]
+    result = dict(adapter)
+    for tensor, array in adapter.items():
+        other = tensor.replace(".lora_A.", ".lora_B.")
+        if other != tensor and other in adapter and adapter[other].T.shape == array.shape:
+            result |= {tensor: adapter[other].T, other: array.T}
+    if all(result[tensor] is adapter[tensor] for tensor in adapter):
+        raise Inapplicable("no adapter has lora_A and lora_B of a square weight")
+    return result
+
+
 def rounded(rounding: Callable[[Numbers], Numbers]) -> Change:
     """Round every float32 number of the adapters."""
 
@@ -277,6 +324,9 @@ ADAPTER_MUTANTS: tuple[AdapterMutant, ...] = (
     _mutant("one module of one layer without adapter", without(at_last_location), "this project"),
     _mutant("two layers' tensors exchanged", exchanged_layers, "this project"),
     _mutant("one layer from another adapter", layer_of_another, "this project", ceiling=False),
+    _mutant("padding beyond an adapter's rank not zero", filled(modules_alone=False), "this project", ceiling=False),
+    _mutant("a module served from another adapter", filled(modules_alone=True), "this project", ceiling=False),
+    _mutant("adapters of square weights transposed", transposed, "this project", ceiling=False),
     _mutant("one buffer for tensors that are equal in the base", one_buffer, "upstream §2.3"),
     _mutant("adapters rounded to fp16", rounded(to_float16), "upstream §2.3", ceiling=False),
     _mutant("adapters rounded to bf16", rounded(to_bfloat16), "this project", ceiling=False),

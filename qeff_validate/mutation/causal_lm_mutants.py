@@ -9,6 +9,8 @@ import numpy as np
 
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
+from qeff_validate.models.causal_lm.decoder_interface import RECURRENT
+from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
 from qeff_validate.mutation import feed_faults as feed
 from qeff_validate.mutation import logit_faults as logits
 from qeff_validate.mutation.adapter_mutants import ADAPTER_MUTANTS
@@ -37,6 +39,8 @@ def _session(
     rows: int = 1,
     mixed: bool | None = None,
     adapted: bool = False,
+    slotted: bool | None = None,
+    takes: str | tuple[str, ...] = "",
 ) -> Callable[[Session], DecodeTrackingSession]:
     """Return the change of a session mutant.
 
@@ -47,6 +51,8 @@ def _session(
         rows: the least number of rows in a batch.
         mixed: True: rows must choose their adapters; False: they must not; None: either.
         adapted: there must be an adapter.
+        slotted: True: rows must choose their slots (continuous batching); False: they must not; None: either.
+        takes: how the name of an input begins that the graph must have; one of several.
     """
 
     def change(session: Session) -> DecodeTrackingSession:
@@ -55,6 +61,10 @@ def _session(
             raise Inapplicable("one adapter serves all rows" if mixed else "each row has its own adapter")
         if adapted and not faulty.weights:
             raise Inapplicable("there is no adapter")
+        if slotted is not None and slotted != faulty.slotted:
+            raise Inapplicable("each row chooses its slot" if faulty.slotted else "rows choose no slots")
+        if takes and not any(spec.name.startswith(takes) for spec in faulty.inputs):
+            raise Inapplicable(f"the graph has no input {takes if isinstance(takes, str) else ' or '.join(takes)}")
         return faulty
 
     return change
@@ -77,6 +87,7 @@ def _mutant(
     return SessionMutant(name, family, change, source, gross, ceiling)
 
 
+_VIRTUAL_LATE = _session(feed.virtual_one_late, zeroed=True, takes=TENSOR)
 _NAN_OF_ONE = _session(out=logits.not_a_number_of_one, adapted=True)
 
 DECODE_MUTANTS: tuple[SessionMutant, ...] = (
@@ -84,18 +95,26 @@ DECODE_MUTANTS: tuple[SessionMutant, ...] = (
     _mutant("adapter of the first prompt for all", "adapters", _session(feed.of_the_first_prompt, mixed=True), _MULTI),
     _mutant("adapter of the next row", "adapters", _session(feed.of_the_next_row, rows=2, mixed=True)),
     _mutant("a row sees its neighbour's slot", "state", _session(feed.leaks, rows=2)),
-    _mutant("keys and values not reset", "state", _session(feed.goes_on)),
+    _mutant("keys and values not reset", "state", _session(feed.goes_on, slotted=False)),
+    _mutant("recurrent state carried over", "state", _session(feed.state_goes_on, takes=RECURRENT), _OWN),
+    _mutant(
+        "a prompt written into the next slot", "state", _session(feed.into_the_next_slot, rows=2, slotted=True), _OWN
+    ),
+    _mutant("rows decode in each other's slots", "state", _session(feed.of_each_other, rows=2, slotted=True), _OWN),
+    _mutant("stale tail of a former occupant", "state", _session(feed.behind_the_former, slotted=True), _OWN),
     _mutant("logits of the run before", "state", _logits(logits.one_run_late), _OWN),
     _mutant("one bit at a second visit", "state", _session(out=logits.one_bit), _OWN),
     _mutant("later chunks at the first one's positions", "positions", _session(feed.starts_again, zeroed=True), _OWN),
     _mutant("position + 1 at decode", "positions", _session(feed.one_further, zeroed=True)),
     _mutant("position + 1 at decode, into undefined memory", "positions", _session(feed.one_further)),
-    _mutant("padding on the left read as text", "positions", _session(feed.padding_is_text), _SINGLE),
+    _mutant("padding on the left read as text", "positions", _session(feed.padding_is_text, slotted=False), _SINGLE),
+    _mutant("invocation one token late", "positions", _session(feed.invoked_late, takes="adapter_start"), _OWN),
+    _mutant("virtual tokens one position late", "positions", _VIRTUAL_LATE, _OWN),
     _mutant("prompts cut to 8 tokens", "tokens", _session(feed.cut)),
     _mutant("last token of each prompt dropped", "tokens", _session(feed.one_short, logits.before_last), _OWN),
     _mutant("first token from the token before the last", "tokens", _session(out=logits.before_last), _OWN),
     _mutant("first token from padding in the last chunk", "tokens", _session(out=logits.of_the_last_chunk), _SINGLE),
-    _mutant("tokens of two prompts exchanged", "tokens", _session(feed.exchanged, rows=2), _OWN),
+    _mutant("tokens of two prompts exchanged", "tokens", _session(feed.exchanged, rows=2, slotted=False), _OWN),
     _mutant("rows of the batch shifted by one", "rows", _logits(logits.shifted_rows), gross=True, ceiling=True),
     _mutant("NaN in one row", "values", _logits(logits.not_a_number), gross=True, ceiling=True),
     _mutant("NaN with one adapter at decode", "values", _NAN_OF_ONE, gross=True),

@@ -93,8 +93,8 @@ def cut(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     last_tokens = session.memory.setdefault("last", {})
     for row, row_positions in enumerate(positions):
         if (row_positions == CUT - 1).any():
-            last_tokens[row] = ids[row, row_positions == CUT - 1][0]
-        ids[row, row_positions >= CUT] = last_tokens.get(row, 0)
+            last_tokens[session.places[row]] = ids[row, row_positions == CUT - 1][0]
+        ids[row, row_positions >= CUT] = last_tokens.get(session.places[row], 0)
     return at_positions({**feeds, "input_ids": ids}, np.minimum(positions, CUT - 1))
 
 
@@ -109,3 +109,45 @@ def exchanged(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
     if not session.decoding:
         ids[[0, 1]] = ids[[1, 0]]
     return {**feeds, "input_ids": ids}
+
+
+def invoked_late(_: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Let activated adapters act from the second token of their invocation on."""
+    return {**feeds, "adapter_start": feeds["adapter_start"] + 1}
+
+
+def virtual_one_late(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Put virtual tokens, and the texts behind them, one position too far: slot 0 is left out."""
+    ids, positions = feeds["input_ids"], feeds["position_ids"]
+    late = session.memory.setdefault("late", {})
+    for row, place in enumerate(session.places.tolist()):
+        if (positions[row] == 0).any():
+            late[place] = int(ids[row, positions[row] == 0][0] >= session.vocabulary)
+    shift = np.array([late.get(place, 0) for place in session.places.tolist()])
+    return at_positions(feeds, np.minimum(positions + shift[:, None], session.context - 1))
+
+
+def state_goes_on(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Do not let recurrent states begin anew with a text, which they do at position 0."""
+    positions = feeds["position_ids"]
+    return at_positions(feeds, np.where(session.before[:, None] >= 0, np.maximum(positions, 1), positions))
+
+
+def into_the_next_slot(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Prefill each prompt into the slot behind its own."""
+    slots = feeds["batch_index"]
+    return feeds if session.decoding else {**feeds, "batch_index": (slots + 1) % session.slots}
+
+
+def of_each_other(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Let each row decode in the slot of its neighbour."""
+    slots = feeds["batch_index"]
+    return {**feeds, "batch_index": np.roll(slots, 1, axis=0)} if session.decoding else feeds
+
+
+def behind_the_former(session: DecodeTrackingSession, feeds: Feeds) -> Feeds:
+    """Decode behind what a longer text has left in the slot, which is seen then."""
+    if not session.decoding:
+        return feeds
+    shift = np.maximum(session.before + 1 - session.prompt, 0)
+    return at_positions(feeds, np.minimum(feeds["position_ids"] + shift[:, None], session.context - 1))

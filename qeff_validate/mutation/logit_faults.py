@@ -24,10 +24,10 @@ def before_last(session: DecodeTrackingSession, logits: Numbers) -> Numbers:
         last, token = int(positions.argmax()), ids[row, positions.argmax()]
         if positions[last] >= 1:
             previous = positions == positions[last] - 1
-            ids[row, last] = ids[row, previous][0] if previous.any() else newest[row]
+            ids[row, last] = ids[row, previous][0] if previous.any() else newest[session.places[row]]
             changed[row, last] -= 1
         if positions[last] >= 0:
-            newest[row] = token
+            newest[session.places[row]] = token
     return session.rerun(ids, changed)
 
 
@@ -78,9 +78,9 @@ def not_a_number_of_one(session: DecodeTrackingSession, logits: Numbers) -> Numb
     return logits
 
 
-def shifted_rows(_: FaultySession, logits: Numbers) -> Numbers:
-    """Return the logits of each row for its neighbour."""
-    if len(logits) < 2:
+def shifted_rows(session: FaultySession, logits: Numbers) -> Numbers:
+    """Return the logits of each row for its neighbour; with slots, a prompt that is prefilled alone has none."""
+    if len(logits) < 2 and not ("batch_index" in session.feeds and session.feeds["position_ids"].shape[1] > 1):
         raise Inapplicable("a batch of one row")
     return np.roll(logits, 1, axis=0)
 

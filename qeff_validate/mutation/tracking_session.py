@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_validate.models.causal_lm.decoder_interface import RECURRENT
 from qeff_validate.mutation.mutant import FaultySession, Inapplicable
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import RETAINED, Tensors
 
-TOKENS = ("input_ids", "position_ids", "adapter_ids", "adapter_start")
+TOKENS = ("input_ids", "position_ids", "adapter_ids", "adapter_start", "batch_index")
 
 Numbers = NDArray[Any]
 Feeds = dict[str, Numbers]
@@ -29,11 +30,14 @@ class DecodeTrackingSession(FaultySession):
         out: changes the outputs.
         zeroed: keys and values start as zeros, as on a machine that clears its memory; else a fault that reads an
             unwritten slot gives nothing but NaN.
-        rows: the least number of rows in a batch.
+        rows: the least number of rows in a decode run.
+
+    With ``batch_index``, each prompt is a batch, and what is said of a row holds for the slot of its text.
 
     Attributes:
         batch: number of the batch of prompts, from 0.
         began: this run is the first of its batch.
+        places: row or slot of each row's text.
         visit: number of the pass over the prompts with one adapter, or with all adapters of a mixed batch.
         adapter: number of the adapter, in the order of first visits; None where each row has its own.
         again: the adapter has been visited before.
@@ -62,10 +66,11 @@ class DecodeTrackingSession(FaultySession):
         self.batch, self.visit, self.pad = -1, -1, 0
         self.adapter: int | None = None
         self.began = self.again = self.decoding = False
-        self.prompt = self.reach = self.before = np.zeros(0, np.int64)
+        self.prompt = self.reach = self.before = self.places = np.zeros(0, np.int64)
+        self._by_slot: dict[str, dict[int, int]] = {"prompt": {}, "reach": {}, "before": {}}
         self.memory: dict[str, Any] = {}
-        for shapes in self.shapes:
-            self._check_rows(shapes["input_ids"][0])
+        if self.shapes:
+            self._check_rows(max(shapes["input_ids"][0] for shapes in self.shapes))
 
     @property
     def state(self) -> list[str]:
@@ -81,6 +86,26 @@ class DecodeTrackingSession(FaultySession):
     def mixed(self) -> bool:
         """True if each row chooses its adapter."""
         return any(spec.name == "adapter_ids" for spec in self.inputs)
+
+    @property
+    def slotted(self) -> bool:
+        """True if each row chooses the slot of its text (continuous batching)."""
+        return any(spec.name == "batch_index" for spec in self.inputs)
+
+    @property
+    def slots(self) -> int:
+        """Number of texts whose state is kept."""
+        return len(next(iter(self.retained().values())))
+
+    @property
+    def recurrent(self) -> bool:
+        """True if there are convolutional or recurrent states."""
+        return any(name.startswith(RECURRENT) for name in self.state)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the vocabulary; virtual tokens have greater ids."""
+        return next(int(spec.shape[-1]) for spec in self.outputs if spec.name == "logits")
 
     @property
     def context(self) -> int:
@@ -106,7 +131,8 @@ class DecodeTrackingSession(FaultySession):
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run with the fault."""
-        self._check_rows(len(feeds["input_ids"]))
+        if not self.slotted or feeds["position_ids"].shape[1] == 1:  # else a prompt is prefilled alone
+            self._check_rows(len(feeds["input_ids"]))
         self._track(feeds)
         if self._zeroed and not self.runs:
             self.feeds = dict(feeds)
@@ -123,6 +149,10 @@ class DecodeTrackingSession(FaultySession):
         was_decoding, self.decoding = self.decoding, positions.shape[1] == 1
         if (positions < 0).any():
             self.pad = int(ids[positions < 0][0])
+        if self.slotted:
+            self._track_slots(feeds)
+            return
+        self.places = np.arange(len(positions))
         resized = self.reach.shape != positions.shape[:1]
         starts_over = not resized and ((positions == 0).any(axis=1) & (self.reach >= 0)).any()
         self.began = bool(resized or (not self.decoding and (was_decoding or starts_over)))
@@ -135,6 +165,25 @@ class DecodeTrackingSession(FaultySession):
         self.reach = np.maximum(self.reach, positions.max(axis=1))
         if not self.decoding:
             self.prompt = self.reach + 1
+
+    def _track_slots(self, feeds: Tensors) -> None:
+        positions: Numbers = feeds["position_ids"]
+        self.places = feeds["batch_index"].reshape(-1).astype(np.int64)
+        prompt, reach, before = (self._by_slot[name] for name in ("prompt", "reach", "before"))
+        self.began = bool((positions == 0).any())
+        for place, row in zip(self.places.tolist(), positions, strict=True):
+            if (row == 0).any():
+                before[place], reach[place], prompt[place] = reach.get(place, -1), -1, 0
+            reach[place] = max(reach.get(place, -1), int(row.max()))
+            if not self.decoding:
+                prompt[place] = reach[place] + 1
+        if self.began:
+            self.batch += 1
+            self._count_visit(feeds)
+        self.prompt, self.reach, self.before = (
+            np.array([values.get(place, missing) for place in self.places.tolist()])
+            for values, missing in ((prompt, 0), (reach, -1), (before, -1))
+        )
 
     def _count_visit(self, feeds: Tensors) -> None:
         """Count visits: by the adapter that is fed, or, where none ever is, by the return of the first prompts."""

@@ -19,6 +19,7 @@ class FeedMonitor(SessionWrapper):
 
     With ``attention_mask``, the tokens under each row's mask must be one of the rows. With ``position_ids``, a row's
     positions must count up from 0 over its runs, where -1 is padding, and its tokens must begin with one of the rows.
+    With ``batch_index``, what stands here of a row holds for the slot that it names.
 
     Args:
         session: open.
@@ -33,6 +34,7 @@ class FeedMonitor(SessionWrapper):
         self._sequences: dict[int, list[int]] = {}
         self._errors: dict[str, str] = {}
         self._fed: set[str] = set()
+        self._place = "row"
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Check the feeds, and run."""
@@ -43,7 +45,10 @@ class FeedMonitor(SessionWrapper):
             if "attention_mask" in feeds:
                 self._check_masks(ids, feeds["attention_mask"])
             if "position_ids" in feeds:
-                self._check_positions(ids, feeds["position_ids"])
+                slots = feeds.get("batch_index")
+                self._place = "row" if slots is None else "slot"
+                places = range(len(ids)) if slots is None else slots.reshape(-1).tolist()
+                self._check_positions(ids, feeds["position_ids"], places)
         return super().run(feeds, fetch=fetch)
 
     def padded(self) -> frozenset[int]:
@@ -82,8 +87,8 @@ class FeedMonitor(SessionWrapper):
                 self._errors.setdefault("mask", text)
             self._missing.discard(tokens)
 
-    def _check_positions(self, ids: Array, positions: Array) -> None:
-        for number, (row, row_positions) in enumerate(zip(ids, positions, strict=True)):
+    def _check_positions(self, ids: Array, positions: Array, places: Sequence[int]) -> None:
+        for number, row, row_positions in zip(places, ids, positions, strict=True):
             is_token = row_positions >= 0
             tokens, numbers = row[is_token].tolist(), row_positions[is_token].tolist()
             if not numbers:
@@ -92,7 +97,9 @@ class FeedMonitor(SessionWrapper):
                 self._close(number)
             sequence = self._sequences.setdefault(number, [])
             if numbers != list(range(len(sequence), len(sequence) + len(numbers))):
-                text = f"those of row {number} of a batch go on with {numbers[:4]} after {len(sequence)} tokens"
+                text = (
+                    f"those of {self._place} {number} of a batch go on with {numbers[:4]} after {len(sequence)} tokens"
+                )
                 self._errors.setdefault("positions", text)
             sequence += tokens
 
@@ -101,7 +108,9 @@ class FeedMonitor(SessionWrapper):
         fed = tuple(self._sequences.pop(number, ()))
         complete = {row for row in self._rows if row == fed[: len(row)]}
         if fed and not complete:
-            self._errors.setdefault("mask", f"what row {number} of a batch was fed begins with none of the case's rows")
+            self._errors.setdefault(
+                "mask", f"what {self._place} {number} of a batch was fed begins with none of the case's rows"
+            )
         self._missing -= complete
 
 

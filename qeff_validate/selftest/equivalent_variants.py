@@ -144,7 +144,7 @@ def in_float64(module: Any) -> Any:
 def reversed_rows(session: Session) -> FaultySession:
     """Run each batch in reverse order, and restore the order of the outputs."""
     batched = {spec.name for spec in session.inputs if spec.shape and spec.shape[0] == "batch_size"} | {
-        "input_ids", "attention_mask", "token_type_ids", "position_ids", "adapter_ids", "adapter_start"
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "adapter_ids", "adapter_start", "batch_index"
     }  # fmt: skip
 
     def feed(_: FaultySession, feeds: dict[str, Array]) -> Mapping[str, Array]:

@@ -67,12 +67,29 @@ class Poison:
         return self._fed
 
 
+class Continued:
+    """Notices that a text goes on at another place than behind its last token."""
+
+    def __init__(self) -> None:
+        self._reach: dict[int, int] = {}
+
+    def __call__(self, feeds: Tensors) -> bool:
+        back = False
+        for row, places in enumerate(feeds["position_ids"]):
+            if places.max() >= 0:
+                first = int(places[places >= 0].min())
+                back |= 0 < first <= self._reach.get(row, -1)
+                self._reach[row] = int(places.max())
+        return back
+
+
 SYMPTOMS: dict[str, Callable[[], Symptom]] = {
     "merged": lambda: lambda feeds: bool((feeds["position_ids"] == 0).any()),
     "other_chunks": lambda: lambda feeds: feeds["input_ids"].shape[1] == 1 and bool((feeds["position_ids"] == 0).any()),
     "other_padding": lambda: (
         lambda feeds: bool(((feeds["position_ids"][:, 0] < 0) & (feeds["position_ids"][:, -1] >= 0)).any())
     ),
+    "kept_prefix": Continued,
     "other_slots": Slots,
     "poisoned_state": Poison,
     "row_alone": lambda: (

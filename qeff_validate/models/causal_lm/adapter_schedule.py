@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate
+from qeff_validate.models.causal_lm.decode_loop import generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors

@@ -95,21 +95,22 @@ def cache_for(
     """Return a cache over the inputs ``past_key.i``, ``past_value.i`` and recurrent states.
 
     Args:
-        state: inputs by name.
+        state: inputs by name, ``batch_index`` among them if rows choose their slots.
         layers: number of layers of the cache.
         position_ids: int64 ``[batch, seq_len]``.
         prefix: as in `StateLayer`, by layer.
     """
     size = next((tensor.shape[2] for name, tensor in state.items() if name.startswith("past_key.")), None)
-    places = None if size is None else write_indices(position_ids, size)
+    slots = state.get("batch_index")
+    places = None if size is None else write_indices(position_ids, size, slots)
 
     def layer(at: int) -> Any:
         keys, values = state.get(f"past_key.{at}"), state.get(f"past_value.{at}")
         states = {name: state[name] for name in names_of_layer(state, at)}
         if keys is None or values is None or places is None:
-            return RecurrentLayer(states, position_ids)
+            return RecurrentLayer(states, position_ids, slots)
         if states:
-            return HybridLayer(states, position_ids, keys, values, places)
+            return HybridLayer(states, position_ids, keys, values, places, slots)
         return StateLayer(keys, values, places, None if prefix is None else prefix[at])
 
     return Cache(layers=[layer(at) for at in range(layers)])

@@ -25,6 +25,39 @@ ALIGNED = 0.99
 """Minimum cosine of an adapter's change with the reference's for the same direction (`verdict.DELTAS`)."""
 
 
+STRANGE = "tensors that are another module's or adapter's, transposed, or not zero where they are padded"
+"""What else changes the direction of an adapter's effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How texts and adapters are served, as far as a fault shows it.
+
+    Attributes:
+        places: rows of a decode run; the first so many texts find them unused. 0: not known.
+        slotted: rows choose their slots by ``batch_index``.
+        virtual: adapters consist of virtual tokens.
+        activated: adapters act from their invocation on.
+    """
+
+    places: int = 0
+    slotted: bool = False
+    virtual: bool = False
+    activated: bool = False
+
+    @property
+    def causes(self) -> str:
+        """What makes an adapter act otherwise than in the reference."""
+        if self.virtual:
+            return "its virtual tokens have other positions, or other content"
+        causes = "another scale (alpha / r, or alpha / √r with rsLoRA), merged and fed, or a part of it missing"
+        return f"it acts from another token on than its invocation's first; {causes}" if self.activated else causes
+
+
+SERVED_ALONE = Serving()
+"""Texts and adapters of which nothing is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class FirstTokens:
     """Log-probabilities of the first token after each prompt, where all adapters have read the same text.
@@ -82,11 +115,12 @@ class FirstTokens:
         """Return the root mean square error of an adapter's change of the base."""
         return _rms_difference(self.got[adapter] - self.got[0], self.wanted[adapter] - self.wanted[0])
 
-    def explanations(self, beyond: NDArray[np.bool_]) -> Iterator[str]:
+    def explanations(self, beyond: NDArray[np.bool_], serving: Serving = SERVED_ALONE) -> Iterator[str]:
         """Yield likely causes of failures in first tokens.
 
         Args:
             beyond: rows beyond a bound, bool ``[n]``.
+            serving: how adapters are served.
         """
         if not self.at.size:
             return
@@ -100,7 +134,7 @@ class FirstTokens:
             elif strangers:
                 yield f"some prompts with {name!r} give the outputs of {' or '.join(map(repr, strangers))}"
             elif i and self.apart(0, i) > 0 and not beyond[self.at[0]].any():
-                yield from self._weakened(i)
+                yield from self._weakened(i, serving)
         for visit, revisit_errors in enumerate(self.revisit_errors):
             if revisit_errors != 0:
                 yield self._left_over(visit)
@@ -117,17 +151,18 @@ class FirstTokens:
         nearest = int(np.argmin(far))
         return self.adapters[nearest] if far[nearest] < NEARER * far[own] else None
 
-    def _weakened(self, adapter: int) -> Iterator[str]:
+    def _weakened(self, adapter: int, serving: Serving) -> Iterator[str]:
         wanted, got = self.wanted[adapter] - self.wanted[0], self.got[adapter] - self.got[0]
         cosine, strength = 1 - self.change(adapter)[0], float(np.sum(wanted * got) / np.sum(wanted * wanted))
-        name = self.adapters[adapter]
+        name, strange = self.adapters[adapter], "" if serving.virtual or cosine >= ALIGNED else f"; or {STRANGE}"
         if abs(strength - 1) > STRONGER:
             yield (
                 f"adapter {name!r} acts {strength:.2g} times as strongly as in the reference (cosine {cosine:.2g}):"
-                " another scale (alpha / r, or alpha / √r with rsLoRA), merged and fed, or a part of it missing"
+                f" {serving.causes}{strange}"
             )
         elif not cosine >= ALIGNED:
-            yield f"adapter {name!r} changes other things than in the reference (cosine {cosine:.2g})"
+            causes = serving.causes if serving.virtual or serving.activated else STRANGE
+            yield f"adapter {name!r} changes other things than in the reference (cosine {cosine:.2g}): {causes}"
         else:
             yield (
                 f"adapter {name!r} changes what it should, as strongly as in the reference (cosine {cosine:.4g}):"
@@ -156,9 +191,21 @@ def _swap_message(name: str, twin: str) -> str:
 
 
 def describe_rows(
-    bad: NDArray[np.bool_], texts: Sequence[Text], adapters: Sequence[str], lengths: Sequence[int]
+    bad: NDArray[np.bool_],
+    texts: Sequence[Text],
+    adapters: Sequence[str],
+    lengths: Sequence[int],
+    serving: Serving = SERVED_ALONE,
 ) -> str:
-    """Describe how many rows fail, and what they have in common: adapter, phase, position in the text, or prompts."""
+    """Describe how many rows fail, and what they have in common: adapter, phase, position in the text, or prompts.
+
+    Args:
+        bad: rows that fail, bool ``[n]``.
+        texts: the continuations, in the order adapter, prompt.
+        adapters: ``base`` and the adapters' names.
+        lengths: tokens of each prompt.
+        serving: how they are served.
+    """
     if not bad.any():
         return ""
     count = len(lengths)
@@ -176,6 +223,11 @@ def describe_rows(
         parts.append("first tokens only, which the prefill gives")
     elif step[bad].all() and (step == 0).any():
         parts.append("no first token, so decode steps only")
+        if serving.slotted:
+            parts[-1] += " (batch_index must name the slot of the prefill)"
+    of_base = owner < count
+    if 0 < serving.places < count and (bad & of_base).any() and not bad[owner < serving.places].any():
+        parts.append(f"not the first {serving.places} texts, which found unused state: what former texts left is seen")
     if place[bad].min() > place[~bad].max():
         parts.append(f"only where {place[bad].min()} tokens or more are read")
     else:

@@ -28,7 +28,8 @@ class WriteIndices:
     Attributes:
         source: index of the token to write for each token, int64 ``[batch, 1, seq_len, 1]``.
         slot: slot to write to, int64 ``[batch, 1, seq_len]``.
-        row: row of the batch, int64 ``[batch, 1, 1]``.
+        row: slot of the row's text, int64 ``[batch, 1, 1]``.
+        by_slot: there may be other slots than rows of the batch, in another order.
         empty: True for rows of padding only, bool ``[batch, 1, seq_len, 1]``.
         seen: True for slots that have been written, bool ``[batch, 1, ctx_len, 1]``.
     """
@@ -36,12 +37,23 @@ class WriteIndices:
     source: Tensor
     slot: Tensor
     row: Tensor
+    by_slot: bool
     empty: Tensor
     seen: Tensor
 
+    def of_rows(self, state: Tensor) -> Tensor:
+        """Return the state ``[slots, …]`` of each row's text, ``[batch, …]``."""
+        return state.index_select(0, self.row.reshape(-1)) if self.by_slot else state
 
-def write_indices(position_ids: Tensor, slots: int) -> WriteIndices:
-    """Return the write indices for positions ``[batch, seq_len]``, −1 for padding, in a cache of ``slots`` slots."""
+
+def write_indices(position_ids: Tensor, slots: int, batch_index: Tensor | None = None) -> WriteIndices:
+    """Return the write indices of a run.
+
+    Args:
+        position_ids: int64 ``[batch, seq_len]``, −1 for padding.
+        slots: tokens that the cache of a text holds.
+        batch_index: where each row's text is in the cache, all different, int64 ``[batch, 1]``; None: in its row.
+    """
     batch, length = position_ids.shape
     device = position_ids.device
     last = position_ids.argmax(dim=1, keepdim=True)
@@ -50,14 +62,15 @@ def write_indices(position_ids: Tensor, slots: int) -> WriteIndices:
     return WriteIndices(
         source=source.reshape(batch, 1, length, 1),
         slot=places.clamp(min=0),
-        row=torch.arange(batch, device=device).reshape(batch, 1, 1),
+        row=(torch.arange(batch, device=device) if batch_index is None else batch_index).reshape(batch, 1, 1),
+        by_slot=batch_index is not None,
         empty=(places < 0).reshape(batch, 1, length, 1),
         seen=(torch.arange(slots, device=device) <= position_ids.amax(dim=1, keepdim=True)).reshape(batch, 1, slots, 1),
     )
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any to mypy here
-    """Keys and values of one layer, ``[batch, heads, ctx_len, head_dim]``.
+    """Keys and values of one layer, ``[batch or slots, heads, ctx_len, head_dim]``.
 
     Args:
         keys: retained keys.
@@ -89,8 +102,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
             value_states = torch.where(is_virtual, values, value_states)
         self.keys = write_tokens(self.keys, key_states, self._places)
         self.values = write_tokens(self.values, value_states, self._places)
-        seen = self._places.seen
-        return torch.where(seen, self.keys, 0.0), torch.where(seen, self.values, 0.0)
+        seen, of_rows = self._places.seen, self._places.of_rows
+        return torch.where(seen, of_rows(self.keys), 0.0), torch.where(seen, of_rows(self.values), 0.0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of slots, and 0 as the offset of the first."""
@@ -106,9 +119,9 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
 
 
 def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
-    """Return the state ``[b, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` written to their slots."""
+    """Return the state ``[slots, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` written to their places."""
     updates = new.gather(2, places.source.expand(new.shape))
-    updates = torch.where(places.empty, state.narrow(2, 0, 1), updates)
+    updates = torch.where(places.empty, places.of_rows(state.narrow(2, 0, 1)), updates)
     heads = torch.arange(state.shape[1], device=new.device).reshape(1, -1, 1)
     return state.index_put((places.row, heads, places.slot), updates)
 

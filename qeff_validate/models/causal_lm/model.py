@@ -7,52 +7,36 @@ effect. Frameworks are imported inside the functions that need them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, PositiveInt
 
 from qeff_validate.comparison.logit_metrics import systematic_logit_metrics
 from qeff_validate.comparison.vector_metrics import systematic_size
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
-from qeff_validate.errors import ConfigError, IncomparableError
-from qeff_validate.files import expand_user
-from qeff_validate.json_tensor import json_tensor, parse_json_tensor
-from qeff_validate.models.adapters.files import (
-    CONFIG,
-    INDEX,
-    content,
-    holds_base_weights,
-    read_config,
-    tensor_shapes,
-    vocabulary,
-    weight_files,
-)
+from qeff_validate.errors import IncomparableError
+from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
-from qeff_validate.models.causal_lm.decode_loop import NEVER, Plan, invocation_start, sampling_notes
+from qeff_validate.models.causal_lm.adapter_specs import AdapterSpecs, fp16_notes
+from qeff_validate.models.causal_lm.decoder_feeds import NEVER, Plan, invocation_start
+from qeff_validate.models.causal_lm.decoder_interface import Interface, decoder_graph
+from qeff_validate.models.causal_lm.next_tokens import NextTokenMonitor
 from qeff_validate.models.causal_lm.options import BASE, PeftCausalLMOptions
-from qeff_validate.models.causal_lm.prompts import LONG, TEXTS
-from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens
+from qeff_validate.models.causal_lm.prompt_inputs import Prompts, prompts_of, split_steps
+from qeff_validate.models.causal_lm.prompt_tokens import PromptTokenizer
+from qeff_validate.models.causal_lm.sampling_notes import sampling_notes
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.models.row_order import refuse_frequencies_by_length
-from qeff_validate.models.sources.checkpoint import checked, digests, has_tokenizer, tokenizer_files
 from qeff_validate.models.sources.embedding_tables import module_tables
+from qeff_validate.models.sources.quantized import quantization_notes
 from qeff_validate.models.sources.resolve import InMemory, Source, resolve
-from qeff_validate.models.sources.tokenizers import (
-    Tokenize,
-    conversation_ids,
-    load_tokenizer,
-    tokenize_with,
-    tokenizer_length,
-)
-from qeff_validate.models.token_rows import RowsText, TokenRows, split_ids
+from qeff_validate.models.sources.tokenizers import tokenizer_length
+from qeff_validate.models.token_rows import TokenRows
 from qeff_validate.protocols import (
     Change,
     ComparisonContext,
@@ -66,76 +50,7 @@ from qeff_validate.protocols import (
     Timed,
     Workload,
 )
-from qeff_validate.tensors import RETAINED, Array, Tensors, TensorSpec
-
-FP16_MOST, FP16_LEAST = 65504.0, 2.0**-25
-"""The greatest finite fp16 number, and half of the smallest: beyond them values round to infinity and to zero."""
-
-
-class Interface(BaseModel):
-    """Sizes of a model that shape its graph.
-
-    Attributes:
-        dims: number of heads and head size of each layer's keys and values; None for a layer without.
-        vocab: vocabulary size.
-        recurrent: shapes of recurrent states without their batch dim, by the name of the input.
-    """
-
-    dims: list[tuple[tuple[PositiveInt, PositiveInt], tuple[PositiveInt, PositiveInt]] | None]
-    vocab: PositiveInt
-    recurrent: dict[str, tuple[PositiveInt, ...]] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompts and adapters.
-
-    Attributes:
-        ids: token ids of each prompt, int64 ``[n]``.
-        texts: the prompts, for messages.
-        pad: id of the padding token.
-        eos: token ids that end a text.
-        adapters: tensors of ``base`` and of each adapter, by PEFT's saved name; no tensors if the case has no adapters.
-        interface: sizes of the model that shape the graph.
-        shared: PEFT options of the layers that serve adapters of different shape; None: all have the same options.
-        virtual: virtual tokens of the adapters; None: they have none.
-        invocation: tokens from which on the adapters act (activated LoRA); empty: they always do.
-        notes: notes for the report.
-        tables: sizes of the model's tables of ``tokens`` and ``positions``, as far as known.
-    """
-
-    ids: tuple[Array, ...]
-    texts: tuple[str, ...]
-    pad: int
-    eos: frozenset[int]
-    adapters: Mapping[str, Tensors]
-    interface: Interface
-    notes: tuple[str, ...] = ()
-    tables: Mapping[str, int] = field(default_factory=dict)
-    shared: Mapping[str, Any] | None = None
-    virtual: VirtualTokens | None = None
-    invocation: tuple[int, ...] = ()
-
-    def fed(self, adapter: str) -> tuple[Array, ...]:
-        """Return the token ids that the graph is fed for each prompt with an adapter, its virtual tokens included."""
-        return self.ids if self.virtual is None else self.virtual.fed(adapter, self.ids)
-
-    @property
-    def attended_ids(self) -> tuple[Array, ...]:
-        """Token ids of each prompt, as they are fed with any adapter."""
-        if self.virtual is None:
-            return self.ids
-        return tuple(tokens for name in self.adapters for tokens in self.fed(name))
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """The prompts."""
-        return self.texts
-
-    @property
-    def tokenless(self) -> frozenset[int]:
-        """Empty: every prompt has a token."""
-        return frozenset()
+from qeff_validate.tensors import Tensors
 
 
 class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
@@ -152,6 +67,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         self.case, self.options = case, options
         self._in_memory = None if given is None else InMemory(given, tokenizer)
         self._loaded: Any = None
+        self._adapters = AdapterSpecs(options.named())
+        self._tokenizer = PromptTokenizer(case, options, lambda: self.source, self._adapters)
         self._tokens: int | None = None  # of the base, before its vocabulary grew to that of its adapters
 
     @cached_property
@@ -165,100 +82,35 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def settings(self) -> Mapping[str, Any]:
         """Return what the graph depends on besides the body."""
-        adapters = self._adapter_keys(weights=False)
-        return {"kind": "peft-causal-lm", "mixed": self.options.mixed_batch, "adapters": adapters}
+        adapters = self._adapters.keys(weights=False)
+        return {
+            "kind": "peft-causal-lm",
+            "mixed": self.options.mixed_batch,
+            "slots": self.options.full_batch_size is not None,
+            "next_tokens": self.options.next_tokens,
+            "adapters": adapters,
+        }
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what prompts and adapter tensors depend on."""
-        options = self.options.model_dump(mode="json", exclude={"batch_size", "padding_side"})
-        keys = {"model": self.fingerprint(), "adapters": self._adapter_keys(weights=True)}
+        rows = {"batch_size", "full_batch_size", "kv_cache_batch_size", "next_tokens", "padding_side"}
+        options = self.options.model_dump(mode="json", exclude=rows)
+        keys = {"model": self.fingerprint(), "adapters": self._adapters.keys(weights=True)}
         return {**self.asked(), "tokenizer": self.tokenizer_key(), "options": options, **keys}
 
     def asked(self) -> Mapping[str, Any]:
         """Return the texts and the length limits that are tokenized."""
         sizes = ("prefill_seq_len", "ctx_len", "max_new_tokens")
-        conversations = {"messages": self._messages()} if self.options.messages is not None else {}
-        return {"texts": self._texts(), **conversations, **{name: getattr(self.options, name) for name in sizes}}
+        conversations = {"messages": self._tokenizer.messages()} if self.options.messages is not None else {}
+        return {
+            "texts": self._tokenizer.texts(),
+            **conversations,
+            **{name: getattr(self.options, name) for name in sizes},
+        }
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return what identifies the tokenizer, those in the directories of adapters included."""
-        own = {name: digests(tokenizer_files(folder), folder) for name, folder in self._own_tokenizers().items()}
-        return {**self.source.tokenizer_key(), **({"adapters": own} if own else {})}
-
-    @cached_property
-    def _folders(self) -> dict[str, Path]:
-        """The directories of saved adapters, by the adapter's name."""
-        return {name: expand_user(spec) for name, spec in self.options.named().items() if isinstance(spec, str)}
-
-    def _adapter_configs(self) -> list[Mapping[str, Any]]:
-        """Return the config of each adapter, as its directory or the case has it."""
-        named = self.options.named().items()
-        return [read_config(self._folders[name]) if isinstance(spec, str) else spec for name, spec in named]
-
-    def _own_tokenizers(self) -> dict[str, Path]:
-        """Return the directories of adapters that hold a tokenizer, by the adapter's name."""
-        return {name: folder for name, folder in self._folders.items() if has_tokenizer(folder)}
-
-    def _messages(self) -> list[list[dict[str, str]]]:
-        return [[message.model_dump() for message in messages] for messages in self.options.messages or ()]
-
-    def _tokenizer(self) -> tuple[Tokenize, int, str]:
-        """Return the tokenizer, the padding id, and a note if the tokenizer is that of an adapter with more tokens.
-
-        Raises:
-            ConfigError: several adapters have added different tokens.
-        """
-        tokenizer, note = self._grown
-        return *(self.source.tokenizer() if tokenizer is None else tokenize_with(tokenizer)), note
-
-    def _once_begun(self, rows: Iterable[list[int]]) -> Iterator[list[int]]:
-        """Yield token ids with one begin token, where a text holds it and the tokenizer has added another."""
-        for ids in rows:
-            repeated = len(ids) > 1 and ids[0] == ids[1]
-            doubled = repeated and ids[0] == getattr(self._pretrained_tokenizer, "bos_token_id", None)
-            yield ids[1:] if doubled else ids
-
-    def _conversations(self) -> Iterator[tuple[str, Array]]:
-        """Yield text and token ids of each conversation.
-
-        Raises:
-            ConfigError: neither the model's tokenizer nor those of its adapters have a chat template, or it refuses.
-        """
-        tokenizer = self._pretrained_tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            own = (load_tokenizer(folder) for folder in self._own_tokenizers().values())
-            tokenizer = next((other for other in own if other.chat_template), tokenizer)
-        for messages in self._messages():
-            ids, text = conversation_ids(tokenizer, messages, add_generation_prompt=self.options.add_generation_prompt)
-            yield text, np.array(ids, dtype=np.int64)
-
-    @cached_property
-    def _pretrained_tokenizer(self) -> Any:
-        """The transformers tokenizer of the prompts: that of an adapter with more tokens, else the model's or None."""
-        return self._grown[0] or self.source.pretrained_tokenizer()
-
-    @cached_property
-    def _grown(self) -> tuple[Any, str]:
-        """The transformers tokenizer of an adapter with more tokens than the model's, and a note; or None.
-
-        Raises:
-            ConfigError: several adapters have added different tokens.
-        """
-        own = {name: load_tokenizer(folder) for name, folder in self._own_tokenizers().items()}
-        published = self.source.pretrained_tokenizer() if own else None
-        size = 0 if published is None else len(published)
-        grown = {name: tokenizer for name, tokenizer in own.items() if len(tokenizer) > size}
-        if not grown:
-            return None, ""
-        first, *others = grown
-        for name in others:
-            if grown[name].get_vocab() != grown[first].get_vocab():
-                raise ConfigError(
-                    f"case {self.case.name!r}: the adapters {first!r} and {name!r} have added different tokens to the"
-                    " tokenizer, so a prompt has no ids that both understand: give each a case"
-                )
-        note = f"prompts are tokenized with the tokenizer of adapter {first!r}: {len(grown[first])} tokens"
-        return grown[first], f"{note}, the base's has {size}" if size else note
+        return self._tokenizer.key()
 
     def reach(self, inputs: Prompts) -> int:
         """Return the number of positions that the graph needs; the context may have more slots."""
@@ -267,31 +119,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def published(self) -> Mapping[str, Any]:
         """Return the ``model_max_length`` of the tokenizer, and the ``bases`` that saved adapters name, if any."""
-        bases = {name: read_config(folder).get("base_model_name_or_path") for name, folder in self._folders.items()}
-        return {**tokenizer_length(getattr(self.source, "path", None)), "bases": bases}
-
-    def _adapter_keys(self, *, weights: bool) -> Mapping[str, Any]:
-        """Return what identifies each adapter; without weights, only what determines the graph."""
-        keys: dict[str, Any] = {}
-        for name, spec in self.options.named().items():
-            if isinstance(spec, str):
-                folder = self._folders[name]
-                config, shapes = content(read_config(folder)), tensor_shapes(folder)
-                whole = weights or holds_base_weights(shapes)  # weights that are equal to the base's are no inputs
-                files = [folder / file for file in (CONFIG, INDEX) if os.path.lexists(folder / file)]
-                keys[name] = digests(checked([*weight_files(folder), *files]), folder) if whole else {"saved": config}
-            else:
-                keys[name] = {k: v for k, v in spec.items() if weights or k not in ("seed", "init")}
-        return keys
-
-    def _texts(self) -> list[str] | None:
-        for name in self.case.inputs.given():
-            if name != "texts":
-                raise ConfigError(
-                    f"case {self.case.name!r}: inputs: {name}: the model kind {self.case.model!r} reads prompts: give"
-                    " texts, or options: {prompts: […]}"
-                )
-        return self.options.prompts if self.options.prompts is not None else self.case.inputs.texts
+        return {**tokenizer_length(getattr(self.source, "path", None)), "bases": self._adapters.bases()}
 
     def tokenize(self) -> Tensors:
         """Tokenize the prompts, and read or create the adapter tensors.
@@ -303,11 +131,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         adapted = self._attach_adapters()
         tables = module_tables(adapted.model)
         self._loaded = adapted.base_model()
-        _, own_tokenizer = self._grown
-        notes = [own_tokenizer] if own_tokenizer else []
-        notes += [note for name, tensors in adapted.adapters.items() for note in _fp16_notes(name, tensors)]
+        notes = [self._tokenizer.note] if self._tokenizer.note else []
+        notes += [note for name, tensors in adapted.adapters.items() for note in fp16_notes(name, tensors)]
         about = {"texts": rows.texts, "notes": notes, "pad": rows.pad, "eos": sorted(adapted.eos), "tables": tables}
-        notes += sampling_notes(adapted.model)
+        notes += [*sampling_notes(adapted.model), *quantization_notes(getattr(self.source, "path", None))]
         about |= {"interface": adapted.interface(), "adapters": list(adapted.adapters), "shared": adapted.shared}
         about["virtual"] = None if adapted.virtual is None else adapted.virtual.model_dump()
         about["invocation"] = adapted.invocation
@@ -332,53 +159,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             ConfigError: a prompt and its continuation are longer than the context.
         """
-        tokenize, pad, _ = self._tokenizer()
-        user_texts = self._texts()
-        if self.options.messages is not None:
-            conversations = list(self._conversations())
-            texts = [text for text, _ in conversations]
-            ids = [tokens for _, tokens in conversations]
-        else:
-            texts = [*(TEXTS if user_texts is None else user_texts)]
-            ids = [np.array(tokens, dtype=np.int64) for tokens in self._once_begun(map(tokenize, texts))]
-        if user_texts is None and self.options.messages is None:
-            boundary = list(self._boundary(np.array(tokenize(LONG), dtype=np.int64)))
-            texts += [text for text, _ in boundary]
-            ids += [tokens for _, tokens in boundary]
-            ids = [_with_invocation(tokens, self._invocation()) for tokens in ids]
-        room = self._room()
-        hidden = self.options.ctx_len - self.options.max_new_tokens - room
-        virtual = f" and {hidden} virtual tokens" if hidden else ""
-        for text, tokens in zip(texts, ids, strict=True):
-            if not 1 <= tokens.size <= room:
-                raise ConfigError(
-                    f"case {self.case.name!r}: prompt {text[:60]!r} has {tokens.size} tokens, and 1 to {room}"
-                    f" fit beside max_new_tokens {self.options.max_new_tokens}{virtual} in ctx_len"
-                    f" {self.options.ctx_len}:"
-                    " shorten it, or raise ctx_len"
-                )
-        return TokenRows(tuple(ids), pad, tuple(texts))
-
-    def _room(self) -> int:
-        """Return the number of tokens that a prompt may have, beside virtual tokens and the continuation."""
-        counts = [config.get("num_virtual_tokens") for config in self._adapter_configs()]
-        virtual = max((count for count in counts if isinstance(count, int)), default=0)
-        return self.options.ctx_len - self.options.max_new_tokens - max(virtual, 0)
-
-    def _invocation(self) -> list[int]:
-        """Return the invocation tokens of activated LoRA; empty without."""
-        configs = self._adapter_configs()
-        return next((config["alora_invocation_tokens"] for config in configs if _is_activated(config)), [])
-
-    def _boundary(self, long: Array) -> Iterator[tuple[str, Array]]:
-        """Yield prompts that end just before, at and after a chunk boundary, if they fit.
-
-        Each starts at another offset of the text, because a leak from a prompt with the same prefix would not be seen.
-        """
-        chunk, room = self.options.prefill_seq_len, self._room()
-        for start, length in enumerate(sorted({1, chunk - 1, chunk, chunk + 1, room})):
-            if 1 <= length <= min(room, long.size):
-                yield f"({length} tokens of a long text, from {5 * start})", np.roll(long, -5 * start)[:length]
+        return self._tokenizer.rows()
 
     def inputs(self, stored: Tensors) -> Prompts:
         """Return prompts and adapters from their stored form.
@@ -386,22 +167,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         Raises:
             IncomparableError: a tensor is missing, of another dtype, or does not fit the others.
         """
-        about = parse_json_tensor(stored, "texts", PromptsText)
-        ids = split_ids(stored, len(about.texts), least=1)
-        adapters = _stored_adapters(stored, about.adapters)
-        texts, notes = tuple(about.texts), tuple(about.notes)
-        eos, interface = frozenset(about.eos), about.interface
-        return Prompts(
-            ids, texts, about.pad, eos, adapters, interface, notes, about.tables, about.shared, about.virtual,
-            about.invocation,
-        )  # fmt: skip
+        return prompts_of(stored)
 
     def interface(self, inputs: Prompts) -> Graph:
         """Return the interface of the graph that serves the adapters of the inputs."""
         return self._graph(inputs.interface, inputs.adapters, starts=bool(inputs.invocation))
 
     def _graph(self, interface: Interface, adapters: Mapping[str, Tensors], *, starts: bool) -> Graph:
-        return _graph(interface, self._served_tensors(adapters), self.options, starts=starts)
+        return decoder_graph(interface, self._served_tensors(adapters), self.options, starts=starts)
 
     def check_recorded(self, reference: Tensors, inputs: Prompts) -> None:
         """Refuse recorded outputs that do not fit the prompts.
@@ -423,16 +196,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """Load the model, with embeddings for as many tokens as its adapters have."""
         from qeff_validate.models.adapters.base_state import grow_vocabulary
 
-        rows = {name: size for name, folder in self._folders.items() if (size := vocabulary(tensor_shapes(folder)))}
-        if len(set(rows.values())) > 1:
-            sizes = ", ".join(f"{name!r} {size}" for name, size in rows.items())
-            raise ConfigError(
-                f"case {self.case.name!r}: adapters bring embeddings or heads for different numbers of tokens"
-                f" ({sizes}), and a graph has one vocabulary: give each number a case"
-            )
+        tokens = self._adapters.vocabulary(self.case.name)
         model = self.source.causal_lm()
         with translated_errors("give the base the embeddings of its adapters' tokens"):
-            self._tokens = grow_vocabulary(model, max(rows.values(), default=0))
+            self._tokens = grow_vocabulary(model, tokens)
         return model
 
     def _attach_adapters(self) -> Any:
@@ -464,7 +231,14 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
         adapted = self._attach_adapters()
         mixed, layers = self.options.mixed_batch, len(adapted.states.dims)
-        module = Decoder(adapted.model, layers, adapted.parameter_names, mixed=mixed, virtual=adapted.virtual).eval()
+        module = Decoder(
+            adapted.model,
+            layers,
+            adapted.parameter_names,
+            mixed=mixed,
+            virtual=adapted.virtual,
+            next_tokens=self.options.next_tokens,
+        ).eval()
         interface = Interface.model_validate(adapted.interface())
         graph = self._graph(interface, adapted.adapters, starts=bool(adapted.invocation))
         return module, decoder_examples(graph, self._served_tensors(adapted.adapters))
@@ -492,7 +266,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         """Yield the original model's logits of the reference's texts, for each variant of `ENSEMBLE`."""
         from qeff_validate.models.causal_lm.reference import ensemble
 
-        texts = _split(reference["tokens"], reference["steps"])
+        texts = split_steps(reference["tokens"], reference["steps"])
         model = self._take_model()
         yield from ensemble(model, self._specs(inputs), inputs, texts, precision)
         self._loaded = model
@@ -506,7 +280,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         by_level: dict[str, list[Change]] = {"body": [], "adapters": [], "session": []}
         for change in changes:
             by_level[change.level].append(change)
-        model, texts = self._take_model(), _split(reference["tokens"], reference["steps"])
+        model, texts = self._take_model(), split_steps(reference["tokens"], reference["steps"])
         faulty = FaultyReference(model, self._specs(inputs, served=True), inputs, texts, dtype)
         yield from faulty.bodies(by_level["body"])
         yield from faulty.adapters(by_level["adapters"], reference["logits"])
@@ -518,10 +292,15 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
         Returns:
             ``logits``, and ``again``: the logits of second visits to the first two adapters, which must show no state
-            left over from others.
+            left over from others; if the graph chooses ``next_tokens``, ``next_token_gaps`` (`next_tokens`).
         """
         run = run_batched if self.options.mixed_batch else run_sequentially
-        return run(session, inputs, self._plan(inputs), _split(reference["tokens"], reference["steps"]))
+        forced = split_steps(reference["tokens"], reference["steps"])
+        if not self.options.next_tokens:
+            return run(session, inputs, self._plan(inputs), forced)
+        monitor = NextTokenMonitor(session)
+        outputs = run(monitor, inputs, self._plan(inputs), forced)
+        return {**outputs, "next_token_gaps": monitor.gaps()}
 
     def original_run(self, inputs: Prompts, reference: Tensors, sizes: Mapping[str, int], row: int) -> OriginalRun:
         """Return one run of a prompt and its continuation up to a row of the logits, with that row's adapter."""
@@ -534,7 +313,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         at = int(np.searchsorted(ends, row, side="right"))
         adapter, prompt = divmod(at, len(inputs.ids))
         step = row - int(ends[at] - reference["steps"][at])
-        tokens = _split(reference["tokens"], reference["steps"])[at][:step]
+        tokens = split_steps(reference["tokens"], reference["steps"])[at][:step]
         name = list(inputs.adapters)[adapter]
         models = adapted_models(self._take_model(), self._specs(inputs, served=True), inputs.adapters)
         for _, model in zip(list(inputs.adapters)[: adapter + 1], models):  # noqa: B007, B905 (the generator would unload it)
@@ -564,9 +343,11 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def _plan(self, inputs: Prompts) -> Plan:
         options = self.options
-        chunk = 1 if inputs.interface.recurrent else options.prefill_seq_len
-        sizes = (options.batch_size, chunk, options.padding_side)
-        return Plan(*sizes, inputs.pad, inputs.eos, options.max_new_tokens, invocation=inputs.invocation)
+        lengths = (1,) if inputs.interface.recurrent else options.prefill_lengths
+        return Plan(
+            options.rows, lengths, options.padding_side, inputs.pad, inputs.eos, options.max_new_tokens,
+            invocation=inputs.invocation, slots=options.slots,
+        )  # fmt: skip
 
     def measure(self, exact: Tensors, outputs: Tensors, inputs: Prompts) -> Mapping[str, float]:
         """Return the errors of logits, and of the change that each adapter makes."""
@@ -586,7 +367,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def sensitivity(self, inputs: Prompts, reference: Tensors) -> Sequence[float]:
         """Return the maximum standard deviation of each prompt's logits, which their rounding errors scale with."""
-        parts = _split(reference["logits"], reference["steps"])
+        parts = split_steps(reference["logits"], reference["steps"])
         spreads = np.array([float(np.max(logits.astype(np.float64).std(axis=1))) for logits in parts])
         return list(spreads.reshape(-1, len(inputs.ids)).max(axis=0))
 
@@ -603,9 +384,13 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
     def judge(self, reference: Tensors, actual: Tensors, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Compare logits, chosen tokens, effects of adapters, and second visits."""
+        from qeff_validate.models.causal_lm.failure_hints import Serving
         from qeff_validate.models.causal_lm.verdict import judge_continuations
 
-        return judge_continuations(reference, actual, context, adapters=list(inputs.adapters), inputs=inputs)
+        slotted, virtual = self.options.full_batch_size is not None, inputs.virtual is not None
+        serving = Serving(self.options.rows, slotted, virtual, bool(inputs.invocation))
+        adapters = list(inputs.adapters)
+        return judge_continuations(reference, actual, context, adapters=adapters, inputs=inputs, serving=serving)
 
     def relate(self, name: str, session: Session, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Check one of `relations.RELATIONS`."""
@@ -630,92 +415,3 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
 
         run = getattr(reference, function)
         return run(self._load_model(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)
-
-
-class PromptsText(RowsText):
-    """Content of the tensor ``texts``."""
-
-    eos: list[int]
-    interface: Interface
-    adapters: list[str]
-    shared: dict[str, Any] | None = None
-    virtual: VirtualTokens | None = None
-    invocation: tuple[int, ...] = ()
-
-
-def _is_activated(config: Mapping[str, Any]) -> bool:
-    tokens = config.get("alora_invocation_tokens")
-    return isinstance(tokens, list) and bool(tokens)
-
-
-def _with_invocation(tokens: Array, invocation: Sequence[int]) -> Array:
-    """Return a built-in prompt with the invocation in its middle, if it is long enough."""
-    at = (tokens.size - len(invocation)) // 2
-    if at < 1 or not invocation:
-        return tokens
-    return np.concatenate([tokens[:at], np.array(invocation), tokens[at + len(invocation) :]])
-
-
-def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[str, Array]]:
-    """Return the tensors of each adapter; names, dtypes and shapes must be equal, because adapters share a graph."""
-    adapters: dict[str, dict[str, Array]] = {name: {} for name in names}
-    if BASE not in adapters:
-        raise IncomparableError(f"tensor 'texts': adapters are {list(names)}, and {BASE!r} is not among them")
-    for key, array in sorted(stored.items()):
-        if key.startswith("inputs."):
-            name, _, tensor = key.removeprefix("inputs.").rpartition("/")
-            if name not in adapters:
-                raise IncomparableError(f"tensor {key!r} belongs to no adapter in {list(names)}")
-            adapters[name][tensor] = array
-    wanted = {key: (array.dtype, array.shape) for key, array in adapters[BASE].items()}
-    for name, tensors in adapters.items():
-        if {key: (array.dtype, array.shape) for key, array in tensors.items()} != wanted:
-            raise IncomparableError(f"the tensors 'inputs.{name}/…' have other names, dtypes or shapes than the base's")
-        for key, array in tensors.items():
-            if array.dtype.kind != "f":
-                raise IncomparableError(f"tensor 'inputs.{name}/{key}' is {array.dtype}, and weights are real numbers")
-    return adapters
-
-
-def _split(values: Array, steps: Array) -> list[Array]:
-    return np.split(values, np.cumsum(steps)[:-1])
-
-
-def _graph(interface: Interface, adapter: Tensors, options: PeftCausalLMOptions, *, starts: bool) -> Graph:
-    length: str | int = 1 if interface.recurrent else "seq_len"  # transformers continues recurrent states by one token
-    tokens = [TensorSpec(name, "int64", ("batch_size", length)) for name in ("input_ids", "position_ids")]
-    state = [
-        TensorSpec(f"past_{name}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
-        for layer, pair in enumerate(interface.dims)
-        if pair is not None
-        for name, (heads, size) in zip(("key", "value"), pair, strict=True)
-    ]
-    slots = {"ctx_len": options.ctx_len} if state else {}
-    recurrent: dict[str, tuple[int | str, ...]] = {
-        name: ("batch_size", *shape) for name, shape in interface.recurrent.items()
-    }
-    state += [TensorSpec(name, "float32", shape) for name, shape in recurrent.items()]
-    if options.mixed_batch:
-        tokens.append(TensorSpec("adapter_ids", "int64", ("batch_size",)))
-    if starts:
-        tokens.append(TensorSpec("adapter_start", "int64", ("batch_size",)))
-    weights = [TensorSpec(name, array.dtype.name, array.shape) for name, array in adapter.items()]
-    twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in (*state, *weights)]
-    sizes = {"batch_size": options.batch_size, **slots}
-    lengths = dict.fromkeys((options.prefill_seq_len, 1))
-    buckets = tuple({"seq_len": length, **sizes} for length in lengths)
-    return Graph(
-        inputs=(*tokens, *state, *weights),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", 1, interface.vocab)), *twins),
-        buckets=(sizes,) if recurrent else buckets,
-    )
-
-
-def _fp16_notes(name: str, tensors: Tensors) -> Iterator[str]:
-    """Yield notes on weights that overflow or underflow in fp16."""
-    over = [key for key, array in tensors.items() if (np.abs(array) > FP16_MOST).any()]
-    under = sum(int(((np.abs(array) < FP16_LEAST) & (array != 0)).sum()) for array in tensors.values())
-    if over:
-        yield f"adapter {name}: {len(over)} tensors have values beyond fp16 (65504), first {over[0]}"
-    if under:
-        yield f"adapter {name}: {under} values are so small that fp16 makes them zero"

@@ -52,9 +52,10 @@ def original_run(
     places = np.full((batch, length), -1, dtype=np.int64)
     for row in range(batch):
         ids[row, : text.size], places[row, : text.size] = text, np.arange(text.size)
-    dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots}
+    texts = sizes.get("full_batch_size", batch)
+    dims = {"batch_size": batch, "seq_len": length, "ctx_len": slots, "full_batch_size": texts}
     feeds: dict[str, Array] = {"input_ids": ids, "position_ids": places, "adapter_ids": np.full(batch, adapter_id)}
-    feeds["adapter_start"] = np.full(batch, start)
+    feeds |= {"adapter_start": np.full(batch, start), "batch_index": np.arange(batch)[:, None]}
     for spec in graph.inputs:
         if spec.name in adapter:
             feeds[spec.name] = adapter[spec.name]
@@ -65,7 +66,7 @@ def original_run(
     tokens = places >= 0
     layers = _attention_paths(model, {spec.name for spec in graph.outputs})
     owners = {"logits": _head_path(model), **layers}
-    shapes = {spec.name: (batch, spec.shape[1], slots, spec.shape[-1]) for spec in graph.outputs if spec.name in layers}
+    shapes = {spec.name: (texts, spec.shape[1], slots, spec.shape[-1]) for spec in graph.outputs if spec.name in layers}
 
     def run() -> Tensors:
         cache = RecordingCache()
@@ -105,13 +106,13 @@ def _keys_and_values(
     Those that a graph retains in another shape are left out.
     """
     found: dict[str, Array] = {}
-    length = tokens.shape[1]
+    batch, length = tokens.shape
     for name, shape in shapes.items():
         side, _, index = name.removeprefix("past_").removesuffix(RETAINED).partition(".")
         tensor = cache.recorded.get((side, int(index)))
-        if tensor is not None and tuple(tensor.shape) == (*shape[:2], length, shape[3]):
-            found[name] = np.zeros(shape)
-            found[name][:, :, :length] = np.where(tokens[:, None, :, None], tensor.double().numpy(), 0)
+        if tensor is not None and tuple(tensor.shape) == (batch, shape[1], length, shape[3]):
+            found[name] = np.zeros(shape)  # slots without a row hold nothing
+            found[name][:batch, :, :length] = np.where(tokens[:, None, :, None], tensor.double().numpy(), 0)
     return found
 
 

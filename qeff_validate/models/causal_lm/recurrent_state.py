@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from qeff_validate.models.causal_lm.decoder_interface import RECURRENT
 from qeff_validate.models.causal_lm.kv_cache import StateLayer, WriteIndices
-
-KINDS = ("past_conv", "past_recurrent")
-"""Names of convolutional and recurrent states; the number of the layer follows, and that of a state if it is not 0."""
 
 
 def recurrent_shapes(layers: Any) -> dict[str, tuple[int, ...]]:
@@ -30,7 +28,7 @@ def recurrent_shapes(layers: Any) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for at, layer in enumerate(layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for kind, states in zip(KINDS, (layer.conv_states, layer.recurrent_states), strict=True):
+            for kind, states in zip(RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
                 for index, state in states.items():
                     if state is not None:
                         shapes[_name(kind, at, index)] = tuple(state.shape[1:])
@@ -43,35 +41,41 @@ def _name(kind: str, layer: int, index: int) -> str:
 
 def names_of_layer(names: Iterable[str], layer: int) -> list[str]:
     """Return the names of the recurrent states of a layer among the inputs."""
-    return [name for name in names if name.partition(".")[0] in KINDS and name.split(".")[1] == str(layer)]
+    return [name for name in names if name.partition(".")[0] in RECURRENT and name.split(".")[1] == str(layer)]
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # transformers is Any to mypy here
     """Recurrent states of one layer.
 
     Args:
-        states: retained states ``[batch, …]``, by the name of the input.
+        states: retained states ``[batch or slots, …]``, by the name of the input.
         position_ids: of the run, ``[batch, 1]``.
+        slots: slot of each row's text, int64 ``[batch, 1]``; None: a text has its row's state.
     """
 
-    def __init__(self, states: Mapping[str, Tensor], position_ids: Tensor) -> None:
+    def __init__(self, states: Mapping[str, Tensor], position_ids: Tensor, slots: Tensor | None = None) -> None:
         indices = [int(name.split(".")[2]) if name.count(".") == 2 else 0 for name in states]
         LinearAttentionCacheLayerMixin.__init__(self, max(indices, default=0) + 1)
         self._names = {(name.partition(".")[0], index): name for name, index in zip(states, indices, strict=True)}
         self._retained, self._positions = dict(states), position_ids
+        self._slots = None if slots is None else slots.reshape(-1)
         for (kind, index), name in self._names.items():
-            start = torch.where(self._rows(position_ids == 0, states[name]), 0.0, states[name])
+            state = self._of_rows(states[name])
+            start = torch.where(self._rows(position_ids == 0, state), 0.0, state)
             self._by_kind(kind)[index] = start  # a new tensor: layers change it in place
             self.has_previous_state[index] = True
-            if kind == KINDS[0]:
+            if kind == RECURRENT[0]:
                 self.is_conv_states_initialized[index] = True
                 self.conv_kernel_size[index] = start.shape[-1]
             else:
                 self.is_recurrent_states_initialized[index] = True
 
     def _by_kind(self, kind: str) -> dict[int, Any]:
-        by_index: dict[int, Any] = self.conv_states if kind == KINDS[0] else self.recurrent_states
+        by_index: dict[int, Any] = self.conv_states if kind == RECURRENT[0] else self.recurrent_states
         return by_index
+
+    def _of_rows(self, state: Tensor) -> Tensor:
+        return state if self._slots is None else state.index_select(0, self._slots)
 
     def _rows(self, condition: Tensor, state: Tensor) -> Tensor:
         return condition.reshape(-1, *[1] * (state.ndim - 1))
@@ -92,12 +96,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # t
 
     def results(self) -> dict[str, Tensor]:
         """Return the new states by the name of the input; those of rows of padding are unchanged."""
-        padding = self._positions < 0
-        return {
-            name: torch.where(self._rows(padding, old), old, self._by_kind(kind)[index])
-            for (kind, index), name in self._names.items()
-            for old in [self._retained[name]]
-        }
+        padding, results = self._positions < 0, {}
+        for (kind, index), name in self._names.items():
+            retained = self._retained[name]
+            old = self._of_rows(retained)
+            new = torch.where(self._rows(padding, old), old, self._by_kind(kind)[index])
+            results[name] = new if self._slots is None else retained.index_put((self._slots,), new)
+        return results
 
 
 class HybridLayer(RecurrentLayer, StateLayer):
@@ -107,10 +112,17 @@ class HybridLayer(RecurrentLayer, StateLayer):
         states: as in `RecurrentLayer`.
         position_ids: of the run.
         keys: as in `StateLayer`, with ``values`` and ``places``.
+        slots: as in `RecurrentLayer`.
     """
 
     def __init__(
-        self, states: Mapping[str, Tensor], position_ids: Tensor, keys: Tensor, values: Tensor, places: WriteIndices
+        self,
+        states: Mapping[str, Tensor],
+        position_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        places: WriteIndices,
+        slots: Tensor | None = None,
     ) -> None:
         StateLayer.__init__(self, keys, values, places)
-        RecurrentLayer.__init__(self, states, position_ids)
+        RecurrentLayer.__init__(self, states, position_ids, slots)

@@ -13,7 +13,8 @@ from qeff_validate.comparison.bounds import FALLBACK, Bound
 from qeff_validate.comparison.vector_metrics import worst_row
 from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.decode_loop import Plan, batches, generate, padding
+from qeff_validate.models.causal_lm.decode_loop import batches, generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan, padding
 from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors, retained
 

@@ -20,7 +20,8 @@ from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import GateResult, Verdict, verdict_of_gates
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate, takes_ids
+from qeff_validate.models.causal_lm.decode_loop import generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan, takes_ids
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.protocols import ComparisonContext, Session
 from qeff_validate.tensors import Array, Tensors

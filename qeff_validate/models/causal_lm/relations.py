@@ -18,7 +18,9 @@ from qeff_validate.comparison.logit_metrics import Text, judge_logits, logit_bou
 from qeff_validate.comparison.verdict import Rows, Verdict, finite_rows, non_finite, verdict_of_gates
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import stack_adapters
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate, in_dtypes, padding, takes_ids
+from qeff_validate.models.causal_lm.decode_loop import batches, generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan, in_dtypes, padding, run_sizes, takes_ids
+from qeff_validate.models.causal_lm.decoder_interface import RECURRENT
 from qeff_validate.models.causal_lm.relation_kv_cache import KeysAndValues, compare_kv_cache
 from qeff_validate.models.causal_lm.relation_linearity import compare_scaled_adapter
 from qeff_validate.protocols import ComparisonContext, Session
@@ -45,8 +47,9 @@ def row_alone(session: Session, inputs: Any, plan: Plan, state: Tensors, forced:
 
 
 def other_slots(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
-    """Run prompts in reverse order: other rows of the batch, other neighbours, other padding."""
-    logits = generate(session, inputs.ids[::-1], plan, state=state, forced=forced[::-1])
+    """Run prompts in reverse order: other rows of the batch or slots, other neighbours, other padding."""
+    slots = range(run_sizes(session, plan).slots)[::-1]
+    logits = generate(session, inputs.ids[::-1], plan, state=state, forced=forced[::-1], slots=slots)
     return logits[::-1]
 
 
@@ -91,7 +94,27 @@ def mixed_rows(session: Session, inputs: Any, plan: Plan, state: Tensors, forced
     return generate(session, prompts, plan, state=state, forced=texts, adapter_ids=ids)[::2]
 
 
+def kept_prefix(session: Session, inputs: Any, plan: Plan, state: Tensors, forced: list[Array]) -> list[Array]:
+    """Prefill each prompt from its middle, behind a first half that another text has left in its row or slot.
+
+    Raises:
+        IncomparableError: a recurrent state holds a whole text, not its first half.
+    """
+    if any(spec.name.startswith(RECURRENT) for spec in session.inputs):
+        raise IncomparableError("a recurrent state holds a whole text: none can go on from its first half")
+    logits: list[Array] = []
+    for start, prompts in batches(session, inputs.ids, plan):
+        texts, kept = forced[start : start + len(prompts)], [tokens.size // 2 for tokens in prompts]
+        others = [
+            np.concatenate([tokens[:half], tokens[half:][::-1]]) for tokens, half in zip(prompts, kept, strict=True)
+        ]
+        generate(session, others, replace(plan, max_new_tokens=1), state=state, forced=texts)
+        logits += generate(session, prompts, plan, forced=texts, kept=kept)
+    return logits
+
+
 RERUN_RELATIONS: Mapping[str, Relation] = {
+    "kept_prefix": kept_prefix,
     "mixed_rows": mixed_rows,
     "other_chunks": other_chunks,
     "other_padding": other_padding,

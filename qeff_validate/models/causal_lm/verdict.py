@@ -35,7 +35,8 @@ from qeff_validate.comparison.verdict import (
     with_unusable_rows,
 )
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.causal_lm.failure_hints import FirstTokens, describe_rows
+from qeff_validate.models.causal_lm.failure_hints import SERVED_ALONE, FirstTokens, Serving, describe_rows
+from qeff_validate.models.causal_lm.next_tokens import next_token_gate
 from qeff_validate.protocols import ComparisonContext
 from qeff_validate.tensors import Array, Tensors
 
@@ -56,7 +57,13 @@ MOST_DESCRIBED = 3
 
 
 def judge_continuations(
-    reference: Tensors, actual: Tensors, context: ComparisonContext, *, adapters: Sequence[str], inputs: Any
+    reference: Tensors,
+    actual: Tensors,
+    context: ComparisonContext,
+    *,
+    adapters: Sequence[str],
+    inputs: Any,
+    serving: Serving = SERVED_ALONE,
 ) -> Verdict:
     """Compare the continuations of all prompts with all adapters.
 
@@ -66,6 +73,7 @@ def judge_continuations(
         context: precision, floor, the case's bounds.
         adapters: ``base`` and the adapters' names.
         inputs: labels and token ids of the prompts, and end tokens.
+        serving: how they are served.
     """
     texts = _texts(reference["steps"], adapters, inputs.labels)
     labels = [f"{text.label} +{step}" for text in texts for step in range(len(text.rows))]
@@ -97,6 +105,8 @@ def judge_continuations(
     first = FirstTokens.of(reference["logits"], actual, texts, adapters)
     effects, weaknesses = _effects(first, context.precision, floor) if first.at.size else ([], [])
     results += [*effects, _revisits(actual, labels, again)]
+    if "next_token_gaps" in actual:
+        results.append(next_token_gate(actual["next_token_gaps"]))
     missing = [name for name in LOGIT_GATES if name not in (*bounds, "tie_flips")]
     if missing:
         weaknesses = [missing_bounds_reason(missing, floor, context.precision)]
@@ -105,15 +115,15 @@ def judge_continuations(
     if verdict.status == "fail" and not missing:
         beyond = rows_beyond(reference["logits"], actual["logits"], bounds) & usable
         parts = [
-            *first.explanations(beyond),
-            describe_rows(beyond, texts, adapters, lengths),
+            *first.explanations(beyond, serving),
+            describe_rows(beyond, texts, adapters, lengths, serving),
             _divergence(results),
             verdict.reason,
         ]
         verdict = replace(verdict, reason="; ".join(filter(None, parts)))
     elif verdict.status == "fail" and not finite[usable].all():
         verdict = replace(
-            verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths)}"
+            verdict, reason=f"{verdict.reason}; {describe_rows(usable & ~finite, texts, adapters, lengths, serving)}"
         )
     shown = row_texts([(text.label, len(text.rows)) for text in texts])
     verdict = replace(verdict, compared=planned - unusable.size - int((unusable < again).sum()), texts=shown)

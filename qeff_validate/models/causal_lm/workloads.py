@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qeff_validate.models.causal_lm.decode_loop import Plan, in_dtypes, padding, sizes, takes_ids, takes_start
+from qeff_validate.models.causal_lm.decoder_feeds import Plan, idle_feeds, in_dtypes, padding, run_sizes, takes_ids
 from qeff_validate.protocols import Session, Workload
 from qeff_validate.tensors import Array, Tensors
 
@@ -24,18 +24,17 @@ def decoder_workloads(
         states: adapter tensors of the base and of each adapter; a mixed batch has the same stack for all.
         ctx_len: slots of the context.
     """
-    batch, chunk = sizes(session, plan)
-    fixed: Tensors = {"adapter_ids": np.zeros(batch, dtype=np.int64)} if takes_ids(session) else {}
-    if takes_start(session):
-        fixed = {**fixed, "adapter_start": np.zeros(batch, dtype=np.int64)}
-    idle = padding(session, plan)
+    sizes = run_sizes(session, plan)
+    batch, chunk, idle = sizes.rows, sizes.lengths[-1], padding(session, plan)
 
-    def step(start: int, length: int) -> Tensors:
+    def step(start: int, length: int, rows: int) -> Tensors:
         """Return the feeds of ``length`` tokens of each row from position ``start``."""
         ids = np.resize(tokens, start + length)[start:]
         places = np.arange(start, start + length)
-        feeds = {"input_ids": np.tile(ids, (batch, 1)), "position_ids": np.tile(places, (batch, 1)), **fixed}
-        return in_dtypes(session, feeds)
+        feeds = {"input_ids": np.tile(ids, (rows, 1)), "position_ids": np.tile(places, (rows, 1))}
+        fixed = idle_feeds(session, rows)
+        always: Tensors = {"adapter_start": np.zeros(rows)} if "adapter_start" in fixed else {}
+        return {**fixed, **in_dtypes(session, {**feeds, **always})}
 
     def swap(state: Tensors) -> Tensors:
         return {**idle, **in_dtypes(session, state)}
@@ -44,11 +43,11 @@ def decoder_workloads(
     lengths = dict.fromkeys((min(chunk, longest), longest)) if longest else {}
     fetch, made = ("logits",), []
     for length in lengths:
-        prefill = tuple(step(start, chunk) for start in range(0, length, chunk))
-        where = f"prefill {length}, batch {batch}"
+        prefill = tuple(step(start, chunk, sizes.prefill_rows) for start in range(0, length, chunk))
+        where = f"prefill {length}, batch {sizes.prefill_rows}"
         before = (swap(states[0]),)
-        made.append(Workload(where, "time_to_first_token", prefill, before, fetch, rows=batch))
-        decode, filled = (step(length, 1),), (*before, *prefill)
+        made.append(Workload(where, "time_to_first_token", prefill, before, fetch, rows=sizes.prefill_rows))
+        decode, filled = (step(length, 1, batch),), (*before, *prefill)
         where = f"context {length}, batch {batch}"
         made.append(Workload(where, "inter_token", decode, filled, fetch, rows=0, tokens=batch))
     if len(states) > 1 and states[0] and not takes_ids(session):

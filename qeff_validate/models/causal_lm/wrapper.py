@@ -39,6 +39,7 @@ class Decoder(nn.Module):
         adapter: for each adapter tensor that is an input, PEFT's saved name and the name in ``model``.
         mixed: the tensors are stacks of several adapters, and each row selects its adapter (`batched_lora`).
         virtual: virtual tokens of the adapters; None: they have none.
+        next_tokens: return the token with the greatest logit too.
 
     Raises:
         ConfigError: the model has no head, or its adapters cannot be mixed.
@@ -52,8 +53,10 @@ class Decoder(nn.Module):
         *,
         mixed: bool = False,
         virtual: VirtualTokens | None = None,
+        next_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self._next_tokens = next_tokens
         self.model = model
         self._layers = layers
         self._adapter = dict(adapter or {})
@@ -85,10 +88,12 @@ class Decoder(nn.Module):
             position_ids: int64 ``[batch, seq_len]``, −1 for padding.
             **state: ``past_key.i`` and ``past_value.i``, float ``[batch, heads, ctx_len, head_dim]``, recurrent states
                 (`recurrent_state`), and the adapter's tensors by PEFT's saved names; if mixed, ``adapter_ids`` int64
-                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``.
+                ``[batch]`` too, and for activated LoRA ``adapter_start`` int64 ``[batch]``. With ``batch_index`` int64
+                ``[batch, 1]`` states are ``[slots, …]``, and each row has the slot that it names.
 
         Returns:
-            ``logits [batch, 1, vocab]``, then the new value of each state in the order of the graph.
+            ``logits [batch, 1, vocab]``, ``next_tokens`` int64 ``[batch, 1, 1]`` if asked for, then the new value of
+            each state in the order of the graph.
         """
         keys_and_values = None
         if self._virtual is not None:
@@ -121,7 +126,8 @@ class Decoder(nn.Module):
         cached = new_states(cache, state_order(list(state), self._layers)).values()
         # cloned, because the exporter renames an input that is returned unchanged
         inputs = (*self._adapter, *((TENSOR,) if self._virtual is not None else ()))
-        return (outputs.logits, *cached, *(state[name].clone() for name in inputs))
+        chosen = (outputs.logits.argmax(dim=-1, keepdim=True),) if self._next_tokens else ()
+        return (outputs.logits, *chosen, *cached, *(state[name].clone() for name in inputs))
 
     def _masks(self, position_ids: Tensor, state: Mapping[str, Tensor]) -> Any:
         """Return the attention masks; None for a model that keeps no keys and values."""
@@ -158,12 +164,14 @@ class Decoder(nn.Module):
 
 def decoder_examples(graph: Graph, adapter: Tensors | None = None) -> Tensors:
     """Return example inputs; batch size, length and context differ from each other and from every usual bucket."""
-    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11}
+    sizes = {"batch_size": 3, "seq_len": 5, "ctx_len": 11, "full_batch_size": 7}
     examples: dict[str, Any] = {}
     for spec in graph.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         if spec.name in ("input_ids", "position_ids"):
             examples[spec.name] = np.broadcast_to(np.arange(shape[1]), shape).copy()
+        elif spec.name == "batch_index":
+            examples[spec.name] = np.arange(shape[0], dtype=spec.dtype)[:, None]
         else:
             examples[spec.name] = np.zeros(shape, dtype=spec.dtype)  # adapter_ids too: all rows the base
     return {**examples, **(adapter or {})}

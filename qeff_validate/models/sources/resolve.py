@@ -53,6 +53,7 @@ from qeff_validate.models.sources.checkpoint import (
 from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
 from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.gguf import Gguf
+from qeff_validate.models.sources.quantized import WHILE_LOADING, check_dequantizable, dequantized, quantization_method
 from qeff_validate.models.sources.sentence_directory import first_module, is_sentence_directory, text_features
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.static_embedding import StaticFolder
@@ -219,12 +220,16 @@ class Folder:
         import torch
         from transformers import AutoConfig
 
-        check_directory(self.path)
+        method = quantization_method(check_directory(self.path))
         self._refuse_own_code()
+        if method is not None:
+            check_dequantizable(self.path, method)
         with translated_errors(f"load the model in {self.path}"), quiet_transformers():
             config = AutoConfig.from_pretrained(
                 self.path, trust_remote_code=False, local_files_only=True, **(overrides or {})
             )
+            if method in WHILE_LOADING:
+                config.quantization_config = {**config.quantization_config, "dequantize": True}
             check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
             model, info = auto.from_pretrained(
                 self.path,
@@ -235,6 +240,8 @@ class Folder:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
+            if method is not None:
+                model = dequantized(model, method)
         # transformers initializes missing tensors randomly; the pooler is not used, and an adapter may bring a head
         brought = {"pooler", *((read_config(self.adapter).get("modules_to_save") or ()) if self.adapter else ())}
         missing = sorted(key for key in info["missing_keys"] if not brought & set(key.split(".")))
@@ -395,15 +402,13 @@ class InMemory:
         """Return a float32 copy in eval mode; the caller's model is left unchanged."""
         import copy
 
-        return without_cache(copy.deepcopy(self.model).float())
+        return without_cache(_in_float32(copy.deepcopy(self.model)))
 
     def causal_lm(self) -> Any:
         """Return a float32 copy in eval mode that may return keys and values."""
         import copy
 
-        import torch
-
-        return torch.nn.Module.float(copy.deepcopy(self.model)).eval()
+        return _in_float32(copy.deepcopy(self.model)).eval()
 
     def with_head(self, auto: str) -> Any:  # noqa: ARG002
         """Return a float32 copy in eval mode; the caller's model has the head."""
@@ -431,6 +436,17 @@ class InMemory:
 
     def _pad(self) -> int:
         return getattr(self.model.config, "pad_token_id", None) or 0
+
+
+def _in_float32(model: Any) -> Any:
+    """Return a caller's model in float32, dequantized if need be."""
+    import torch
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return torch.nn.Module.float(model)
+    with translated_errors("dequantize the model in memory"):
+        return dequantized(model, str(quantizer.quantization_config.quant_method.value))
 
 
 def _bytes() -> Any:

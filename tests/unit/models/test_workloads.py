@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qeff_validate as qv
-from qeff_validate.models.causal_lm.decode_loop import Plan
+from qeff_validate.models.causal_lm.decoder_feeds import Plan
 from qeff_validate.models.causal_lm.workloads import decoder_workloads
 from qeff_validate.models.row_model import ArrayRows, RowModel
 from qeff_validate.models.token_rows import TokenRows
@@ -46,7 +46,7 @@ DECODER = (
     TensorSpec("position_ids", "int64", ("batch_size", "seq_len")),
     TensorSpec("w", "float16", (2,)),
 )
-PLAN = Plan(2, 4, "right", 0, frozenset(), 3)
+PLAN = Plan(2, (4,), "right", 0, frozenset(), 3)
 
 
 def decoder(states: list[Any], *extra: TensorSpec, ctx_len: int = 10) -> dict[str, Any]:

@@ -78,12 +78,41 @@ def change(tensors: Tensors, place: str) -> Array:
 
 NOT_LORA = {"alpha / r where alpha / sqrt(r) is meant"}
 NOT_DORA = {"DoRA's magnitudes ignored"}
+NOT_PADDED = {"padding beyond an adapter's rank not zero", "a module served from another adapter"}
+NO_FACTORS = {"adapters of square weights transposed"}
+OTHERS = NOT_LORA | NOT_DORA | NOT_PADDED | NO_FACTORS
 INAPPLICABLE = {
-    "lora": NOT_DORA,
-    "dora": set(),
-    "adalora": NOT_DORA,
-    **dict.fromkeys(("ia3", "loha", "lokr", "vera", "oft", "randlora"), NOT_LORA | NOT_DORA),
+    "lora": NOT_DORA | NOT_PADDED,
+    "dora": NOT_PADDED,
+    "adalora": NOT_DORA | NOT_PADDED | NO_FACTORS,
+    **dict.fromkeys(("ia3", "loha", "lokr", "vera", "oft", "randlora"), OTHERS),
 }
+
+
+def test_what_is_padded_is_filled_from_another_adapter() -> None:
+    healthy = adapters(modules=2, layers=1)
+    name = "base_model.model.model.layers.0.self_attn.{}.lora_{}.weight"
+    healthy["a"][name.format("q_proj", "A")][1:] = 0
+    healthy["a"][name.format("q_proj", "B")][:, 1:] = 0
+    for factor in "AB":
+        healthy["a"][name.format("v_proj", factor)][:] = 0
+    ranks = served(NAMED["padding beyond an adapter's rank not zero"], healthy)
+    modules = served(NAMED["a module served from another adapter"], healthy)
+    assert differing(healthy["a"], ranks["a"]) == {"0.q_proj.lora_A", "0.q_proj.lora_B"}
+    assert differing(healthy["a"], modules["a"]) == {"0.v_proj.lora_A", "0.v_proj.lora_B"}
+    q, v = name.format("q_proj", "A"), name.format("v_proj", "A")
+    np.testing.assert_array_equal(ranks["a"][q], np.stack([healthy["a"][q][0], healthy["b"][q][1]]))
+    np.testing.assert_array_equal(modules["a"][v], healthy["b"][v])
+    for faulty in (ranks, modules):
+        assert not differing(healthy["b"], faulty["b"])
+
+
+def test_what_a_square_adapter_adds_is_transposed() -> None:
+    healthy = adapters(modules=1, layers=1)
+    faulty = served(NAMED["adapters of square weights transposed"], healthy)
+    np.testing.assert_array_equal(
+        change(faulty["a"], "0.self_attn.q_proj"), change(healthy["a"], "0.self_attn.q_proj").T
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,8 @@ from bounds import close
 
 from qeff_validate.errors import IncomparableError
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate
+from qeff_validate.models.causal_lm.decode_loop import generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan
 from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, DECODE_MUTANTS, serving
 from qeff_validate.mutation.mutant import Inapplicable, Mutant
 from qeff_validate.mutation.tracking_session import DecodeTrackingSession
@@ -88,7 +89,7 @@ def run(
     """Return what was read, ``[visits, prompts, steps, CTX + 1]``: visits to base, a, b, base and a."""
     prompts = tuple(np.array(prompt) for prompt in PROMPTS)
     inputs = SimpleNamespace(ids=prompts, adapters=adapters, fed=lambda name: prompts)
-    plan = Plan(rows, 8, side, PAD, frozenset(), STEPS)
+    plan = Plan(rows, (8,), side, PAD, frozenset(), STEPS)
     forced = [np.array(text) for text in FORCED] * len(ADAPTERS)
     outputs = (run_batched if mixed else run_sequentially)(
         fault(Record(mixed=mixed, dtype=dtype)), inputs, plan, forced
@@ -144,7 +145,7 @@ def test_session_without_fault_reads_every_text_and_is_followed(side: str, mixed
 
 def test_batches_are_told_apart_that_do_not_decode() -> None:
     session = DecodeTrackingSession(Record())
-    plan = Plan(2, 8, "right", PAD, frozenset(), 1)
+    plan = Plan(2, (8,), "right", PAD, frozenset(), 1)
     generate(session, [np.array(prompt) for prompt in PROMPTS], plan, state=ADAPTERS["a"])
     assert (session.batch, session.visit) == (2, 0)
 

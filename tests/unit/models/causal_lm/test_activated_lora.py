@@ -14,10 +14,15 @@ from bounds import close
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import qeff_validate as qv
-from qeff_validate.models.causal_lm import decode_loop
-from qeff_validate.models.causal_lm.decode_loop import NEVER, invocation_start
+from qeff_validate.builders.store import Store
+from qeff_validate.engine import check
+from qeff_validate.models.causal_lm.decoder_feeds import NEVER, invocation_start
 from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.models.sources.synthetic import Random
+from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
+from qeff_validate.pipeline.case_pipeline import Pipeline
+from qeff_validate.pipeline.stages import Silent
+from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 2}
 PROMPTS = ["one two three four five six seven eight nine ten", "two three", "five one two three", "four"]
@@ -87,11 +92,13 @@ def test_activated_lora_is_exported(saved: Path, tmp_path: Path) -> None:
     assert report.passed, [result.reason for result in report.results]
 
 
-def test_activation_one_token_late_fails(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_loop, "invocation_start", lambda *of: invocation_start(*of) + 1)
-    (result,) = qv.validate(case(saved), runtimes=["torch"], store=tmp_path).results
+def test_activation_one_token_late_fails(saved: Path) -> None:
+    damaged = case(saved)
+    made = Pipeline(damaged, check(damaged), Store(), Silent())
+    (late,) = [mutant for mutant in CAUSAL_LM_MUTANTS if mutant.name == "invocation one token late"]
+    result = made.result(FaultyRuntime(serving(late, made.inputs().adapters), "torch"))
     assert result.status == "fail"
-    assert "adapter 'a'" in result.reason
+    assert "from another token on than its invocation's first" in result.reason
 
 
 def test_built_in_prompts_hold_the_invocation(saved: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qeff_validate.errors import RunError
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate
+from qeff_validate.models.causal_lm.decode_loop import generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan
 from qeff_validate.tensors import Tensors, TensorSpec
 
 VOCAB, PAD, CTX = 100, 7, 64
@@ -22,8 +23,11 @@ ADAPTER = {"lora": np.array([3.0], np.float32)}
 class Fake:
     """Keeps a text for each row, writes tokens at their positions, and answers with what `next_token` says."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]] = (), *, dtype: str = "int64", every: bool = False) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]] = (), *, dtype: str = "int64", every: bool = False, slots: bool = False
+    ) -> None:
         ids = [TensorSpec(name, dtype, ("b", "s")) for name in ("input_ids", "position_ids")]
+        ids += [TensorSpec("batch_index", dtype, ("b", 1))] if slots else []
         self.inputs = (*ids, TensorSpec("past_key.0", "float32", ("b", "ctx")), TensorSpec("lora", "float16", (1,)))
         self.outputs: tuple[TensorSpec, ...] = (TensorSpec("logits", "float32", ("b", 1, VOCAB)),)
         self.shapes = tuple({"input_ids": shape} for shape in shapes)
@@ -37,15 +41,18 @@ class Fake:
         ids, places = feeds["input_ids"], feeds["position_ids"]
         assert ids.shape == places.shape
         out = np.zeros((*ids.shape, VOCAB), np.float32)
-        for row, (tokens, at) in enumerate(zip(ids, places, strict=True)):
-            text = self._texts.setdefault(row, {})
+        slots = feeds.get("batch_index", np.arange(len(ids))[:, None])
+        assert slots.shape == (len(ids), 1)
+        assert len(set(slots.ravel().tolist())) == len(ids), "two rows have the same slot"
+        for row, (slot, tokens, at) in enumerate(zip(slots[:, 0].tolist(), ids, places, strict=True)):
+            text = self._texts.setdefault(slot, {})
             for column, (token, place) in enumerate(zip(tokens, at, strict=True)):
                 if place < 0:
                     assert token == PAD, "a token without a place"
                     continue
-                if place == 0:
-                    text.clear()
-                assert place == len(text), "a place that is not the next"
+                assert place <= len(text), "a place that is not the next"
+                for later in [at for at in text if at >= place]:
+                    del text[later]
                 text[int(place)] = int(token)
                 out[row, column, next_token(list(text.values()))] = 1
         if self._every:
@@ -72,7 +79,7 @@ def alone(prompt: Sequence[int], steps: int, eos: frozenset[int]) -> list[int]:
 
 
 def plan(**changes: Any) -> Plan:
-    usual = {"batch_size": 2, "prefill_seq_len": 4, "padding_side": "right", "pad": PAD, "eos": frozenset(),
+    usual = {"batch_size": 2, "prefill_lengths": (4,), "padding_side": "right", "pad": PAD, "eos": frozenset(),
              "max_new_tokens": 5}  # fmt: skip
     return Plan(**{**usual, **changes})
 
@@ -100,7 +107,7 @@ def test_every_row_says_what_it_says_alone(
 ) -> None:
     rows = prompts(*lengths, seed=sum(lengths))
     wanted = [alone(row.tolist(), steps, ends) for row in rows]
-    sizes = plan(batch_size=batch, prefill_seq_len=chunk, padding_side=side, eos=ends, max_new_tokens=steps)
+    sizes = plan(batch_size=batch, prefill_lengths=(chunk,), padding_side=side, eos=ends, max_new_tokens=steps)
     session = Fake()
     assert chosen(generate(session, rows, sizes)) == wanted
     assert {feeds["input_ids"].shape for feeds in session.fed} <= {(batch, chunk), (batch, 1)}
@@ -117,7 +124,7 @@ def test_every_row_says_what_it_says_alone(
 )
 def test_chunks_cover_the_longest_row_and_padding_has_no_place(side: str, places: list[list[int]]) -> None:
     session = Fake()
-    generate(session, prompts(5, 1), plan(prefill_seq_len=3, padding_side=side, max_new_tokens=1))
+    generate(session, prompts(5, 1), plan(prefill_lengths=(3,), padding_side=side, max_new_tokens=1))
     assert np.concatenate([feeds["position_ids"] for feeds in session.fed], axis=1).tolist() == places
     assert [feeds["input_ids"].shape[1] for feeds in session.fed] == [3, 3]
 
@@ -181,3 +188,52 @@ def test_logits_of_another_shape_are_an_error_that_says_what_is_wanted(shape: tu
     session.run = lambda *_, **__: {"logits": np.zeros(shape, np.float32)}  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"logits have shape .*, wanted \[2, 1 or 4, vocab\]"):
         generate(session, prompts(2, 2), plan())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=7),
+    rows=st.integers(1, 4),
+    more=st.integers(0, 2),
+    chunks=st.sets(st.integers(1, 6), min_size=1),
+    side=st.sampled_from(["left", "right"]),
+    ends=st.frozensets(st.integers(0, VOCAB - 1), max_size=40),
+    steps=st.integers(1, 6),
+)
+def test_every_text_says_in_its_slot_what_it_says_alone(
+    lengths: list[int], rows: int, more: int, chunks: set[int], side: str, ends: frozenset[int], steps: int
+) -> None:
+    texts = prompts(*lengths, seed=sum(lengths))
+    wanted = [alone(text.tolist(), steps, ends) for text in texts]
+    sizes = plan(batch_size=rows, slots=rows + more, prefill_lengths=tuple(chunks), padding_side=side, eos=ends,
+                 max_new_tokens=steps)  # fmt: skip
+    session = Fake(slots=True)
+    assert chosen(generate(session, texts, sizes)) == wanted
+    assert {feeds["input_ids"].shape for feeds in session.fed} <= {*((1, chunk) for chunk in chunks), (rows, 1)}
+    assert {int(slot) for feeds in session.fed for slot in feeds["batch_index"].ravel()} <= set(range(rows + more))
+    backwards = generate(Fake(slots=True), texts[::-1], sizes, chunk=1, slots=range(rows + more)[::-1])
+    assert chosen(backwards[::-1]) == wanted
+
+
+def test_prompts_come_into_slots_that_others_have_left_while_texts_go_on() -> None:
+    session = Fake([(1, 4), (2, 1)], slots=True)
+    texts, forced = prompts(3, 4, 2), [np.array([50, 51, 52]), np.array([60]), np.array([70, 71])]
+    generate(session, texts, plan(prefill_lengths=(4,)), forced=forced)
+    fed = [(feeds["batch_index"].ravel().tolist(), feeds["position_ids"].max(axis=1).tolist()) for feeds in session.fed]
+    assert fed == [([0], [2]), ([1], [3]), ([1], [1]), ([0, 1], [3, 2]), ([0, 1], [4, -1])]
+
+
+def test_a_run_takes_the_smallest_length_that_fits_what_is_left() -> None:
+    session = Fake()
+    generate(session, prompts(9, 3), plan(prefill_lengths=(2, 4), max_new_tokens=1))
+    assert [feeds["input_ids"].shape[1] for feeds in session.fed] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_what_a_slot_holds_of_a_prompt_is_not_fed_again(slots: bool) -> None:
+    session, texts = Fake(slots=slots), prompts(9, 6)
+    generate(session, [np.concatenate([text[:4], [1, 2, 3, 4, 5, 6]]) for text in texts], plan(max_new_tokens=1))
+    fed = len(session.fed)
+    found = generate(session, texts, plan(), kept=[4, 4])
+    assert chosen(found) == [alone(text.tolist(), 5, frozenset()) for text in texts]
+    assert min(int(array[array >= 0].min()) for array in (f["position_ids"] for f in session.fed[fed:])) == 4

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.models.causal_lm.decode_loop import Plan, generate
+from qeff_validate.models.causal_lm.decode_loop import generate
+from qeff_validate.models.causal_lm.decoder_feeds import Plan
 from qeff_validate.models.causal_lm.decoder_state import cache_for, state_shapes
 from qeff_validate.models.causal_lm.kv_cache import masks
 from qeff_validate.models.causal_lm.wrapper import Decoder
@@ -142,16 +143,17 @@ def model(name: str) -> Any:
     return Random(name, {}, 0).causal_lm()
 
 
-def graph(layers: int, dims: Any, vocab: int) -> Graph:
+def graph(layers: int, dims: Any, vocab: int, *, slots: int = 0) -> Graph:
     tokens = [TensorSpec(name, "int64", ("batch_size", "seq_len")) for name in ("input_ids", "position_ids")]
+    tokens += [TensorSpec("batch_index", "int64", ("batch_size", 1))] if slots else []
     state = [
-        TensorSpec(f"past_{what}.{layer}", "float32", ("batch_size", heads, "ctx_len", size))
+        TensorSpec(f"past_{what}.{layer}", "float32", ("slots" if slots else "batch_size", heads, "ctx_len", size))
         for layer in range(layers)
         for what, (heads, size) in zip(("key", "value"), dims[layer], strict=True)
     ]
     twins = [TensorSpec(f"{spec.name}{RETAINED}", spec.dtype, spec.shape) for spec in state]
     logits = TensorSpec("logits", "float32", ("batch_size", 1, vocab))
-    return Graph((*tokens, *state), (logits, *twins), ({"ctx_len": CTX},))
+    return Graph((*tokens, *state), (logits, *twins), ({"ctx_len": CTX, "slots": slots},))
 
 
 def as_transformers_does(name: str, prompt: np.ndarray) -> np.ndarray:
@@ -168,17 +170,26 @@ def as_transformers_does(name: str, prompt: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_chunks_and_steps_from_undefined_state_give_transformers_logits(name: str, side: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "side", "slots"),
+    [
+        *((name, side, 0) for name in FAMILIES for side in ("right", "left")),
+        ("gemma2", "right", 2),
+        ("llama", "left", 3),
+    ],
+)
+def test_chunks_and_steps_from_undefined_state_give_transformers_logits(name: str, side: str, slots: int) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 1000, length) for length in (13, 4, 1, 9)]  # windows reach 8
     ours = model(name)
     dims = state_shapes(ours).dims
     module = Decoder(ours, len(dims)).eval()
-    made = Artifact("module", None, "0" * 64, payload=(module, graph(len(dims), dims, ours.config.vocab_size)))
+    made = Artifact(
+        "module", None, "0" * 64, payload=(module, graph(len(dims), dims, ours.config.vocab_size, slots=slots))
+    )
+    plan = Plan(2 if slots else 4, (5,), side, 0, frozenset(), STEPS, slots=slots)  # with slots, two are taken again
     with runtime("torch").open(made) as session:
-        found = generate(session, prompts, Plan(4, 5, side, 0, frozenset(), STEPS))
+        found = generate(session, prompts, plan)
     for prompt, rows in zip(prompts, found, strict=True):
         wanted = as_transformers_does(name, prompt)
         close(rows, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())

@@ -38,6 +38,7 @@ ADAPTERS = st.sampled_from([
 SIZES = dict.fromkeys(("max_new_tokens", "prefill_seq_len", "ctx_len", "batch_size"), NUMBERS)
 CAUSAL = st.fixed_dictionaries({}, optional={
     **SIZES, "peft_method": METHODS, "peft": PEFT, "adapters": ADAPTERS, "prompts": TEXTS,
+    "full_batch_size": NUMBERS, "kv_cache_batch_size": NUMBERS,
     "mixed_batch": st.booleans(), "padding_side": st.sampled_from(["left", "right", "both", None]),
 })  # fmt: skip
 ADAPTED = st.fixed_dictionaries(

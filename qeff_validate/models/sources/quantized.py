@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints with quantized weights: dequantized to float32 by the library that can, else refused by its name.
+
+An exported graph holds plain weights, and the compiler quantizes them for the card, so the weights are all that counts:
+activations that a method quantizes as well are left in float32. Imports frameworks inside of functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qeff_validate.errors import ConfigError, Unavailable
+from qeff_validate.models.framework_calls import versions
+from qeff_validate.models.sources.checkpoint import CONFIG, read_object
+
+DEQUANTIZED_BY: Mapping[str, str] = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "transformers",
+    "gptq": "gptqmodel",
+    "mxfp4": "transformers",
+}
+"""Methods whose weights can be turned into float32, and the distribution that does it."""
+
+WHILE_LOADING = ("compressed-tensors", "fp8", "mxfp4")
+"""Methods that transformers dequantizes while it loads, if the config says ``dequantize``."""
+
+
+PACKED = ("weight", "weight_packed")
+"""Ends of the names of tensors that hold weights."""
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Return the ``quant_method`` that a config.json names, None if the weights are not quantized.
+
+    Raises:
+        ConfigError: there is a quantization_config without a method.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if isinstance(quantization, dict) and any(quantization.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        method = "bitsandbytes"
+    if not isinstance(method, str):
+        raise ConfigError("quantization_config in config.json names no quant_method, so its weights cannot be read")
+    return method
+
+
+def check_dequantizable(folder: Path, method: str) -> None:
+    """Refuse weights that nothing here turns into float32.
+
+    Raises:
+        ConfigError: no library that is known here dequantizes this method.
+        Unavailable: the library that does is not installed.
+    """
+    library = DEQUANTIZED_BY.get(method)
+    if library is None:
+        raise ConfigError(
+            f"{folder} is quantized with {method!r}, which is not turned into float32 here"
+            f" ({', '.join(sorted(DEQUANTIZED_BY))} are): give the original weights, or save it dequantized"
+        )
+    if versions(library)[library] is None:
+        raise Unavailable(
+            f"{folder} is quantized with {method}, and {library} turns its weights into float32: pip install {library},"
+            " or give the original weights"
+        )
+
+
+def dequantized(model: Any, method: str) -> Any:
+    """Return a loaded model with float32 weights in plain layers.
+
+    Args:
+        model: of transformers; changed in place.
+        method: how it is quantized.
+
+    Raises:
+        ConfigError: packed weights are left.
+    """
+    import torch
+
+    if method == "bitsandbytes":
+        model = model.dequantize()
+    for name, module in list(model.named_modules()):
+        unpack = getattr(module, "dequantize_weight", None)
+        if callable(unpack):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _linear(unpack(), getattr(module, "bias", None)))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    packed = [name for name, tensor in tensors if name.endswith(PACKED) and not tensor.is_floating_point()]
+    if packed:
+        raise ConfigError(
+            f"{method}: {len(packed)} weights are packed integers in the loaded model, first {packed[0]}: load it with"
+            " dequantize=True in its quantization config if it has such an option, or give the original weights"
+        )
+    return torch.nn.Module.float(model)
+
+
+def _linear(weight: Any, bias: Any) -> Any:
+    """Return a linear layer with a weight ``[in, out]``, as GPTQModel unpacks it."""
+    import torch
+
+    layer = torch.nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None)
+    layer.weight.data = weight.detach().float().T.contiguous()
+    if bias is not None:
+        layer.bias.data = bias.detach().float()
+    return layer
+
+
+def quantization_notes(folder: Path | None) -> Iterator[str]:
+    """Yield a note on a model directory whose weights are dequantized; None: there is no directory."""
+    if folder is None or not (folder / CONFIG).is_file():
+        return
+    method = quantization_method(read_object(folder / CONFIG))
+    if method is not None:
+        yield (
+            f"the base is quantized with {method}: its weights are dequantized to float32, in the reference too;"
+            " activations are not quantized"
+        )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized checkpoints: what is dequantized equals numpy's product of codes and scales; the rest names the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qeff_validate as qv
+from qeff_validate.errors import ConfigError, Unavailable, ValidateError
+from qeff_validate.models.sources.quantized import dequantized, quantization_notes
+from qeff_validate.models.sources.resolve import resolve
+from qeff_validate.models.sources.synthetic import Random
+
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    Random("llama", SMALL, 0).causal_lm().save_pretrained(folder)
+    return folder
+
+
+def quantized(plain: Path, folder: Path, quantization: Any, tensors: dict[str, torch.Tensor] | None = None) -> qv.Case:
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    save_file(tensors or load_file(plain / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    return qv.Case(name="quantized", model="peft-causal-lm", source=f"path:{folder}")
+
+
+def test_fp8_blocks_are_multiplied_by_their_scales(plain: Path, tmp_path: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    wanted = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scales = torch.rand(2, tensors[name].shape[1] // 16) + 0.5
+        scales = scales[: max(1, tensors[name].shape[0] // 16)]
+        codes = tensors[name].to(torch.float8_e4m3fn)
+        tensors |= {name: codes, f"{name}_scale_inv": scales}
+        wanted[name] = codes.float().numpy() * np.kron(scales.numpy(), np.ones((16, 16), np.float32))
+    options = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    model = resolve(quantized(plain, tmp_path, options, tensors)).causal_lm()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, tensor in model.named_parameters():
+        np.testing.assert_array_equal(tensor.detach().numpy(), wanted[name])
+    assert "quantized with fp8" in next(quantization_notes(tmp_path))
+    assert list(quantization_notes(plain)) == []
+
+
+@pytest.mark.parametrize(
+    ("quantization", "error", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, Unavailable, "gptq, and gptqmodel turns .* pip install gptqmodel"),
+        ({"quant_method": "awq", "bits": 4}, Unavailable, "awq, and gptqmodel turns"),
+        ({"load_in_4bit": True}, Unavailable, "bitsandbytes, and bitsandbytes turns"),
+        ({"quant_method": "compressed-tensors"}, Unavailable, "pip install compressed-tensors"),
+        ({"quant_method": "hqq"}, ConfigError, "'hqq', which is not turned into float32 here .*save it dequantized"),
+        ({"bits": 4}, ConfigError, "names no quant_method"),
+        ("int4", ConfigError, "names no quant_method"),
+    ],
+)
+def test_what_is_not_dequantized_names_the_library(
+    quantization: Any, error: type[ValidateError], said: str, plain: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        resolve(quantized(plain, tmp_path, quantization)).causal_lm()
+
+
+class Packed(nn.Module):
+    """A layer that unpacks its weight as GPTQModel's do, ``[in, out]``."""
+
+    def __init__(self, *, unpacks: bool) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.arange(6, dtype=torch.int32).reshape(2, 3))
+        self.bias = nn.Parameter(torch.ones(3, dtype=torch.float16))
+        if unpacks:
+            self.dequantize_weight = lambda: self.qweight.half() / 2
+
+
+def test_layers_that_unpack_themselves_become_linear() -> None:
+    model = dequantized(nn.Sequential(Packed(unpacks=True)), "gptq")
+    x = torch.tensor([[1.0, -2.0]])
+    np.testing.assert_array_equal(model(x).detach().numpy(), x.numpy() @ np.arange(6).reshape(2, 3) / 2 + 1)
+    with pytest.raises(ConfigError, match=r"gptq: 1 weights are packed integers in the loaded model, first 0\.qweight"):
+        dequantized(nn.Sequential(Packed(unpacks=False)), "gptq")
