@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,9 +18,6 @@ EPILOG = (
     "Exit codes: 0 everything asked for agrees · 1 a mismatch or an inconclusive result · 2 wrong usage or config · "
     "3 an error, a required runtime that did not run, or nothing compared · 130 interrupted."
 )
-
-MOST_JOBS = 1024
-"""Processes that a run may start."""
 
 Configs = Annotated[list[Path], typer.Argument(help="YAML config files", metavar="CONFIG…")]
 CaseNames = Annotated[list[str] | None, typer.Option("--case", help="run only this case; repeatable")]
@@ -113,23 +109,6 @@ def required_runtimes(text: str) -> list[str]:
         if name not in known:
             raise ConfigError(f"--require: no runtime is called {name!r}.{suggest(name, known)}")
     return names
-
-
-def job_count(text: str, option: str = "--jobs") -> int:
-    """Parse ``--jobs``: a number, or ``auto`` for the number of processors.
-
-    Args:
-        text: its value.
-        option: its name.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text == "auto":
-        return len(os.sched_getaffinity(0))
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST_JOBS:
-        raise ConfigError(f"{option}: {text[:40]!r} is no number of processes: give 1 to {MOST_JOBS}, or auto")
-    return int(text)
 
 
 def shard(cases: list[Case], text: str | None) -> list[Case]:

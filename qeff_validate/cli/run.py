@@ -17,7 +17,6 @@ from qeff_validate.cli.options import (
     StoreDir,
     Verbose,
     device_ids,
-    job_count,
     matching_cases,
     required_runtimes,
     runtime_names,
@@ -126,6 +125,7 @@ def run(
     from qeff_validate.builders.bundle import read_bundle
     from qeff_validate.engine import case_for, load, validate
     from qeff_validate.folders import check_writable
+    from qeff_validate.pipeline.executors.job_count import job_count
     from qeff_validate.protocols import Settings
     from qeff_validate.report.baseline import read_baseline, with_drift
     from qeff_validate.report.reporters import load_reporters, send_report

@@ -435,8 +435,7 @@ def test_numbers_reach_other_reports(pytester: pytest.Pytester) -> None:
     """What pytest-html reads is there without it; tests/install tries it and Allure themselves."""
     pytester.makepyfile(
         printer="""
-        from qeff_validate.pipeline.executors import local_processes
-from qeff_validate.comparison.bounds import Bound
+        from qeff_validate.comparison.bounds import Bound
         from qeff_validate.comparison.metric import Metric
         from qeff_validate.comparison.verdict import GateResult
         from qeff_validate.engine import Runner
