@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,19 @@ def computed_finding(
         text = text or output_finding(value.array, observed, given, size, tolerance)
     if not text and observed.shape == value.array.shape:
         text = output_finding(value.array, observed, None, size, tolerance)
-    return text
+    return text or _of_another_value(layers, observed, size, tolerance)
+
+
+def _of_another_value(layers: Layers, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
+    """Return which other value of the original model a block gives; empty if it gives none."""
+    assert layers.guilty is not None
+    own = layers.values[layers.guilty]
+    for other in layers.values:
+        if other is not own and other.array.shape == observed.shape and size(other.array, observed) <= tolerance:
+            return (
+                f"its output is {'another one of its own' if other.module == own.module else f'that of {other.module}'}"
+            )
+    return ""
 
 
 def _of_weights(own: Sequence[WeightFinding], weights: WeightComparison) -> Location:
