@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qeff_validate.config.case import Case
+from qeff_validate.errors import RunError
 from qeff_validate.pipeline.executors.in_process import Executor
 from qeff_validate.report.result import Result
 
@@ -28,9 +29,16 @@ class AwaitedResults:
         return target in self._wanted
 
     def get(self, case: str, runtime: str) -> Result:
-        """Wait for a result that is planned; what others make meanwhile is kept."""
+        """Wait for a result that is planned; others that are made meanwhile are kept.
+
+        Raises:
+            RunError: the executor has ended without it, after an error that was raised before.
+        """
         while (case, runtime) not in self._made:
-            other, name, result = next(self._results)
+            made = next(self._results, None)
+            if made is None:
+                raise RunError(f"{case} on {runtime}: the processes have ended before, with an error told elsewhere")
+            other, name, result = made
             self._made[other.name, name] = result
         return self._made[case, runtime]
 
