@@ -92,7 +92,7 @@ def generate_peft_config(config: Any) -> PeftConfig:
 
         return config_from_dict(read_adapter(adapter)[0], f"{adapter}/adapter_config.json")
     if "peft_type" in options:
-        return config_from_dict(as_mapping(config), "the config")
+        return config_from_dict({k: v for k, v in as_mapping(config).items() if k not in APPLY_KEYS}, "the config")
     name = options.pop("peft_method", None)
     method, fixed = _method(name)
     where = f"peft_method {name}"

@@ -135,6 +135,7 @@ def test_config_survives_peft_writing_and_reading_it(method: str, tmp_path: Path
     theirs = PeftConfig.from_pretrained(tmp_path)
     assert type(theirs) is type(config)
     assert theirs.to_dict() == config.to_dict() == generate_peft_config(config.to_dict()).to_dict()
+    assert generate_peft_config({**config.to_dict(), "init": "random"}).to_dict() == config.to_dict()
     assert config.task_type == "CAUSAL_LM"
     assert generate_peft_config(config) is not config
 
