@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands ``perf`` and ``baseline {save,list,show}``."""
+"""The commands ``perf`` and ``baseline {save,list,show,trend}``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from qeff_validate.cli.options import CaseNames, Configs, SdkPrefix, StoreDir, Verbose, runtime_names, select_cases
 from qeff_validate.cli.options import device_ids as parse_ids
 from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
+from qeff_validate.errors import ConfigError
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.timings import HEAD, TimedEntry, timing_closing, timing_lines, timing_rows
 
@@ -25,7 +26,9 @@ EPILOG = (
     "2 wrong usage or config · 3 an error, or nothing was timed · 130 interrupted."
 )
 
-app = typer.Typer(help="Save, list or show baselines: what a run gave, under a name.", no_args_is_help=True)
+TREND_HEAD = ("case", "runtime", "quantity", "first", "last", "growth", "runs")
+
+app = typer.Typer(help="Save, list, show or follow baselines: what a run gave, under a name.", no_args_is_help=True)
 
 Directory = Annotated[
     Path | None, typer.Option("--directory", help="of baselines; default: baselines/ beside --config, else here")
@@ -141,6 +144,42 @@ def show(name: Name, config: BesideConfig = None, directory: Directory = None) -
             print_text(f"  {metric:30} {value if isinstance(value, str) else format(value, '.4g')}")
     if any(entry.performance for entry in baseline.results):
         console().print(timings_table(baseline.results))
+
+
+@app.command()
+def trend(
+    runs: Annotated[
+        list[str], typer.Argument(help="names of baselines and directories of reports, the earliest first")
+    ],
+    keyword: Annotated[
+        str | None, typer.Option("-k", help="only cases whose name contains this, or matches * and ?")
+    ] = None,
+    config: BesideConfig = None,
+    directory: Directory = None,
+) -> None:
+    """Show how each value went over several runs, with bars from its least to its greatest on a log scale.
+
+    Example: [bold]qeff-validate baseline trend v1 v2 v3 qv-report[/]
+    """
+    from fnmatch import fnmatchcase
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qeff_validate.report.baseline import read_baseline, read_entries
+    from qeff_validate.report.trend import trends
+
+    base = folder(config, directory)
+    read = [read_entries(Path(run)) if Path(run).exists() else read_baseline(base, run).results for run in runs]
+    glob = "*" if keyword is None else keyword if set(keyword) & set("*?") else f"*{keyword}*"
+    table = Table(*TREND_HEAD, box=None, header_style="bold", pad_edge=False)
+    for item in trends([[entry for entry in run if fnmatchcase(entry.case, glob)] for run in read]):
+        known = [value for value in item.values if value is not None]
+        numbers = f"{known[0]:.3g}", f"{known[-1]:.3g}", "" if item.growth is None else f"× {item.growth:.3g}"
+        table.add_row(*map(escape, (item.case, item.runtime, item.quantity, *numbers)), item.bars())
+    if not table.row_count:
+        raise ConfigError(f"-k {keyword!r} fits no case of these runs" if keyword else "these runs have no values")
+    console().print(table)
 
 
 def folder(config: Path | None, directory: Path | None) -> Path:
