@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from store_entries import never, writes
 
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
@@ -17,18 +18,6 @@ from qeff_validate.engine import validate
 from qeff_validate.errors import BuildError, ConfigError, MissingPackage
 
 KEY = {"a": 1}
-
-
-def writes(text: str = "content") -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").write_text(text)
-
-    return make
-
-
-def never(folder: Path) -> None:
-    raise AssertionError("made again")
 
 
 @pytest.fixture(params=["file", "memory"])

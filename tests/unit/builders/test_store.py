@@ -16,24 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_entries import never, writes
 
 from qeff_validate.builders import source_keys
 from qeff_validate.builders.store import PROVENANCE, Store
 from qeff_validate.errors import BuildError
 
 KEY = {"a": 1, "b": ["x", None]}
-
-
-def writes(text: str = "content"):
-    def make(folder: Path) -> None:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").write_text(text)
-
-    return make
-
-
-def never(folder: Path) -> None:
-    raise AssertionError("made again")
 
 
 def files(root: Path) -> list[str]:

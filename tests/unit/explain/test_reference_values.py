@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from qeff_validate.explain.layers import first_divergent
 from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.operators import output_finding
 from qeff_validate.explain.reference_values import local_errors, record
 from qeff_validate.protocols import OriginalRun
 
@@ -88,3 +89,10 @@ def test_each_call_of_a_module_is_measured_against_its_own_content() -> None:
 def test_nan_is_beyond_every_floor() -> None:
     assert first_divergent([1.0, float("nan"), 2.0], 8) == 1
     assert first_divergent([1.0, 2.0], 8) is None
+
+
+@pytest.mark.parametrize(("tolerance", "text"), [(1e-6, "its output is rounded to fp16"), (1e-3, "")])
+def test_half_precision_is_told_only_where_it_is_not_expected(tolerance: float, text: str) -> None:
+    expected = np.random.default_rng(0).normal(size=(4, 8))
+    observed = (expected * 1.00001).astype(np.float16).astype(np.float64)
+    assert output_finding(expected, observed, None, relative_error, tolerance) == text
