@@ -163,11 +163,14 @@ def _unsupported(model: Any) -> Iterator[Any]:
 
 def _later(operator: str, opset: int) -> str:
     """Return that an operator is of a later opset than the graph, and what to do; empty if it is of none."""
+    remedy = "save the graph without optimization, or with level basic"
+    if operator == "SimplifiedLayerNormalization":
+        return f"; {operator} is ONNX Runtime's own, and its optimizer writes it without a domain: {remedy}"
     if not onnx.defs.has(operator, "") or onnx.defs.get_schema(operator, "").since_version <= opset:
         return ""
     return (
         f"; {operator} is of a later opset than the graph's {opset}: ONNX Runtime's optimizer writes it at any opset,"
-        " so export at a later one, or save the graph without optimization, or with level basic"
+        f" so export at a later one, or {remedy}"
     )
 
 
