@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
-.PHONY: validate quick test test-kernels calibrate test-sdk test-install test-cluster qefficient check bench timing-gate support power reliability docs clean help
+.PHONY: validate quick test test-kernels calibrate test-sdk test-install test-cluster qefficient check bench timing-gate support power foreign reliability docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -66,6 +66,9 @@ support: $(STAMP)  ## try every PEFT method on every architecture and write docs
 
 power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour
 	$(BIN)/python tests/power.py $(ARGS)
+
+foreign: $(STAMP)  ## files of other exporters: false alarms and faults found, writes its part of docs/power.md (ARGS='--python OTHER/bin/python')
+	$(BIN)/python tests/foreign_files.py $(ARGS)
 
 reliability: $(STAMP)  ## what comes of hostile inputs, faults and kills, writes docs/reliability.md: some 20 minutes
 	$(BIN)/python tests/reliability.py $(ARGS)

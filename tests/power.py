@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration import HEADING
+from foreign_files import section_of
 from hit_rate import HEADING as EXPLANATIONS
 from hit_rate import HitRate, healthy_explanations, section
 from upstream.stand_ins import rows
@@ -63,8 +64,10 @@ def main() -> None:
     sections = [part(path, names, given) for path, names in TESTED.items() if given.only in (None, path)]
     if given.only is None:
         file = ROOT / "docs" / "power.md"
-        _, heading, table = file.read_text(encoding="utf-8").partition(HEADING)  # `make calibrate` writes that
-        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", explanations(given), heading + table]
+        page_before = file.read_text(encoding="utf-8")
+        _, heading, table = page_before.partition(HEADING)  # `make calibrate` writes that, and `make foreign` its part
+        rest = [section_of(page_before) + explanations(given), heading + table]
+        page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", *rest]
         file.write_text("\n".join(page), encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ def similarity(name: str, vector: Array, others: Array) -> NDArray[np.float64]:
         vector: float.
         others: float.
     """
-    a, b = vector.astype(np.float64), others.astype(np.float64)
+    a, b = vector.astype(np.float64, copy=False), others.astype(np.float64, copy=False)
     with np.errstate(all="ignore"):
         if name in ("cosine", "dot"):
             scores = b @ a
@@ -39,13 +39,10 @@ def similarity_noise(name: str, vector: Array, others: Array, noise: float) -> N
     By Cauchy–Schwarz 2·noise + noise² for ``cosine``, times both lengths for ``dot``; by the triangle inequality
     noise·(‖a‖ + ‖b‖) for ``euclidean``, times √d for ``manhattan``.
     """
-    own, lengths = np.linalg.norm(vector.astype(np.float64)), np.linalg.norm(others.astype(np.float64), axis=1)
     product = 2 * noise + noise**2
-    moved: NDArray[np.float64] = noise * (own + lengths)
     if name == "cosine":
-        moved = np.full(len(others), product)
-    elif name == "dot":
-        moved = product * own * lengths
-    elif name == "manhattan":
-        moved *= np.sqrt(others.shape[1])
-    return moved
+        return np.full(len(others), product)
+    own = np.linalg.norm(vector.astype(np.float64, copy=False))
+    lengths = np.linalg.norm(others.astype(np.float64, copy=False), axis=1)
+    moved: NDArray[np.float64] = product * own * lengths if name == "dot" else noise * (own + lengths)
+    return moved * np.sqrt(others.shape[1]) if name == "manhattan" else moved

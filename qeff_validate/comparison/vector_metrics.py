@@ -174,19 +174,19 @@ def neighbour_metrics(
     violations = np.zeros(len(sample))
     overlap = np.zeros(len(sample))
     drift = np.zeros(len(sample))
-    gap = 0.0
+    gaps = np.zeros(len(sample))
     for i in range(len(sample)):
         others = np.delete(np.arange(len(sample)), i)
         wanted, got = similarity(score, a[i], a[others]), similarity(score, b[i], b[others])
         moved = similarity_noise(by, a[i], a[others], noise)
-        gap = max(gap, 2 * float(moved.max()))
+        gaps[i] = 2 * np.max(moved)
         violations[i] = overtaken(wanted, got, 2 * moved)
         drift[i] = np.max(np.abs(got - wanted))
         overlap[i] = len(np.intersect1d(np.argsort(-wanted)[:k], np.argsort(-got)[:k])) / k
     used = {"rows_used": len(sample), "rows": n, **({} if by == "cosine" else {"similarity": by})}
     row = int(sample[int(np.argmax(violations))])
     return [
-        Metric("neighbour_order", float(violations.sum()), {"row": row, "gap": gap, **used}),
+        Metric("neighbour_order", float(violations.sum()), {"row": row, "gap": float(np.max(gaps)), **used}),
         Metric("overlap_10", float(overlap.mean()), {"row": int(sample[int(np.argmin(overlap))]), **used}),
         Metric("score_drift", float(np.max(drift)), {"row": int(sample[int(np.argmax(drift))]), **used}),
     ]

@@ -35,12 +35,20 @@ class Table:
         Raises:
             ConfigError: a row has no text there.
         """
-        values = [row.get(self.columns[role]) for row in self.rows]
+        values = list(self._values(role))
         for number, value in enumerate(values, start=1):
             if not isinstance(value, str):
                 column = self.columns[role]
                 raise ConfigError(f"{self.where}: row {number} has no text in the column {column!r}, but {value!r}")
         return [str(value) for value in values]
+
+    def _values(self, role: str) -> Iterator[Any]:
+        column = self.columns[role]
+        for number, row in enumerate(self.rows, start=1):
+            if column not in row:
+                found = ", ".join(map(repr, row)) or "none"
+                raise ConfigError(f"{self.where}: row {number} has no column {column!r}; its columns are {found}")
+            yield row[column]
 
     def numbers(self, role: str) -> list[float]:
         """Return the numbers of a column.
@@ -49,8 +57,7 @@ class Table:
             ConfigError: a row has no finite number there.
         """
         numbers, column = [], self.columns[role]
-        for row, values in enumerate(self.rows, start=1):
-            value = values.get(column)
+        for row, value in enumerate(self._values(role), start=1):
             try:
                 number = math.nan if isinstance(value, bool) else float(str(value))
             except ValueError:
@@ -84,7 +91,7 @@ def read_table(
     known = sorted({role for roles in alternatives for role in roles})
     for role in named:
         if role not in known:
-            raise ConfigError(f"{where}: columns: {role}: what is read is {', '.join(known)}.{suggest(role, known)}")
+            raise ConfigError(f"{where}: columns: no column is read as {role!r}.{suggest(role, known)}")
     try:
         text = read_bytes(path, most_bytes=MOST_BYTES).decode("utf-8-sig")
         rows = list(_json_lines(text) if path.suffix == ".jsonl" else _lines(text, path.suffix))

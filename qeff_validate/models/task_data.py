@@ -98,8 +98,7 @@ def read_task_data(case: Case) -> TaskData | None:
     where = f"case {case.name!r}: dataset {named}"
     if named not in SETS and path.suffix not in SUFFIXES:
         raise ConfigError(
-            f"{where}: no set is called so.{suggest(named, SETS)} There are {', '.join(SETS)}; a file of your own ends"
-            " in .tsv, .csv or .jsonl"
+            f"{where}: no set is called so.{suggest(named, SETS)} A file of your own ends in .tsv, .csv or .jsonl"
         )
     table, columns = read_table(path, where, (SIMILARITY, RETRIEVAL), case.inputs.columns)
     pairs = tuple(zip(table.texts(columns[0]), table.texts(columns[1]), strict=True))

@@ -127,6 +127,7 @@ def test_a_body_that_left_padding_makes_nan_is_not_free_of_padding_sides(bad: in
 PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 MEASURING = (
     "comparison/bounds", "comparison/verdict", "comparison/noise_floor", "comparison/logit_metrics",
+    "comparison/similarity", "comparison/task_metrics",
     "comparison/vector_metrics", "pipeline/case_pipeline", "pipeline/measure_floor", "report/text",
     "report/result", "mutation/power", "selftest/score", "selftest/run", "models/causal_lm/verdict",
     "models/embedding/filler_rows", "models/causal_lm/relation_kv_cache", "models/causal_lm/relations",

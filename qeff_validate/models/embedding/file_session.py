@@ -16,7 +16,10 @@ from qeff_validate.config.case import Artifacts
 from qeff_validate.protocols import Graph, Session
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
-HIDDEN, TYPES, MASK = "last_hidden_state", "token_type_ids", "attention_mask"
+HIDDEN, TYPES, MASK = ("last_hidden_state", "token_embeddings"), "token_type_ids", "attention_mask"
+
+VECTOR = "sentence_embedding"
+"""The output of optimum's exports of a whole directory of sentence-transformers."""
 
 
 class FileSession:
@@ -24,8 +27,9 @@ class FileSession:
 
     Args:
         session: open, under the names of the file.
-        pooled: name of the output ``[batch, seq, hidden]`` that is pooled; None: none is.
-        name: of the pooled output.
+        pooled: name of the one output that is read: ``[batch, seq, hidden]``, which is pooled, or ``[batch, hidden]``;
+            None: all are, as they are.
+        name: of the vectors.
         mask: name of the mask among the inputs.
         pool: maps the real tokens of a row ``[n, hidden]`` to its vector.
         hidden_inputs: names of inputs that are fed with zeros.
@@ -46,7 +50,7 @@ class FileSession:
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         if pooled is not None:
             states = next(spec for spec in session.outputs if spec.name == pooled)
-            shape = (states.shape[0], "hidden")
+            shape = (states.shape[0], "hidden") if len(states.shape) == 3 else states.shape
             self.outputs = (replace(states, name=name, shape=shape, dtype="float32"),)
         shown = {spec.name for spec in (*self.inputs, *session.outputs)}
         self.shapes: tuple[Shapes, ...] = tuple(
@@ -60,6 +64,8 @@ class FileSession:
         if self._pooled is None:
             return self._session.run({**feeds, **zeros}, fetch=fetch)
         states = self._session.run({**feeds, **zeros}, fetch=[self._pooled])[self._pooled].astype(np.float64)
+        if states.ndim == 2:
+            return {self._name: states.astype(np.float32)}
         rows = [self._vector(row, seen > 0) for row, seen in zip(states, feeds[self._mask], strict=True)]
         return {self._name: np.stack(rows).astype(np.float32)}
 
@@ -88,12 +94,16 @@ def completed(
     types = artifacts.inputs.get(TYPES, TYPES)
     hidden_inputs = [spec.name for spec in session.inputs if spec.name == types and TYPES not in ours]
     mapped = artifacts.outputs.get("output")
-    candidates = [spec for spec in session.outputs if spec.name == (mapped or HIDDEN) and len(spec.shape) == 3]
-    pooled = candidates[0].name if candidates and len(graph.outputs[0].shape) == 2 else None
+    ranks = {spec.name: len(spec.shape) for spec in session.outputs}
+    wanted = [mapped] if mapped else [name for name in (VECTOR, *HIDDEN) if name in ranks]
+    pooled = wanted[0] if wanted and len(graph.outputs[0].shape) == 2 and ranks.get(wanted[0]) == 3 else None
+    vectors = VECTOR if not mapped and len(graph.outputs[0].shape) == 2 and ranks.get(VECTOR) == 2 else None
     findings = [
         *([f"the file takes {types}, which are fed with zeros"] if hidden_inputs else []),
         *([f"the file ends in {pooled}, which is pooled on the host: {words}"] if pooled else []),
+        *([f"judged is the file's {vectors}, pooled as the file does"] if vectors else []),
     ]
+    pooled = pooled or vectors
     if not findings:
         return session, ()
     mask = artifacts.inputs.get(MASK, MASK)

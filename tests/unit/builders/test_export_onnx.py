@@ -70,6 +70,16 @@ def test_what_cannot_be_exported_is_a_build_error_with_the_reason(tmp_path: Path
         export_onnx.export_onnx(Refuses().eval(), EXAMPLE, GRAPH, tmp_path)
 
 
+class Unknown(Good):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.special.i0e(x))
+
+
+def test_what_cannot_be_traced_is_tried_with_the_other_exporter(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"torch\.onnx\.export failed: .*; try exporter: dynamo$"):
+        export_onnx.export_onnx(Unknown().eval(), EXAMPLE, GRAPH, tmp_path, exporter="torchscript")
+
+
 def test_a_dim_that_was_fixed_is_a_build_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"seq_len"):
         export_onnx.export_onnx(Fixes().eval(), EXAMPLE, GRAPH, tmp_path)

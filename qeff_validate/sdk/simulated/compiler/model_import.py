@@ -128,6 +128,7 @@ def _check(model: Any) -> None:
         operators = list(dict.fromkeys(node.op_type for node in unsupported))
         more = f": {', '.join(operators)}" if len(operators) > 1 else ""
         why = f"unsupported operator{'s' if more else ''}{more}; see -operators-supported=onnx"
+        why += _later(unsupported[0].op_type, opset)
         raise rejected(model, why, node=unsupported[0])
     for node in contrib_nodes(model):
         if (node.domain, node.op_type) not in ACCEPTED:
@@ -158,6 +159,19 @@ def _unsupported(model: Any) -> Iterator[Any]:
             standard = node.domain in STANDARD and (node.domain, node.op_type) not in local
             if standard and not _has(node.op_type, opset):
                 yield node
+
+
+def _later(operator: str, opset: int) -> str:
+    """Return that an operator is of a later opset than the graph, and what to do; empty if it is of none."""
+    remedy = "save the graph without optimization, or with level basic"
+    if operator == "SimplifiedLayerNormalization":
+        return f"; {operator} is ONNX Runtime's own, and its optimizer writes it without a domain: {remedy}"
+    if not onnx.defs.has(operator, "") or onnx.defs.get_schema(operator, "").since_version <= opset:
+        return ""
+    return (
+        f"; {operator} is of a later opset than the graph's {opset}: ONNX Runtime's optimizer writes it at any opset,"
+        f" so export at a later one, or {remedy}"
+    )
 
 
 def _has(operator: str, opset: int) -> bool:

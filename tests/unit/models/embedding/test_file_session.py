@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qeff_validate.models.embedding.file_session import FileSession
+from qeff_validate.config.case import Artifacts
+from qeff_validate.models.embedding.file_session import FileSession, completed
+from qeff_validate.protocols import Graph
 from qeff_validate.tensors import TensorSpec
 
 STATES = np.arange(12, dtype=np.float32).reshape(2, 3, 2) + 1
@@ -38,3 +40,20 @@ def test_real_tokens_are_pooled_a_row_without_one_is_zero_and_token_types_are_fe
     vectors = pooled.run({"ids": mask, "attention_mask": mask})["output"]
     assert vectors.tolist() == [[4.0, 5.0], [0.0, 0.0]]
     assert graph.fed[0]["token_type_ids"].tolist() == [[0] * 3] * 2
+
+
+def test_vector_that_the_file_pools_itself_is_taken_before_its_hidden_states() -> None:
+    """As optimum exports a whole directory of sentence-transformers."""
+    graph = session()
+    states = TensorSpec("token_embeddings", "float32", ("batch", "seq", 2))
+    graph.outputs = (states, TensorSpec("sentence_embedding", "float32", ("batch", 2)))
+    graph.run = lambda feeds, *, fetch: {name: STATES[:, 0] if "sentence" in name else STATES for name in fetch}
+    wanted = Graph((), (TensorSpec("output", "float32", ("batch_size", "hidden")),), ())
+    taken, findings = completed(graph, wanted, Artifacts(), lambda row: row.mean(0), "mean")
+    assert "judged is the file's sentence_embedding, pooled as the file does" in findings
+    mask = np.ones((2, 3), np.int64)
+    assert taken.run({"attention_mask": mask})["output"].tolist() == STATES[:, 0].tolist()
+    graph.outputs = (states,)
+    pooled, findings = completed(graph, wanted, Artifacts(), lambda row: row.mean(0), "mean")
+    assert "the file ends in token_embeddings, which is pooled on the host: mean" in findings
+    assert pooled.run({"attention_mask": mask})["output"].tolist() == STATES.mean(1).tolist()

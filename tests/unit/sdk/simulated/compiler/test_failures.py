@@ -193,6 +193,15 @@ def broken(kind, make_model):
     if kind == "no operator of ONNX":
         nodes = [node("Foo", ["x"], ["y"], name="first")]
         return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "node 'first' (ai.onnx::Foo): unsupported operator"
+    if kind == "of a later opset":
+        nodes = [node("LayerNormalization", ["x", "w"], ["y"])]
+        weights = {"w": np.ones(3, np.float32)}
+        m = make_model(nodes, {"x": (F, [2, 3])}, {"y": (F, [2, 3])}, weights, opsets=[helper.make_opsetid("", 14)])
+        return m, "LayerNormalization is of a later opset than the graph's 14: ONNX Runtime's optimizer writes it"
+    if kind == "of ONNX Runtime":
+        nodes = [node("SimplifiedLayerNormalization", ["x", "w"], ["y"])]
+        m = make_model(nodes, {"x": (F, [2, 3])}, {"y": (F, [2, 3])}, {"w": np.ones(3, np.float32)})
+        return m, "SimplifiedLayerNormalization is ONNX Runtime's own"
     if kind == "no name":
         nodes = [node("Foo", ["x"], ["y"])]
         return make_model(nodes, {"x": (F, [2])}, {"y": (F, [2])}), "the node that computes 'y' (ai.onnx::Foo): "
@@ -212,7 +221,17 @@ def broken(kind, make_model):
 
 
 @pytest.mark.parametrize(
-    "kind", ["no operator of ONNX", "no name", "Qualcomm's", "shapes", "depends on data", "inputs"]
+    "kind",
+    [
+        "no operator of ONNX",
+        "of a later opset",
+        "of ONNX Runtime",
+        "no name",
+        "Qualcomm's",
+        "shapes",
+        "depends on data",
+        "inputs",
+    ],
 )
 def test_the_simulator_says_which_node_and_why_behind_the_text_of_a_real_compiler(
     kind, tmp_path, make_model, compile_process
