@@ -86,6 +86,16 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
+    "zamba2": {
+        "adapter_rank": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_d_state": 16,
+        "mamba_headdim": 16,
+        "time_step_min": 1e-7,  # transformers clamps to it in runs of a whole text alone, not in a step
+    },
 }
 """Config values of ``random:`` bodies that enable the characteristics of a family."""
 
