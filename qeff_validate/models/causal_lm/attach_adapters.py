@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict
 
 from qeff_validate.errors import ConfigError
@@ -34,6 +34,7 @@ from qeff_validate.models.adapters.shared_lora import (
 )
 from qeff_validate.models.causal_lm.decoder_state import StateShapes, state_shapes
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.vector_choices import decisive_adapters
 from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
@@ -147,7 +148,9 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     _refuse_unequal_views(parameter_names, peft_model, tensors)
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
     parameter_names = dict(sorted(parameter_names.items()))
-    ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
+    topk = getattr(config, "topk", None) if config.peft_type == PeftType.VBLORA else None
+    adapters = decisive_adapters({BASE: neutral, **tensors}, topk)
+    ordered = {name: dict(sorted(arrays.items())) for name, arrays in adapters.items()}
     invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
     return AdaptedModel(peft_model, states, parameter_names, ordered, eos, before, shared, invocation=invocation)
 
