@@ -18,6 +18,7 @@ from qeff_validate.models.sources.checkpoint import (
     digests,
     has_tokenizer,
     read_object,
+    refuse_encoder_decoder,
     tokenizer_files,
 )
 from qeff_validate.models.sources.embedding_tables import module_tables
@@ -418,6 +419,12 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
 
     from qeff_validate.models.sources.decisive_routers import make_decisive
 
+    refuse_encoder_decoder(name, is_encoder_decoder=getattr(config, "is_encoder_decoder", False))
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{name} is no causal language model: transformers has none of the type {config.model_type!r} (encoders are"
+            " bodies of model: embedding)"
+        )
     model = _build_seeded(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
