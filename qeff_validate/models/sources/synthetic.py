@@ -58,6 +58,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": 1000,
     },
+    "axk1": {"head_dim": 8},
     "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
     "granite": {
         "attention_multiplier": 0.2,
@@ -87,6 +88,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
+    "youtu": {"head_dim": 8},
     "zamba2": {
         "adapter_rank": 4,
         "attention_head_dim": 32,
