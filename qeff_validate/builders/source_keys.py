@@ -21,6 +21,7 @@ JUDGES = (
     "models/multi_vector/whole_texts.py",
     "models/sparse_embedding/verdict.py",
     "models/causal_lm/failure_hints.py",
+    "models/causal_lm/half_range.py",
     "models/causal_lm/relation_kv_cache.py",
     "models/causal_lm/relation_linearity.py",
     "models/causal_lm/relations.py",

@@ -85,7 +85,11 @@ def is_linear(path: str, module: Any) -> bool:  # noqa: ARG001
 
 def is_norm(path: str, module: Any) -> bool:  # noqa: ARG001
     """Return True for a normalization with a weight."""
-    return "Norm" in type(module).__name__ and epsilon_of(module) is not None and module.weight is not None
+    return (
+        "Norm" in type(module).__name__
+        and epsilon_of(module) is not None
+        and getattr(module, "weight", None) is not None
+    )
 
 
 def is_activation(path: str, module: Any) -> bool:

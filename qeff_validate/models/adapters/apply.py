@@ -247,6 +247,11 @@ def _restored_on_error(model: nn.Module, action: str) -> Iterator[None]:
         before.restore()
         if isinstance(exc, ValidateError):
             raise
+        if "Conv1D" in str(exc):  # PEFT's sentences about it differ, and name its class by the module
+            raise ConfigError(
+                f"cannot {action}: PEFT does not have this method for the Conv1D layers of this base: take another"
+                " method, such as lora or ia3"
+            ) from exc
         raise ConfigError(f"cannot {action}: {first_line(exc)}") from exc
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         LOG.info("%s: %s", action, text)

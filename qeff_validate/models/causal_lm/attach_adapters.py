@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict
 
 from qeff_validate.errors import ConfigError
@@ -34,8 +34,9 @@ from qeff_validate.models.adapters.shared_lora import (
 )
 from qeff_validate.models.causal_lm.decoder_state import StateShapes, state_shapes
 from qeff_validate.models.causal_lm.options import BASE
+from qeff_validate.models.causal_lm.vector_choices import decisive_adapters
 from qeff_validate.models.causal_lm.virtual_tokens import VirtualTokens, virtual_tokens
-from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.models.framework_calls import first_line, translated_errors
 from qeff_validate.tensors import Array, Tensors
 
 INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
@@ -147,7 +148,9 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     _refuse_unequal_views(parameter_names, peft_model, tensors)
     # one order everywhere: PEFT's is that of the modules, a stored file's is alphabetical
     parameter_names = dict(sorted(parameter_names.items()))
-    ordered = {name: dict(sorted(arrays.items())) for name, arrays in {BASE: neutral, **tensors}.items()}
+    topk = getattr(config, "topk", None) if config.peft_type == PeftType.VBLORA else None
+    adapters = decisive_adapters({BASE: neutral, **tensors}, topk)
+    ordered = {name: dict(sorted(arrays.items())) for name, arrays in adapters.items()}
     invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
     return AdaptedModel(peft_model, states, parameter_names, ordered, eos, before, shared, invocation=invocation)
 
@@ -228,6 +231,21 @@ def _probe_logits(model: Any) -> torch.Tensor:
     return logits
 
 
+def _adapted_logits(peft_model: Any) -> torch.Tensor:
+    """Return `_probe_logits` of a model with an adapter.
+
+    Raises:
+        ConfigError: PEFT has put the adapter on a module that it cannot run.
+    """
+    try:
+        return _probe_logits(peft_model)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"PEFT does not run {type(peft_model.get_base_model()).__name__} with this adapter ({first_line(exc)}):"
+            " leave modules that are no plain layers, such as routers, out of target_modules (exclude_modules)"
+        ) from exc
+
+
 def _make_neutral(peft_model: Any, base_logits: torch.Tensor, base: Iterable[torch.nn.Parameter]) -> None:
     """Make sure that a new adapter has no effect, by setting it to zeros if needed: it stands for the base model.
 
@@ -241,7 +259,7 @@ def _make_neutral(peft_model: Any, base_logits: torch.Tensor, base: Iterable[tor
                 for parameter in peft_model.parameters():
                     if parameter.requires_grad and id(parameter) not in own:
                         parameter.zero_()
-        if (_probe_logits(peft_model) - base_logits).norm() <= NEUTRAL_TOLERANCE * base_logits.norm():
+        if (_adapted_logits(peft_model) - base_logits).norm() <= NEUTRAL_TOLERANCE * base_logits.norm():
             return
     config = type(peft_model.active_peft_config).__name__
     raise ConfigError(

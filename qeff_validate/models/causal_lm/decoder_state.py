@@ -54,9 +54,22 @@ def state_shapes(model: Any) -> StateShapes:
             f"{kind} is not supported with alibi: true: it makes its position biases from a two-dimensional mask, and"
             " the exported graph masks by position ids"
         )
+    indexer = next(
+        (type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Indexer")), None
+    )
+    if indexer is not None:
+        raise ConfigError(
+            f"{kind} is not supported: its attention reads the tokens that a {indexer} selects, which keeps keys of"
+            " its own beside the cache"
+        )
     with torch.inference_mode():
         outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
     cache = returned_cache(outputs)
+    if cache is None and set(outputs) == {"logits"}:
+        raise ConfigError(
+            f"{kind} returns logits alone when it is asked for keys and values, so it is no decoder: an encoder is a"
+            " body of model: embedding (is_decoder in its config is false?)"
+        )
     if not isinstance(cache, Cache) or type(cache).__module__ != Cache.__module__:
         own = "in its outputs" if cache is None else f"in a {type(cache).__name__}"
         raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from qeff_validate.comparison.logit_metrics import systematic_logit_metrics
 from qeff_validate.comparison.vector_metrics import systematic_size
 from qeff_validate.comparison.verdict import Verdict
 from qeff_validate.config.case import Case, Precision
-from qeff_validate.errors import IncomparableError
+from qeff_validate.errors import IncomparableError, ValidateError
 from qeff_validate.json_tensor import json_tensor
 from qeff_validate.models.causal_lm.adapter_schedule import run_batched, run_sequentially, stack_adapters
 from qeff_validate.models.causal_lm.adapter_specs import AdapterSpecs, fp16_notes
@@ -390,7 +391,32 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         slotted, virtual = self.options.full_batch_size is not None, inputs.virtual is not None
         serving = Serving(self.options.rows, slotted, virtual, bool(inputs.invocation))
         adapters = list(inputs.adapters)
-        return judge_continuations(reference, actual, context, adapters=adapters, inputs=inputs, serving=serving)
+        verdict = judge_continuations(reference, actual, context, adapters=adapters, inputs=inputs, serving=serving)
+        if verdict.status != "fail" or not context.precision.startswith("fp16"):
+            return verdict
+        if actual["logits"].shape != reference["logits"].shape:
+            return verdict
+        finite = np.isfinite(actual["logits"]).all(axis=1) | ~np.isfinite(reference["logits"]).all(axis=1)
+        if finite.all():
+            return verdict
+        overflow = self._overflow(inputs, reference, int(np.argmin(finite)))
+        return replace(verdict, reason=f"{overflow}; {verdict.reason}") if overflow else verdict
+
+    def _overflow(self, inputs: Prompts, reference: Tensors, row: int) -> str:
+        """Return a sentence if the original model leaves the range of fp16 before a row of the logits."""
+        ends = np.cumsum(reference["steps"])
+        at = int(np.searchsorted(ends, row, side="right"))
+        adapter, prompt = divmod(at, len(inputs.ids))
+        tokens = split_steps(reference["tokens"], reference["steps"])[at][
+            : row - int(ends[at] - reference["steps"][at])
+        ]
+        text = np.concatenate([inputs.ids[prompt], tokens])
+        name = list(inputs.adapters)[adapter]
+        try:
+            found = self._run_original("beyond_half", replace(inputs, ids=(text,)), name, name, module="half_range")
+        except ValidateError:  # there is no original here: the numbers have to do
+            return ""
+        return str(found)
 
     def relate(self, name: str, session: Session, inputs: Prompts, context: ComparisonContext) -> Verdict:
         """Check one of `relations.RELATIONS`."""
@@ -402,8 +428,8 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         )
         return relate(name, session, inputs, self._plan(inputs), context, original)
 
-    def _run_original(self, function: str, inputs: Prompts, adapter: str, *args: Any) -> Any:
-        """Load the model again, and call a function of `causal_lm.reference` with it and an adapter."""
+    def _run_original(self, function: str, inputs: Prompts, adapter: str, *args: Any, module: str = "reference") -> Any:
+        """Load the model again, and call a function of a module of `causal_lm` with it and an adapter."""
         if self.case.artifacts.reference is not None:
             raise IncomparableError("the reference is recorded, so there need be no original model here")
         named = self._specs(inputs, served=True)
@@ -411,7 +437,5 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
             raise IncomparableError(
                 "the adapters of a model in memory are not put on another one: it is left unchanged"
             )
-        from qeff_validate.models.causal_lm import reference
-
-        run = getattr(reference, function)
+        run = getattr(import_module(f"qeff_validate.models.causal_lm.{module}"), function)
         return run(self._load_model(), named.get(adapter), inputs.adapters[adapter], inputs.ids, *args)

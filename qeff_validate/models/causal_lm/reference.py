@@ -368,7 +368,7 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
             if dtype != "float64" or "dtype" not in str(exc):
                 raise
             raise ConfigError(
-                "the reference cannot be computed in float64, because the model or its adapter keeps tensors that stay"
-                f" in float32 ({first_line(exc)}): bounds are not measured, so give tolerance: table"
+                "the reference cannot be computed in float64, so bounds are not measured: give tolerance: table (the"
+                f" model or its adapter keeps tensors in float32: {first_line(exc)})"
             ) from exc
     return logits

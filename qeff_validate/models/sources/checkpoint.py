@@ -69,6 +69,23 @@ def check_directory(folder: Path) -> Mapping[str, Any]:
     return config
 
 
+def refuse_encoder_decoder(name: str, *, is_encoder_decoder: Any) -> None:
+    """Refuse a model whose decoder reads an encoder's output, which a causal LM's graph has no input for.
+
+    Args:
+        name: of the model, for the message.
+        is_encoder_decoder: the value of that name in its config.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_encoder_decoder:
+        raise ConfigError(
+            f"{name} is an encoder-decoder, whose decoder also reads another text: peft-causal-lm serves decoders alone"
+            " (its encoder is a body of model: embedding)"
+        )
+
+
 def refuse_adapter(folder: Path) -> None:
     """Refuse a model directory with an adapter config: transformers would apply the adapter to the weights.
 

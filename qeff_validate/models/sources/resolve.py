@@ -45,6 +45,7 @@ from qeff_validate.models.sources.checkpoint import (
     module_files,
     read_object,
     refuse_adapter,
+    refuse_encoder_decoder,
     tensors,
     tokenizer_files,
     weight_files,
@@ -185,6 +186,8 @@ class Folder:
                 f"{self.adapter} holds an adapter ({ADAPTER}) and no model: name its base model as source, and this"
                 " directory in options.adapters of a case with model: peft-causal-lm"
             )
+        asked = read_object(self.path / CONFIG).get("is_encoder_decoder") if (self.path / CONFIG).is_file() else None
+        refuse_encoder_decoder(str(self.path), is_encoder_decoder=asked)
         return self._load(AutoModelForCausalLM).eval()
 
     def with_head(self, auto: str) -> Any:
@@ -408,6 +411,8 @@ class InMemory:
         """Return a float32 copy in eval mode that may return keys and values."""
         import copy
 
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        refuse_encoder_decoder(f"the {type(self.model).__name__} in memory", is_encoder_decoder=encoder_decoder)
         return _in_float32(copy.deepcopy(self.model)).eval()
 
     def with_head(self, auto: str) -> Any:  # noqa: ARG002

@@ -18,6 +18,7 @@ from qeff_validate.models.sources.checkpoint import (
     digests,
     has_tokenizer,
     read_object,
+    refuse_encoder_decoder,
     tokenizer_files,
 )
 from qeff_validate.models.sources.embedding_tables import module_tables
@@ -57,6 +58,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": 1000,
     },
+    "axk1": {"head_dim": 8},
     "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
     "granite": {
         "attention_multiplier": 0.2,
@@ -86,6 +88,17 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
+    "youtu": {"head_dim": 8},
+    "zamba2": {
+        "adapter_rank": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_d_state": 16,
+        "mamba_headdim": 16,
+        "time_step_min": 1e-7,  # transformers clamps to it in runs of a whole text alone, not in a step
+    },
 }
 """Config values of ``random:`` bodies that enable the characteristics of a family."""
 
@@ -411,6 +424,12 @@ def draw_causal(config: Any, seed: int, name: str) -> Any:
 
     from qeff_validate.models.sources.decisive_routers import make_decisive
 
+    refuse_encoder_decoder(name, is_encoder_decoder=getattr(config, "is_encoder_decoder", False))
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{name} is no causal language model: transformers has none of the type {config.model_type!r} (encoders are"
+            " bodies of model: embedding)"
+        )
     model = _build_seeded(AutoModelForCausalLM, config, seed, name, experts_implementation="batched_mm")
     model.config.use_cache = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -94,3 +94,12 @@ def test_adapters_go_on_a_model_that_has_computed_in_float64() -> None:
     np.testing.assert_array_equal(exact["tokens"], rounded["tokens"])
     close(exact["logits"], rounded["logits"], atol=1e-4)
     assert np.abs(exact["logits"] - rounded["logits"]).max() > 0
+
+
+def test_adapter_on_a_module_that_peft_cannot_run_says_to_leave_it_out() -> None:
+    model = Random("llama4_text", {"num_hidden_layers": 2}, 0).causal_lm()
+    everywhere = {"peft_method": "lora", "r": 2, "target_modules": "all-linear"}
+    with pytest.raises(
+        ConfigError, match=r"PEFT does not run Llama4ForCausalLM .* such as routers, out of target_modules"
+    ):
+        attach(model, {"a": everywhere})

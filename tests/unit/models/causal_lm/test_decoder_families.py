@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import qeff_validate as qv
+from qeff_validate.errors import ConfigError
+from qeff_validate.models.causal_lm.decoder_state import state_shapes
 from qeff_validate.models.causal_lm.kv_cache import masks
 from qeff_validate.models.causal_lm.recurrent_state import RecurrentLayer
+from qeff_validate.models.sources.synthetic import Random
 
 OPTIONS = {"prefill_seq_len": 8, "ctx_len": 32, "max_new_tokens": 6, "batch_size": 3}
 
@@ -116,3 +119,27 @@ def test_tokens_see_their_own_chunk_only() -> None:
     assert isinstance(by_type, dict)
     seen = (by_type["chunked_attention"][0, 0] == 0).int().tolist()
     assert seen == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0], [0] * 8]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("t5", "random:t5 is no causal language model: transformers has none of the type 't5'"),
+        ("bart", "random:bart is an encoder-decoder, whose decoder also reads another text"),
+    ],
+)
+def test_an_encoder_decoder_is_refused_in_a_sentence(model_type: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Random(model_type, {}, 0).causal_lm()
+
+
+def test_attention_that_selects_tokens_is_refused_in_a_sentence() -> None:
+    with pytest.raises(
+        ConfigError, match="DeepseekV32ForCausalLM is not supported: its attention reads the tokens that"
+    ):
+        state_shapes(Random("deepseek_v32", {}, 0).causal_lm())
+
+
+def test_an_encoder_with_a_head_is_refused_as_no_decoder() -> None:
+    with pytest.raises(ConfigError, match="BertLMHeadModel returns logits alone when it is asked for keys and values"):
+        state_shapes(Random("bert", {}, 0).causal_lm())
