@@ -3,7 +3,8 @@
 
 With symbolic dims torch finds these shapes by running an operator's decomposition, each part with checks of strides in
 symbolic arithmetic: 8 ms for a linear layer, 24 ms for a matrix product or a LayerNorm. Here are the cases that
-transformers consist of; whatever is not one of them goes torch's way.
+transformers consist of; whatever is not one of them goes torch's way. Processor time of an export of MiniLM: 1.5 s
+without and 1.2 s with them, of SmolLM2-135M 18 s and 15 s (on a busy machine).
 """
 
 from __future__ import annotations
