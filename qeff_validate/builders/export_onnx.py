@@ -13,6 +13,7 @@ from qeff_validate.builders.check_export import check_interface, check_other_siz
 from qeff_validate.builders.decompositions import needed_decompositions
 from qeff_validate.builders.export_contexts import eval_mode, export_errors, no_garbage_collection, no_jit_log, silent
 from qeff_validate.builders.exporter_overhead import no_repeated_work
+from qeff_validate.builders.fake_kernels import fake_kernels
 from qeff_validate.builders.provenance import METADATA_KEY
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.protocols import Graph
@@ -94,7 +95,7 @@ def _dynamo(module: Any, inputs: dict[str, Any], graph: Graph, path: Path, metad
     else:
         module = _positional(module, list(inputs))
         arguments = {"args": tuple(inputs.values()), "dynamic_shapes": (tuple(shapes[name] for name in inputs),)}
-    with export_errors(), no_repeated_work(), needed_decompositions():
+    with export_errors(), no_repeated_work(), fake_kernels(), needed_decompositions():
         program = torch.onnx.export(
             module,
             **arguments,

@@ -34,7 +34,7 @@ ROUND_QUANTILE = 0.1
 """Of the shots of a round, by which programs are compared: what else runs makes shots slower and never faster.
 
 With two thirds of the processors used by others, log ratios of a program to itself had a standard deviation over
-launches of 0.0017 by this quantile, 0.0073 by the median and 0.042 by the mean (docs/performance.md). What only some
+launches of 0.0017 by this quantile, 0.0073 by the median and 0.042 by the mean (docs/timing-gate.md). What only some
 shots show is left to budgets for the 95th and 99th percentile.
 """
 

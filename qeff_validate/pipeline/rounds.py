@@ -18,7 +18,7 @@ BLOCK_SECONDS = 0.01
 """Least duration of a block of shots.
 
 The first shots of a block find the other program's data in the caches: with blocks of a single shot of 0.9 ms a
-log ratio of 0.094 showed as 0.072, with blocks of 10 ms as 0.094 (docs/performance.md).
+log ratio of 0.094 showed as 0.072, with blocks of 10 ms as 0.094 (docs/timing-gate.md).
 """
 
 ROUNDS = (5, 40)
