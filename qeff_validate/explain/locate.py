@@ -11,7 +11,7 @@ from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import LEAST, Layers
 from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
-from qeff_validate.explain.operators import operator_finding, output_finding
+from qeff_validate.explain.operators import operator_finding, output_finding, output_of_zeros
 from qeff_validate.explain.reference_values import ReferenceValues
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights
 from qeff_validate.models.emulation.precision import Compute
@@ -92,7 +92,8 @@ def _locate(
         if text:
             return Location(module, text)
         owner = parameter.rpartition(".")[0] if parameter is not None else module
-        if parameter in learned and not is_within(owner, module) and not is_within(module, owner):
+        beside = module, layers.values[layers.guilty].module  # of missing modules the block goes on to the next value's
+        if parameter in learned and not any(is_within(owner, path) or is_within(path, owner) for path in beside):
             return _of_another(module, owner, graph, weights)
     finding = computed_finding(original, recorded, layers, compute)
     return Location(module, finding or _softmax_finding(nodes, layers))
@@ -145,6 +146,11 @@ def computed_finding(
         text = text or output_finding(value.array, observed, given, size, tolerance)
     if not text and observed.shape == value.array.shape:
         text = output_finding(value.array, observed, None, size, tolerance)
+    if not text and layers.missing and value.place is not None and value.place[0] == value.module:
+        call = recorded.call(value.module, value.place)
+        zeros = None if call is None else output_of_zeros(original.module, value.module, value.place, call)
+        if zeros is not None and zeros.shape == observed.shape and size(zeros, observed) <= tolerance:
+            return "its output is zero"
     return text or _of_another_value(layers, observed, size, tolerance)
 
 

@@ -241,8 +241,9 @@ def _linear(
         left, right = (tensor.to(dtype).double() for tensor in (given, weight))
         yield f"computed from {name} operands", (left @ right).numpy() + bias
         if tolerance < COARSE:
-            coarse = torch.from_numpy(observed - bias).to(dtype).double().numpy() + bias
-            yield f"its product is rounded to {name}", coarse
+            inner = observed - bias
+            if inner.any() and size(torch.from_numpy(inner).to(dtype).double().numpy(), inner) <= tolerance:
+                yield f"its product is rounded to {name}", observed
     yield "its output is negated", -(product + bias)
     if observed.shape == product.shape and _clipped(product, observed - bias, size, tolerance):
         yield "its product is clipped", observed
@@ -359,6 +360,15 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+def output_of_zeros(root: Any, path: str, place: Place, call: Call) -> Any:
+    """Return what a module without children gives for an input of zeros, float64; None of others."""
+    module = copy.deepcopy(root.get_submodule(path)).double()
+    if next(module.children(), None) is not None or not call[0] or not isinstance(call[0][0], Tensor):
+        return None
+    with torch.no_grad():
+        return _Tried(module, ((torch.zeros_like(call[0][0]), *call[0][1:]), call[1]), path, place).run()
 
 
 def output_finding(

@@ -179,6 +179,12 @@ def half_product(proto: Any, model: Body) -> None:
     wrap(proto, next(node for node in nodes(proto, "MatMul") if node.input[1] == weight.name), through_half)
 
 
+def without_attention(proto: Any, _: Body) -> None:
+    softmax = nodes(proto, "Softmax")[1]
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    wrap(proto, softmax, lambda a, b: [helper.make_node("Mul", [a, "zero"], [b])])
+
+
 def output_of_another(proto: Any, model: Body) -> None:
     """The words themselves stand in place of what the last attention gives."""
     weight = initializers(proto, model.layers[1].output.weight.detach().numpy().T)
@@ -239,6 +245,7 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
      "weight read in the other memory order"),
     ("second copy", second_copy, "layers.0.up", "weight rows are shifted by 1"),
     ("half product", half_product, "layers.0.up", "its product is rounded to fp16"),
+    ("no attention", without_attention, "layers.1.attention", "its output is zero"),
     ("another output", output_of_another, "layers.1.output", "its output is that of words"),
     ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
