@@ -180,11 +180,11 @@ def _decompose_node(graph: Any, node: Any, mode: Any, table: Mapping[Any, Any]) 
     def run(*tensors: Any) -> Any:
         by_node = dict(zip(inputs, tensors, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), by_node.__getitem__)
-        return node.target(*args, **kwargs)
+        return table[node.target](*args, **kwargs)  # the operator itself may be taken apart before a table is asked
 
     with mode:
         traced = make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
-    if any(each.op == "get_attr" for each in traced.nodes):
+    if any(each.op == "get_attr" or _is_view_of_prims(each.target) for each in traced.nodes):
         return
     placeholders = [each for each in traced.nodes if each.op == "placeholder"]
     before = set(graph.nodes)
@@ -196,6 +196,16 @@ def _decompose_node(graph: Any, node: Any, mode: Any, table: Mapping[Any, Any]) 
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     result.name = node.name  # the program's signature names its outputs
+
+
+def _is_view_of_prims(target: Any) -> bool:
+    """Return whether an operator is a view that is none of ATen, which no program may hold that is traced again."""
+    schema = getattr(target, "_schema", None)
+    return (
+        schema is not None
+        and schema.name.startswith("prims::")
+        and any(each.alias_info is not None for each in schema.returns)
+    )
 
 
 def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:
