@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs small cases on a Ray cluster of four hosts on this machine, which share nothing but the URL of a store.
 
-On the way a host is lost, a process is killed, and the disk of a host becomes full. One host has a card, it says.
+On the way a host is lost, a process is killed, and the disk of a host becomes full. One host has a card, it says, and,
+where libfaketime is installed, a clock that is an hour ahead.
 
 python tests/cluster/ray_run.py COUNT FOLDER: prints a JSON object with what came of it.
 """
@@ -28,6 +29,7 @@ from qeff_validate.engine import validate
 from qeff_validate.report.result import Result
 
 HOSTS = 4
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 DISK_KB = 4096
 """Of the host whose disk becomes full; it has room for some units."""
 
@@ -38,6 +40,9 @@ CONFIG = {
     "intermediate_size": 37,
     "vocab_size": 97,
 }
+
+
+AHEAD = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def cases(count: int) -> list[Case]:
@@ -103,6 +108,7 @@ def main(count: int, folder: Path) -> dict[str, Any]:
         "anew": [note for result in report.results for note in result.notes if "begun anew" in note],
         "lost": said,
         "disk": limited,
+        "clock": FAKETIME.exists(),
         "exit code": report.exit_code(),
         "seconds": seconds,
         "graphs": len(built),
@@ -114,7 +120,7 @@ def host(home: Path, cards: int) -> dict[str, Any]:
     return {
         "num_cpus": 1,
         "memory": 4_000_000_000,
-        "env_vars": {"QEFF_VALIDATE_HOME": str(home)},
+        "env_vars": {"QEFF_VALIDATE_HOME": str(home), **(AHEAD if cards and FAKETIME.exists() else {})},
         "include_dashboard": False,
         "resources": {"ai100": cards} if cards else {},
     }
