@@ -8,11 +8,8 @@ the graph gives is the finding.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qeff_validate.explain.attention import attention_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
+from qeff_validate.explain.tried_module import TriedModule, changed
 from qeff_validate.models.emulation.ensemble import attention_implementation
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -48,26 +47,7 @@ COARSE = 1e-4
 """Tolerance from which values are expected to be on the grid of half precision anyway."""
 
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
-SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
 
-QUERIES = ("q", "query", "q_proj", "q_lin")
-"""Names of the layer whose outputs the scores are proportional to."""
-
-LEAST_MASK = -1e3
-"""Value from which a number among an attention's arguments hides a place."""
-
-MASK_VALUES = (-1.0, -10.0, -100.0, 1.0, 1e4)
-"""What masks have been seen to add that were written for another precision, or with the wrong sign."""
-
-ROTATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "rotary positions pair neighbours, not halves": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(
-        -2
-    ),
-    "rotary positions turn the other way": lambda x: torch.cat(
-        (x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1
-    ),
-    "rotary positions are left out in one of their two terms": torch.zeros_like,
-}
 
 GRID = torch.linspace(-4, 4, 33, dtype=torch.float64)
 
@@ -97,7 +77,7 @@ def operator_finding(
     observed = np.asarray(observed, dtype=np.float64)
     with attention_implementation(root, "eager"):  # as in the recorded run; the copy has a config of its own
         copied = copy.deepcopy(root.get_submodule(module)).double()
-    tried = _Tried(copied, call, module, place)
+    tried = TriedModule(copied, call, module, place)
     try:
         with torch.no_grad():
             hypotheses = _hypotheses(tried, observed, size, tolerance)
@@ -109,43 +89,8 @@ def operator_finding(
     return ""
 
 
-class _Tried:
-    """A module to try changes on.
-
-    Args:
-        module: a copy, in float64.
-        call: arguments of its recorded call.
-        path: of the module.
-        place: where the block's output is: its own output, or what enters or leaves a module below it.
-    """
-
-    def __init__(self, module: Any, call: tuple[Any, Any], path: str, place: Place) -> None:
-        self.module, self.call, self.path, self.place = module, call, path, place
-
-    def run(self) -> Any:
-        """Return the value at the place, float64."""
-        path, side, index, _ = self.place
-        if path == self.path:
-            output = self.module(*self.call[0], **self.call[1])
-            found = output[index] if isinstance(output, (tuple, list)) else output
-        else:
-            child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
-
-            def keep(_: Any, args: Any, out: Any = None) -> None:
-                values = args if side == "in" else out
-                seen.append(values[index] if isinstance(values, (tuple, list)) else values)
-
-            hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
-            try:
-                self.module(*self.call[0], **self.call[1])
-            finally:
-                hook.remove()
-            found = seen[0]
-        return found.double().numpy()
-
-
 def _hypotheses(
-    tried: _Tried, observed: Any, size: Callable[[Any, Any], float], tolerance: float
+    tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
 ) -> Iterator[tuple[str, Any]]:
     module, call = tried.module, tried.call
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
@@ -155,53 +100,11 @@ def _hypotheses(
         yield from _norm(tried, names[0], observed, size)
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         yield from _activation(module, call)
-    scaled = _score_scaling(module)
-    if scaled is not None:
-        yield from _scale(tried, scaled, observed, size)
-        yield from _other_masks(tried)
-        yield from _other_attention(tried)
+    yield from attention_hypotheses(tried, observed, size)
     yield from _swapped(tried)
 
 
-def _other_masks(tried: _Tried) -> Iterator[tuple[str, Any]]:
-    """Yield the module with other additive masks, [batch, heads or 1, queries, keys]."""
-    args, kwargs = tried.call
-
-    def run(change: Callable[[Tensor], Tensor]) -> Any:
-        def of(value: Any) -> Any:
-            is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
-            return change(value) if is_mask else value
-
-        call = tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
-        return _Tried(tried.module, call, tried.path, tried.place).run()
-
-    yield "the mask is left out", run(torch.zeros_like)
-    for value in MASK_VALUES:
-        text = f"the mask adds {value:g} to hidden places, which does not hide them"
-        yield text, run(functools.partial(_with_hidden, value))
-    yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
-    yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))
-    yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
-
-
-def _with_hidden(value: float, mask: Tensor) -> Tensor:
-    """Return a mask that adds another value to what it hides."""
-    return torch.where(mask <= LEAST_MASK, value, mask)
-
-
-def _other_attention(tried: _Tried) -> Iterator[tuple[str, Any]]:
-    """Yield attention as a wrong operator or layout in its place computes it."""
-    family = sys.modules[type(tried.module).__module__]
-    if hasattr(family, "repeat_kv"):
-        with changed(family, "repeat_kv", lambda states, count: states.repeat(1, count, 1, 1)):
-            yield "heads of keys and values are repeated one after the other, not each in place", tried.run()
-    if hasattr(family, "rotate_half"):
-        for text, rotate in ROTATIONS.items():
-            with changed(family, "rotate_half", rotate):
-                yield text, tried.run()
-
-
-def _other_inputs(tried: _Tried, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _other_inputs(tried: TriedModule, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Yield a module without children on the values of others in place of its input, the nearest first."""
     args, kwargs = tried.call
     if next(tried.module.children(), None) is not None or not args or not isinstance(args[0], Tensor):
@@ -210,10 +113,10 @@ def _other_inputs(tried: _Tried, others: Sequence[tuple[str, Any]]) -> Iterator[
         if array.shape == tuple(args[0].shape):
             call = (torch.from_numpy(array), *args[1:]), kwargs
             text = f"it reads what {path} gives, not its own input"
-            yield text, _Tried(tried.module, call, tried.path, tried.place).run()
+            yield text, TriedModule(tried.module, call, tried.path, tried.place).run()
 
 
-def _swapped(tried: _Tried) -> Iterator[tuple[str, Any]]:
+def _swapped(tried: TriedModule) -> Iterator[tuple[str, Any]]:
     """Yield the module with two of its linear layers of one shape in each other's place."""
     linear = [(name, child) for name, child in tried.module.named_children() if isinstance(child, nn.Linear)]
     for (first, left), (second, right) in itertools.combinations(linear, 2):
@@ -249,7 +152,7 @@ def _linear(
         yield "its product is clipped", observed
 
 
-def _norm(tried: _Tried, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
+def _norm(tried: TriedModule, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
     module = tried.module
     before = getattr(module, name)
 
@@ -293,82 +196,13 @@ def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]
             yield f"{name} instead of {known or type(module).__name__}", function(given).numpy()
 
 
-def _score_scaling(module: Any) -> Callable[[float], AbstractContextManager[None]] | None:
-    """Return what multiplies the scores of an attention by a factor until its context ends; None of other modules."""
-    name = next((name for name in SCALES if isinstance(getattr(module, name, None), float)), None)
-    if name is not None:
-        before = getattr(module, name)
-        return lambda factor: changed(module, name, before * factor)
-    if "Attention" not in type(module).__name__:
-        return None
-    family = sys.modules[type(module).__module__]
-    attention = getattr(family, "eager_attention_forward", None)
-    if attention is not None:
-
-        def with_factor(*args: Any, factor: float, scaling: float | None = None, **more: Any) -> Any:
-            query = args[1] * factor  # where no scale is given, the function has one of its own
-            return attention(args[0], query, *args[2:], **({} if scaling is None else {"scaling": scaling}), **more)
-
-        return lambda factor: changed(family, "eager_attention_forward", functools.partial(with_factor, factor=factor))
-    query = next((child for name, child in module.named_children() if name in QUERIES), None)
-    return None if query is None else functools.partial(_scaled_output, query)
-
-
-@contextmanager
-def _scaled_output(module: Any, factor: float) -> Iterator[None]:
-    """Multiply what a module returns by a factor until the context ends."""
-    handle = module.register_forward_hook(lambda _module, _args, output: output * factor)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _scale(
-    tried: _Tried,
-    scaled: Callable[[float], AbstractContextManager[None]],
-    observed: Any,
-    size: Callable[[Any, Any], float],
-) -> Iterator[tuple[str, Any]]:
-    """Yield attention with the scale of its scores that fits best, by a search for the least error."""
-
-    def error(factor: float) -> float:
-        with scaled(factor):
-            output = tried.run()
-        return size(output, observed) if output.shape == observed.shape else float("inf")
-
-    coarse = [0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0, 16.0]
-    best = min([*coarse, 1.0], key=error)
-    low, high = best * 0.7 - 0.02, best * 1.4 + 0.02
-    ratio = (5**0.5 - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if error(left) < error(right) else (left, high)
-        if high - low < 1e-7:
-            break
-    factor = (low + high) / 2
-    with scaled(factor):
-        yield f"scores scaled by {factor:.5g}", tried.run()
-
-
-@contextmanager
-def changed(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute until the context ends."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def output_of_zeros(root: Any, path: str, place: Place, call: Call) -> Any:
     """Return what a module without children gives for an input of zeros, float64; None of others."""
     module = copy.deepcopy(root.get_submodule(path)).double()
     if next(module.children(), None) is not None or not call[0] or not isinstance(call[0][0], Tensor):
         return None
     with torch.no_grad():
-        return _Tried(module, ((torch.zeros_like(call[0][0]), *call[0][1:]), call[1]), path, place).run()
+        return TriedModule(module, ((torch.zeros_like(call[0][0]), *call[0][1:]), call[1]), path, place).run()
 
 
 def output_finding(

@@ -12,7 +12,7 @@ from qeff_validate.explain.locate import Location
 from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.names import common_module
 from qeff_validate.protocols import Session
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import RETAINED, Array, Tensors
 
 SAME = 1e-4

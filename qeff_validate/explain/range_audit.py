@@ -20,7 +20,7 @@ from qeff_validate.explain.matching import module_scopes
 from qeff_validate.files import temporary_folder
 from qeff_validate.protocols import Runtime, Session
 from qeff_validate.runtimes.renamed_session import RenamedSession
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors
 
 FP16_MAX = 65504.0

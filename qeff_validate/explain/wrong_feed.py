@@ -12,7 +12,7 @@ import numpy as np
 from qeff_validate.errors import ValidateError
 from qeff_validate.explain.matching import relative_error
 from qeff_validate.protocols import Session
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors, retained
 
 SAME = 1e-4

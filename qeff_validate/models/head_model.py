@@ -160,7 +160,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids depend on."""
-        task = self.task_rows()
+        task = self.task_rows
         of_task = {} if task is None else {"task": task.model_dump()}
         return {**self.asked(), "tokenizer": self.source.tokenizer_key(), "body": self.source.body_key(), **of_task}
 
@@ -227,11 +227,12 @@ class HeadModel(FaultTested, Prechecked, Timed):
             notes=tuple(notes),
             types=tuple(np.array(types, dtype=np.int64) for _, types in encoded) if self._has_types else (),
             groups=self.groups(),
-            task=self.task_rows(),
+            task=self.task_rows,
         )
 
+    @cached_property
     def task_rows(self) -> TaskRows | None:
-        """Return the case's task data by rows; a kind that scores no pairs of texts refuses them.
+        """The case's task data by rows; a kind that scores no pairs of texts refuses them.
 
         Raises:
             ConfigError: it does.

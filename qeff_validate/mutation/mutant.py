@@ -21,7 +21,7 @@ import numpy as np
 from qeff_validate.errors import IncomparableError
 from qeff_validate.protocols import Session
 from qeff_validate.registry import load_entry, registered
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors
 
 if TYPE_CHECKING:

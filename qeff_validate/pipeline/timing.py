@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from qeff_validate.protocols import Session
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors
 
 

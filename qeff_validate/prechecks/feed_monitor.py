@@ -10,7 +10,7 @@ import numpy as np
 
 from qeff_validate.protocols import Session
 from qeff_validate.report.result import Precheck
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from qeff_validate.config.case import Artifacts
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Graph, Session
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import RETAINED, Tensors, TensorSpec, retained
 
 INTEGERS, FLOATS = frozenset({"int64", "int32"}), frozenset({"float32", "float16"})

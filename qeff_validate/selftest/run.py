@@ -36,10 +36,10 @@ from qeff_validate.mutation.mutant import (
 from qeff_validate.mutation.power import EQUIVALENT, SIZES
 from qeff_validate.protocols import Session, model_kind, runtime
 from qeff_validate.report.result import Result
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
 from qeff_validate.selftest.baseline_checkers import EMBEDDING_CHECKERS, LOGIT_CHECKERS
 from qeff_validate.selftest.equivalent_variants import VARIANTS, seeded
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors
 
 Stage = Literal["fp32", "device"]

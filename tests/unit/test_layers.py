@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qeff_validate"
 
 ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"explain", "selftest"},
-    {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"protocols"},
+    {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"session_wrapper"}, {"protocols"},
     {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"}, {"registry"},
     {"files", "folders"}, {"errors"},
 )  # fmt: skip

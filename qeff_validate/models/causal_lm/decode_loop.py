@@ -122,7 +122,7 @@ class _Batch:
                 if row_logits is None:
                     continue
                 steps[row].append(row_logits)
-                token = self._next_token(row_logits, step, None if forced is None else forced[row])
+                token = next_token(row_logits, step, None if forced is None else forced[row], plan.eos)
                 if token is not None:
                     ids[row, 0], places[row, 0] = token, self._rows[row].size + step
             active = places[: len(self._rows), 0] >= 0
@@ -132,23 +132,16 @@ class _Batch:
             logits = [step_logits[row] if active[row] else None for row in range(len(self._rows))]
         return [np.stack(row_steps) for row_steps in steps]
 
-    def _next_token(self, logits: Array, step: int, forced: Array | None) -> int | None:
-        """Return the next token; None if the row ends."""
-        return next_token(logits, step, forced, self._plan.eos)
-
     def _prefill(self, state: Tensors) -> list[Array | None]:
         last_logits: list[Array | None] = [None] * len(self._rows)
-        for ids, places in self._chunks():
+        rows, kept = dict(enumerate(self._rows)), dict(enumerate(self._kept))
+        for ids, places in prefill_chunks(rows, kept, self._sizes, self._plan):
             logits = self._step(ids, places, state)
             state = {}
             for row, tokens in enumerate(self._rows):
                 if tokens.size - 1 in places[row]:
                     last_logits[row] = logits[row]
         return last_logits
-
-    def _chunks(self) -> Iterator[tuple[Array, Array]]:
-        rows, kept = dict(enumerate(self._rows)), dict(enumerate(self._kept))
-        return prefill_chunks(rows, kept, self._sizes, self._plan)
 
     def _step(self, ids: Array, places: Array, state: Tensors) -> Array:
         return step_logits(self._session, ids, places, {**self._fixed, **state})

@@ -6,15 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from qeff_validate.models.causal_lm.adapter_specs import FP16_MOST
 from qeff_validate.models.causal_lm.reference import activation, load_adapter
 from qeff_validate.models.framework_calls import translated_errors
 from qeff_validate.tensors import Array, Tensors
-
-MOST = float(np.finfo(np.float16).max)
-"""The greatest number of fp16."""
 
 
 def beyond_half(
@@ -39,7 +36,7 @@ def beyond_half(
             tensor = output[0] if isinstance(output, tuple) else output
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
                 greatest = float(tensor.abs().max())
-                if not greatest <= MOST:
+                if not greatest <= FP16_MOST:
                     beyond.append((path, greatest))
 
         return hook
@@ -57,6 +54,6 @@ def beyond_half(
     path, greatest = beyond[0]
     return (
         f"the original model itself leaves the range of fp16: {path.removeprefix('base_model.model.')} reaches"
-        f" {greatest:.3g} with {adapter}, and the greatest number is {MOST:.0f} (qeff-validate tune finds what must"
-        " stay in float32)"
+        f" {greatest:.3g} with {adapter}, and the greatest number is {FP16_MOST:.0f} (qeff-validate tune finds what"
+        " must stay in float32)"
     )

@@ -14,13 +14,14 @@ from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.errors import RunError
 from qeff_validate.protocols import Session
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors
 
 NEXT_TOKENS = "next_tokens"
 """Upstream's name of the token that the graph chooses for each row, int64 ``[batch_size, 1, 1]``."""
 
 
-class NextTokenMonitor:
+class NextTokenMonitor(SessionWrapper):
     """A session that measures how far the logits of the tokens that the graph chooses are from the greatest.
 
     Args:
@@ -31,25 +32,20 @@ class NextTokenMonitor:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self.inputs, self.outputs, self.shapes = session.inputs, session.outputs, session.shapes
+        super().__init__(session)
         self._gaps: list[Array] = []
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run, and compare where logits are fetched."""
         if fetch is None or "logits" not in fetch:
-            return self._session.run(feeds, fetch=fetch)
-        outputs = self._session.run(feeds, fetch=[*fetch, NEXT_TOKENS])
+            return self.session.run(feeds, fetch=fetch)
+        outputs = self.session.run(feeds, fetch=[*fetch, NEXT_TOKENS])
         logits, tokens = outputs["logits"], outputs[NEXT_TOKENS]
         if tokens.shape != (len(logits), 1, 1):
             raise RunError(f"{NEXT_TOKENS} have shape {list(tokens.shape)}, wanted [{len(logits)}, 1, 1]")
         used = feeds["position_ids"].max(axis=1) >= 0
         self._gaps.append(token_gaps(logits[used, -1], tokens[used, 0, 0]))
         return {name: outputs[name] for name in fetch}
-
-    def reset(self) -> None:
-        """Forget the retained state of the session."""
-        self._session.reset()
 
     def gaps(self) -> Array:
         """Return the gap of each row of each run, float64 ``[n]``."""

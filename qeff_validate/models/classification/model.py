@@ -111,8 +111,9 @@ class Reranker(SequenceClassification, TaskScored):
         numbers: dict[str, int] = {}
         return tuple(numbers.setdefault(query, len(numbers)) for query, _ in self.texts())
 
+    @cached_property
     def task_rows(self) -> TaskRows | None:
-        """Return the case's task data; each pair is a row.
+        """The case's task data; each pair is a row.
 
         Raises:
             ConfigError: the model gives a pair several labels.

@@ -148,7 +148,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
 
     def inputs_key(self) -> Mapping[str, Any]:
         """Return what the token ids, and what is known of the texts, depend on."""
-        task = self._task_rows()
+        task = self._task_rows
         known = {"similarity": self._similarity, **({} if task is None else {"task": task.model_dump()})}
         return {**self.asked(), "tokenizer": self.source.tokenizer_key(), **known}
 
@@ -157,8 +157,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
         """How vectors are compared, as the files say."""
         return self.encode_settings.similarity or "cosine"
 
+    @cached_property
     def _task_rows(self) -> TaskRows | None:
-        """Return the case's task data by texts.
+        """The case's task data by texts.
 
         Raises:
             ConfigError: there is no vector for each text.
@@ -259,7 +260,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             (*texts, EMPTY_ROW),
             tuple(notes),
             similarity=self._similarity,
-            task=self._task_rows(),
+            task=self._task_rows,
         )
 
     def _prompted_tokenizer(self) -> Tokenize:

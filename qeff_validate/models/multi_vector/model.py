@@ -100,8 +100,9 @@ class MultiVector(HeadModel, TaskScored):
         pairs = pairs_of(self.case, PAIRS)
         return tuple(side for side in (0, 1) for _ in dict.fromkeys(pair[side] for pair in pairs))
 
+    @cached_property
     def task_rows(self) -> TaskRows | None:
-        """Return the case's task data; documents stand behind the queries."""
+        """The case's task data; documents stand behind the queries."""
         data = read_task_data(self.case)
         return None if data is None else rows_of_texts(data, *data.sides)
 
@@ -163,7 +164,7 @@ class MultiVector(HeadModel, TaskScored):
             groups=self.groups(),
             attended=tuple(attended) if any(not seen.all() for seen in attended) else (),
             scored=tuple(scored),
-            task=self.task_rows(),
+            task=self.task_rows,
         )
 
     def _limit(self, side: int) -> int | None:

@@ -105,8 +105,9 @@ class SparseEmbedding(HeadModel, TaskScored):
         sizes: list[float] = (-np.linalg.norm(reference[self.output].astype(np.float64), axis=1)).tolist()
         return sizes
 
+    @cached_property
     def task_rows(self) -> TaskRows | None:
-        """Return the case's task data by texts."""
+        """The case's task data by texts."""
         data = read_task_data(self.case)
         return None if data is None else rows_of_texts(data, data.texts, ())
 

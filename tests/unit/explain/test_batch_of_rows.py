@@ -18,8 +18,8 @@ from qeff_validate.engine import Runner
 from qeff_validate.explain.context import TimeIsUpError
 from qeff_validate.pipeline.explanation import explained
 from qeff_validate.protocols import Settings
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors
 
 pytestmark = pytest.mark.integration

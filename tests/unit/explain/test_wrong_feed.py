@@ -11,7 +11,7 @@ import pytest
 
 from qeff_validate.errors import RunError
 from qeff_validate.explain.wrong_feed import wrong_feed
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors, TensorSpec
 
 LENGTHS = (3, 9, 6, 20)

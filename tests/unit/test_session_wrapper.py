@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qeff_validate.runtimes.session_wrapper import SessionWrapper
+from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors, TensorSpec
 
 

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attention may compute in place of its own: other scales, masks, layouts of heads and rotary positions."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qeff_validate.explain.tried_module import TriedModule, changed
+
+SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
+
+QUERIES = ("q", "query", "q_proj", "q_lin")
+"""Names of the layer whose outputs the scores are proportional to."""
+
+LEAST_MASK = -1e3
+"""Value from which a number among an attention's arguments hides a place."""
+
+MASK_VALUES = (-1.0, -10.0, -100.0, 1.0, 1e4)
+"""What masks have been seen to add that were written for another precision, or with the wrong sign."""
+
+ROTATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "rotary positions pair neighbours, not halves": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(
+        -2
+    ),
+    "rotary positions turn the other way": lambda x: torch.cat(
+        (x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1
+    ),
+    "rotary positions are left out in one of their two terms": torch.zeros_like,
+}
+
+
+def attention_hypotheses(
+    tried: TriedModule, observed: Any, size: Callable[[Any, Any], float]
+) -> Iterator[tuple[str, Any]]:
+    """Yield what an attention gives with one change each, with a name of the change; of other modules nothing.
+
+    Args:
+        tried: the module.
+        observed: what the graph gives.
+        size: of an error, from the expected and the actual value.
+    """
+    scaled = _score_scaling(tried.module)
+    if scaled is not None:
+        yield from _scale(tried, scaled, observed, size)
+        yield from _other_masks(tried)
+        yield from _other_attention(tried)
+
+
+def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+    """Yield the module with other additive masks, [batch, heads or 1, queries, keys]."""
+    args, kwargs = tried.call
+
+    def run(change: Callable[[Tensor], Tensor]) -> Any:
+        def of(value: Any) -> Any:
+            is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
+            return change(value) if is_mask else value
+
+        call = tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
+        return TriedModule(tried.module, call, tried.path, tried.place).run()
+
+    yield "the mask is left out", run(torch.zeros_like)
+    for value in MASK_VALUES:
+        text = f"the mask adds {value:g} to hidden places, which does not hide them"
+        yield text, run(functools.partial(_with_hidden, value))
+    yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
+    yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))
+    yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
+
+
+def _with_hidden(value: float, mask: Tensor) -> Tensor:
+    """Return a mask that adds another value to what it hides."""
+    return torch.where(mask <= LEAST_MASK, value, mask)
+
+
+def _other_attention(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+    """Yield attention as a wrong operator or layout in its place computes it."""
+    family = sys.modules[type(tried.module).__module__]
+    if hasattr(family, "repeat_kv"):
+        with changed(family, "repeat_kv", lambda states, count: states.repeat(1, count, 1, 1)):
+            yield "heads of keys and values are repeated one after the other, not each in place", tried.run()
+    if hasattr(family, "rotate_half"):
+        for text, rotate in ROTATIONS.items():
+            with changed(family, "rotate_half", rotate):
+                yield text, tried.run()
+
+
+def _score_scaling(module: Any) -> Callable[[float], AbstractContextManager[None]] | None:
+    """Return what multiplies the scores of an attention by a factor until its context ends; None of other modules."""
+    name = next((name for name in SCALES if isinstance(getattr(module, name, None), float)), None)
+    if name is not None:
+        before = getattr(module, name)
+        return lambda factor: changed(module, name, before * factor)
+    if "Attention" not in type(module).__name__:
+        return None
+    family = sys.modules[type(module).__module__]
+    attention = getattr(family, "eager_attention_forward", None)
+    if attention is not None:
+
+        def with_factor(*args: Any, factor: float, scaling: float | None = None, **more: Any) -> Any:
+            query = args[1] * factor  # where no scale is given, the function has one of its own
+            return attention(args[0], query, *args[2:], **({} if scaling is None else {"scaling": scaling}), **more)
+
+        return lambda factor: changed(family, "eager_attention_forward", functools.partial(with_factor, factor=factor))
+    query = next((child for name, child in module.named_children() if name in QUERIES), None)
+    return None if query is None else functools.partial(_scaled_output, query)
+
+
+@contextmanager
+def _scaled_output(module: Any, factor: float) -> Iterator[None]:
+    """Multiply what a module returns by a factor until the context ends."""
+    handle = module.register_forward_hook(lambda _module, _args, output: output * factor)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scale(
+    tried: TriedModule,
+    scaled: Callable[[float], AbstractContextManager[None]],
+    observed: Any,
+    size: Callable[[Any, Any], float],
+) -> Iterator[tuple[str, Any]]:
+    """Yield attention with the scale of its scores that fits best, by a search for the least error."""
+
+    def error(factor: float) -> float:
+        with scaled(factor):
+            output = tried.run()
+        return size(output, observed) if output.shape == observed.shape else float("inf")
+
+    coarse = [0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0, 16.0]
+    best = min([*coarse, 1.0], key=error)
+    low, high = best * 0.7 - 0.02, best * 1.4 + 0.02
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(40):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+        if high - low < 1e-7:
+            break
+    factor = (low + high) / 2
+    with scaled(factor):
+        yield f"scores scaled by {factor:.5g}", tried.run()
