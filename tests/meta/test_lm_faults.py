@@ -20,8 +20,8 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.engine import check
-from qeff_validate.models.causal_lm import kv_cache, wrapper
-from qeff_validate.models.causal_lm.decode_loop import _Batch
+from qeff_validate.models.causal_lm import decode_loop, kv_cache, wrapper
+from qeff_validate.models.causal_lm.decoder_feeds import prefill_chunks
 from qeff_validate.models.causal_lm.prompts import LONG
 from qeff_validate.mutation.causal_lm_mutants import CAUSAL_LM_MUTANTS, serving
 from qeff_validate.mutation.mutant import session_of
@@ -145,25 +145,30 @@ def test_fault_of_a_session_fails_and_is_named(name: str, llama: Pipeline) -> No
 
 def of_the_last_chunk(self: Any, state: Tensors) -> list[Array]:
     """Take every row's first token from the last chunk, as the upstream loop does."""
-    for ids, places in self._chunks():
+    rows, kept = dict(enumerate(self._rows)), dict(enumerate(self._kept))
+    for ids, places in prefill_chunks(rows, kept, self._sizes, self._plan):
         out, state = self._step(ids, places, state), {}
     return [out[row] for row in range(len(self._rows))]
 
 
-def one_short(self: Any, logits: Array, step: int, forced: Array) -> int | None:
+def one_short(logits: Array, step: int, forced: Array, eos: frozenset[int]) -> int | None:  # noqa: ARG001
     return int(forced[step]) if step + 2 < forced.size else None
 
 
-LOOPS: dict[str, tuple[str, Any, Sequence[str]]] = {
-    "first token from the last chunk": ("_prefill", of_the_last_chunk, ["first tokens only", "only prompts "]),
-    "a continuation that ends early": ("_next_token", one_short, ["a continuation ended early", "wanted "]),
-}
+LOOPS: dict[str, tuple[Any, str, Any, Sequence[str]]] = {
+    "first token from the last chunk": (
+        decode_loop._Batch, "_prefill", of_the_last_chunk, ["first tokens only", "only prompts "],
+    ),
+    "a continuation that ends early": (
+        decode_loop, "next_token", one_short, ["a continuation ended early", "wanted "],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_fault_of_the_loop_fails_and_is_named(name: str, llama: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, patched, texts = LOOPS[name]
-    monkeypatch.setattr(_Batch, method, patched)
+    owner, function, patched, texts = LOOPS[name]
+    monkeypatch.setattr(owner, function, patched)
     result = llama.result(runtime("ort"))
     assert result.status == "fail", f"{name}: {result.status} {result.reason}"
     for text in texts:

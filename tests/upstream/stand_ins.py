@@ -183,7 +183,10 @@ def unheard_inputs(bench: Bench) -> Result:
 
 def of_the_last_chunk(self: Any, state: Any) -> list[Array]:
     """Take the first token of every row from the last chunk of the prefill, even if its prompt ended before."""
-    for ids, positions in self._chunks():
+    from qeff_validate.models.causal_lm.decoder_feeds import prefill_chunks
+
+    rows, kept = dict(enumerate(self._rows)), dict(enumerate(self._kept))
+    for ids, positions in prefill_chunks(rows, kept, self._sizes, self._plan):
         out, state = self._step(ids, positions, state), {}
     return [out[row] for row in range(len(self._rows))]
 
