@@ -7,6 +7,9 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
+# a machine may forbid bytecode; each of the many processes that tests start would compile the sources anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: validate quick test test-kernels calibrate test-sdk test-install test-cluster qefficient check bench timing-gate support power foreign reliability docs clean help
 
 help:  ## list the targets

@@ -16,7 +16,7 @@ from qeff_validate.artifact import Artifact, Kind
 from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError, suggest
 from qeff_validate.protocols import Session, Settings
 from qeff_validate.runtimes.retained_state import RetainedState
-from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, undefined, wanted_outputs
+from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec, check_feeds, retained, undefined, wanted_outputs
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -107,7 +107,19 @@ class OrtRuntime:
             session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions share no base class that it exports
             raise Unavailable(f"ONNX Runtime cannot load {artifact.path}: {exc}") from exc
-        yield OrtSession(session, artifact.buckets)
+        yield OrtSession(session, artifact.buckets, self._in_place(session, artifact))
+
+    @staticmethod
+    def _in_place(session: Any, artifact: Artifact) -> Sequence[str]:
+        """Return the states whose memory the graph may write into."""
+        twins = retained([_spec(value) for value in session.get_inputs()], [_spec(v) for v in session.get_outputs()])
+        if not twins:
+            return ()
+        import onnx
+
+        from qeff_validate.sdk.simulated.state_updates import in_place_states
+
+        return in_place_states(onnx.load(str(artifact.path), load_external_data=False).graph, twins)
 
 
 class OrtSession:
@@ -116,17 +128,19 @@ class OrtSession:
     Args:
         session: ``onnxruntime.InferenceSession``.
         buckets: values of symbols that the shapes of the feeds may not determine, such as ``ctx_len``.
+        in_place: states that the graph writes into: they keep their memory, and nothing else of them is copied.
     """
 
     shapes: tuple[Shapes, ...] = ()
 
-    def __init__(self, session: Any, buckets: Sequence[Mapping[str, int]] = ()) -> None:
+    def __init__(self, session: Any, buckets: Sequence[Mapping[str, int]] = (), in_place: Sequence[str] = ()) -> None:
         self._session = session
         self.inputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_inputs())
         self.outputs: tuple[TensorSpec, ...] = tuple(_spec(value) for value in session.get_outputs())
         self._state: RetainedState[Any] = RetainedState(
             self.inputs, self.outputs, buckets, make=_undefined_value, shape=lambda value: value.shape()
         )
+        self._in_place = {self._state.twins[name]: name for name in in_place}
 
     def run(self, feeds: Tensors, *, fetch: Sequence[str] | None = None) -> Tensors:
         """Run the graph once.
@@ -154,10 +168,15 @@ class OrtSession:
         for name, value in state.items():
             binding.bind_ortvalue_input(name, value)
         names = list(dict.fromkeys([*wanted, *self._state.twins.values()]))
+        kept = {twin: state[name] for twin, name in self._in_place.items() if name in state}
         for name in names:
-            binding.bind_output(name)
+            if name in kept:
+                binding.bind_ortvalue_output(name, kept[name])
+            else:
+                binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        # a value made of an array lives as long as its first handle
+        outputs = {**dict(zip(names, binding.get_outputs(), strict=True)), **kept}
         self._state.keep(outputs)
         return {name: outputs[name].numpy().copy() for name in wanted}
 

@@ -151,7 +151,7 @@ def of_the_last_chunk(self: Any, state: Tensors) -> list[Array]:
     return [out[row] for row in range(len(self._rows))]
 
 
-def one_short(logits: Array, step: int, forced: Array, eos: frozenset[int]) -> int | None:  # noqa: ARG001
+def one_short(logits: Array, step: int, forced: Array, eos: frozenset[int]) -> int | None:
     return int(forced[step]) if step + 2 < forced.size else None
 
 

@@ -13,7 +13,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.causal_lm.kv_cache import StateLayer, write_indices
+from qeff_validate.models.causal_lm.kv_cache import StateLayer, cache_indices
 from qeff_validate.models.causal_lm.recurrent_state import (
     HybridLayer,
     RecurrentLayer,
@@ -115,7 +115,7 @@ def cache_for(
     """
     size = next((tensor.shape[2] for name, tensor in state.items() if name.startswith("past_key.")), None)
     slots = state.get("batch_index")
-    places = None if size is None else write_indices(position_ids, size, slots)
+    places = None if size is None else cache_indices(position_ids, size, slots)
 
     def layer(at: int) -> Any:
         keys, values = state.get(f"past_key.{at}"), state.get(f"past_value.{at}")

@@ -2,8 +2,8 @@
 """A transformers cache of fixed size outside the model: keys and values are inputs and outputs of the graph.
 
 Each row writes its tokens at their own positions, so rows of one batch may have different lengths, and padding
-(position −1) writes nothing. Slots that were never written may hold any value, even NaN: they are replaced before
-attention reads them, because 0 · NaN is NaN (design §5).
+(position −1) writes nothing. Slots that were never written may hold any value, even NaN: attention reads a written
+one in their place, because 0 · NaN is NaN (design §5).
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 @dataclass(frozen=True, slots=True)
-class WriteIndices:
-    """Slots that the tokens of a run are written to, and slots that may be read; computed once for all layers.
+class CacheIndices:
+    """Slots that the tokens of a run are written to, and slots that are read; computed once for all layers.
 
     Padding repeats the write of the row's token at the greatest position, or, in a row of padding only, writes the
     content of slot 0. So every index is in range, and equal indices carry equal values: the result does not depend on
-    the runtime.
+    the runtime. In place of a slot that was never written, which is masked, the one of the row's last token is read:
+    runtimes gather faster than they replace. A row of padding only reads that of another row, so that it computes with
+    finite numbers; nobody reads its results.
 
     Attributes:
         source: index of the token to write for each token, int64 ``[batch, 1, seq_len, 1]``.
         slot: slot to write to, int64 ``[batch, 1, seq_len]``.
-        row: slot of the row's text, int64 ``[batch, 1, 1]``.
-        by_slot: there may be other slots than rows of the batch, in another order.
+        row: where the row's text is in the cache, int64 ``[batch, 1, 1]``.
+        by_slot: there may be more texts in the cache than rows of the batch, in another order.
         empty: True for rows of padding only, bool ``[batch, 1, seq_len, 1]``.
-        seen: True for slots that have been written, bool ``[batch, 1, ctx_len, 1]``.
+        read_row: where the text is that the row reads, int64 ``[batch, 1, 1]``.
+        read_slot: slot that is read for each slot, int64 ``[batch, 1, ctx_len]``.
     """
 
     source: Tensor
@@ -39,15 +42,21 @@ class WriteIndices:
     row: Tensor
     by_slot: bool
     empty: Tensor
-    seen: Tensor
+    read_row: Tensor
+    read_slot: Tensor
 
     def of_rows(self, state: Tensor) -> Tensor:
         """Return the state ``[slots, …]`` of each row's text, ``[batch, …]``."""
         return state.index_select(0, self.row.reshape(-1)) if self.by_slot else state
 
+    def read(self, state: Tensor) -> Tensor:
+        """Return what attention reads of a state ``[slots, heads, ctx_len, head_dim]``, ``[batch, heads, …]``."""
+        heads = torch.arange(state.shape[1], device=state.device).reshape(1, -1, 1)
+        return state[self.read_row, heads, self.read_slot]
 
-def write_indices(position_ids: Tensor, slots: int, batch_index: Tensor | None = None) -> WriteIndices:
-    """Return the write indices of a run.
+
+def cache_indices(position_ids: Tensor, slots: int, batch_index: Tensor | None = None) -> CacheIndices:
+    """Return the indices of a run.
 
     Args:
         position_ids: int64 ``[batch, seq_len]``, −1 for padding.
@@ -59,13 +68,18 @@ def write_indices(position_ids: Tensor, slots: int, batch_index: Tensor | None =
     last = position_ids.argmax(dim=1, keepdim=True)
     source = torch.where(position_ids >= 0, torch.arange(length, device=device), last)
     places = position_ids.gather(1, source).reshape(batch, 1, length)
-    return WriteIndices(
+    row = (torch.arange(batch, device=device) if batch_index is None else batch_index).reshape(batch)
+    greatest, each = position_ids.amax(dim=1, keepdim=True), torch.arange(slots, device=device)
+    longest = greatest.argmax(dim=0)
+    written = torch.where(greatest >= 0, greatest, greatest.gather(0, longest[None])).clamp(min=0)
+    return CacheIndices(
         source=source.reshape(batch, 1, length, 1),
         slot=places.clamp(min=0),
-        row=(torch.arange(batch, device=device) if batch_index is None else batch_index).reshape(batch, 1, 1),
+        row=row.reshape(batch, 1, 1),
         by_slot=batch_index is not None,
         empty=(places < 0).reshape(batch, 1, length, 1),
-        seen=(torch.arange(slots, device=device) <= position_ids.amax(dim=1, keepdim=True)).reshape(batch, 1, slots, 1),
+        read_row=torch.where(greatest[:, 0] >= 0, row, row.gather(0, longest)).reshape(batch, 1, 1),
+        read_slot=torch.where(each <= greatest, each, written).reshape(batch, 1, slots),
     )
 
 
@@ -75,7 +89,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
     Args:
         keys: retained keys.
         values: retained values.
-        places: slots that new tokens are written to.
+        places: slots that new tokens are written to and read from.
         prefix: which tokens are virtual, bool ``[batch, 1, seq_len, 1]``, and their keys and values
             ``[batch, heads, seq_len, head_dim]``, which stand in for those that the layer computes; None: no token.
     """
@@ -83,7 +97,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
     is_sliding = False
 
     def __init__(
-        self, keys: Tensor, values: Tensor, places: WriteIndices, prefix: tuple[Tensor, Tensor, Tensor] | None = None
+        self, keys: Tensor, values: Tensor, places: CacheIndices, prefix: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> None:
         CacheLayerMixin.__init__(self)
         self._prefix = prefix
@@ -95,15 +109,14 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         """Do nothing: the state is there."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new tokens at their positions; return keys and values in which unwritten slots are zeros."""
+        """Write new tokens at their positions; return keys and values without the content of unwritten slots."""
         if self._prefix is not None:
             is_virtual, keys, values = self._prefix
             key_states = torch.where(is_virtual, keys, key_states)
             value_states = torch.where(is_virtual, values, value_states)
         self.keys = write_tokens(self.keys, key_states, self._places)
         self.values = write_tokens(self.values, value_states, self._places)
-        seen, of_rows = self._places.seen, self._places.of_rows
-        return torch.where(seen, of_rows(self.keys), 0.0), torch.where(seen, of_rows(self.values), 0.0)
+        return self._places.read(self.keys), self._places.read(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of slots, and 0 as the offset of the first."""
@@ -118,7 +131,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is Any 
         return int(self.keys.shape[2])
 
 
-def write_tokens(state: Tensor, new: Tensor, places: WriteIndices) -> Tensor:
+def write_tokens(state: Tensor, new: Tensor, places: CacheIndices) -> Tensor:
     """Return the state ``[slots, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` written to their places."""
     updates = new.gather(2, places.source.expand(new.shape))
     updates = torch.where(places.empty, places.of_rows(state.narrow(2, 0, 1)), updates)
@@ -138,9 +151,11 @@ def masks(
 ) -> Tensor | dict[str, Tensor] | dict[str, Tensor | None]:
     """Return the additive attention mask ``[batch, 1, seq_len, slots]`` in the form that the architecture takes.
 
-    A slot is visible to tokens at its position and later ones, within the sliding window or the chunk if there is one.
+    A slot is visible to tokens at its position and later ones, within the sliding window or the chunk if there is one;
+    padding sees slot 0, because the softmax over nothing is NaN where masks overflow in half precision.
     The result is one mask if all layers have the same type, else a mask by type of layer.
     """
+    position_ids = position_ids.clamp(min=0)
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
     window: int | None = getattr(config, "sliding_window", None)

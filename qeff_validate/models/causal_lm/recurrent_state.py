@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from qeff_validate.models.causal_lm.decoder_interface import RECURRENT
-from qeff_validate.models.causal_lm.kv_cache import StateLayer, WriteIndices
+from qeff_validate.models.causal_lm.kv_cache import CacheIndices, StateLayer
 
 
 def recurrent_shapes(layers: Any) -> dict[str, tuple[int, ...]]:
@@ -121,7 +121,7 @@ class HybridLayer(RecurrentLayer, StateLayer):
         position_ids: Tensor,
         keys: Tensor,
         values: Tensor,
-        places: WriteIndices,
+        places: CacheIndices,
         slots: Tensor | None = None,
     ) -> None:
         StateLayer.__init__(self, keys, values, places)

@@ -44,6 +44,8 @@ CAPS: Mapping[str, int] = {
     # windows; two-sided ones are given by their total length
     **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "position_buckets"), WINDOW),
     **dict.fromkeys(("local_attention", "attention_window"), 2 * WINDOW),
+    # tokens that a scan computes at once: a shorter text is padded to them
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 2 * WINDOW),
 }
 """Maximum values of keys of some families; smaller values are unchanged."""
 

@@ -34,6 +34,15 @@ def nodes_of(graph: Any) -> Iterator[Any]:
             yield from nodes_of(inner)
 
 
+def names_read(node: Any) -> Iterator[str]:
+    """Yield the values that a node reads, those that its subgraphs read and return included."""
+    yield from node.input
+    for inner in subgraphs(node):
+        for part in inner.node:
+            yield from names_read(part)
+        yield from (info.name for info in inner.output)
+
+
 def rename(graph: Any, names: Mapping[str, str]) -> None:
     """Rename values in all nodes of a graph and of its subgraphs, in place."""
     for node in graph.node:

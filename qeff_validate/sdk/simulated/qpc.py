@@ -103,7 +103,7 @@ def write(
         model: ModelProto whose external initializers are the stubs of the weights; their locations are filled in.
         weights: read once, in chunks.
         io_desc: serialized IoDesc.
-        facts: header entries: num_cores, num_devices, hw_version, precision, sdk_version, retained, mxint8.
+        facts: header entries: num_cores, num_devices, hw_version, precision, sdk_version, retained, mxint8, in_place.
         verify: called with the finished program before it gets its final name; raises to refuse it.
     """
     created = not directory.exists()

@@ -37,11 +37,13 @@ def _header_problems(header: Mapping[str, Any], segments: tuple[str, ...], size:
     for name in ("hw_version", "precision", "sdk_version"):
         if not isinstance(header.get(name), str):
             yield f"{name} is {_shown(header.get(name))}"
-    retained, compressed = header.get("retained", {}), header.get("mxint8", [])
+    retained = header.get("retained", {})
     if not isinstance(retained, dict) or not all(isinstance(name, str) for name in retained.values()):
         yield f"retained is {_shown(retained)}"
-    if not isinstance(compressed, list) or not all(isinstance(name, str) for name in compressed):
-        yield f"mxint8 is {_shown(compressed)}"
+    for key in ("in_place", "mxint8"):
+        names = header.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            yield f"{key} is {_shown(names)}"
     locations = header.get("segments")
     if not isinstance(locations, dict):
         yield f"segments is {_shown(locations)}"
@@ -101,9 +103,10 @@ def _state_problems(bindings: Any, header: Mapping[str, Any]) -> Iterator[str]:
     for name, twin in header.get("retained", {}).items():
         if [by_name[end].dir for end in (name, twin) if end in by_name] != [0, 1]:
             yield f"{name!r} is retained as {twin!r}, which are no input and output"
-    for name in header.get("mxint8", []):
-        if name not in header.get("retained", {}):
-            yield f"{name!r} is mxint8 and is not retained"
+    for key in ("in_place", "mxint8"):
+        for name in header.get(key, []):
+            if name not in header.get("retained", {}):
+                yield f"{name!r} is {key} and is not retained"
 
 
 def network_problem(model: Any, file_name: str) -> str:

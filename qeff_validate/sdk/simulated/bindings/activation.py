@@ -41,7 +41,8 @@ def undefined(dims: Dims, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 class Activation:
     """The open network, its retained state, and its share of the cards. It has no reference to its Program.
 
-    State is stored as OrtValues, so the output of one inference becomes the input of the next without a copy.
+    State is stored as OrtValues, so the output of one inference becomes the input of the next without a copy, and a
+    state that the network writes into keeps its memory, as on a card.
 
     Args:
         source: the QPC.
@@ -53,6 +54,7 @@ class Activation:
         self.allowed = source.allowed or (tuple(binding.dims for binding in source.bindings),)
         # There is one network on the card, so inferences of several queues run one after the other.
         self.lock = threading.Lock()
+        self._in_place: Sequence[str] = source.program.header.get("in_place", ())
         self._session = qpc.open_session(source.program)
         self._cards = cards
         self._state: dict[str, ort.OrtValue] = {}
@@ -94,10 +96,15 @@ class Activation:
         for name, value in feeds.items():
             io.bind_ortvalue_input(name, value)
         outputs = [*dict.fromkeys([*names, *self.retained.values()])]
+        # what the last inference left is nobody else's memory
+        kept = {self.retained[name]: feeds[name] for name in self._in_place if feeds[name] is self._state.get(name)}
         for name in outputs or [next(b.name for b in self.bindings if not b.is_input)]:
-            io.bind_output(name, "cpu")
+            if name in kept:
+                io.bind_ortvalue_output(name, kept[name])
+            else:
+                io.bind_output(name, "cpu")
         self._session.run_with_iobinding(io)
-        return dict(zip(outputs, io.get_outputs(), strict=False))
+        return {**dict(zip(outputs, io.get_outputs(), strict=False)), **kept}
 
     def retain(self, outputs: Mapping[str, ort.OrtValue]) -> None:
         """Store each output X_RetainedState as the state of X."""

@@ -59,9 +59,21 @@ def _contains_no_index(weight: Weight) -> bool:
 class _Guard:
     def __init__(self, opset: int) -> None:
         self.opset, self.count = opset, 0
+        self.safe: dict[str, str] = {}  # indices of gathers in which INT32_MAX is replaced
+        self.rows: dict[
+            tuple[str, int | None], tuple[str, str]
+        ] = {}  # rows of scatters' indices without it, and their places
 
     def apply(self, graph: Any, clean: set[str], types: Mapping[str, int]) -> None:
-        clean = clean | _constants_in_range(graph)
+        """Guard a graph and its subgraphs; nodes with the same indices share what is computed of them."""
+        outer = self.safe, self.rows
+        self.safe, self.rows = dict(self.safe), dict(self.rows)  # a subgraph sees values of the outer graph
+        try:
+            self._apply(graph, clean | _constants_in_range(graph), types)
+        finally:
+            self.safe, self.rows = outer
+
+    def _apply(self, graph: Any, clean: set[str], types: Mapping[str, int]) -> None:
         flat = _vectors(graph)
         nodes = list(graph.node)
         del graph.node[:]
@@ -84,21 +96,43 @@ class _Guard:
         names = [_NAME + name if name.startswith(".") else name for name in inputs]
         return helper.make_node(op, names, [f"{_NAME}.{self.count}.{op}"], **attributes)
 
-    def _gather(self, node: Any, types: Mapping[str, int]) -> list[Any]:
-        kind = "32" if types.get(node.input[1]) == _INT32 else "64"
-        invalid = self._add("Equal", [node.input[1], f".none{kind}"])
-        safe = self._add("Where", [invalid.output[0], f".zero{kind}", node.input[1]])
-        node.input[1] = safe.output[0]
-        return [invalid, safe, node]
+    def _gather(self, node: Any, types: Mapping[str, int]) -> Iterator[Any]:
+        indices = node.input[1]
+        if indices not in self.safe:
+            kind = "32" if types.get(indices) == _INT32 else "64"
+            yield (invalid := self._add("Equal", [indices, f".none{kind}"]))
+            yield (safe := self._add("Where", [invalid.output[0], f".zero{kind}", indices]))
+            self.safe[indices] = safe.output[0]
+        node.input[1] = self.safe[indices]
+        yield node
 
     def _scatter(self, node: Any, types: Mapping[str, int]) -> Iterator[Any]:
         """Yield nodes up to a ScatterND of the rows (for ScatterElements: elements) whose index is not INT32_MAX."""
         data, indices, updates = node.input
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0) if node.op_type == "ScatterElements" else None
+        if (indices, axis) not in self.rows:
+            yield from self._rows(indices, axis, types)
+        to, rows = self.rows[indices, axis]
+        yield (valid_updates := self._add("GatherND", [updates, rows]))
+        reduction = {a.name: a.s.decode() for a in node.attribute if a.name == "reduction"}
+        yield helper.make_node(
+            "ScatterND", [data, to, valid_updates.output[0]], list(node.output), name=node.name, **reduction
+        )
+
+    def _rows(self, indices: str, axis: int | None, types: Mapping[str, int]) -> Iterator[Any]:
+        """Yield nodes that compute the indices without INT32_MAX, as ScatterND takes them, and their rows.
+
+        Args:
+            indices: of a ScatterElements along an axis, or of a ScatterND.
+            axis: None for a ScatterND.
+            types: element types of values.
+        """
+        given = indices
         if types.get(indices) == _INT32:
             yield (wide := self._add("Cast", [indices], to=onnx.TensorProto.INT64))
             indices = wide.output[0]
         highest = indices
-        if node.op_type == "ScatterND":
+        if axis is None:
             axes: dict[str, Any] = {} if self.opset >= 18 else {"axes": [-1]}
             inputs = [indices] if axes else [indices, ".last"]
             yield (high := self._add("ReduceMax", inputs, keepdims=0, **axes))
@@ -107,17 +141,12 @@ class _Guard:
         yield (places := self._add("NonZero", [valid.output[0]]))
         yield (rows := self._add("Transpose", [places.output[0]], perm=[1, 0]))
         yield (slots := self._add("GatherND", [indices, rows.output[0]]))
-        yield (valid_updates := self._add("GatherND", [updates, rows.output[0]]))
         to = slots.output[0]
-        if node.op_type == "ScatterElements":
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if axis is not None:
             for step in self._coordinates(places.output[0], to, axis):
                 yield step
                 to = step.output[0]
-        reduction = {a.name: a.s.decode() for a in node.attribute if a.name == "reduction"}
-        yield helper.make_node(
-            "ScatterND", [data, to, valid_updates.output[0]], list(node.output), name=node.name, **reduction
-        )
+        self.rows[given, axis] = to, rows.output[0]
 
     def _coordinates(self, places: str, slots: str, axis: int) -> Iterator[Any]:
         """Yield nodes that compute the coordinates in the data: those of the element, with the slot on `axis`."""

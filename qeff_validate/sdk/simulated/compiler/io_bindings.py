@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from ..bindings import QAicApi_pb2 as aicapi
 from ..errors import CompileError
-from ..graph import BFLOAT16, FLOAT, FLOAT16, Dims, rename
+from ..graph import BFLOAT16, FLOAT, FLOAT16, STANDARD, Dims, names_read, rename
 from ..numerics.fp16_rounding import cast, moves, unrounded
 from .custom_io import PortFormat
 
@@ -55,6 +55,7 @@ _PRECISIONS: dict[str, tuple[int, int]] = {
 }
 FLOATS, INT8 = (FLOAT, FLOAT16, BFLOAT16), int(T.INT8)
 _HALF = "/sim.entry"
+_PARTS, _SCATTERS = ("GatherND", "Slice"), ("ScatterElements", "ScatterND")
 _RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 
@@ -143,8 +144,10 @@ def insert_conversions(graph: Any, all_ports: Sequence[Port], *, fp16: bool) -> 
             renamed[unrounded(port.name)] = nodes[-2].input[0] if rounds else inner
     rename(graph, renamed)
     if fp16:
-        leave = _scatter_halves(graph, entry, leave)
+        leave = _move_halves(graph, entry, leave)
     all_nodes = [*entry, *graph.node, *leave]
+    read = {name for node in all_nodes for name in names_read(node)} | {info.name for info in graph.output}
+    all_nodes = [node for node in all_nodes if node.op_type != "Cast" or read & set(node.output)]
     del graph.node[:]
     graph.node.extend(all_nodes)
     for info in (*graph.input, *graph.output):
@@ -185,25 +188,36 @@ def _linear(graph: Any, operator: str, port: Port, source: str, target: str) -> 
     return helper.make_node(operator, [source, scale, zero], [target], name=f"{source} -> {target}")
 
 
-def _scatter_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
-    """Make scatters into a cache that is fp16 on both sides compute in fp16; return the output casts still needed.
+def _move_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
+    """Make nodes that only move elements of an fp16 cache work on fp16; return the output casts still needed.
 
-    Otherwise each step would cast the whole cache twice to write a few new slots.
+    These are scatters into it, and slices and gathers of it. Otherwise each step would cast the whole cache several
+    times to write a few new slots.
     """
-    arriving = {node.output[0]: node.input[0] for node in entry if _casts(node, FLOAT)}
+    halves = {node.output[0]: node.input[0] for node in entry if _casts(node, FLOAT)}
     leaving = {node.input[0]: node for node in leave if _casts(node, FLOAT16)}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        scatters = node.op_type in ("ScatterElements", "ScatterND") and moves(node)
-        if not scatters or node.input[0] not in arriving or node.output[0] not in leaving:
+        moved = node.input[0] if node.input and node.domain in STANDARD else ""
+        if moved not in halves or node.op_type not in (*_PARTS, *_SCATTERS, "Shape"):
             graph.node.append(node)
-            continue
-        wide, target = node.output[0], leaving.pop(node.output[0]).output[0]
-        updates = f"{target}/sim.updates"
-        graph.node.append(cast(node.input[2], updates, FLOAT16))
-        node.input[0], node.input[2], node.output[0] = arriving[node.input[0]], updates, target
-        graph.node.extend([node, cast(target, wide, FLOAT)])
+        elif node.op_type in _SCATTERS:
+            if not moves(node) or node.output[0] not in leaving:
+                graph.node.append(node)
+                continue
+            wide, target = node.output[0], leaving.pop(node.output[0]).output[0]
+            updates = f"{target}/sim.updates"
+            graph.node.append(cast(node.input[2], updates, FLOAT16))
+            node.input[0], node.input[2], node.output[0] = halves[moved], updates, target
+            graph.node.extend([node, cast(target, wide, FLOAT)])
+            halves[wide] = target
+        else:
+            result, node.input[0] = node.output[0], halves[moved]
+            node.output[0] = result if node.op_type == "Shape" else f"{result}/sim.part"
+            graph.node.append(node)
+            if node.op_type != "Shape":
+                graph.node.append(cast(node.output[0], result, FLOAT))
     return [node for node in leave if node.input[0] in leaving or not _casts(node, FLOAT16)]
 
 

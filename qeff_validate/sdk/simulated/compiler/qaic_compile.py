@@ -23,6 +23,7 @@ from ..graph import BFLOAT16, FLOAT, FLOAT16, value_types
 from ..numerics import fp16_rounding, mxfp6_weights, node_precision
 from ..numerics.mxint8_state import quantize_writes
 from ..release import at_least, base_version
+from ..state_updates import in_place_states
 from ..weights import Weight
 from . import custom_io, index_guard, io_bindings, partitions
 from .model_import import float64_warning, load, supported_operators
@@ -91,6 +92,7 @@ def _compile(options: Options) -> None:
         "sdk_version": base_version(),
         "retained": retained,
         "mxint8": compressed,
+        "in_place": in_place_states(model.graph, retained),
     }
 
     if os.environ.get("QAIC_SIM_COMPILER_FAULT") == "no-file":

@@ -118,7 +118,7 @@ def test_tokens_see_their_own_chunk_only() -> None:
     by_type = masks(torch.tensor([[3, 4, 6, -1]]), 8, Config, torch.float32)
     assert isinstance(by_type, dict)
     seen = (by_type["chunked_attention"][0, 0] == 0).int().tolist()
-    assert seen == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0], [0] * 8]
+    assert seen == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0], [1] + [0] * 7]
 
 
 @pytest.mark.parametrize(

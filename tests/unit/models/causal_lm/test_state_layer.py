@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qeff_validate.models.causal_lm.kv_cache import StateLayer, write_indices
+from qeff_validate.models.causal_lm.kv_cache import StateLayer, cache_indices
 
 HEADS, SLOTS, SIZE = 2, 6, 3
 
@@ -28,22 +28,27 @@ def test_tokens_go_to_their_positions_and_the_rest_stays(positions: list[list[in
     state = [rng.normal(size=(2, HEADS, SLOTS, SIZE)).astype(np.float32) for _ in range(2)]
     new = [rng.normal(size=(2, HEADS, 3, SIZE)).astype(np.float32) for _ in range(2)]
     ids = torch.tensor(positions)
-    layer = StateLayer(*map(torch.from_numpy, state), write_indices(ids, SLOTS))
+    layer = StateLayer(*map(torch.from_numpy, state), cache_indices(ids, SLOTS))
     seen = layer.update(*map(torch.from_numpy, new))
     for which, kept in enumerate((layer.keys, layer.values)):
-        wanted, read = state[which].copy(), np.zeros_like(state[which])
+        wanted, read = state[which].copy(), np.empty_like(state[which])
         for row, places in enumerate(positions):
             for token, place in enumerate(places):
                 if place >= 0:
                     wanted[row, :, place] = new[which][row, :, token]
-            read[row, :, : max(places) + 1] = wanted[row, :, : max(places) + 1]
+        longest = int(np.max(positions, axis=1).argmax())
+        for row, places in enumerate(positions):
+            end = max(places) + 1
+            last = max(positions[row if end else longest])
+            read[row] = wanted[row if end else longest, :, [last]].swapaxes(0, 1)
+            read[row, :, :end] = wanted[row, :, :end]
         np.testing.assert_array_equal(kept.numpy(), wanted)
         np.testing.assert_array_equal(seen[which].numpy(), read)
 
 
 def test_slots_that_were_never_written_are_not_read() -> None:
     empty = torch.full((1, HEADS, SLOTS, SIZE), torch.nan)
-    layer = StateLayer(empty, empty, write_indices(torch.tensor([[0, 1]]), SLOTS))
+    layer = StateLayer(empty, empty, cache_indices(torch.tensor([[0, 1]]), SLOTS))
     keys, values = layer.update(torch.ones(1, HEADS, 2, SIZE), torch.ones(1, HEADS, 2, SIZE))
     assert torch.isfinite(keys).all()
     assert torch.isfinite(values).all()

@@ -25,7 +25,7 @@ def test_header(compiled):
     segments = header.pop("segments")
     assert header == {
         "simulated": True, "num_cores": 4, "num_devices": 1, "hw_version": "ai100", "precision": "fp16",
-        "sdk_version": "1.22.0.120", "retained": {}, "mxint8": [],
+        "sdk_version": "1.22.0.120", "retained": {}, "mxint8": [], "in_place": [],
     }  # fmt: skip
     assert set(segments) == {"constants", "network.onnx", "iodesc"}
 

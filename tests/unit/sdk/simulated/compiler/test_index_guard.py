@@ -169,6 +169,23 @@ def test_constants_in_range_cost_nothing(make_model, compile_onnx):
     assert [entry.op_type for entry in graph.node].count("Where") == 1
 
 
+def test_nodes_with_the_same_indices_share_what_is_computed_of_them(make_model, compile_onnx, client):
+    nodes = [node("ScatterND", [f"data{i}", "indices", "updates"], [f"y{i}"]) for i in range(3)]
+    nodes += [node("GatherND", [f"data{i}", "indices"], [f"z{i}"]) for i in range(3)]
+    data = [np.arange(6, dtype=np.float32).reshape(3, 2) + 10 * i for i in range(3)]
+    indices, updates = np.array([[1], [NONE]]), np.full((2, 2), 7, np.float32)
+    inputs = {f"data{i}": (F, [3, 2]) for i in range(3)} | {"indices": (I64, [2, 1]), "updates": (F, [2, 2])}
+    outputs = {f"y{i}": (F, [3, 2]) for i in range(3)} | {f"z{i}": (F, [2, 2]) for i in range(3)}
+    compiled = compile_onnx(make_model(nodes, inputs, outputs))
+    network = onnx.load_from_string(qpc.read(compiled.directory).network).graph.node
+    assert [n.op_type for n in network].count("Equal") == 1
+    assert [n.op_type for n in network].count("NonZero") == 1
+    found = client(compiled.directory).run(**{f"data{i}": data[i] for i in range(3)}, indices=indices, updates=updates)
+    for i in range(3):
+        np.testing.assert_array_equal(found[f"y{i}"], scatter_nd(data[i], indices, updates))
+        np.testing.assert_array_equal(found[f"z{i}"][0], data[i][1])
+
+
 def test_in_a_subgraph(make_model, compile_onnx, client):
     body = helper.make_graph(
         [node("Gather", ["x", "ids"], ["picked"])], "b", [], [helper.make_tensor_value_info("picked", F, None)]
