@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qeff_validate.explain.attention import attention_hypotheses
+from qeff_validate.explain.linear import COARSE, HALVES, clipped, is_linear, linear_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
 from qeff_validate.explain.tried_module import TriedModule, changed
 from qeff_validate.models.emulation.ensemble import attention_implementation
@@ -39,12 +40,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu squared": lambda x: torch.relu(x).square(),
     "no activation": lambda x: x,
 }
-
-HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The coarser first: few numbers of the other are on its grid."""
-
-COARSE = 1e-4
-"""Tolerance from which values are expected to be on the grid of half precision anyway."""
 
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
 
@@ -80,7 +75,7 @@ def operator_finding(
     tried = TriedModule(copied, call, module, place)
     try:
         with torch.no_grad():
-            hypotheses = _hypotheses(tried, observed, size, tolerance)
+            hypotheses = _hypotheses(root, tried, observed, size, tolerance)
             for text, output in itertools.chain(hypotheses, _other_inputs(tried, others)):
                 if output.shape == observed.shape and size(output, observed) <= tolerance:
                     return text
@@ -90,11 +85,11 @@ def operator_finding(
 
 
 def _hypotheses(
-    tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
+    root: Any, tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
 ) -> Iterator[tuple[str, Any]]:
     module, call = tried.module, tried.call
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        yield from _linear(module, call, observed, size, tolerance)
+    if is_linear(module):
+        yield from linear_hypotheses(root, tried.path, module, call, observed, size, tolerance)
     names = [name for name in EPSILONS if isinstance(getattr(module, name, None), float)]
     if names and getattr(module, "weight", None) is not None:
         yield from _norm(tried, names[0], observed, size)
@@ -126,30 +121,6 @@ def _swapped(tried: TriedModule) -> Iterator[tuple[str, Any]]:
             yield f"{first} and {second} are swapped", tried.run()
             setattr(tried.module, first, left)
             setattr(tried.module, second, right)
-
-
-def _linear(
-    module: Any, call: tuple[Any, Any], observed: Any, size: Callable[[Any, Any], float], tolerance: float
-) -> Iterator[tuple[str, Any]]:
-    given = call[0][0] if call[0] else next(iter(call[1].values()))
-    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-    product = (given @ weight).numpy()
-    bias = 0 if module.bias is None else module.bias.numpy()
-    if module.bias is not None:
-        yield "no bias", product
-        yield "the bias is added twice", product + 2 * bias
-    if weight.shape[0] == weight.shape[1]:
-        yield "weight transposed", (given @ weight.T).numpy() + bias
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        left, right = (tensor.to(dtype).double() for tensor in (given, weight))
-        yield f"computed from {name} operands", (left @ right).numpy() + bias
-        if tolerance < COARSE:
-            inner = observed - bias
-            if inner.any() and size(torch.from_numpy(inner).to(dtype).double().numpy(), inner) <= tolerance:
-                yield f"its product is rounded to {name}", observed
-    yield "its output is negated", -(product + bias)
-    if observed.shape == product.shape and _clipped(product, observed - bias, size, tolerance):
-        yield "its product is clipped", observed
 
 
 def _norm(tried: TriedModule, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
@@ -234,15 +205,4 @@ def output_finding(
     factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
     if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
         return f"its output is scaled by {factor:.5g}"
-    return _clipped(expected, observed, size, tolerance)
-
-
-def _clipped(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
-    top = np.abs(observed).max()
-    if 0 < top < 0.98 * np.abs(expected).max() and size(np.clip(expected, -top, top), observed) <= tolerance:
-        return f"its output is clipped at {top:.4g}"
-    rows = np.abs(observed).max(axis=-1, keepdims=True)
-    smaller = (rows > 0) & (rows < 0.98 * np.abs(expected).max(axis=-1, keepdims=True))
-    if smaller.any() and size(np.clip(expected, -rows, rows), observed) <= tolerance:
-        return "its output is clipped, row by row"
-    return ""
+    return clipped(expected, observed, size, tolerance)
