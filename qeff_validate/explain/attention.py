@@ -85,6 +85,12 @@ def _other_attention(tried: TriedModule) -> Iterator[tuple[str, Any]]:
     if hasattr(family, "repeat_kv"):
         with changed(family, "repeat_kv", lambda states, count: states.repeat(1, count, 1, 1)):
             yield "heads of keys and values are repeated one after the other, not each in place", tried.run()
+    args, kwargs = tried.call
+    angles = kwargs.get("position_embeddings")
+    if isinstance(angles, tuple) and len(angles) == 2:
+        without = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
+        call = args, {**kwargs, "position_embeddings": without}
+        yield "rotary positions are left out", TriedModule(tried.module, call, tried.path, tried.place).run()
     if hasattr(family, "rotate_half"):
         for text, rotate in ROTATIONS.items():
             with changed(family, "rotate_half", rotate):

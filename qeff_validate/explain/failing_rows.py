@@ -41,16 +41,11 @@ def choose_rows(context: ExplainContext, reference: Array, actual: Array) -> tup
     steps = context.pipeline.reference().get("steps")
     if steps is not None:
         row = first_step(errors, row, steps)
-    texts = [text_of_row(context, row)]
+    texts, beside = [text_of_row(context, row)], HEALTHY_ROWS if steps is None else 1  # a continuation has no pooling
     for other in map(int, order):
         candidate = text_of_row(context, other)
         sizes = {ids[known].size for known in texts}
-        if (
-            len(texts) <= HEALTHY_ROWS
-            and candidate not in texts
-            and ids[candidate].size
-            and ids[candidate].size not in sizes
-        ):
+        if len(texts) <= beside and candidate not in texts and ids[candidate].size and ids[candidate].size not in sizes:
             texts.append(candidate)
     return row, texts[::-1]  # not the first of its batch, whose place is special in some faults
 

@@ -8,6 +8,7 @@ With all values of the original model cut at once, one run shows the error that 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from qeff_validate.artifact import Artifact
+from qeff_validate.builders.external_data import external_files
 from qeff_validate.builders.onnx_patterns import producers
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors
@@ -53,7 +55,12 @@ class GraphValues:
         untrusted: bool = False,
         buckets: Sequence[Mapping[str, int]] = (),
     ) -> None:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+        files = external_files(path)  # copied, not read: the weights of a large model are never in memory
+        for file in files:
+            target = folder / file.relative_to(path.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         if model.functions:
             model = inliner.inline_local_functions(model)
         _constants_as_initializers(model.graph)
@@ -63,7 +70,8 @@ class GraphValues:
         self.repairs: dict[str, Array] = {}
         """The right content of initializers that differ; runs with ``repaired`` use it."""
         skeleton = folder / "graph.onnx"
-        onnx.save(model, str(skeleton), save_as_external_data=True, location="weights", size_threshold=1024)
+        location = next(name for name in map("weights{}".format, itertools.count()) if not (folder / name).exists())
+        onnx.save(model, str(skeleton), save_as_external_data=True, location=location, size_threshold=1024)
         del model
         self.model = onnx.load(str(skeleton), load_external_data=False)
         self.weights: dict[str, Array] = {
@@ -195,7 +203,8 @@ def _mapped(tensor: Any, folder: Path) -> Array:
     """Return the content of an initializer, mapped from the file where it has numpy's own layout."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    if not place or dtype.kind not in "fiub" or dtype.itemsize * int(np.prod(tensor.dims)) != int(place["length"]):
+    size = dtype.itemsize * int(np.prod(tensor.dims))
+    if not place or not size or dtype.kind not in "fiub" or size != int(place.get("length", size)):
         return numpy_helper.to_array(tensor, str(folder))
     offset = int(place.get("offset", 0))
     return np.memmap(folder / place["location"], dtype, "r", offset, shape=tuple(tensor.dims))

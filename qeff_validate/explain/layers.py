@@ -41,6 +41,7 @@ class Layers:
         floor: of the guilty value.
         moved: returns the layers with a value before the guilty one moved behind nodes that change it (see
             `Matcher.moved_behind`); None if that explains nothing.
+        uncut: returns the values of a module where nothing in it is the reference's (see `Matcher.uncut`).
     """
 
     values: Sequence[ReferenceValue]
@@ -50,6 +51,7 @@ class Layers:
     missing: Sequence[str]
     floor: float = 0.0
     moved: Callable[[], Layers | None] = lambda: None
+    uncut: Callable[[str], Mapping[int, Array]] = lambda _: {}
 
     @property
     def module(self) -> str | None:
@@ -104,7 +106,7 @@ def find_layers(
         other = None if layers.guilty is None else matcher.moved_behind(matches, layers.guilty)
         return None if other is None else measured(other)
 
-    return replace(layers, moved=moved)
+    return replace(layers, moved=moved, uncut=lambda module: matcher.uncut(matches, module))
 
 
 def _measured(

@@ -11,14 +11,18 @@ from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import LEAST, Layers
 from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
-from qeff_validate.explain.operators import operator_finding, output_finding, output_of_zeros
+from qeff_validate.explain.operators import READS, operator_finding, output_finding, output_of_zeros
 from qeff_validate.explain.reference_values import ReferenceValues
+from qeff_validate.explain.structure import SUM, left_out_finding, repeated_layer, sum_finding, swapped_finding
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights
 from qeff_validate.models.emulation.precision import Compute
 from qeff_validate.protocols import OriginalRun
 
 NEARBY = 40
 """Values before a divergent one that are tried as its input."""
+
+AFTER = 8
+"""Values behind it that are tried: what a parent computes later may stand where it is read."""
 
 MANY = 3
 """Findings of weights that are told one by one; more are told as a number."""
@@ -51,12 +55,11 @@ def locate(
         compute: what the graph computes in.
     """
     location = _locate(original, recorded, graph, layers, weights, compute)
-    if location.module is not None and not location.finding:
-        moved = layers.moved()
-        other = None if moved is None else _locate(original, recorded, graph, moved, weights, compute)
-        if other is not None and other.finding:
-            return other
-    return location
+    if location.module is None or (location.finding and SUM not in location.finding):
+        return location
+    moved = layers.moved()
+    other = None if moved is None else _locate(original, recorded, graph, moved, weights, compute)
+    return location if other is None or not other.finding or SUM in other.finding else other
 
 
 def _locate(
@@ -70,11 +73,18 @@ def _locate(
     if layers.guilty is None:
         return Location(None, "")
     module = layers.module or ""
-    lacking = weights.lacking_layer()
+    lacking, repeated = weights.lacking_layer(), repeated_layer(recorded, graph, weights)
     if lacking:
-        return Location(lacking, "is not in the graph")
+        return Location(lacking, f"is not in the graph{f': {repeated} runs in its place' if repeated else ''}")
+    if repeated:
+        return Location(repeated, "runs twice")
     absent = [item for item in weights.of(module) if item.initializer is None] if layers.missing else []
     if absent:
+        owner = common_module([item.module for item in absent])
+        if owner and {item.parameter for item in absent}.issuperset(
+            name for name in weights.names if is_within(name, owner)
+        ):
+            return Location(owner, "is not in the graph")
         return Location(module, f"{len(absent)} of its weights are not in the graph")
     # a weight that differs inside the module says most
     own = [item for item in weights.of(module) if item.initializer is not None] if module else []
@@ -95,8 +105,8 @@ def _locate(
         beside = module, layers.values[layers.guilty].module  # of missing modules the block goes on to the next value's
         if parameter in learned and not any(is_within(owner, path) or is_within(path, owner) for path in beside):
             return _of_another(module, owner, graph, weights)
-    finding = computed_finding(original, recorded, layers, compute)
-    return Location(module, finding or _softmax_finding(nodes, layers))
+    location = computed_location(original, recorded, layers, compute)
+    return location if location.finding else Location(module, _softmax_finding(nodes, layers))
 
 
 def _softmax_finding(nodes: Sequence[Any], layers: Layers) -> str:
@@ -109,10 +119,10 @@ def _softmax_finding(nodes: Sequence[Any], layers: Layers) -> str:
     return ""
 
 
-def computed_finding(
+def computed_location(
     original: OriginalRun, recorded: ReferenceValues, layers: Layers, compute: Compute = "fp32"
-) -> str:
-    """Return what the block of the divergent value computes in place of its module; empty if that is not known.
+) -> Location:
+    """Return what the block of the divergent value computes in place of its module; no finding if it is not known.
 
     Args:
         original: the run of the original model.
@@ -131,27 +141,35 @@ def computed_finding(
         return relative_error(of_tokens(expected, tokens), of_tokens(actual, tokens))
 
     tolerance = max(5 * LEAST[compute], 2 * layers.floor)
-    text = ""
+    root = original.module
     if value.output:
         text = _candidate(original, value.output, observed, tolerance)
-    elif value.place is not None and observed.shape == value.array.shape:
-        before = [(item.module, item.array) for item in layers.values[: layers.guilty] if item.place is not None]
+        if not text and observed.shape == value.array.shape:
+            text = output_finding(value.array, observed, None, size, tolerance)
+        return Location(module, text or _of_another_value(layers, observed, size, tolerance))
+    text = ""
+    if value.place is not None and observed.shape == value.array.shape:
+        around = layers.values[max(0, layers.guilty - NEARBY) : layers.guilty]
+        around = [*layers.values[layers.guilty + 1 : layers.guilty + AFTER], *around]
+        others = [(item.module, item.array) for item in around if item.place is not None]
         call = recorded.call(module, value.place)
         if call is not None:
-            text = operator_finding(
-                original.module, value.place, module, call, observed, size, tolerance, before[-NEARBY:]
-            )
+            text = operator_finding(root, value.place, module, call, observed, size, tolerance, others)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
+        text = text or sum_finding(layers.values, layers.guilty, observed, size, tolerance)
         text = text or output_finding(value.array, observed, given, size, tolerance)
-    if not text and observed.shape == value.array.shape:
-        text = output_finding(value.array, observed, None, size, tolerance)
+        if not text or text.startswith(READS):
+            for finding in (swapped_finding, left_out_finding):
+                path, other = finding(root, recorded, layers, observed, size, tolerance)
+                if path:
+                    return Location(path, other)
     if not text and layers.missing and value.place is not None and value.place[0] == value.module:
         call = recorded.call(value.module, value.place)
-        zeros = None if call is None else output_of_zeros(original.module, value.module, value.place, call)
+        zeros = None if call is None else output_of_zeros(root, value.module, value.place, call)
         if zeros is not None and zeros.shape == observed.shape and size(zeros, observed) <= tolerance:
-            return "its output is zero"
-    return text or _of_another_value(layers, observed, size, tolerance)
+            return Location(module, "its output is zero")
+    return Location(module, text or _of_another_value(layers, observed, size, tolerance))
 
 
 def _of_another_value(layers: Layers, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:

@@ -9,6 +9,7 @@ the output of the faulty block: of the values of its shape, the one that lets th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.names import is_within, numbered
 from qeff_validate.explain.reference_values import ReferenceValue
 from qeff_validate.tensors import Array, Tensors
 
 EQUAL = 2e-3
 """Relative L2 below which a value of the graph is taken for one of the original model."""
+
+CLEAR = EQUAL / 20
+"""The same, if all values are below it: then no other one is just beyond `EQUAL`, and none can be found by cuts."""
 
 SAMPLED = 2048
 """Elements of a value that are compared first."""
@@ -44,10 +49,10 @@ def relative_error(expected: Any, actual: Any) -> float:
 
 def of_tokens(array: Any, tokens: Array) -> Any:
     """Return the parts of a value that belong to tokens, ``[tokens, …]``; all of it if it has no such dims."""
-    if array.shape[:2] == tokens.shape:
-        return array[tokens]
+    if array.shape[:2] == tokens.shape:  # without padding a view does
+        return array.reshape(-1, *array.shape[2:]) if tokens.all() else array[tokens]
     if array.shape[:1] == (tokens.size,):
-        return array[tokens.ravel()]
+        return array if tokens.all() else array[tokens.ravel()]
     return array
 
 
@@ -95,10 +100,11 @@ class Matcher:
         self._graph, self._feeds, self._values, self._tokens, self._check = graph, feeds, values, tokens, check
         self._runs = 0
         self._last: dict[str, Array] = {}
+        self._greatest = 0.0  # error of a value that was taken for equal
         self._expected = [of_tokens(value.array, tokens) for value in values]
         self._scopes = module_scopes(graph.nodes)
         self._sampled: Mapping[str, Array] = {}
-        self._samples: dict[str, Array] = {}
+        self._samples: dict[int, tuple[dict[str, int], Any]] = {}
 
     def match(self) -> Matches:
         """Return the matches."""
@@ -124,13 +130,16 @@ class Matcher:
                 found.missing.append(place)
             else:
                 found.names[place] = name
-                current = self._run(found.names, repaired=True)
+                current = self._run(found.names, self._wanted(found), repaired=True)
         if self._graph.repairs:
-            current = self._run(found.names)
+            current = self._run(found.names, found.names.values())
         found.local = {index: current[name] for index, name in found.names.items() if name in current}
         return found
 
-    def _run(self, names: Mapping[int, str], *, repaired: bool = False) -> dict[str, Array]:
+    def _run(
+        self, names: Mapping[int, str], wanted: Iterable[str] | None = None, *, repaired: bool = False
+    ) -> dict[str, Array]:
+        """Run the graph with the reference in place of some of its values; return those that are wanted, or all."""
         self._check()
         self._runs += 1
         cuts = {}
@@ -138,10 +147,16 @@ class Matcher:
             like = self._last.get(name)
             if like is not None and name not in self._graph.outputs:
                 cuts[name] = np.nan_to_num(self._values[index].array).astype(like.dtype).reshape(like.shape)
-        result = self._graph.run(self._feeds, None, cuts, repaired=repaired)
+        result = self._graph.run(self._feeds, None if wanted is None else list(wanted), cuts, repaired=repaired)
         if not names:
             self._last = result
         return result
+
+    def _wanted(self, found: Matches) -> list[str]:
+        """Return the values that are found, and those that may stand for the ones that are not."""
+        open_sizes = {expected.size for index, expected in enumerate(self._expected) if index not in found.names}
+        names = self._by_size(self._last)
+        return [*found.names.values(), *(name for size in open_sizes for name in names.get(size, ()))]
 
     def _settle(self, found: Matches, current: dict[str, Array]) -> dict[str, Array]:
         """Cut what is equal, until nothing more becomes equal; return the values of the last run."""
@@ -150,9 +165,28 @@ class Matcher:
             if not equal:
                 return current
             found.names.update(equal)
-            if len(found.names) == len(self._values) and self._graph.repairs:
+            found.missing += [index for index in self._passed(found) if index not in found.missing]
+            complete = len(found.names) == len(self._values)
+            complete = complete or (self._next_open(found) is None and self._greatest < CLEAR)
+            if complete and self._graph.repairs:
                 return current  # the last run, with the weights as they are, is still to come
-            current = self._run(found.names, repaired=True)
+            current = self._run(found.names, found.names.values() if complete else self._wanted(found), repaired=True)
+            if complete:
+                return current
+
+    def _passed(self, found: Matches) -> list[int]:
+        """Return the values without an equal one in front of a layer most of whose values are found.
+
+        The graph does not have them under their shape; nothing wrong passes through them, so none is looked for.
+        """
+        inner = {at: numbered(value.module) for at, value in enumerate(self._values) if not value.output}
+        ends = {layer: at for at, layer in inner.items() if layer}
+        counts = Counter(inner.values())
+        right = Counter(layer for at, layer in inner.items() if at in found.names)
+        passed = [at for at, layer in inner.items() if layer and 2 * right[layer] >= counts[layer]]
+        passed += [at for at in inner if at in found.names and at > max(ends.values(), default=at)]  # behind the layers
+        last = max(passed, default=-1)
+        return [at for at, layer in inner.items() if at not in found.names and ends.get(layer, at) < last]
 
     def _equal(self, found: Matches, current: Mapping[str, Array]) -> dict[int, str]:
         taken, equal = set(found.names.values()), dict[int, str]()
@@ -167,9 +201,10 @@ class Matcher:
                 continue
             least = min(error for _, error in good)
             # copies of a value are equal: the first one is where it is computed
-            name = next(name for name, error in good if error <= max(10 * least, 1e-6))
+            name, error = next((name, error) for name, error in good if error <= max(10 * least, 1e-6))
             if name not in equal.values():
                 equal[index] = name
+                self._greatest = max(self._greatest, error)
                 if index in found.missing:
                     found.missing.remove(index)
         return equal
@@ -185,7 +220,11 @@ class Matcher:
         """
         block = self._graph.block(found.names[guilty], set(found.names.values()))
         sources = {source for node in block for source in node.input}
+        inner = {id(node) for node in block}
         for index in [index for index, source in found.names.items() if source in sources]:
+            name = found.names[index]
+            if any(name in node.input and id(node) not in inner for node in self._graph.nodes):
+                continue  # the unchanged value is read too
             moved = self._placed(found, guilty, index, block)
             if moved is not None:
                 return moved
@@ -210,10 +249,10 @@ class Matcher:
         name = found.names[guilty]
         inner = [output for node in block for output in node.output if output in found.inherited and output != name]
         names = self._by_size(inner).get(self._expected[index].size, [])
-        current = self._run(found.names)
+        current = self._run(found.names, [*found.names.values(), *inner])
         scored = sorted(zip(self._errors(index, names, current), names, strict=True))
         for _, other in scored[: 2 * TRIED]:
-            local = self._run({**found.names, index: other})
+            local = self._run({**found.names, index: other}, [*found.names.values(), other])
             error = relative_error(
                 of_tokens(self._values[guilty].array, self._tokens), of_tokens(local[name], self._tokens)
             )
@@ -222,6 +261,15 @@ class Matcher:
                 values = {place: local[value] for place, value in moved.items() if value in local}
                 return Matches(moved, values, found.missing, found.inherited)
         return None
+
+    def uncut(self, found: Matches, module: str) -> dict[int, Array]:
+        """Return the values of a module, by index, where nothing in it is replaced, but everything before it."""
+        inner = {index: name for index, name in found.names.items() if is_within(self._values[index].module, module)}
+        if not inner:
+            return {}
+        before = {index: name for index, name in found.names.items() if index < min(inner)}
+        values = self._run(before, [*before.values(), *inner.values()])
+        return {index: values[name] for index, name in inner.items() if name in values}
 
     def _by_size(self, names: Iterable[str]) -> dict[int, list[str]]:
         """Return the names of values by the size of their part that belongs to tokens, in the order of the graph."""
@@ -232,20 +280,24 @@ class Matcher:
                 sizes.setdefault(of_tokens(array, self._tokens).size, []).append(name)
         return sizes
 
-    def _errors(self, index: int, names: Sequence[str], current: Mapping[str, Array]) -> list[float]:
+    def _errors(self, index: int, names: Sequence[str], current: Mapping[str, Array]) -> Sequence[float]:
+        """Return the relative L2 error of some values, all of one size, from a sample of their elements."""
         if current is not self._sampled:  # a value is sampled once a run
             self._sampled, self._samples = current, {}
-        sample = sampled(self._expected[index])
-        size = float(np.linalg.norm(sample)) or 1.0
-        errors = []
-        for name in names:
-            actual = self._samples.get(name)
-            if actual is None:
-                actual = self._samples[name] = sampled(of_tokens(current[name], self._tokens))
-            difference = sample - actual
-            finite = np.isfinite(difference)
-            errors.append(float(np.linalg.norm(difference[finite])) / size if finite.mean() > 0.1 else float("inf"))
-        return errors
+        expected = self._expected[index]
+        if not names:
+            return []
+        if expected.size not in self._samples:
+            own = [name for name in self._by_size(current).get(expected.size, ()) if name in current]
+            rows = np.stack([sampled(of_tokens(current[name], self._tokens)) for name in own])
+            self._samples[expected.size] = {name: row for row, name in enumerate(own)}, rows
+        places, rows = self._samples[expected.size]
+        sample = sampled(expected)
+        difference = rows[[places[name] for name in names]] - sample
+        finite = np.isfinite(difference)
+        errors = np.linalg.norm(np.where(finite, difference, 0), axis=1) / (float(np.linalg.norm(sample)) or 1.0)
+        result: list[float] = np.where(finite.mean(axis=1) > 0.1, errors, np.inf).tolist()
+        return result
 
     def _next_open(self, found: Matches) -> int | None:
         """Return the first value that is neither found nor given up."""
@@ -262,14 +314,30 @@ class Matcher:
         ranked = sorted(names, key=lambda name: self._rank(module, self._expected[index], current[name], name))
         best, most = None, 0
         for name in ranked[:TRIED]:
-            if self._runs >= MOST_RUNS:
-                break
-            trial = Matches(names={**found.names, index: name}, missing=[])
-            gain = len(self._equal(trial, self._run(trial.names, repaired=True)))
-            gain -= len(self._equal(Matches(names=dict(found.names)), current))
+            gain = self._gain(found, {**found.names, index: name}, current)
             if gain > most:
                 best, most = name, gain
+        if best is None and index - 1 in found.names:  # the graph may go on with the module's input: it is left out
+            name = found.names[index - 1]
+            instead = {other: value for other, value in found.names.items() if other != index - 1} | {index: name}
+            if name not in self._graph.outputs and self._gain(found, instead, current) > 0:
+                found.names = instead
+                found.missing.append(index - 1)
+                return name
         return best
+
+    def _gain(self, found: Matches, names: dict[int, str], current: Mapping[str, Array]) -> int:
+        """Return how many more values are equal with some values cut than with those that are found."""
+        if self._runs >= MOST_RUNS or any(self._unlike(index, name) for index, name in names.items()):
+            return 0
+        trial = Matches(names=names, missing=[])
+        gain = len(self._equal(trial, self._run(trial.names, self._wanted(trial), repaired=True)))
+        return gain - len(self._equal(Matches(names=dict(found.names)), current))
+
+    def _unlike(self, index: int, name: str) -> bool:
+        """Return whether a value of the graph has another number of elements than one of the original model."""
+        like = self._last.get(name)
+        return like is not None and like.size != self._values[index].array.size
 
     def _rank(self, module: str, expected: Any, actual: Array, name: str) -> tuple[bool, float]:
         """Return what candidates are sorted by: in the module's scope first, then by correlation."""

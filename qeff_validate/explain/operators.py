@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qeff_validate.explain.attention import attention_hypotheses
+from qeff_validate.explain.linear import COARSE, FEW_COLUMNS, HALVES, clipped, is_linear, linear_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
 from qeff_validate.explain.tried_module import TriedModule, changed
 from qeff_validate.models.emulation.ensemble import attention_implementation
@@ -40,11 +41,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "no activation": lambda x: x,
 }
 
-HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The coarser first: few numbers of the other are on its grid."""
-
-COARSE = 1e-4
-"""Tolerance from which values are expected to be on the grid of half precision anyway."""
+READS = "it reads what"
+"""Begins the finding that a module is right, but for its input."""
 
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
 
@@ -80,7 +78,7 @@ def operator_finding(
     tried = TriedModule(copied, call, module, place)
     try:
         with torch.no_grad():
-            hypotheses = _hypotheses(tried, observed, size, tolerance)
+            hypotheses = _hypotheses(root, tried, observed, size, tolerance)
             for text, output in itertools.chain(hypotheses, _other_inputs(tried, others)):
                 if output.shape == observed.shape and size(output, observed) <= tolerance:
                     return text
@@ -90,18 +88,20 @@ def operator_finding(
 
 
 def _hypotheses(
-    tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
+    root: Any, tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
 ) -> Iterator[tuple[str, Any]]:
     module, call = tried.module, tried.call
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        yield from _linear(module, call, observed, size, tolerance)
+    if is_linear(module):
+        yield from linear_hypotheses(root, tried.path, module, call, observed, size, tolerance)
+    if isinstance(module, nn.Embedding):
+        yield from _rows_read(module, call, observed)
     names = [name for name in EPSILONS if isinstance(getattr(module, name, None), float)]
     if names and getattr(module, "weight", None) is not None:
         yield from _norm(tried, names[0], observed, size)
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         yield from _activation(module, call)
     yield from attention_hypotheses(tried, observed, size)
-    yield from _swapped(tried)
+    yield from swapped_layers(tried)
 
 
 def _other_inputs(tried: TriedModule, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -112,11 +112,11 @@ def _other_inputs(tried: TriedModule, others: Sequence[tuple[str, Any]]) -> Iter
     for path, array in reversed(others):
         if array.shape == tuple(args[0].shape):
             call = (torch.from_numpy(array), *args[1:]), kwargs
-            text = f"it reads what {path} gives, not its own input"
+            text = f"{READS} {path} gives, not its own input"
             yield text, TriedModule(tried.module, call, tried.path, tried.place).run()
 
 
-def _swapped(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+def swapped_layers(tried: TriedModule) -> Iterator[tuple[str, Any]]:
     """Yield the module with two of its linear layers of one shape in each other's place."""
     linear = [(name, child) for name, child in tried.module.named_children() if isinstance(child, nn.Linear)]
     for (first, left), (second, right) in itertools.combinations(linear, 2):
@@ -128,28 +128,19 @@ def _swapped(tried: TriedModule) -> Iterator[tuple[str, Any]]:
             setattr(tried.module, second, right)
 
 
-def _linear(
-    module: Any, call: tuple[Any, Any], observed: Any, size: Callable[[Any, Any], float], tolerance: float
-) -> Iterator[tuple[str, Any]]:
-    given = call[0][0] if call[0] else next(iter(call[1].values()))
-    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-    product = (given @ weight).numpy()
-    bias = 0 if module.bias is None else module.bias.numpy()
-    if module.bias is not None:
-        yield "no bias", product
-        yield "the bias is added twice", product + 2 * bias
-    if weight.shape[0] == weight.shape[1]:
-        yield "weight transposed", (given @ weight.T).numpy() + bias
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        left, right = (tensor.to(dtype).double() for tensor in (given, weight))
-        yield f"computed from {name} operands", (left @ right).numpy() + bias
-        if tolerance < COARSE:
-            inner = observed - bias
-            if inner.any() and size(torch.from_numpy(inner).to(dtype).double().numpy(), inner) <= tolerance:
-                yield f"its product is rounded to {name}", observed
-    yield "its output is negated", -(product + bias)
-    if observed.shape == product.shape and _clipped(product, observed - bias, size, tolerance):
-        yield "its product is clipped", observed
+def _rows_read(module: Any, call: tuple[Any, Any], observed: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a table of which other rows are read than the indices say, such as beyond a shorter vocabulary."""
+    ids = call[0][0].flatten()
+    table, given = module.weight.detach(), torch.from_numpy(observed).reshape(len(ids), -1)
+    if given.shape[1] != table.shape[1]:
+        return
+    rows = torch.cdist(given, table).argmin(dim=1)
+    wrong = (rows != ids).nonzero().flatten()
+    if len(wrong):
+        first, steps = int(wrong[0]), (rows - ids)[wrong].unique()
+        text = f"reads row {int(rows[first])} for index {int(ids[first])}, another row for {len(wrong)} of {len(ids)}"
+        text = f"reads rows that are shifted by {int(steps[0]):+d}" if len(steps) == 1 and len(wrong) > 1 else text
+        yield text, table[rows].reshape(observed.shape).numpy()
 
 
 def _norm(tried: TriedModule, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
@@ -172,12 +163,35 @@ def _norm(tried: TriedModule, name: str, observed: Any, size: Callable[[Any, Any
     nearest = min(ladder, key=lambda item: abs(np.log(item / value)))
     shown = nearest if abs(np.log(nearest / value)) < 0.05 else value
     yield f"epsilon {shown:.3g} instead of {before:.3g}", with_epsilon(value)
-    weight = module.weight
-    for text, other in (("no weight", torch.ones_like(weight)), ("no weight", torch.zeros_like(weight))):
-        saved = weight.data.clone()
-        weight.data.copy_(other)
+    weight, bias = module.weight.data, getattr(module, "bias", None)
+    changes = [
+        ("no weight", torch.ones_like(weight), bias),
+        ("no weight", torch.zeros_like(weight), bias),
+        ("its weight has 1 added", weight + 1, bias),
+        ("its weight has 1 taken off", weight - 1, bias),
+    ]
+    if bias is not None:
+        changes += [
+            ("no bias", weight, torch.zeros_like(bias)),
+            ("weight and bias are swapped", bias.data, weight.clone()),
+        ]
+    for text, own, beside in changes:
+        saved = weight.clone(), None if bias is None else bias.data.clone()
+        weight.copy_(own)
+        if bias is not None:
+            bias.data.copy_(beside)
         yield text, tried.run()
-        weight.data.copy_(saved)
+        weight.copy_(saved[0])
+        if bias is not None:
+            bias.data.copy_(saved[1])
+    args, kwargs = tried.call
+    if args and isinstance(args[0], Tensor):
+        centred = (args[0] - args[0].mean(-1, keepdim=True), *args[1:]), kwargs
+        yield "it subtracts the mean", TriedModule(module, centred, tried.path, tried.place).run()
+        scale = args[0].square().mean(-1, keepdim=True).add(before).rsqrt()
+        shift = 0 if bias is None else bias
+        yield "it does not subtract the mean", (args[0] * scale * weight + shift).numpy()
+        yield "it does not normalize", (args[0] * weight + shift).numpy()
 
 
 def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -231,18 +245,26 @@ def output_finding(
             coarse = torch.from_numpy(expected).to(grid).double().numpy()
             if size(coarse, observed) <= max(tolerance, 2 * size(coarse, expected)):
                 return f"its output is rounded to {name}"
+    text = _columns(expected, observed, size, tolerance)
+    if text:
+        return text
     factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
     if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
         return f"its output is scaled by {factor:.5g}"
-    return _clipped(expected, observed, size, tolerance)
+    return clipped(expected, observed, size, tolerance)
 
 
-def _clipped(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
-    top = np.abs(observed).max()
-    if 0 < top < 0.98 * np.abs(expected).max() and size(np.clip(expected, -top, top), observed) <= tolerance:
-        return f"its output is clipped at {top:.4g}"
-    rows = np.abs(observed).max(axis=-1, keepdims=True)
-    smaller = (rows > 0) & (rows < 0.98 * np.abs(expected).max(axis=-1, keepdims=True))
-    if smaller.any() and size(np.clip(expected, -rows, rows), observed) <= tolerance:
-        return "its output is clipped, row by row"
-    return ""
+def _columns(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
+    """Return which columns of a value are zero or scaled while all others are right; empty if none are."""
+    right, wrong = (values.reshape(-1, values.shape[-1]) for values in (expected, observed))
+    errors = np.linalg.norm(wrong - right, axis=0)
+    columns = np.flatnonzero(errors > FEW_COLUMNS * errors.max())
+    if not 0 < columns.size <= errors.size // 2:
+        return ""
+    factor = float(np.vdot(right[:, columns], wrong[:, columns]) / np.vdot(right[:, columns], right[:, columns]))
+    told = right.copy()
+    told[:, columns] *= factor
+    if size(told.reshape(expected.shape), observed) > tolerance:
+        return ""
+    what = "zero" if abs(factor) < tolerance else f"scaled by {factor:.4g}"
+    return f"{columns.size} of {errors.size} columns of its output, first column {columns[0]}, are {what}"

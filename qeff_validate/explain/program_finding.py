@@ -15,15 +15,13 @@ from qeff_validate.explain.context import ExplainContext
 from qeff_validate.explain.fp16_block import rounded_block, rounds
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.inside_graph import overflow_text
+from qeff_validate.explain.linear import FEW_COLUMNS
 from qeff_validate.explain.range_audit import FP16_MAX
 from qeff_validate.explain.reference_values import MASK
 from qeff_validate.tensors import Array, Tensors
 
 ROUNDING = 0.5
 """Part of a module's error from which the rounding that was asked for explains it."""
-
-FEW_COLUMNS = 0.1
-"""Part of the columns of a value that are told by number, and of the greatest error below which others are equal."""
 
 
 def rounding_finding(

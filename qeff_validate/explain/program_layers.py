@@ -19,7 +19,7 @@ from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
 from qeff_validate.explain.inside_graph import InsideGraph, own_feeds
 from qeff_validate.explain.layers import FACTOR, LEAST, Layers, first_divergent
-from qeff_validate.explain.locate import Location, computed_finding
+from qeff_validate.explain.locate import Location, computed_location
 from qeff_validate.explain.matching import Matches, of_tokens, relative_error
 from qeff_validate.explain.names import numbered
 from qeff_validate.explain.program_finding import ROUNDING, columns_finding, rounding_finding
@@ -280,10 +280,13 @@ class ProgramLayers:
         )
         if made >= ROUNDING * error or not np.isfinite(made):
             return ProgramLocation(layers, Location(layers.module, rounding), "precision", place, frozenset(cuts))
-        finding = computed_finding(self._original, self._recorded, layers, self._compute)
+        location = computed_location(self._original, self._recorded, layers, self._compute)
+        finding = location.finding
         if not finding and expected.shape[:2] == tokens.shape and observed.size == expected.size:
             finding = columns_finding(expected[tokens], observed.reshape(expected.shape)[tokens])
-        return ProgramLocation(layers, Location(layers.module, finding), "compiler and runtime", place, frozenset(cuts))
+        return ProgramLocation(
+            layers, replace(location, finding=finding), "compiler and runtime", place, frozenset(cuts)
+        )
 
     def _content(self, place: Any) -> Array:
         array = np.nan_to_num(self._by_place[place].array)

@@ -7,7 +7,6 @@ name, else by shape and likeness.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,13 +92,13 @@ def compare_weights(
     """
     parameters = dict(_parameters(module))
     floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
-    by_digest: dict[str, list[str]] = {}
+    by_sum: dict[tuple[int, int], list[str]] = {}
     for name, array in floats.items():
-        by_digest.setdefault(_digest(array), []).append(name)
+        by_sum.setdefault(_sum_of_bits(array), []).append(name)
     result, open_parameters, used = WeightComparison(names=list(parameters)), list[str](), set[str]()
     for name, array in parameters.items():
         check()
-        found = [*by_digest.get(_digest(array), ()), *(by_digest.get(_digest(array.T), ()) if array.ndim == 2 else ())]
+        found = [other for other in by_sum.get(_sum_of_bits(array), ()) if _is_same(array, floats[other])]
         for initializer in found:
             result.by_initializer.setdefault(initializer, name)
         used.update(found)
@@ -148,9 +147,20 @@ def _parameters(module: Any) -> Iterator[tuple[str, Array]]:
             yield name, np.squeeze(tensor.detach().float().numpy())
 
 
-def _digest(array: Array) -> str:
-    squeezed = np.squeeze(np.asarray(array, dtype=np.float32))
-    return hashlib.blake2b(np.ascontiguousarray(squeezed).tobytes() + str(squeezed.shape).encode()).hexdigest()
+def _bits(array: Array) -> Array:
+    """Return the bits of an array in float32, without dims of 1."""
+    return np.squeeze(np.asarray(array, dtype=np.float32)).view(np.uint32)
+
+
+def _sum_of_bits(array: Array) -> tuple[int, int]:
+    """Return the size of an array and the sum of its bits, which a transposed one has too."""
+    return array.size, int(_bits(array).sum(dtype=np.uint64))
+
+
+def _is_same(expected: Array, actual: Array) -> bool:
+    """Return True for the same bits, in the same order or transposed."""
+    left, right = _bits(expected), _bits(actual)
+    return np.array_equal(left, right) or (left.ndim == 2 and np.array_equal(left.T, right))
 
 
 def _partner(name: str, expected: Array, rest: Mapping[str, Array], *, alone: bool) -> str | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,7 @@ def original_run(
             if name not in ("none", "avg"):
                 vectors = function(hidden, mask).numpy()
                 results[f"pooled by {name.replace('_', ' ')}"] = {"output": finished(vectors)}
-        everything = torch.ones_like(mask)
-        results["pooled without the mask"] = {"output": finished(POOLINGS["mean"](hidden, everything).numpy())}
+        results |= {text: {"output": finished(vectors.numpy())} for text, vectors in _mistaken(hidden, mask)}
         summed = (hidden * mask[..., None]).sum(1)
         results["the sum in place of the mean"] = {"output": finished(summed.numpy())}
         count = mask.sum(1, keepdim=True) + 1
@@ -107,3 +106,17 @@ def original_run(
         return np.stack([pool(row[seen]) for row, seen in zip(states[0], tokens, strict=True)])
 
     return OriginalRun(body, feeds, tokens, run, {"output": "pooling"}, other_poolings)
+
+
+def _mistaken(hidden: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield vectors ``[batch, hidden]`` of poolings that lose the mask or a place, each with what is wrong."""
+    everything, first = torch.ones_like(mask), hidden[:1].expand_as(hidden)
+    yield "pooled without the mask", POOLINGS["mean"](hidden, everything)
+    for name in ("max", "last", "cls"):
+        yield f"pooled by {name} without the mask", POOLINGS[name](hidden, everything)
+    for name in ("mean", "max", "last", "cls"):
+        yield f"every row pooled by {name} from the states of the first", POOLINGS[name](first, mask)
+    rows, last = torch.arange(len(hidden)), mask.cumsum(1).argmax(1)
+    for back in (1, 2):
+        yield f"pooled by the token {back} before the last", hidden[rows, (last - back).clamp(min=0)]
+    yield "pooled by the second token", hidden[:, min(1, hidden.shape[1] - 1)]

@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rotary positions pair neighbours, not halves", {"rotate": neighbours}),
     ("rotary positions turn the other way", {"rotate": lambda x: -halves(x)}),
     ("rotary positions are left out in one of their two terms", {"rotate": np.zeros_like}),
+    ("rotary positions are left out", {"turned": False}),
     ("heads of keys and values are repeated one after the other, not each in place", {"in_place": False}),
     ("the mask is left out", {"mask": np.zeros_like(CAUSAL)}),
     ("the mask adds -10 to hidden places, which does not hide them", {"mask": np.maximum(PADDED, -10)}),
@@ -83,10 +84,11 @@ def model_and_call() -> tuple[Any, Call]:
     return model, ((), fed)
 
 
-def written_out(model: Any, call: Call, **changes: Any) -> Any:
+def written_out(model: Any, call: Call, *, turned: bool = True, **changes: Any) -> Any:
     """What the attention gives with some changes."""
     fed = call[1]
     cos, sin = (x.numpy() for x in fed["position_embeddings"])
+    cos, sin = (cos, sin) if turned else (np.ones_like(cos), np.zeros_like(sin))
     given = {"mask": PADDED, **changes}
     return attention(model.layers[0].self_attn, fed["hidden_states"].numpy(), cos, sin, **given)
 

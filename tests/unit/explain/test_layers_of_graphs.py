@@ -198,6 +198,52 @@ def without_residual(proto: Any, _: Body) -> None:
     norm.input[0] = next(node for node in proto.graph.node if node.output[0] == norm.input[0]).input[1]
 
 
+def residual_twice(proto: Any, _: Body) -> None:
+    norm = nodes(proto, "LayerNormalization")[1]
+    added = next(node for node in proto.graph.node if node.output[0] == norm.input[0])
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(2), "two"))
+    at = list(proto.graph.node).index(added)
+    proto.graph.node.insert(at, helper.make_node("Mul", [added.input[0], "two"], ["doubled"]))
+    added.input[0] = "doubled"
+
+
+def norm_swapped(proto: Any, _: Body) -> None:
+    norm = nodes(proto, "LayerNormalization")[1]
+    norm.input[1], norm.input[2] = norm.input[2], norm.input[1]
+
+
+def without_activation(proto: Any, _: Body) -> None:
+    gelu = nodes(proto, "Gelu")[0]
+    for node in proto.graph.node:
+        node.input[:] = [gelu.input[0] if name == gelu.output[0] else name for name in node.input]
+    proto.graph.node.remove(gelu)
+
+
+def short_vocabulary(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.int64(3), "most"))
+    gather = nodes(proto, "Gather")[0]
+    proto.graph.node.insert(0, helper.make_node("Min", [gather.input[1], "most"], ["ids/cut"]))
+    gather.input[1] = "ids/cut"
+
+
+def column_doubled(proto: Any, model: Body) -> None:
+    factors = np.ones(12, np.float32)
+    factors[4] = 2
+    proto.graph.initializer.append(numpy_helper.from_array(factors, "factors"))
+    bias = initializers(proto, model.layers[0].up.bias.detach().numpy())
+    added = next(node for node in nodes(proto, "Add") if node.input[1] == bias.name)
+    wrap(proto, added, lambda a, b: [helper.make_node("Mul", [a, "factors"], [b])])
+
+
+def with_layers(*order: int) -> Callable[[Any, Body], None]:
+    def apply(proto: Any, model: Body) -> None:
+        made = body()
+        made.layers = torch.nn.ModuleList([model.layers[at] for at in order])
+        proto.CopyFrom(graph(made))
+
+    return apply
+
+
 def pooled_by_cls(proto: Any, _: Body) -> None:
     states = nodes(proto, "Mul")[-1].input[0]
     proto.graph.initializer.append(numpy_helper.from_array(np.int64(0), "first"))
@@ -248,6 +294,14 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("no attention", without_attention, "layers.1.attention", "its output is zero"),
     ("another output", output_of_another, "layers.1.output", "its output is that of words"),
     ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
+    ("residual twice", residual_twice, "layers.1",
+     "the residual, what layers.0 gives, is 2 times its part of the sum"),
+    ("norm swapped", norm_swapped, "layers.1.norm", "weight and bias are swapped"),
+    ("without activation", without_activation, "layers.0.act", "is left out"),
+    ("vocabulary", short_vocabulary, "words", "reads row 3 for index 4, another row for 4 of 10"),
+    ("column", column_doubled, "layers.0.up", "1 of 12 columns of its output, first column 4, are scaled by 2"),
+    ("layer twice", with_layers(0, 1, 1), "layers.1", "runs twice"),
+    ("first layer again", with_layers(0, 0), "layers.1", "is not in the graph: layers.0 runs in its place"),
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
     ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),
     ("scaled output", output_scaled, "pooling", "its output is scaled by 1.01"),
