@@ -100,6 +100,8 @@ class Settings:
         threads: intra-op threads on the host; None: the library's own choice.
         ort_optimization: optimization level of ONNX Runtime: ``disabled``, ``basic``, ``extended`` or ``all``; None:
             ``QEFF_VALIDATE_ORT_OPTIMIZATION``, else ``all``.
+        packed_weights: whether ONNX Runtime copies weights into memory in the layout of its kernels, which is faster;
+            else it reads them from their mapped file. None: unless they have more than 1 GiB.
         run_timeout_s: after which time without an answer a runtime that runs in a process of its own is killed.
 
     Examples:
@@ -114,6 +116,7 @@ class Settings:
     device_ids: tuple[int, ...] = ()
     threads: int | None = None
     ort_optimization: str | None = None
+    packed_weights: bool | None = None
     run_timeout_s: float = 600
 
     def __post_init__(self) -> None:

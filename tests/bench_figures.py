@@ -128,7 +128,7 @@ def run(arguments: Sequence[str], store: Path) -> tuple[float, float]:
         store: directory of the store; the report goes to ``report`` in it.
 
     Returns:
-        Seconds, and bytes that belong to the process tree alone (unique set size), the greatest of samples.
+        Seconds, and bytes of the process tree that no file holds (`own_memory`), the greatest of samples.
 
     Raises:
         RuntimeError: the command ends with a usage error, or an error of a case.
@@ -142,7 +142,7 @@ def run(arguments: Sequence[str], store: Path) -> tuple[float, float]:
         while child.poll() is None:
             try:
                 tree = [process, *process.children(recursive=True)]
-                peak = max(peak, sum(each.memory_full_info().uss for each in tree))
+                peak = max(peak, sum(own_memory(each.pid) for each in tree))
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 pass
             time.sleep(0.1)
@@ -150,6 +150,18 @@ def run(arguments: Sequence[str], store: Path) -> tuple[float, float]:
         if child.returncode > 1:
             raise RuntimeError(child.stdout.read().decode())
     return time.perf_counter() - start, peak
+
+
+def own_memory(process: int) -> int:
+    """Return the bytes of a process's anonymous memory: its own, without pages of files that are mapped; 0: it ended.
+
+    Pages of a mapped file are in the page cache, from which the system takes them if it needs room.
+    """
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
 def plain(data: Sequence[Measured], machine: Mapping[str, Any]) -> dict[str, Any]:

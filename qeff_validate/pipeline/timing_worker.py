@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def launch(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValidateError: a program cannot be opened or fails in a run, or two programs have no workload in common.
     """
-    settings = Settings.from_plain(job["settings"])
+    # what is timed is what is deployed: large weights too are in memory, in the layout of the kernels
+    settings = replace(Settings.from_plain(job["settings"]), packed_weights=True)
     cases = [Case.model_validate(plain) for plain in job["cases"]]
     opened: dict[int, Side] = {}
     watch = MachineWatch()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
-from qeff_validate.models.emulation.float64 import LARGE, compute_in_dtype, one_thread_if_small
+from qeff_validate.models.emulation.float64 import compute_in_dtype, is_large, one_thread_if_small
 from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
 from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
 from qeff_validate.models.framework_calls import (
@@ -58,16 +58,16 @@ def continuations(
     logits: list[Array] = []
     tokens: list[Array] = []
     for count, adapted in enumerate(adapted_models(model, named, inputs.adapters)):
-        texts: list[Array] = []
         # not inference_mode: it would mark weights that are converted in it, and some methods refuse those later
         with translated_errors("run the Hugging Face model"), torch.no_grad(), one_thread_if_small(adapted):
-            for prompt in inputs.ids:
-                texts.append(_greedy(adapted, prompt, steps, inputs.eos))
-                logits.append(_logits(adapted, texts[-1], prompt.size, dtype))
-                tokens.append(texts[-1][prompt.size :])
-            if count == 0:
-                first = {row: logits[row] for row in probes([text.size for text in texts])}
-                refuse_change(first, partial(_logits_of_row, adapted, texts, inputs.ids, dtype), inputs.labels)
+            texts = [_greedy(adapted, prompt, steps, inputs.eos) for prompt in inputs.ids]
+            starts = [prompt.size for prompt in inputs.ids]
+            tokens += [text[start:] for text, start in zip(texts, starts, strict=True)]
+            with _in_dtype(adapted, dtype, partial(_logits, adapted, texts[0], starts[0])):
+                logits += [_logits(adapted, text, start) for text, start in zip(texts, starts, strict=True)]
+                if count == 0:
+                    first = {row: logits[row] for row in probes([text.size for text in texts])}
+                    refuse_change(first, partial(_logits_of_row, adapted, texts, starts), inputs.labels)
     return {
         "logits": np.concatenate(logits),
         "tokens": np.concatenate(tokens),
@@ -87,8 +87,8 @@ def ensemble(
     blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
     compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
-    large = sum(p.nbytes for p in model.parameters()) > LARGE
-    weights = RoundedWeights(precision.compute, large=large, beyond_range=precision.beyond_range is not None)
+    beyond_range = precision.beyond_range is not None
+    weights = RoundedWeights(precision.compute, large=is_large(model), beyond_range=beyond_range)
     for adapted in adapted_models(model, named, inputs.adapters):
         adapter_texts, forced = forced[: len(prompts)], forced[len(prompts) :]
         whole = [np.concatenate([prompt, text]) for prompt, text in zip(prompts, adapter_texts, strict=True)]
@@ -178,7 +178,7 @@ def merged_logits(
         raise IncomparableError(f"PEFT cannot merge this adapter: {first_line(exc)}") from exc
     with translated_errors("run the merged model"), torch.inference_mode():
         return [
-            _logits(whole, np.concatenate([prompt, text]), prompt.size, "float32")
+            _logits(whole, np.concatenate([prompt, text]), prompt.size)
             for prompt, text in zip(prompts, forced, strict=True)
         ]
 
@@ -347,23 +347,30 @@ def _greedy_without_cache(model: Any, prompt: Array, steps: int, eos: frozenset[
     return np.array(text, dtype=np.int64)
 
 
-def _logits_of_row(model: Any, texts: Sequence[Array], prompts: Sequence[Array], dtype: str, row: int) -> Array:
+def _logits_of_row(model: Any, texts: Sequence[Array], starts: Sequence[int], row: int) -> Array:
     """Return the logits of one of several texts."""
-    return _logits(model, texts[row], prompts[row].size, dtype)
+    return _logits(model, texts[row], starts[row])
 
 
-def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
-    """Return the logits of each token from ``start`` on, ``[tokens, vocab]`` in ``dtype``, without a cache."""
+def _logits(model: Any, text: Array, start: int) -> Array:
+    """Return the logits of each token from ``start`` on, ``[tokens, vocab]``, without a cache."""
     tokens = torch.from_numpy(text[:-1])[None]
+    options = activation(model, [text[:start]], text.size - 1)
+    # virtual tokens may precede
+    logits: Array = model(input_ids=tokens, use_cache=False, **options).logits[0, start - text.size :].numpy().copy()
+    return logits
 
-    def run() -> Any:
-        options = activation(model, [text[:start]], text.size - 1)
-        # virtual tokens may precede
-        return model(input_ids=tokens, use_cache=False, **options).logits[0, start - text.size :]
 
-    with compute_in_dtype(model, dtype, probe=run):
+@contextmanager
+def _in_dtype(model: Any, dtype: str, probe: Callable[[], object]) -> Iterator[None]:
+    """Run a model in a dtype until the context ends; see `compute_in_dtype`.
+
+    Raises:
+        ConfigError: something in the model cannot be computed in float64.
+    """
+    with compute_in_dtype(model, dtype, probe=probe):
         try:
-            logits: Array = run().numpy().copy()
+            yield
         except RuntimeError as exc:
             if dtype != "float64" or "dtype" not in str(exc):
                 raise
@@ -371,4 +378,3 @@ def _logits(model: Any, text: Array, start: int, dtype: str) -> Array:
                 "the reference cannot be computed in float64, so bounds are not measured: give tolerance: table (the"
                 f" model or its adapter keeps tensors in float32: {first_line(exc)})"
             ) from exc
-    return logits

@@ -420,6 +420,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
         from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
+        from qeff_validate.models.emulation.float64 import is_large
         from qeff_validate.models.emulation.microscaling import CompressedWeights
         from qeff_validate.models.emulation.precision import (
             ComputationVariant,
@@ -435,9 +436,11 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
         compressed = {block: CompressedWeights(body, block=block) for block in blocks}
         # this body is not shared, so it may be rounded in place, unless something needs the unrounded weights
         beyond_range = precision.beyond_range is not None
-        in_place = not compressed and not beyond_range and compute != "fp32"
+        in_place, large = not compressed and not beyond_range and compute != "fp32", is_large(body)
         weights = (
-            InPlaceRoundedWeights(compute, body) if in_place else RoundedWeights(compute, beyond_range=beyond_range)
+            InPlaceRoundedWeights(compute, body, large=large)
+            if in_place
+            else RoundedWeights(compute, large=large, beyond_range=beyond_range)
         )
         runs = run_ensemble(body, compute, run, weights=weights, compressed=compressed)
         return {str(index): states for index, states in enumerate(runs)}

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 
+from qeff_validate.models.emulation.float64 import is_large
+from qeff_validate.models.scratch import PIECE, scratch_tensor
+
 BLOCK = 32
 """Elements that share a scale, in all formats of OCP MX v1.0."""
 
@@ -75,6 +78,7 @@ class CompressedWeights(TorchFunctionMode):
     def __init__(self, model: nn.Module, but: frozenset[str] = frozenset(), block: int = BLOCK) -> None:
         super().__init__()
         self._block = block
+        self._allocate = scratch_tensor if is_large(model) else torch.empty
         weights = (parameter for name, parameter in model.named_parameters() if name not in but and parameter.ndim > 1)
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._cache: dict[tuple[Any, ...], Tensor] = {}
@@ -96,7 +100,12 @@ class CompressedWeights(TorchFunctionMode):
         self.used.add(storage)
         if key not in self._cache:
             with torch.no_grad():
-                self._cache[key] = in_blocks(weight.detach(), E2M3, dim, self._block)
+                lines = weight.detach().movedim(dim, -1)
+                compressed = self._allocate(lines.shape, dtype=torch.float32)
+                step = max(1, PIECE * len(lines) // max(1, lines.numel()))
+                for part, target in zip(torch.split(lines, step), torch.split(compressed, step), strict=True):
+                    target.copy_(in_blocks(part, E2M3, -1, self._block))
+                self._cache[key] = compressed.movedim(-1, dim)
         return self._cache[key]
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qeff_validate.models.scratch import filled
+
 Compute = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,7 +69,7 @@ class RoundedWeights:
 
     Args:
         compute: the precision.
-        large: keep the weights in the precision's own dtype, and widen them on each read, to save memory.
+        large: keep the weights in files that are mapped, to save memory (`scratch`).
         beyond_range: an operation that reads a number beyond the precision's range, or that has done so in an earlier
             run, reads nothing rounded, as if a list of nodes kept it in float32.
     """
@@ -82,13 +84,17 @@ class RoundedWeights:
         """Return a float32 weight rounded to the precision, float32."""
         version = 0 if weight.is_inference() else weight._version  # an adapter may write into a weight of the base
         if id(weight) not in self._tensors or self._tensors[id(weight)][1] != version:
-            rounded = self._round(weight)
-            self._tensors[id(weight)] = weight, version, rounded if self._large else rounded.to(torch.float32)
-        return self._tensors[id(weight)][2].to(torch.float32)
+            self._tensors[id(weight)] = weight, version, self._rounded(weight)
+        return self._tensors[id(weight)][2]
 
-    def _round(self, weight: nn.Parameter) -> Tensor:
+    def _rounded(self, weight: nn.Parameter) -> Tensor:
+        if self._large:
+            return filled(weight.detach(), torch.float32, self._round)
+        return self._round(weight.detach()).to(torch.float32)
+
+    def _round(self, values: Tensor) -> Tensor:
         maximum = torch.finfo(self._dtype).max
-        return weight.detach().to(self._dtype).clamp_(-maximum, maximum)
+        return values.to(self._dtype).clamp_(-maximum, maximum)
 
 
 class InPlaceRoundedWeights(RoundedWeights):
@@ -97,14 +103,18 @@ class InPlaceRoundedWeights(RoundedWeights):
     Args:
         compute: the precision.
         model: its parameters are changed, except those of `FLOAT32_MODULES`.
+        large: give them content in files that are mapped, because writing into a mapped checkpoint copies it to memory.
     """
 
-    def __init__(self, compute: Compute, model: nn.Module) -> None:
-        super().__init__(compute)
+    def __init__(self, compute: Compute, model: nn.Module, *, large: bool = False) -> None:
+        super().__init__(compute, large=large)
         exempt = {id(p) for m in model.modules() if type(m).__name__.endswith(FLOAT32_MODULES) for p in m.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in exempt and parameter.dtype == torch.float32:
-                parameter.data.copy_(self._round(parameter))
+                if large:
+                    parameter.data = self._rounded(parameter)
+                else:
+                    parameter.data.copy_(self._round(parameter.detach()))
         self._exempt = exempt
 
     def read(self, weight: nn.Parameter) -> Tensor:

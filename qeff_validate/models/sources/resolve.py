@@ -54,6 +54,7 @@ from qeff_validate.models.sources.checkpoint import (
 from qeff_validate.models.sources.embedding_tables import file_tables, folder_switch, module_tables
 from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.gguf import Gguf
+from qeff_validate.models.sources.half_checkpoints import converted_in_files
 from qeff_validate.models.sources.quantized import WHILE_LOADING, check_dequantizable, dequantized, quantization_method
 from qeff_validate.models.sources.sentence_directory import first_module, is_sentence_directory, text_features
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
@@ -233,16 +234,18 @@ class Folder:
             )
             if method in WHILE_LOADING:
                 config.quantization_config = {**config.quantization_config, "dequantize": True}
-            check_weights(auto, config, tensors(weight_files(self.path)), str(self.path))
-            model, info = auto.from_pretrained(
-                self.path,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            stored = tensors(weight_files(self.path))
+            check_weights(auto, config, stored, str(self.path))
+            with converted_in_files(stored):
+                model, info = auto.from_pretrained(
+                    self.path,
+                    config=config,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
             if method is not None:
                 model = dequantized(model, method)
         # transformers initializes missing tensors randomly; the pooler is not used, and an adapter may bring a head

@@ -36,6 +36,8 @@ MAGIC = b"QSIMQPC\x00"
 REAL_MAGIC = (0x00A1CD7C).to_bytes(4, "little")
 FORMAT_VERSION = 1
 PAGE = 4096
+MOST_PACKED = 1 << 30
+"""Bytes of constants above which ONNX Runtime reads them from the mapped file, and copies none into memory."""
 _PREAMBLE = struct.Struct("<8sIIQQQ")
 _SEGMENTS = ("constants", "network.onnx", "iodesc")
 
@@ -242,5 +244,6 @@ def open_session(program: Program, *, check_only: bool = False) -> ort.Inference
         options.intra_op_num_threads = int(threads)
     if check_only:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if check_only or int(program.header["segments"]["constants"]["size"]) > MOST_PACKED:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(program.network, options, providers=["CPUExecutionProvider"])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, save
@@ -54,3 +56,21 @@ def test_a_report_says_what_kernels_were_asked_for(monkeypatch: pytest.MonkeyPat
     assert kernels["ort_optimization"] == "disabled"
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     assert "ATEN_CPU_CAPABILITY" not in environment(Settings())["host"]["kernels"]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("packed", [None, True, False])
+def test_large_weights_are_read_from_their_file_unless_they_are_asked_for_in_memory(
+    size: str, packed: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (1, [2, 64])}, {"y": (1, [2, 64])}, w=weights)
+    save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    monkeypatch.setattr("qeff_validate.runtimes.ort.MOST_PACKED", 1 << 30 if size == "small" else 64 * 64 * 4)
+    x = np.ones((2, 64), np.float32)
+    with OrtRuntime(Settings(packed_weights=packed)).open(Artifact("onnx", tmp_path / "m.onnx", "0" * 64)) as session:
+        assert np.allclose(session.run({"x": x})["y"], x @ weights, rtol=1e-5, atol=1e-4)
+        options = session._session.get_session_options()
+    in_memory = size == "small" if packed is None else packed
+    with nullcontext() if not in_memory else pytest.raises(RuntimeError, match="disable_prepacking"):
+        assert options.get_session_config_entry("session.disable_prepacking") == "1"

@@ -13,6 +13,7 @@ import torch
 from bounds import within
 from transformers import AutoConfig, AutoModel
 
+from qeff_validate.models import scratch
 from qeff_validate.models.embedding.reference import batched_states, hidden_states
 from qeff_validate.models.emulation.ensemble import (
     ENSEMBLE,
@@ -144,12 +145,16 @@ def test_an_error_in_a_variant_is_raised_and_the_thread_count_restored() -> None
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_rounded_weights_are_equal_cached_in_half_precision_or_in_place(kind: str) -> None:
+def test_rounded_weights_are_equal_in_memory_in_files_or_in_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "LEAST", 0)
     plain = run_ensemble(small(kind), "fp16", states_of_ids, weights=RoundedWeights("fp16"))
     large = run_ensemble(small(kind), "fp16", states_of_ids, weights=RoundedWeights("fp16", large=True))
-    model = small(kind)
-    in_place = run_ensemble(model, "fp16", states_of_ids, weights=InPlaceRoundedWeights("fp16", model))
-    for runs in (large, in_place):
+    others = [large]
+    for in_files in (False, True):
+        model = small(kind)
+        weights = InPlaceRoundedWeights("fp16", model, large=in_files)
+        others.append(run_ensemble(model, "fp16", states_of_ids, weights=weights))
+    for runs in others:
         assert all(equal(one, other) for one, other in zip(plain, runs, strict=True))
 
 

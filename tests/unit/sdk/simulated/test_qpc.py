@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,14 @@ def test_weights_are_mapped_not_read(compiled):
     with open("/proc/self/maps") as maps:
         assert any(str(compiled.file) in line for line in maps)
     del session
+
+
+@pytest.mark.parametrize("most", [4095, 4096])
+def test_large_constants_are_not_copied_into_memory(compiled, monkeypatch, most):
+    monkeypatch.setattr(qpc, "MOST_PACKED", most)
+    options = qpc.open_session(qpc.read(compiled.directory)).get_session_options()
+    with nullcontext() if most < 4096 else pytest.raises(RuntimeError, match="disable_prepacking"):
+        assert options.get_session_config_entry("session.disable_prepacking") == "1"
 
 
 def test_several_weights_each_on_a_page(make_model, compile_onnx, client):
