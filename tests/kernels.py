@@ -66,9 +66,11 @@ def main() -> None:
     given = parser.parse_args()
     print(COLUMNS.format("variant", "tests", "failed", "worst", "time", "where (error over bound)"), flush=True)
     failed = False
+    chosen = any(Path(argument.partition("::")[0]).exists() for argument in given.pytest)
+    arguments = [*given.pytest, *([] if chosen else numeric_files())]
     for variant in given.only or VARIANTS:
         start = time.monotonic()
-        passed, report, ratios = run(variant, given.pytest)
+        passed, report, ratios = run(variant, arguments)
         counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|error)", report)}
         bad = counts.get("failed", 0) + counts.get("error", 0)
         where, worst = max(ratios.items(), key=lambda item: item[1], default=("nothing was compared", float("nan")))
@@ -86,14 +88,17 @@ def main() -> None:
     sys.exit(failed)
 
 
+def numeric_files() -> list[str]:
+    """Return the files with numeric tests; others need not be imported."""
+    return [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "numeric" in path.read_text(encoding="utf-8")]
+
+
 def run(variant: str, arguments: Sequence[str]) -> tuple[bool, str, dict[str, float]]:
     """Return whether pytest was green under a variant, what it printed, and the worst ratio of each test."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ratios"
         tests = "numeric" if variant in WHOLE else "numeric and not slow"
-        # other files need not be imported
-        files = [path for path in sorted(TESTS.rglob("test_*.py")) if "numeric" in path.read_text(encoding="utf-8")]
-        command = [sys.executable, "-m", "pytest", "-m", tests, "-q", "-p", "no:cacheprovider", *arguments, *files]
+        command = [sys.executable, "-m", "pytest", "-m", tests, "-q", "-p", "no:cacheprovider", *arguments]
         child = subprocess.run(
             command,
             env={**environment(variant), "QEFF_TEST_RATIOS": str(file)},
