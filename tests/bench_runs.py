@@ -103,7 +103,7 @@ def large() -> Iterator[Figure | Missing]:
 
 
 def decoder(name: str) -> Iterator[Figure | Missing]:
-    """One of `DECODERS` on ort and sim, with two prompts."""
+    """One of `DECODERS` on ort and sim, with three prompts."""
     import psutil
 
     shape = DECODERS[name]
@@ -112,9 +112,12 @@ def decoder(name: str) -> Iterator[Figure | Missing]:
         return
     with folder(ON_DISK) as work:
         weights = 4 * write_checkpoint(work / "model", shape)
-        options = {"prefill_seq_len": 8, "ctx_len": 32, "max_new_tokens": 2}
+        options = {"prefill_seq_len": 16, "ctx_len": 32, "max_new_tokens": 2}
         case = {"name": "decoder", "model": "peft-causal-lm", "source": f"path:{work / 'model'}", "options": options}
-        case |= {"inputs": {"prompts": ["the river and the sea", "a model"]}, "tolerance": shape.tolerance}
+        case |= {
+            "inputs": {"texts": ["the river and the sea", "a model", "stones in the north"]},
+            "tolerance": shape.tolerance,
+        }
         seconds, peak = run([config(work / "large.yaml", case), "--runtimes", "ort,sim"], work / "store")
         status = ", ".join(f"{result['runtime']} {result['status']}" for result in results(work / "store"))
     yield Figure(f"decoder of {name} parameters, whole case, empty store, {status}", seconds, unit="s")
