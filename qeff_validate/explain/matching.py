@@ -310,8 +310,7 @@ class Matcher:
         """Return the value of the graph that stands for one that none is equal to; None if there is none."""
         taken = set(found.names.values())
         names = self._by_size(name for name in current if name not in taken).get(self._expected[index].size, [])
-        module = self._values[index].module
-        ranked = sorted(names, key=lambda name: self._rank(module, self._expected[index], current[name], name))
+        ranked = sorted(names, key=lambda name: self._rank(found, index, current[name], name))
         best, most = None, 0
         for name in ranked[:TRIED]:
             gain = self._gain(found, {**found.names, index: name}, current)
@@ -339,17 +338,24 @@ class Matcher:
         like = self._last.get(name)
         return like is not None and like.size != self._values[index].array.size
 
-    def _rank(self, module: str, expected: Any, actual: Array, name: str) -> tuple[bool, float]:
-        """Return what candidates are sorted by: in the module's scope first, then by correlation."""
+    def _rank(self, found: Matches, index: int, actual: Array, name: str) -> tuple[bool, bool, bool, float]:
+        """Return what candidates are sorted by.
+
+        Those in the module's scope are first, then those that are computed from the value before alone, then those that
+        are zero or not finite, which are like nothing; then by correlation.
+        """
+        module, before = self._values[index].module, found.names.get(index - 1)
         own = self._scopes.get(name, "")
         inside = bool(module) and (own == module or own.endswith(f".{module}"))
-        values = of_tokens(actual, self._tokens).ravel().astype(np.float64)
+        stops = set(found.names.values())
+        block = [node for node in self._graph.block(name, stops) if node.op_type != "Shape"]
+        sources = {source for node in block for source in node.input} & stops
+        expected, values = self._expected[index], of_tokens(actual, self._tokens).ravel().astype(np.float64)
         finite = np.isfinite(values)
-        if not finite.any():
-            return not inside, 0.0
         left, right = expected.ravel()[finite], values[finite]
         scale = float(np.linalg.norm(left) * np.linalg.norm(right))
-        return not inside, -abs(float(left @ right)) / scale if scale else 0.0
+        correlation = abs(float(left @ right)) / scale if scale else 0.0
+        return not inside, sources != {before}, bool(finite.all() and right.any()), -correlation
 
 
 SCOPE_KEY = "pkg.torch.onnx.name_scopes"
