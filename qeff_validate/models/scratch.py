@@ -32,9 +32,10 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if nbytes < LEAST or not hasattr(os, "posix_fallocate"):
         return torch.empty(tuple(shape), dtype=dtype)
     try:
-        with tempfile.NamedTemporaryFile(dir=_folder(), prefix="qeff-validate-scratch-") as file:
+        with tempfile.TemporaryFile(dir=_folder()) as file:  # never has a name, so nothing is left of a killed process
             os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk would end the process at the first write
-            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(tuple(shape))
+            name = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(tuple(shape))
     except (OSError, RuntimeError):
         return torch.empty(tuple(shape), dtype=dtype)
 

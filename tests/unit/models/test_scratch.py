@@ -17,13 +17,15 @@ from transformers import BertConfig, BertModel
 from qeff_validate.models import scratch
 from qeff_validate.models.emulation import float64
 from qeff_validate.models.emulation.float64 import compute_in_dtype
-from qeff_validate.models.emulation.microscaling import CompressedWeights
+from qeff_validate.models.emulation.microscaling import E2M3, CompressedWeights, in_blocks
 from qeff_validate.models.emulation.precision import InPlaceRoundedWeights
 from qeff_validate.models.scratch import filled, scratch_tensor
 from qeff_validate.models.sources import half_checkpoints
 from qeff_validate.models.sources.resolve import Folder
 
 SIZES = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 2048}
+FILE = "(deleted)"
+"""What the system says of a file without a name."""
 IDS = torch.tensor([[5, 6, 7]])
 
 
@@ -67,7 +69,7 @@ def test_a_scratch_tensor_is_a_file_without_a_name_and_a_small_one_is_memory(
     monkeypatch.setattr("tempfile.tempdir", None)
     tensor = scratch_tensor((512, 512), torch.float32)
     assert str(tmp_path) in place(tensor)
-    assert "deleted" in place(tensor)
+    assert FILE in place(tensor)
     assert not list(tmp_path.iterdir())
     assert str(tmp_path) not in place(scratch_tensor((5,), torch.float32))
 
@@ -77,7 +79,7 @@ def test_without_room_for_a_file_a_scratch_tensor_is_memory(monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert "scratch" not in place(scratch_tensor((512, 512), torch.float32))
+    assert FILE not in place(scratch_tensor((512, 512), torch.float32))
 
 
 def test_what_is_computed_in_pieces_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,31 +96,43 @@ def test_weights_of_a_float32_checkpoint_stay_in_their_file(folder: Path) -> Non
     weight = body.encoder.layer[1].output.dense.weight
     assert place(weight) == str(folder / "model.safetensors")
     with torch.inference_mode(), compute_in_dtype(body, "float64", probe=lambda: body(IDS)):
-        assert "scratch" in place(body.embeddings.word_embeddings.weight)
+        assert FILE in place(body.embeddings.word_embeddings.weight)
         body(IDS)
     assert place(weight) == str(folder / "model.safetensors"), "float64 has left a copy"
     assert place(body.embeddings.word_embeddings.weight) == str(folder / "model.safetensors")
     before = weight.clone()
     InPlaceRoundedWeights("fp16", body, large=True)
-    assert "scratch" in place(weight)
+    assert FILE in place(weight)
     assert torch.equal(weight, before.to(torch.float16).to(torch.float32))
     assert torch.equal(load_file(folder / "model.safetensors")["encoder.layer.1.output.dense.weight"], before)
 
 
-@pytest.mark.usefixtures("large")
-def test_large_models_compress_weights_into_files_with_equal_values(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_written_into_mapped_weights_stays_out_of_the_file_and_outlives_it(
+    folder: Path, tmp_path: Path
 ) -> None:
-    body = Folder(folder).body()
-    products = []
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = Folder(tmp_path).body().encoder.layer[1].output.dense.weight
+    before = weights.clone()
+    with torch.no_grad():
+        weights[0].zero_()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["encoder.layer.1.output.dense.weight"], before)
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(weights[1:], before[1:])
+
+
+def test_large_models_compress_weights_into_files_with_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qeff_validate.models.emulation.microscaling.PIECE", 10_000)
+    layer, products = torch.nn.Linear(513, 600), []
     for most in (0, 1 << 60):
         monkeypatch.setattr(float64, "LARGE", most)
-        compressed = CompressedWeights(body)
+        compressed = CompressedWeights(layer)
         with compressed, torch.no_grad():
-            products.append(body(IDS).last_hidden_state)
-        files = {"scratch" in place(weight) for weight in compressed._cache.values()}
-        assert files == {most == 0}
+            products.append(layer(torch.ones(2, 513)))
+        assert {FILE in place(weight) for weight in compressed._cache.values()} == {most == 0}
     assert torch.equal(*products)
+    whole = in_blocks(layer.weight.detach(), E2M3, -1)
+    assert torch.equal(products[0], torch.nn.functional.linear(torch.ones(2, 513), whole, layer.bias))
 
 
 @pytest.mark.usefixtures("large")
@@ -138,12 +152,12 @@ def test_a_checkpoint_of_half_precision_is_converted_to_files(
     before = own_memory()
     body = Folder(tmp_path).body()
     assert own_memory() - before < 4 << 20, "29 MB of weights"
-    assert "scratch" in place(body.encoder.layer[0].output.dense.weight)
+    assert FILE in place(body.encoder.layer[0].output.dense.weight)
     for name, tensor in body.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, halves[name].float()), name
     monkeypatch.setattr(half_checkpoints, "LARGE", 1 << 60)
-    assert "scratch" not in place(Folder(tmp_path).body().encoder.layer[0].output.dense.weight)
+    assert FILE not in place(Folder(tmp_path).body().encoder.layer[0].output.dense.weight)
 
 
 @pytest.mark.usefixtures("large")
