@@ -16,7 +16,7 @@ from qeff_validate.explain.graph_values import GraphValues, reads
 from qeff_validate.explain.layers import Layers
 from qeff_validate.explain.linear import is_linear
 from qeff_validate.explain.matching import relative_error, sampled
-from qeff_validate.explain.names import common_module, numbered
+from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import swapped_layers
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues
 from qeff_validate.explain.tried_module import TriedModule, changed
@@ -32,7 +32,7 @@ MOST_LEFT_OUT = 8
 EXACT = 1e-9
 """Relative L2 of a sum in float64."""
 
-SUM = " of the sum"
+SUM = " the sum"
 """Part of each finding about the terms of a sum; a term that is changed for all its readers explains as much."""
 
 Size = Callable[[Any, Any], float]
@@ -54,22 +54,26 @@ def sum_finding(values: Sequence[ReferenceValue], guilty: int, observed: Any, si
     parts, total = [sampled(item.array) for item in before], sampled(expected)
     for count in (2, 3):
         for chosen in itertools.combinations(range(len(before)), count):
-            if relative_error(total, np.sum([parts[at] for at in chosen], axis=0)) > EXACT:
+            terms, right = [before[at] for at in chosen], np.ones(count)
+            own = count == 2 and all(is_within(term.module, values[guilty].module) for term in terms)
+            if own:  # an adapter scales what it adds to its layer
+                right = np.linalg.lstsq(np.stack([parts[at] for at in chosen], axis=1), total, rcond=None)[0]
+            if not right.all() or relative_error(total, right @ np.stack([parts[at] for at in chosen])) > EXACT:
                 continue
-            terms = [before[at] for at in chosen]
             columns = np.stack([term.array.ravel() for term in terms], axis=1)
             weights = np.linalg.lstsq(columns, np.nan_to_num(observed).ravel(), rcond=None)[0]
             if size((columns @ weights).reshape(expected.shape), observed) > tolerance:
                 continue
-            off = [(float(weight), term) for weight, term in zip(weights, terms, strict=True) if abs(weight - 1) > 1e-3]
-            return ", ".join(_term(weight, term, first=term is terms[0]) for weight, term in off)
+            shares = zip(weights / right, terms, strict=True)
+            off = [(float(share), term) for share, term in shares if abs(share - 1) > 1e-3]
+            return ", ".join(_term(share, term, first=not own and term is terms[0]) for share, term in off)
     return ""
 
 
 def _term(weight: float, term: ReferenceValue, *, first: bool) -> str:
     """Return how often a term of a sum is added; the first that was computed is the residual."""
     what = f"{'the residual, ' if first else ''}what {term.module} gives"
-    return f"{what}, is {'left out' if abs(weight) < 1e-3 else f'{weight:.4g} times its part'}{SUM}"
+    return f"{what}, is {'left out of' if abs(weight) < 1e-3 else f'scaled by {weight:.4g} in'}{SUM}"
 
 
 def left_out_finding(
@@ -95,7 +99,7 @@ def left_out_finding(
         if call is not None:
             output = _without(root, path, TriedModule(root.get_submodule(parent), call, parent, value.place))
             if output is not None and output.shape == observed.shape and size(output, observed) <= tolerance:
-                return path, "is left out: its output is its input"
+                return path, "is skipped: its output is its input"
     return "", ""
 
 
