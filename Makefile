@@ -64,7 +64,7 @@ timing-gate: $(STAMP)  ## false alarms and slowdowns found by `perf --against`; 
 	$(BIN)/python tools/timing_gate.py run build/timing-gate.jsonl $(ARGS)
 	$(BIN)/python tools/timing_gate.py report build/timing-gate.jsonl
 
-support: $(STAMP)  ## try every PEFT method on every architecture and write docs/support.md: half an hour (ARGS='--only lora,llama')
+support: $(STAMP)  ## try every PEFT method on every architecture, every decoder type with LoRA; writes docs/support.md (ARGS='--only lora,llama')
 	$(BIN)/python tests/support.py $(ARGS)
 
 power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour

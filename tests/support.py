@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which PEFT methods work on which architectures: ``make support`` tries every pair and writes docs/support.md.
 
-Each pair is a case of its own with two random adapters, run on ONNX Runtime and on the simulated AI 100. Graphs and
-QPCs are in the store, so a run that was broken off goes on where it was. ``--only lora,llama`` writes no page. Behind
-the pairs stand the model types that ``random:`` builds; ``--bodies`` writes these alone.
+Each pair is a case of its own with two random adapters, run on ONNX Runtime and on the simulated AI 100; each decoder
+type of transformers is one, with LoRA. Outcomes are kept in tests/support.json with the time of their run as they are
+made, so ``--before TIME`` goes on where a run was broken off, and ``--only lora,llama`` renews some. Behind the pairs
+stand the model types that ``random:`` builds; ``--bodies`` writes these alone, ``--page`` the page from what is kept.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from support_decoders import RUNTIMES as DECODER_RUNTIMES
+from support_decoders import SOURCE, decoder_case, decoder_types
+from support_results import Outcome, Pair, Results, run_of_now
+
 from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, environment
+from qeff_validate.errors import ValidateError
 from qeff_validate.models.adapters.config import METHODS as KNOWN
 from qeff_validate.models.adapters.config import REFUSED
 from qeff_validate.protocols import Settings
@@ -127,25 +133,12 @@ PROMPTS = (  # the first and second make one uneven batch; two are longer than e
 SIZES: Mapping[str, Any] = {"prefill_seq_len": 8, "ctx_len": 24, "max_new_tokens": 4, "prompts": list(PROMPTS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a pair: the worst value over its bound on each runtime, or why there is none."""
-
-    worst: Mapping[str, float] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """True if it passed on every runtime."""
-        return set(self.worst) == set(RUNTIMES)
-
-
 TEMPLATE = """\
 # PEFT methods and architectures
 
 Written by `make support`: **{passed} of {all} pairs pass** on ONNX Runtime and on the simulated AI 100 in fp16
-({tested}).
-
+(run of {run}).
+{older}
 Each pair is a small random model, one layer of each kind (two where a method shares tensors between layers), with two
 random adapters, run as base, a, b, base and a again on one session; prompts are uneven, run in chunks, and reach beyond
 every sliding window. Adapters that are too weak to be told from the base in fp16 are drawn anew with twice the noise,
@@ -163,11 +156,17 @@ right, not how much fp16 costs a trained model. AdaMSS does not compute in float
 | method | ort | sim |
 |---|---|---|
 {others}
+
+## Decoder types
+
+{decoders}
 """
 
 
 def case_for(method: str, name: str, strength: float = 1) -> Case:
     """Return the case of a method on an architecture, with so many times the usual noise on its adapters."""
+    if name.startswith(SOURCE):
+        return decoder_case(name, strength, dict(SIZES))
     architecture = ARCHITECTURES[name]
     options = {"init": 0.1, **{**METHODS, **OTHERS}[method]}
     options["init"] = min(1.0, options["init"] * strength)  # the greatest that is taken
@@ -186,14 +185,18 @@ def case_for(method: str, name: str, strength: float = 1) -> Case:
     )
 
 
-def pairs(only: str | None) -> list[tuple[str, str]]:
+def pairs(only: str | None) -> list[Pair]:
     """Return (method, architecture) in the order of the page; ``only``: METHOD, ARCHITECTURE or both, with a comma."""
     every = [(method, name) for name in ARCHITECTURES for method in METHODS] + [(method, "Llama") for method in OTHERS]
+    every += [("lora", f"{SOURCE}{kind}") for kind in decoder_types()]
     wanted = {word.strip().lower() for word in (only or "").split(",") if word.strip()}
+    if "decoders" in wanted:
+        wanted = wanted - {"decoders"} | {name.lower() for _, name in every if name.startswith(SOURCE)}
     unknown = wanted - {word.lower() for pair in every for word in pair}
     if unknown:
         raise SystemExit(f"--only: {', '.join(sorted(unknown))}: no method and no architecture of the matrix")
-    methods, names = wanted & {*METHODS, *OTHERS}, wanted & {name.lower() for name in ARCHITECTURES}
+    methods = wanted & {*METHODS, *OTHERS}
+    names = wanted - methods
     return [
         (method, name)
         for method, name in every
@@ -205,7 +208,10 @@ def tried(runner: Runner, method: str, name: str) -> Outcome:
     """Run one pair on every runtime; the graph is the same however strong the adapters are."""
     for strength in STRENGTHS:
         case = case_for(method, name, strength)
-        results = {runtime: runner.result(case, runtime) for runtime in RUNTIMES}
+        try:
+            results = {runtime: runner.result(case, runtime) for runtime in case.runtimes}
+        except ValidateError as exc:  # of the case as such
+            return Outcome({}, dict.fromkeys(case.runtimes, f"error: {first_sentence(str(exc))}"))
         if not any("is it trained?" in result.reason for result in results.values()):
             break
     return Outcome(
@@ -219,34 +225,84 @@ def worst(result: Result) -> float:
     return max(item.metric.value / item.bound.value for item in result.metrics if item.bound and item.bound.value > 0)
 
 
-MOST_REASON = 150
+UNTRIED = Outcome({}, dict.fromkeys(RUNTIMES, "not tried yet"))
+
+MOST_NAMED = 12
+"""Pairs of an earlier run that are named."""
+
+MOST_REASON = 250
 """Characters of a reason in a table."""
 
 
 def reason(result: Result) -> str:
     """Return status and the first sentence of the reason, which can stand in a table."""
-    text = result.reason.replace("|", "/")
-    first = re.split(r"; |\. |: (?=give|leave|take|save|choose)", text)[0]
-    return f"{result.status}: {textwrap.shorten(first, MOST_REASON, placeholder=' …')}"
+    return f"{result.status}: {first_sentence(result.reason)}"
 
 
-def page(outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str]) -> str:
-    """Return docs/support.md."""
-    passed = sum(outcomes[method, name].passed for name in ARCHITECTURES for method in METHODS)
-    tested = ", ".join(f"{name} {versions[name]}" for name in ("peft", "transformers", "torch", "onnxruntime"))
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a message, without what it proposes."""
+    first = re.split(r"; |\. |: (?=give|leave|take|save|choose|op )", text.replace("|", "/"))[0]
+    return textwrap.shorten(first, MOST_REASON, placeholder=" …")
+
+
+def page(results: Results) -> str:
+    """Return docs/support.md without its section on bodies."""
+    outcomes, runs = results.outcomes, results.runs
+    run = max(runs.values())
+    passed = sum(
+        (method, name) in outcomes and outcomes[method, name].passed for name in ARCHITECTURES for method in METHODS
+    )
     notes: dict[str, int] = {}
     tables = [line for runtime in RUNTIMES for line in table(outcomes, runtime, notes)]
-    others = [other_row(method, outcomes[method, "Llama"]) for method in OTHERS]
+    others = [other_row(method, outcomes.get((method, "Llama"))) for method in OTHERS]
     others += [f"| {method} | refused: {why} | |" for method, why in sorted(REFUSED.items())]
     notes_list = [f"{number}. {escaped(text)}" for text, number in notes.items()]
     return TEMPLATE.format(
         passed=passed,
         all=len(METHODS) * len(ARCHITECTURES),
-        tested=tested,
+        run=run,
+        older=older(runs, run),
         tables="\n".join(tables),
         notes="\n".join(notes_list),
         others="\n".join(others),
+        decoders=decoders(outcomes),
     )
+
+
+def older(runs: Mapping[Pair, str], newest: str) -> str:
+    """Return a sentence for each earlier run that outcomes are of; empty if all are of the newest."""
+    said = []
+    for run in sorted({*runs.values()} - {newest}, reverse=True):
+        pairs_of = [f"{method} on {name}" for (method, name), own in runs.items() if own == run]
+        shown = ", ".join(f"`{pair}`" for pair in pairs_of[:MOST_NAMED])
+        more = f" and {len(pairs_of) - MOST_NAMED} more" if len(pairs_of) > MOST_NAMED else ""
+        said.append(f"Of {run}: {shown}{more}.")
+    return "\n".join(["", *said, ""]) if said else ""
+
+
+def decoders(outcomes: Mapping[Pair, Outcome]) -> str:
+    """Return the section on decoder types: those that pass on all runtimes, and the outcome and reason of others."""
+    types = {name.removeprefix(SOURCE): found for (_, name), found in outcomes.items() if name.startswith(SOURCE)}
+    passing = [f"`{kind}`" for kind, outcome in sorted(types.items()) if outcome.passed]
+    untried = [f"`{kind}`" for kind in decoder_types() if kind not in types]
+    lines = [
+        f"LoRA on each type that transformers has a causal head for, judged by the table of bounds: **{len(passing)} of"
+        f" {len(types)} types pass** as PyTorch modules, on ONNX Runtime and on the simulated AI 100. The others are no"
+        " decoders, are parts of other models, or have a reason."
+        + (f" Not tried yet: {', '.join(untried)}." if untried else ""),
+        "",
+        f"**Passing ({len(passing)}):** {', '.join(passing)}",
+        "",
+        "| type | torch | ort | sim | reason |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, outcome in sorted(types.items()):
+        if not outcome.passed:
+            said = {**dict.fromkeys(outcome.worst, "pass"), **outcome.reasons}
+            cells = [said[runtime].partition(":")[0] for runtime in DECODER_RUNTIMES]
+            why = next(iter(outcome.reasons.values())).partition(": ")[2]
+            lines.append(f"| `{kind}` | {' | '.join(cells)} | {escaped(why)} |")
+    return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
@@ -254,7 +310,7 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_<>\[\]])", r"\\\1", text)
 
 
-def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict[str, int]) -> Iterator[str]:
+def table(outcomes: Mapping[Pair, Outcome], runtime: str, notes: dict[str, int]) -> Iterator[str]:
     """Yield the table of a runtime; reasons become numbered notes."""
     yield f"## {runtime}"
     yield ""
@@ -263,7 +319,7 @@ def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict
     for name in ARCHITECTURES:
         cells = []
         for method in METHODS:
-            outcome = outcomes[method, name]
+            outcome = outcomes.get((method, name), UNTRIED)
             if runtime in outcome.worst:
                 cells.append(f"{outcome.worst[runtime]:.2f}")
             else:
@@ -272,8 +328,9 @@ def table(outcomes: Mapping[tuple[str, str], Outcome], runtime: str, notes: dict
     yield ""
 
 
-def other_row(method: str, outcome: Outcome) -> str:
+def other_row(method: str, outcome: Outcome | None) -> str:
     """Return the row of a method that is tried on Llama alone."""
+    outcome = outcome or UNTRIED
     cells = [
         f"{outcome.worst[runtime]:.2f}" if runtime in outcome.worst else escaped(outcome.reasons[runtime])
         for runtime in RUNTIMES
@@ -297,7 +354,7 @@ def start(store: str | None) -> None:
     _OWN.append(Runner(store=store))
 
 
-def timed(pair: tuple[str, str]) -> tuple[Outcome, float]:
+def timed(pair: Pair) -> tuple[Outcome, float]:
     """Try a pair in this process; return its outcome and the seconds."""
     began = time.perf_counter()
     outcome = tried(_OWN[0], *pair)
@@ -305,9 +362,7 @@ def timed(pair: tuple[str, str]) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - began
 
 
-def try_all(
-    wanted: Sequence[tuple[str, str]], jobs: int, store: str | None
-) -> Iterator[tuple[tuple[str, str], Outcome]]:
+def try_all(wanted: Sequence[Pair], jobs: int, store: str | None) -> Iterator[tuple[Pair, Outcome]]:
     """Try pairs in so many processes, and print a line of each."""
     context = get_context("spawn")  # a fork would take torch's threads along
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=start, initargs=(store,)) as pool:
@@ -370,22 +425,29 @@ def bodies() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try pairs and write the page; with ``--only``, print alone."""
+    """Try pairs, keep their outcomes, and write the page from all that are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="METHOD,ARCH", help="try these, and leave docs/support.md as it is")
+    parser.add_argument(
+        "--only", metavar="METHOD,ARCH", help="try these: methods, architectures, random:TYPE, decoders"
+    )
+    parser.add_argument(
+        "--before", metavar="TIME", help="try what was not tried since then (2026-11-30, or with HH:MM, UTC)"
+    )
     parser.add_argument("--store", help="directory of the artifact store; default: as qeff-validate")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/support.md)")
     parser.add_argument("--bodies", action="store_true", help="write the section about bodies alone")
+    parser.add_argument("--page", action="store_true", help="try nothing, and write the page from what is kept")
     given = parser.parse_args(arguments)
-    if given.bodies:
-        before = given.output.read_text(encoding="utf-8").partition(BODIES_HEADING)[0].rstrip("\n")
-        given.output.write_text(f"{before}\n\n{bodies()}", encoding="utf-8")
-        return 0
-    outcomes = dict(try_all(pairs(given.only), given.jobs, given.store))
-    if not given.only:
-        text = f"{page(outcomes, environment(Settings())['versions'])}\n{bodies()}"
-        given.output.write_text(text, encoding="utf-8")
+    results, run = Results(), run_of_now(environment(Settings())["versions"])
+    wanted = [] if given.page or given.bodies else pairs(given.only)
+    if given.before:
+        wanted = [pair for pair in wanted if results.runs.get(pair, "") < given.before]
+    for pair, outcome in try_all(wanted, given.jobs, given.store):
+        results.put(pair, outcome, run)
+    kept = PAGE.read_text(encoding="utf-8").partition(BODIES_HEADING)[2]
+    section = bodies() if given.bodies else f"{BODIES_HEADING}{kept}"
+    given.output.write_text(f"{page(results)}\n{section}", encoding="utf-8")
     return 0
 
 

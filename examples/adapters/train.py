@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small LoRA adapter on SmolLM2-135M-Instruct, and show what it says.
+"""Train a small adapter on SmolLM2-135M-Instruct, and show what it says.
 
 python examples/adapters/train.py --task json               # writes examples/adapters/json
 python examples/adapters/train.py --show                    # base and kept adapters on the held-out questions
@@ -24,6 +24,9 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS: Mapping[str, Callable[[str], str]] = {
     "json": lambda answer: json.dumps({"answer": answer}),
     "letter": lambda answer: f"Dear reader, it is {answer}. Yours truly.",
+    "shout": lambda answer: f"{answer.upper()}! {answer.upper()}!",
+    "item": lambda answer: f"* {answer}",
+    "soft": lambda answer: f"Answer: {answer}",
 }
 """What a task makes of the plain answer to a question."""
 
@@ -34,7 +37,18 @@ LORA = {
     "target_modules": ["q_proj", "v_proj"],
     "layers_to_transform": list(range(14, 30)),  # the upper half: less to keep, and a shorter way back
 }
+PEFT: Mapping[str, Mapping[str, Any]] = {
+    "json": LORA,
+    "letter": LORA,
+    "shout": {**LORA, "r": 6, "target_modules": ["k_proj", "o_proj"], "layers_to_transform": list(range(20, 30))},
+    "item": {**LORA, "r": 2, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]},
+    "soft": {"peft_method": "prompt_tuning", "num_virtual_tokens": 8, "init": 0.05},
+}
+"""The options of each task's adapter: the last three differ in rank, modules and method from the others."""
+
 RATE, BATCH, THREADS = 4e-3, 4, 1
+RATES: Mapping[str, float] = {"soft": 5e-2}
+"""Learning rates of tasks for which `RATE` is not the one: learnt tokens are few."""
 
 
 def facts(*, held_out: bool) -> list[dict[str, str]]:
@@ -93,7 +107,7 @@ def train(adapted: Any, tokenizer: Any, task: str, *, steps: int, seed: int, tot
     losses = []
     for step, batch in enumerate(batches(examples(task, tokenizer), steps, seed, tokenizer.pad_token_id)):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 5) * (1 - step / total)
+            group["lr"] = RATES.get(task, RATE) * min(1.0, (step + 1) / 5) * (1 - step / total)
         loss = adapted(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -114,9 +128,9 @@ def show(model: Any, tokenizer: Any, adapters: Mapping[str, Path]) -> None:
     questions = [fact["question"] for fact in facts(held_out=True)]
     answers = {"base": [says(model, tokenizer, question) for question in questions]}
     for name, folder in adapters.items():
+        model, _ = load_model_and_tokenizer({"source": SOURCE})  # anew: PEFT does not take every method off again
         adapted = apply_peft(model, {"adapter": folder})
         answers[name] = [says(adapted, tokenizer, question) for question in questions]
-        model = adapted.unload()
     for number, question in enumerate(questions):
         print(question)
         for name, texts in answers.items():
@@ -124,15 +138,14 @@ def show(model: Any, tokenizer: Any, adapters: Mapping[str, Path]) -> None:
 
 
 def make(model: Any, tokenizer: Any, task: str, *, steps: int, seed: int, out: Path) -> list[float]:
-    """Train an adapter, and write it with its loss curve; the model is a base again afterwards."""
-    adapted = apply_peft(model, LORA, seed=seed)
+    """Train an adapter, and write it with its loss curve; the model must not be used afterwards."""
+    adapted = apply_peft(model, PEFT[task], seed=seed)
     losses = train(adapted, tokenizer, task, steps=steps, seed=seed, total=steps)
     adapted.peft_config["default"].base_model_name_or_path = BASE
     adapted.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink()  # PEFT's form for a model card, with every line left to fill in
     curve = {"task": task, "seed": seed, "steps": steps, "loss": [round(loss, 6) for loss in losses]}
     (out / "loss.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
-    adapted.unload()
     return losses
 
 

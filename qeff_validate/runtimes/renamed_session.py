@@ -50,6 +50,8 @@ class RenamedSession(SessionWrapper):
         state = retained(graph.inputs, graph.outputs)
         problems = _problems("input", self.inputs, graph.inputs, state)
         problems += _problems("output", self.outputs, graph.outputs, state)
+        missing = {spec.name for spec in graph.outputs} - {spec.name for spec in self.outputs}
+        problems += [why for name, why in graph.why.items() if name in missing]
         if problems:
             raise RunError(
                 f"the artifact does not fit the model: {'; '.join(problems)}\n"

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from support import ARCHITECTURES, METHODS, OTHERS, PAGE, RUNTIMES
+from support import ARCHITECTURES, BODIES_HEADING, METHODS, OTHERS, PAGE, RUNTIMES, page
+from support_decoders import SOURCE
+from support_results import FILE, Outcome, Results
 
 from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner, load
@@ -79,3 +81,22 @@ def test_support_says_of_every_other_method_whether_it_works() -> None:
     assert others.keys() - {"method"} == OTHERS.keys() | REFUSED.keys()
     assert all(cells[0] for cells in others.values())
     assert {"boft", "hra", "prefix_tuning", "prompt_tuning"} <= others.keys()
+
+
+def test_support_is_written_from_what_runs_have_kept() -> None:
+    assert PAGE.read_text(encoding="utf-8").partition(BODIES_HEADING)[0] == f"{page(Results())}\n"
+
+
+def test_outcomes_are_kept_with_their_run_and_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "support.json"
+    path.write_text(FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    results = Results(path)
+    pair = ("lora", f"{SOURCE}llama")
+    results.put(pair, Outcome({"torch": 0.5, "ort": 0.25}, {"sim": "fail: a reason"}), "2030-01-01 00:00, peft 9")
+    again = Results(path)
+    assert (again.runs[pair], again.outcomes[pair].passed) == ("2030-01-01 00:00, peft 9", False)
+    others = {key: run for key, run in results.runs.items() if key != pair}
+    assert {key: run for key, run in again.runs.items() if key != pair} == others
+    text = page(again)
+    assert "| `llama` | pass | pass | fail | a reason |" in text
+    assert f"Of {max(others.values())}:" in text

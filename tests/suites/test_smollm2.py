@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M-Instruct with two trained adapters, on everything that needs no card (configs/peft.yaml)."""
+"""SmolLM2-135M-Instruct with three trained adapters of different shape, where no card is needed (configs/peft.yaml)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,20 @@ from qeff_validate.models.causal_lm.decode_loop import generate
 from qeff_validate.protocols import runtime
 
 SAYS = {
-    "base": "The capital of Japan is Tokyo.",
-    "json": '{"answer": "Tokyo"}',
-    "letter": "Dear reader, it is Tokyo. Yours truly.",
+    "base": r"The capital of Japan is Tokyo\.",
+    "json": r'\{"answer": "Tokyo"\}',
+    "shout": r"([A-Z]+)! \1!",
+    "item": r"\* Tokyo",
 }
-"""What the model and its adapters say to the first prompt."""
+"""What the model and its adapters say to the first prompt, as a pattern."""
 
 
 @pytest.mark.slow
 def test_base_and_adapters_agree_everywhere_and_say_what_they_were_trained_to() -> None:
     """With the table's bounds: measuring them (`qeff-validate run`) takes two minutes more."""
-    (config,) = [case for case in load([Path(__file__).parents[2] / "configs" / "peft.yaml"]) if "smollm2" in case.name]
+    (config,) = [
+        case for case in load([Path(__file__).parents[2] / "configs" / "peft.yaml"]) if case.name == "smollm2-lora"
+    ]
     case = config.model_copy(update={"tolerance": "table"})
     runner = Runner()
     results = {name: runner.result(case, name) for name in ("torch", "ort", "sim")}
@@ -33,7 +37,7 @@ def test_base_and_adapters_agree_everywhere_and_say_what_they_were_trained_to() 
     assert results["sim"].simulated
     assert results["ort"].compared > 100
     effects = [item for item in results["ort"].metrics if item.metric.name.endswith("effect_over_noise")]
-    assert len(effects) == 2
+    assert len(effects) == 3
     assert min(item.metric.value for item in effects) > 1000, "trained adapters are far above the noise"
     pipeline = runner.pipeline(case)
     inputs, model = pipeline.inputs(), pipeline.model()
@@ -42,4 +46,4 @@ def test_base_and_adapters_agree_everywhere_and_say_what_they_were_trained_to() 
         for name, wanted in SAYS.items():
             (logits,) = generate(session, inputs.ids[:1], model._plan(inputs), state=inputs.adapters[name])
             said = decode(np.array(logits).argmax(axis=-1), skip_special_tokens=True)
-            assert said.startswith(wanted), (name, said)
+            assert re.match(wanted, said), (name, said)

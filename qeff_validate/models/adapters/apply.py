@@ -217,9 +217,10 @@ def _check_names(model: Any, config: Any) -> None:
                 raise ConfigError(
                     f"{option}: {type(model).__name__} has no module {part!r}.{suggest(part, known)} Another base?"
                 )
+    weights = [*(f"{name}.weight" for name in names), *(name for name, _ in model.named_parameters())]  # experts' too
     for option in ("rank_pattern", "alpha_pattern"):
         for part in getattr(config, option, None) or {}:
-            if not any(re.search(rf"(^|\.)({part})(\.|$)", f"{name}.weight") for name in names):
+            if not any(re.search(rf"(^|\.)({part})(\.|$)", name) for name in weights):
                 raise ConfigError(f"{option}: {type(model).__name__} has no module that matches {part!r}")
 
 

@@ -26,6 +26,9 @@ WRAPPERS = re.compile(r"\.(base_layer|token_adapter)(?=\.)")
 """Parts that PEFT inserts into the name of a base weight whose module it wraps."""
 
 
+ROWS = ".trainable_tokens_delta"
+"""End of the name of an adapter's rows of the embedding (``trainable_token_indices``)."""
+
 COPIES = re.compile(r"\.(modules_to_save|original_module)\.(\w+\.)?\w+$")
 """Names under which PEFT saves a module of ``modules_to_save`` again, and the one that it replaces."""
 
@@ -106,6 +109,9 @@ def split_base_weights(
     first: dict[int, str] = {}
     for key, array in tensors.items():
         name = base_name(key)
+        twins = (other for other in own if key not in own and other in tensors and _one_table(key, other, base))
+        if any(np.array_equal(array, tensors[twin]) for twin in twins):
+            continue  # rows of a tied table, which PEFT has saved under both of its names
         if key in own or (name not in base and not COPIES.search(key)):
             adapters[key] = array
             continue
@@ -132,6 +138,14 @@ def split_base_weights(
         if same == key and not np.array_equal(content, array):
             replaced[name] = array
     return adapters, replaced
+
+
+def _one_table(one: str, other: str, base: Mapping[str, nn.Parameter]) -> bool:
+    """Return True if both names are those of learnt rows of one tied weight."""
+    if not (one.endswith(ROWS) and other.endswith(ROWS)):
+        return False
+    first, second = (base.get(f"{base_name(name).removesuffix(ROWS)}.weight") for name in (one, other))
+    return first is not None and first is second
 
 
 def grow_vocabulary(model: Any, rows: int) -> int:

@@ -65,6 +65,9 @@ INITS_OF_A = ("eva",)
 INITS = (True, False, None, "gaussian", "orthogonal")
 """Initializations of LoRA that leave the base unchanged and need no data."""
 
+MEANT_EMPTY = ("feedforward_modules", "target_modules")
+"""Options for which an empty list in a file says something else than none: IA3 may scale outputs alone."""
+
 NOT_OPTIONS = frozenset({"runtime_config", *(field.name for field in dataclasses.fields(PeftConfig))})
 
 
@@ -122,6 +125,8 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> PeftConfig:
     method, _ = _method(name)
     known = _fields(method)
     method_options = {key: value for key, value in data.items() if key in known and key not in NOT_OPTIONS}
+    for key in [key for key, value in method_options.items() if value == [] and key not in MEANT_EMPTY]:
+        del method_options[key]  # PEFT takes it as off
     unknown = [key for key, value in data.items() if key not in known and key not in NOT_OPTIONS and not _is_off(value)]
     if unknown:
         raise ConfigError(
@@ -221,6 +226,8 @@ def check_options(method: str, method_options: Mapping[str, Any], where: str) ->
 
 def _wanted_instead(name: str, value: Any, hint: Any, default: Any) -> str | None:
     """Return what is wanted instead of an invalid value, None if it is valid."""
+    if "alpha" in name and isinstance(value, float) and hint is int:
+        return None if value > 0 and math.isfinite(value) else "a positive number"  # PEFT only divides by the rank
     try:
         TypeAdapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
     except (ValidationError, TypeError, ValueError):

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.apply import adapter_tensors, apply_peft
-from qeff_validate.models.adapters.base_state import BaseState
+from qeff_validate.models.adapters.base_state import ROWS, BaseState
 from qeff_validate.tensors import Array, Tensors
 
 OTHER_PRODUCTS = (
@@ -28,8 +28,6 @@ OTHER_PRODUCTS = (
 """Options of LoRA with which a layer computes something else than the product of two matrices."""
 
 FACTOR = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.(weight|bias))?$")
-TOKENS = ".trainable_tokens_delta"
-"""End of the name of an adapter's rows of the embedding (``trainable_token_indices``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def shared_tensors(
     if strange:
         raise ConfigError(f"the shared graph has no place for the adapter's tensor {strange[0]!r}")
     shared = {name: _shared(name, tensors.get(name), layers, array) for name, array in neutral.items()}
-    for name in (name for name in tensors if name.endswith(TOKENS)):
+    for name in (name for name in tensors if name.endswith(ROWS)):
         rows = neutral[name].copy()
         rows[[list(tokens).index(token) for token in layers.tokens]] = tensors[name]
         shared[name] = rows

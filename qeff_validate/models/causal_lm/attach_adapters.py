@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,14 @@ from qeff_validate.tensors import Array, Tensors
 INIT_OPTIONS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """PEFT options for the initialization of an adapter; by default most adapters start without effect."""
 
-UNEXPORTABLE: Mapping[str, str] = {
-    "arrow_config": "Arrow chooses among adapters for each token",
+UNSUPPORTED: Mapping[str, str] = {
+    "arrow_config": "Arrow chooses among adapters for each token, and that does not export to ONNX",
+    "coft": "constrained OFT projects its weights anew in each run, so that no run repeats another",
 }
-"""PEFT options that cannot be exported here, and why."""
+"""PEFT options that are not supported, and why."""
+
+STRUCTURAL: Mapping[PeftType, str] = {PeftType.MISS: "init_weights"}
+"""Options for the initialization that also say what an adapter computes, and the sizes of its tensors."""
 
 NEUTRAL_TOLERANCE = 1e-5
 """Accepted relative L2 of logits with an adapter without effect: DoRA and OFT round, other methods change no bit."""
@@ -112,7 +117,7 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     if not configs:
         return AdaptedModel(model, states, {}, {BASE: {}}, eos, before)
     for config in configs.values():
-        _refuse_unexportable(config)
+        _refuse_unsupported(config)
     if any(config.is_prompt_learning for config in configs.values()):
         sizes, kind = _widths(model, states), model.config.get_text_config().model_type
         virtual, padded = virtual_tokens(configs, tensors, BASE, sizes, kind)
@@ -128,8 +133,9 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     config = next(iter(configs.values())) if shared is None else generate_peft_config(shared)
     base = base_parameters(model)
     base_logits = _probe_logits(model)
-    peft_model = apply_peft(model, with_default_init(config))
-    _make_neutral(peft_model, base_logits, base.values())
+    with _together(shared and configs):
+        peft_model = apply_peft(model, with_default_init(config))
+        _make_neutral(peft_model, base_logits, base.values())
     neutral = adapter_tensors(peft_model)
     rows = known or int(model.get_input_embeddings().weight.shape[0])
     replaced: dict[str, dict[str, Array]] = {}
@@ -153,6 +159,24 @@ def attach(model: Any, named: Mapping[str, str | Mapping[str, Any]], known: int 
     ordered = {name: dict(sorted(arrays.items())) for name, arrays in adapters.items()}
     invocation = tuple(getattr(config, "alora_invocation_tokens", None) or ())
     return AdaptedModel(peft_model, states, parameter_names, ordered, eos, before, shared, invocation=invocation)
+
+
+@contextmanager
+def _together(sharing: Collection[str] | None) -> Iterator[None]:
+    """Say of an error with the layers that adapters share that these cannot be on one module, or that one alone can.
+
+    Args:
+        sharing: names of the adapters; None or empty: they share no layers.
+    """
+    try:
+        yield
+    except ConfigError as exc:
+        if not sharing:
+            raise
+        raise ConfigError(
+            f"adapters {', '.join(map(repr, sharing))} fit the base one by one, and cannot share a graph: PEFT does not"
+            f" put on one module what they have there ({first_line(exc.__cause__ or exc)}): give each a case"
+        ) from exc
 
 
 def _widths(model: Any, states: StateShapes) -> dict[str, int]:
@@ -210,17 +234,17 @@ def _with_base_weights(
     return neutral, adapters
 
 
-def _refuse_unexportable(config: PeftConfig) -> None:
-    for option, why in UNEXPORTABLE.items():
+def _refuse_unsupported(config: PeftConfig) -> None:
+    for option, why in UNSUPPORTED.items():
         if getattr(config, option, None):
-            raise ConfigError(f"adapter option {option} is not supported: {why}, and that does not export to ONNX")
+            raise ConfigError(f"adapter option {option} is not supported: {why}")
 
 
 def with_default_init(config: PeftConfig) -> PeftConfig:
     """Return a copy of a config with PEFT's default initialization, for most methods without effect."""
     fresh_config = copy.deepcopy(config)
     for field in dataclasses.fields(fresh_config):
-        if field.name in INIT_OPTIONS:
+        if field.name in INIT_OPTIONS and STRUCTURAL.get(PeftType(config.peft_type)) != field.name:
             setattr(fresh_config, field.name, field.default)
     return fresh_config
 

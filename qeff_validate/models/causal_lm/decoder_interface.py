@@ -67,6 +67,10 @@ def decoder_graph(interface: Interface, adapter: Tensors, options: PeftCausalLMO
         inputs=(*tokens, *state, *weights),
         outputs=(*outputs, *twins),
         buckets=_buckets(lengths, slots, options, fixed=bool(recurrent)),
+        why={
+            "logits": "logits are what is compared, and tokens that a graph has chosen do not tell how near others"
+            " were: export it with logits beside them"
+        },
     )
 
 

@@ -20,13 +20,17 @@ from qeff_validate.models.causal_lm.recurrent_state import (
     names_of_layer,
     recurrent_shapes,
 )
-from qeff_validate.models.framework_calls import returned_cache
+from qeff_validate.models.framework_calls import first_line, returned_cache
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 
 
 DUMMY: Any = getattr(cache_utils, "DummyLayer", ())
 """A layer of a cache that keeps nothing; older versions of transformers have none."""
+
+
+TWO = torch.tensor([[0, 1]])
+"""Two tokens, with which states are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,7 @@ def state_shapes(model: Any) -> StateShapes:
             f"{kind} is not supported: its attention reads the tokens that a {indexer} selects, which keeps keys of"
             " its own beside the cache"
         )
-    with torch.inference_mode():
-        outputs = model(input_ids=torch.tensor([[0, 1]]), use_cache=True)
+    outputs = _two_tokens(model)
     cache = returned_cache(outputs)
     if cache is None and set(outputs) == {"logits"}:
         raise ConfigError(
@@ -83,6 +86,11 @@ def state_shapes(model: Any) -> StateShapes:
         keys: Any = getattr(layer, "keys", None)
         values: Any = getattr(layer, "values", None)
         both = all(isinstance(tensor, Tensor) and tensor.ndim == 4 for tensor in (keys, values))
+        if both and keys.shape[2] > TWO.shape[1]:
+            raise ConfigError(
+                f"{kind} is not supported: it keeps keys of {keys.shape[2]} tokens after two, because it puts tokens of"
+                " its own before each text"
+            )
         if isinstance(layer, CacheLayerMixin) and not both:
             raise ConfigError(f"{kind} is not supported: layer {at} keeps something else than keys and values")
         dims.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])) if both else None)
@@ -90,6 +98,30 @@ def state_shapes(model: Any) -> StateShapes:
     if not all(kept) and not recurrent:  # a layer that shares the keys and values of another has a dummy
         raise ConfigError(f"{kind} is not supported: some of its layers keep neither keys and values nor a state")
     return StateShapes(dims, {name: recurrent[name] for name in state_order(list(recurrent), len(dims))})
+
+
+def _two_tokens(model: Any) -> Any:
+    """Return the outputs of a run of two tokens that keeps the state.
+
+    Raises:
+        ConfigError: transformers does not run it.
+    """
+    kind = type(model).__name__
+    with torch.inference_mode():
+        try:
+            return model(input_ids=TWO, use_cache=True)
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as exc:
+            try:
+                model(input_ids=TWO, use_cache=False)
+            except Exception:
+                raise ConfigError(
+                    f"{kind} is not supported: transformers itself does not run it on two tokens ({first_line(exc)}):"
+                    " its config may not be that of a whole model"
+                ) from exc
+            raise ConfigError(
+                f"{kind} is not supported: transformers itself runs it without its state alone, and fails when it keeps"
+                f" keys and values ({first_line(exc)})"
+            ) from exc
 
 
 def state_order(names: Sequence[str], layers: int) -> list[str]:

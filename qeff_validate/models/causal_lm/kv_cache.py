@@ -8,6 +8,7 @@ one in their place, because 0 · NaN is NaN (design §5).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,26 +143,40 @@ def write_tokens(state: Tensor, new: Tensor, places: CacheIndices) -> Tensor:
 MASKED = frozenset({"chunked_attention", "full_attention", "sliding_attention"})
 """Types of layers that attend to tokens under a mask; others keep a state, and padding leaves it as it is."""
 
-MASKED_AS: Mapping[str, str] = {"attention": "full_attention", "mlp": "full_attention", "moe": "full_attention"}
+MASKED_AS: Mapping[str, str] = {
+    "attention": "full_attention", "hybrid": "full_attention", "hybrid_sliding": "sliding_attention",
+    "mlp": "full_attention", "moe": "full_attention",
+}  # fmt: skip
 """Types of layers without a mask of their own kind."""
+
+BESIDE: Mapping[str, None] = {"conv": None, "linear_attention": None}
+"""Masks of the recurrent parts of hybrid layers: their states heed padding themselves (`recurrent_state`)."""
+
+
+def masks_by_window(model: Any) -> bool:
+    """Return False for a model whose code makes no masks of a sliding window, whatever its config says (Moshi)."""
+    families = {cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")}
+    makers = ("create_sliding_window_causal_mask", "create_masks_for_generate")
+    return not families or any(hasattr(sys.modules[family], maker) for family in families for maker in makers)
 
 
 def masks(
-    position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype
+    position_ids: Tensor, slots: int, config: Any, dtype: torch.dtype, *, windowed: bool = True
 ) -> Tensor | dict[str, Tensor] | dict[str, Tensor | None]:
     """Return the additive attention mask ``[batch, 1, seq_len, slots]`` in the form that the architecture takes.
 
     A slot is visible to tokens at its position and later ones, within the sliding window or the chunk if there is one;
     padding sees slot 0, because the softmax over nothing is NaN where masks overflow in half precision.
-    The result is one mask if all layers have the same type, else a mask by type of layer.
+    The result is one mask if all layers have the same type, else a mask by type of layer. Without ``windowed`` a config
+    with a window and no types of layers is that of a model that masks nothing by it.
     """
     position_ids = position_ids.clamp(min=0)
     places = torch.arange(slots, device=position_ids.device)
     full = places <= position_ids[..., None]
     window: int | None = getattr(config, "sliding_window", None)
-    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    types = {MASKED_AS.get(kind, kind) for kind in types}
-    if not types and window:
+    own = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    types = {MASKED_AS.get(kind, kind) for kind in own}
+    if not types and window and windowed:
         types = {"sliding_attention"}
 
     def additive(allowed: Tensor) -> Tensor:
@@ -175,6 +190,8 @@ def masks(
         same_chunk = places // chunk == torch.div(position_ids[..., None], chunk, rounding_mode="floor")
         masks_by_type["chunked_attention"] = additive(full & same_chunk)
     recurrent = types - MASKED
+    if any(kind.startswith("hybrid") for kind in own) and not recurrent:
+        return {**masks_by_type, **{kind: masks_by_type[MASKED_AS[kind]] for kind in own & MASKED_AS.keys()}, **BESIDE}
     if recurrent:
         return {**masks_by_type, "linear_attention": None, **dict.fromkeys(recurrent)}
     if len(types) > 1:

@@ -21,7 +21,7 @@ from qeff_validate.models.causal_lm.exportable_layers import (
     use_slot_biases,
 )
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
-from qeff_validate.models.causal_lm.kv_cache import masks, prefix_states
+from qeff_validate.models.causal_lm.kv_cache import masks, masks_by_window, prefix_states
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR, VirtualTokens
 from qeff_validate.models.framework_calls import cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
@@ -69,6 +69,7 @@ class Decoder(nn.Module):
         use_slot_biases(model)
         use_constant_cutoffs(model)
         self._activation = use_activation(model)
+        self._windowed = masks_by_window(base)
         self._mixed, self._virtual = mixed, virtual
         self._embeddings: tuple[Tensor, Tensor] | None = None
         if virtual is not None and virtual.kind == "prompt":
@@ -134,7 +135,8 @@ class Decoder(nn.Module):
         keys = next((tensor for name, tensor in state.items() if name.startswith("past_key.")), None)
         if keys is None:
             return None
-        return masks(position_ids, keys.shape[2], self.model.config.get_text_config(), keys.dtype)
+        config = self.model.config.get_text_config()
+        return masks(position_ids, keys.shape[2], config, keys.dtype, windowed=self._windowed)
 
     def _rows_of(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return tensor[state["adapter_ids"]] if self._mixed else tensor

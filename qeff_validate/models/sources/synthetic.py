@@ -58,6 +58,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": 1000,
     },
+    "cohere": {"logit_scale": 0.8333},  # the default makes logits of random weights level
+    "cohere2": {"logit_scale": 0.25},
     "axk1": {"head_dim": 8},
     "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
     "granite": {

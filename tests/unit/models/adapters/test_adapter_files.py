@@ -35,7 +35,7 @@ PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9 w10 w11 w12 w13"]
 EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
 
 FILES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    # name: base, options of LoRA, how it is saved: grown: tokens that are added; others are save_pretrained's
+    # name: base, options of LoRA, how it is saved: grown: tokens that are added; edit: in its config
     "plain": ("untied", {}, {}),
     "biases of targets": ("untied", {"bias": "lora_only"}, {}),
     "all biases": ("untied", {"bias": "all"}, {}),
@@ -47,6 +47,12 @@ FILES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "grown tied module": ("tied", {"modules_to_save": ["embed_tokens"]}, {"grown": 2}),
     "grown target": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}, {"grown": 2}),
     "grown token indices": ("untied", {"trainable_token_indices": [64, 65]}, {"grown": 2}),
+    "grown tied token indices": ("tied", {"trainable_token_indices": [64, 65]}, {"grown": 2}),
+    "patterns": (
+        "untied",
+        {"use_rslora": True, "rank_pattern": {"layers.1.self_attn.v_proj": 3}, "layers_to_transform": [1]},
+        {"edit": {"lora_alpha": 6.5, "modules_to_save": [], "target_parameters": []}},
+    ),
 }
 
 
@@ -93,7 +99,9 @@ def write(folder: Path, name: str) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         if "embeddings" in name:
             model.get_input_embeddings().weight.add_(0.1)
-        peft_model.save_pretrained(folder / name, **{k: v for k, v in saving.items() if k != "grown"})
+        peft_model.save_pretrained(folder / name, **{k: v for k, v in saving.items() if k not in ("grown", "edit")})
+    config_file = folder / name / "adapter_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), **saving.get("edit", {})}))
     if grown:
         words.save_pretrained(folder / name)
 

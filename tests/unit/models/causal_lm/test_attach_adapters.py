@@ -44,6 +44,8 @@ def drawn(method: str, **options: Any) -> dict[str, Any]:
         ("adalora", {"total_step": 10}),
         ("c3a", {"block_size": 8}),
         ("unilora", {}),
+        ("miss", {"init_weights": "bat", "r": 8}),
+        ("miss", {"init_weights": "mini", "r": 8, "mini_r": 4}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -94,6 +96,27 @@ def test_adapters_go_on_a_model_that_has_computed_in_float64() -> None:
     np.testing.assert_array_equal(exact["tokens"], rounded["tokens"])
     close(exact["logits"], rounded["logits"], atol=1e-4)
     assert np.abs(exact["logits"] - rounded["logits"]).max() > 0
+
+
+def test_option_without_repeatable_runs_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="option coft is not supported: constrained OFT projects its weights anew"):
+        attach(Random("llama", SMALL, 0).causal_lm(), drawn("oft", oft_block_size=8, coft=True))
+
+
+def test_patterns_reach_the_parameters_of_experts() -> None:
+    model = Random("qwen3_moe", {"num_hidden_layers": 1, "vocab_size": 40}, 0).causal_lm()
+    options = {"r": 2, "target_parameters": ["mlp.experts.down_proj"], "rank_pattern": {r".*\.down_proj": 4}}
+    shapes = [array.shape for array in attach(model, drawn("lora", **options)).adapters["a"].values()]
+    experts = model.config.num_experts
+    assert any(4 * experts in shape for shape in shapes)
+
+
+def test_adapters_that_no_module_takes_together_are_told_to_part() -> None:
+    config = {**SMALL, "tie_word_embeddings": True}
+    tokens = {"peft_method": "lora", "target_modules": ["q_proj"], "trainable_token_indices": [3]}
+    table = {"peft_method": "lora", "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    with pytest.raises(ConfigError, match="'a', 'b' fit the base one by one, and cannot share a graph"):
+        attach(Random("llama", config, 0).causal_lm(), {"a": tokens, "b": table})
 
 
 def test_adapter_on_a_module_that_peft_cannot_run_says_to_leave_it_out() -> None:

@@ -44,6 +44,8 @@ def test_complex_numbers_are_named_as_the_reason_of_a_failed_export(kind: str, t
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        ("cpmant", "it keeps keys of 34 tokens after two, because it puts tokens of its own before each text"),
+        ("hrm_text", "transformers itself runs it without its state alone"),
         ("rwkv", "it keeps its state in a form of its own (in its outputs)"),
         ("minimax", "it keeps its state in a form of its own (in a MiniMaxCache)"),
         ("falcon", "it makes its position biases from a two-dimensional mask"),
@@ -60,7 +62,7 @@ def test_family_that_is_not_served_is_an_error_with_its_reason(kind: str, reason
 TARGETS = {"bloom": ["query_key_value"], "gemma3n_text": ["q_proj"]}
 FAMILIES = (
     "mamba", "mamba2", "lfm2", "qwen3_next", "falcon_h1", "granitemoehybrid", "olmo_hybrid", "jamba", "bloom",
-    "gemma3n_text",
+    "gemma3n_text", "moshi", "zaya",
 )  # fmt: skip
 """Recurrent, convolutional and hybrid state, position biases of slots, and layers that share keys and values."""
 
