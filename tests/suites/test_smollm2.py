@@ -35,7 +35,7 @@ def test_base_and_adapters_agree_everywhere_and_say_what_they_were_trained_to() 
         result.reason for result in results.values()
     ]
     assert results["sim"].simulated
-    assert results["ort"].compared > 100
+    assert results["ort"].compared > 80
     effects = [item for item in results["ort"].metrics if item.metric.name.endswith("effect_over_noise")]
     assert len(effects) == 3
     assert min(item.metric.value for item in effects) > 1000, "trained adapters are far above the noise"
