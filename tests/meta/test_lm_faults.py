@@ -221,7 +221,7 @@ def without_window(_: Pipeline) -> Iterator[None]:
     original = wrapper.masks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            wrapper, "masks", lambda places, slots, _, dtype: original(places, slots, SimpleNamespace(), dtype)
+            wrapper, "masks", lambda places, slots, _, dtype, **__: original(places, slots, SimpleNamespace(), dtype)
         )
         yield
 
@@ -236,7 +236,7 @@ def stale_slots(_: Pipeline) -> Iterator[None]:
         return self.keys, self.values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wrapper, "masks", lambda places, *rest: original(places + 2, *rest))
+        patch.setattr(wrapper, "masks", lambda places, *rest, **options: original(places + 2, *rest, **options))
         patch.setattr(kv_cache.StateLayer, "update", update)
         yield
 
