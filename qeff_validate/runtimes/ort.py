@@ -52,6 +52,10 @@ a run of 16 tokens takes 0.86 s instead of 0.34.
 """
 
 
+MOST_PARSED = 1 << 28
+"""Bytes of the largest file that is parsed to see which states are written in place; more hold weights."""
+
+
 def session_options(settings: Settings | None = None) -> Any:
     """Return ``onnxruntime.SessionOptions`` with the threads and the optimization level of settings.
 
@@ -124,7 +128,8 @@ class OrtRuntime:
     def _in_place(session: Any, artifact: Artifact) -> Sequence[str]:
         """Return the states whose memory the graph may write into."""
         twins = retained([_spec(value) for value in session.get_inputs()], [_spec(v) for v in session.get_outputs()])
-        if not twins:
+        assert artifact.path is not None
+        if not twins or artifact.path.stat().st_size > MOST_PARSED:
             return ()
         import onnx
 
