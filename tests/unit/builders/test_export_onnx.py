@@ -43,6 +43,35 @@ class Refuses(Good):
         return x
 
 
+class Cache(torch.nn.Module):
+    def forward(self, new: torch.Tensor, at: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(past.shape[0])
+        written = past.index_put((rows[:, None], at), new)
+        return new * 2, written
+
+
+def test_a_written_state_is_copied_by_no_identity_transpose(tmp_path: Path) -> None:
+    inputs = (
+        TensorSpec("new", "float32", ("batch_size", "seq_len", 4)),
+        TensorSpec("at", "int64", ("batch_size", "seq_len")),
+        TensorSpec("past", "float32", ("batch_size", "ctx_len", 4)),
+    )
+    outputs = (
+        TensorSpec("output", "float32", ("batch_size", "seq_len", 4)),
+        TensorSpec("past_RetainedState", "float32", ("batch_size", "ctx_len", 4)),
+    )
+    examples = {
+        "new": np.ones((2, 3, 4), np.float32),
+        "at": np.tile(np.arange(3), (2, 1)),
+        "past": np.zeros((2, 7, 4), np.float32),
+    }
+    graph = Graph(inputs, outputs, ({"batch_size": 2, "seq_len": 3, "ctx_len": 7},))
+    export_onnx.export_onnx(Cache().eval(), examples, graph, tmp_path)
+    nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
+    (scatter,) = [node for node in nodes if node.op_type == "ScatterND"]
+    assert (scatter.input[0], scatter.output[0]) == ("past", "past_RetainedState")
+
+
 def test_names_symbols_and_opset_are_those_of_the_interface(tmp_path: Path) -> None:
     export_onnx.export_onnx(Good().eval(), EXAMPLE, GRAPH, tmp_path)
     model = onnx.load(str(tmp_path / "model.onnx"))
