@@ -107,9 +107,10 @@ def split_base_weights(
     adapters: dict[str, Array] = {}
     replaced: dict[str, Array] = {}
     first: dict[int, str] = {}
+    learnt = [key for key in own if key.endswith(ROWS) and key in tensors]
     for key, array in tensors.items():
         name = base_name(key)
-        twins = (other for other in own if key not in own and other in tensors and _one_table(key, other, base))
+        twins = (other for other in learnt if key not in own and _one_table(key, other, base))
         if any(np.array_equal(array, tensors[twin]) for twin in twins):
             continue  # rows of a tied table, which PEFT has saved under both of its names
         if key in own or (name not in base and not COPIES.search(key)):
@@ -140,11 +141,11 @@ def split_base_weights(
     return adapters, replaced
 
 
-def _one_table(one: str, other: str, base: Mapping[str, nn.Parameter]) -> bool:
-    """Return True if both names are those of learnt rows of one tied weight."""
-    if not (one.endswith(ROWS) and other.endswith(ROWS)):
+def _one_table(one: str, learnt: str, base: Mapping[str, nn.Parameter]) -> bool:
+    """Return True if a name is that of learnt rows of the same tied weight as ``learnt``, another such name."""
+    if not one.endswith(ROWS):
         return False
-    first, second = (base.get(f"{base_name(name).removesuffix(ROWS)}.weight") for name in (one, other))
+    first, second = (base.get(f"{base_name(name).removesuffix(ROWS)}.weight") for name in (one, learnt))
     return first is not None and first is second
 
 

@@ -59,10 +59,10 @@ def _contains_no_index(weight: Weight) -> bool:
 class _Guard:
     def __init__(self, opset: int) -> None:
         self.opset, self.count = opset, 0
-        self.safe: dict[str, str] = {}  # indices of gathers in which INT32_MAX is replaced
-        self.rows: dict[
-            tuple[str, int | None], tuple[str, str]
-        ] = {}  # rows of scatters' indices without it, and their places
+        # by the name of indices: those in which INT32_MAX is replaced, for gathers
+        self.safe: dict[str, str] = {}
+        # and by the axis too: those without it, and the rows that they stood in, for scatters
+        self.rows: dict[tuple[str, int | None], tuple[str, str]] = {}
 
     def apply(self, graph: Any, clean: set[str], types: Mapping[str, int]) -> None:
         """Guard a graph and its subgraphs; nodes with the same indices share what is computed of them."""
