@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,32 @@ def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
     """Sessions inside of tests without the plug-in of hypothesis, which takes half of their time to be imported."""
     pytester.plugins.append("no:hypothesispytest")
     return pytester
+
+
+REAL_PROCESSES = (
+    "contract", "dropin", "unit/builders", "unit/runtimes", "unit/sdk", "meta/test_random_faults.py",
+    "meta/test_reliability.py",
+)  # fmt: skip
+"""Folders and files of `tests` whose compilers and runs on the simulated card are processes from the start."""
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[Path]:
+    """The socket of a process that forks the simulated SDK's processes, most of whose time is spent on imports."""
+    from forked_children import ForkServer, fork_children
+
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder:  # a socket's path must be short
+        server = ForkServer(Path(folder))
+        fork_children()
+        yield server.path
+        server.end()
+
+
+@pytest.fixture(autouse=True)
+def _forked_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = request.path.relative_to(TESTS).as_posix() if request.path.is_relative_to(TESTS) else ""
+    if place and not place.startswith(REAL_PROCESSES):
+        monkeypatch.setenv("QEFF_VALIDATE_TEST_FORKS", str(request.getfixturevalue("_fork_server")))
 
 
 INTEGRATION = ("cluster", "contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from forked_children import SOCKET, fork_children
 from processes import environ
 
 TOKEN = "QEFF_VALIDATE_TEST_RUN"
@@ -274,6 +275,8 @@ def _prepare(request: Mapping[str, Any]) -> None:
         os.dup2(number, target)
         os.close(number)
     os.chdir(request["cwd"])
+    if SOCKET in os.environ:
+        fork_children()
     sys.argv = [request["program"], *request["arguments"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))

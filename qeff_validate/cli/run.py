@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +32,7 @@ from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.results_file import ResultsFile
 from qeff_validate.report.text import NARROW_BELOW
+from qeff_validate.report.writers import write_texts
 
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case
@@ -184,8 +188,12 @@ def run(
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
 
 
+REPORT_EVERY_S = 10
+"""How often ``report.json`` is written while a run goes on, at most."""
+
+
 class _MadeResults:
-    """The results of a run as they are made, in `results_file.ResultsFile`.
+    """The results of a run as they are made: in `results_file.ResultsFile`, and in ``report.json`` beside it.
 
     Args:
         folder: of the report.
@@ -211,6 +219,7 @@ class _MadeResults:
             if self._keys.get(place) == key and result.status in ("pass", "fail", "inconclusive")
         }
         self._made: dict[tuple[str, str], Result] = {}
+        self._written = -math.inf
 
     def add(self, _case: Case, result: Result) -> None:
         """Take a result of the run."""
@@ -218,26 +227,43 @@ class _MadeResults:
         self._made[place] = result
         with suppress(ValidateError):  # the report tells that the folder cannot be written
             self._file.add(self._keys[place], result)
+            self._write_unfinished()
+
+    def _write_unfinished(self) -> None:
+        from qeff_validate.report.report import json_report
+
+        last = len(self.known.keys() | self._made.keys()) == len(self._keys)
+        if not last and time.monotonic() - self._written > REPORT_EVERY_S:
+            write_texts(self._folder, {"report.json": json_report(self._report("the run has not ended"))})
+            self._written = time.monotonic()
+
+    def _report(self, why_missing: str) -> Report:
+        """Return the report of what is done; what is not has not run, for a reason."""
+        from qeff_validate.report.report import Report
+        from qeff_validate.report.result import Result
+
+        made = {**self.known, **self._made}
+        missing = (Result(*place, "not_run", why_missing) for place in self._keys)
+        return Report(tuple(made.get((one.case, one.runtime), one) for one in missing), self._environment)
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        from qeff_validate.engine import environment
+
+        return environment(self._settings)
 
     @contextmanager
     def reported_if_interrupted(self) -> Iterator[None]:
         """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
-        from qeff_validate.engine import environment
-        from qeff_validate.report.report import Report
-        from qeff_validate.report.result import Result
-
         self._file.clear()
         for result in self.known.values():
             self._file.add(self._keys[result.case, result.runtime], result)
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            made = {**self.known, **self._made}
-            if made:
-                missing = (Result(*place, "not_run", "the run was interrupted") for place in self._keys)
-                results = tuple(made.get((one.case, one.runtime), one) for one in missing)
-                _write(Report(results, environment(self._settings)), self._folder)
-                print_text(f"{len(made)} of {len(results)} results are in {self._folder}; --resume makes the others")
+            if made := {**self.known, **self._made}:
+                _write(self._report("the run was interrupted"), self._folder)
+                print_text(f"{len(made)} of {len(self._keys)} results are in {self._folder}; --resume makes the others")
             raise
 
 

@@ -180,7 +180,12 @@ def test_worker_that_is_killed_is_replaced_and_ctrl_c_reports_what_is_done(tmp_p
     more = config(tmp_path, case(extra=FAST), case("third", f"{FAST.replace('torchscript', 'dynamo')}\nseed: 5"))
     process = start("run", more, *fixed, "--report", tmp_path / "cut", cwd=tmp_path, stderr=log)
     with ended(process):
-        until((tmp_path / "cut" / "results.jsonl").exists, "the case of the store has its result")
+        until((tmp_path / "cut" / "report.json").exists, "the case of the store has its result")
+        assert (tmp_path / "cut" / "results.jsonl").exists()
+        told = {
+            result["case"]: (result["status"], result["reason"]) for result in report_in(tmp_path / "cut")["results"]
+        }
+        assert (told["tiny"][0], told["third"]) == ("pass", ("not_run", "the run has not ended"))
         running = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
         done = finish(process)
