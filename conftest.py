@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -48,23 +50,32 @@ REAL_PROCESSES = (
 """Folders and files of `tests` whose compilers and runs on the simulated card are processes from the start."""
 
 
-@pytest.fixture(scope="session")
-def _fork_server() -> Iterator[Path]:
-    """The socket of a process that forks the simulated SDK's processes, most of whose time is spent on imports."""
+@functools.cache
+def _fork_server() -> Path:
+    """Start a process that forks the simulated SDK's processes, most of whose time is spent on imports."""
     from forked_children import ForkServer, fork_children
 
-    with tempfile.TemporaryDirectory(prefix="forks-") as folder:  # a socket's path must be short
-        server = ForkServer(Path(folder))
-        fork_children()
-        yield server.path
-        server.end()
+    kept = ExitStack()
+    atexit.register(kept.close)
+    server = ForkServer(Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="forks-"))))
+    kept.callback(server.end)
+    fork_children()
+    return server.path
 
 
-@pytest.fixture(autouse=True)
-def _forked_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = request.path.relative_to(TESTS).as_posix() if request.path.is_relative_to(TESTS) else ""
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the simulated SDK's processes be forks, or not."""
+    place = _place(item.path)
     if place and not place.startswith(REAL_PROCESSES):
-        monkeypatch.setenv("QEFF_VALIDATE_TEST_FORKS", str(request.getfixturevalue("_fork_server")))
+        os.environ["QEFF_VALIDATE_TEST_FORKS"] = str(_fork_server())
+    else:
+        os.environ.pop("QEFF_VALIDATE_TEST_FORKS", None)
+
+
+def _place(path: Path) -> str:
+    """Return a file's place below `TESTS`, an empty text if it lies elsewhere."""
+    return path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
 
 
 INTEGRATION = ("cluster", "contract", "dropin", "install", "meta", "plugins", "suites", "unit/pipeline", "upstream")
@@ -75,7 +86,7 @@ UNIT = ("meta/test_faults.py", "meta/test_guards.py")
 
 
 def _is_integration(path: Path) -> bool:
-    place = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
+    place = _place(path)
     return place.startswith(tuple(f"{folder}/" for folder in INTEGRATION)) and place not in UNIT
 
 

@@ -26,6 +26,9 @@ def no_repeated_work() -> Iterator[None]:
     What a version of torch does not have is left out; an export is then slower, and the same.
     """
     import torch
+    from onnx_ir.schemas import OpSignature
+    from torch._export.passes import replace_set_grad_with_hop_pass as grad_regions
+    from torch.fx import _lazy_graph_module
     from torch.fx.experimental import proxy_tensor
     from torch.onnx._internal.exporter import _registration
 
@@ -37,6 +40,11 @@ def no_repeated_work() -> Iterator[None]:
         stack.enter_context(replaced(torch.export, "default_decompositions", _default_decompositions()))
         stack.enter_context(_shared_registry(_registration.ONNXRegistry))
         stack.enter_context(_promotion_by_rule())
+        # Python code of each graph between two passes, which nothing runs
+        stack.enter_context(_lazy_graph_module._use_lazy_graph_module(True))
+        stack.enter_context(replaced(OpSignature, "from_op_schema", staticmethod(_signature_by_schema())))
+        name = "replace_set_grad_with_hop_pass"
+        stack.enter_context(replaced(grad_regions, name, _without_gradient_regions(getattr(grad_regions, name))))
         yield
 
 
@@ -46,6 +54,39 @@ def _default_decompositions() -> Any:
     import torch
 
     return functools.cache(torch.export.default_decompositions)
+
+
+@functools.cache
+def _signature_by_schema() -> Any:
+    """Return `onnx_ir.schemas.OpSignature.from_op_schema`, which reads a schema once, not at each node of its kind."""
+    from onnx_ir.schemas import OpSignature
+
+    read, signatures = OpSignature.from_op_schema, dict[tuple[str, str, int], Any]()
+
+    def from_op_schema(schema: Any) -> Any:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in signatures:
+            signatures[key] = read(schema)
+        return signatures[key]
+
+    return from_op_schema
+
+
+def _without_gradient_regions(split: Any) -> Any:
+    """Return the exporter's pass that makes a region of what runs with gradients on or off, for a graph without them.
+
+    An ONNX file has no gradients. With ``torch.no_grad`` in a model the pass splits its graph into modules and joins
+    them again, and ``torch.enable_grad`` around a parameter ends the export with an IndexError.
+    """
+    import torch
+
+    def split_without_gradients(graph_module: Any, signature: Any) -> Any:
+        for node in list(graph_module.graph.nodes):
+            if node.target is torch._C._set_grad_enabled:
+                graph_module.graph.erase_node(node)
+        return split(graph_module, signature)
+
+    return split_without_gradients
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import cli
 
 pytestmark = pytest.mark.integration
 
@@ -43,11 +44,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
 def judge(bundle: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     places = ["--store", str(tmp_path / "empty"), "--report", str(tmp_path / "report")]
     command = [sys.executable, "-c", JUDGE, "run", "--bundle", str(bundle), *places]
@@ -58,7 +54,7 @@ def judge(bundle: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "c.yaml").write_text(CONFIG)
-    done = cli("build", folder / "c.yaml", "--bundle", folder / "made", "--runtime", "sim")
+    done = cli("build", folder / "c.yaml", "--bundle", folder / "made", "--runtime", "sim", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "made"], "nothing else is left"
     return folder / "made"
@@ -121,11 +117,11 @@ def test_what_is_no_bundle_is_a_config_error(copied: Path, tmp_path: Path, text:
 
 def test_building_over_something_or_for_another_runtime_is_refused(built: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
-    done = cli("build", tmp_path / "c.yaml", "--bundle", built, "--runtime", "sim")
+    done = cli("build", tmp_path / "c.yaml", "--bundle", built, "--runtime", "sim", cwd=tmp_path)
     assert (done.returncode, "exists already" in done.stderr) == (2, True)
-    done = cli("build", tmp_path / "c.yaml", "--bundle", tmp_path / "new", "--runtime", "ort")
+    done = cli("build", tmp_path / "c.yaml", "--bundle", tmp_path / "new", "--runtime", "ort", cwd=tmp_path)
     assert (done.returncode, "a bundle holds QPCs" in done.stderr) == (2, True)
-    done = cli("build", tmp_path / "c.yaml", "--bundle", tmp_path / "new", "--runtime", "ai100")
+    done = cli("build", tmp_path / "c.yaml", "--bundle", tmp_path / "new", "--runtime", "ai100", cwd=tmp_path)
     assert done.returncode == 3
     assert "no AI 100 compiler" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml"]

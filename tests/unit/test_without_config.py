@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from processes import forked_pytest
+from processes import cli, forked_pytest
 
 from qeff_validate.engine import case_for
 from qeff_validate.errors import ConfigError
@@ -20,11 +18,6 @@ from qeff_validate.runtimes import qaic_cards
 pytestmark = pytest.mark.integration
 
 OPTION = ("--option", "seq_len=[48, 64]")
-
-
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qeff_validate.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -50,13 +43,13 @@ def test_options_are_read_as_yaml_and_checked() -> None:
 
 def test_a_model_runs_without_a_file_and_its_reference_is_recorded(tmp_path: Path) -> None:
     places = ("--report", tmp_path / "report", "--record", tmp_path / "record")
-    done = cli("run", "--model", "random:bert", *OPTION, "--runtimes", "ort", *places)
+    done = cli("run", "--model", "random:bert", *OPTION, "--runtimes", "ort", *places, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "record").iterdir()] == ["bert.safetensors"]
     artifacts = {"reference": "record/bert.safetensors"}
     spec = {"name": "again", "source": "random:bert", "options": {"seq_len": [48, 64]}, "artifacts": artifacts}
     (tmp_path / "again.yaml").write_text(json.dumps({"cases": [spec]}))
-    done = cli("run", tmp_path / "again.yaml", "--runtimes", "ort", "--report", tmp_path / "second")
+    done = cli("run", tmp_path / "again.yaml", "--runtimes", "ort", "--report", tmp_path / "second", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "second" / "report.json").read_text())["results"]
     assert result["reference"] == "recorded"
@@ -64,17 +57,17 @@ def test_a_model_runs_without_a_file_and_its_reference_is_recorded(tmp_path: Pat
 
 
 @pytest.mark.parametrize("arguments", [("run",), ("run", "--model", "random:bert", "x.yaml")], ids=["neither", "both"])
-def test_a_config_or_a_model_is_needed_and_not_both(arguments: tuple[str, ...]) -> None:
-    done = cli(*arguments)
+def test_a_config_or_a_model_is_needed_and_not_both(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = cli(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "one of the three" in done.stderr
 
 
 def test_the_store_is_listed_and_pruned(tmp_path: Path) -> None:
     store = ("--store", tmp_path / "store")
-    made = cli("run", "--model", "random:bert", *OPTION, "--runtimes", "torch", *store, "--report", tmp_path / "r")
+    made = cli("run", "--model", "random:bert", *OPTION, "--runtimes", "torch", *store, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    listed = cli("store", "list", *store)
+    listed = cli("store", "list", *store, cwd=tmp_path)
     assert listed.stdout.splitlines()[-1].startswith("9 entries")
     assert {line.split()[0] for line in listed.stdout.splitlines()[:-1]} == {
         "inputs",
@@ -83,10 +76,11 @@ def test_the_store_is_listed_and_pruned(tmp_path: Path) -> None:
         "floor",
         "ceiling",
     }
-    assert cli("store", "prune", "--days", "1", *store).stdout.startswith("deleted 0 entries")
-    assert cli("store", "prune", "--days", "0", *store).stdout.splitlines()[-1].startswith("deleted 9 entries")
-    assert cli("store", "list", *store).stdout.startswith("0 entries")
-    assert cli("store", "prune").returncode == 2, "what to delete must be said"
+    assert cli("store", "prune", "--days", "1", *store, cwd=tmp_path).stdout.startswith("deleted 0 entries")
+    pruned = cli("store", "prune", "--days", "0", *store, cwd=tmp_path)
+    assert pruned.stdout.splitlines()[-1].startswith("deleted 9 entries")
+    assert cli("store", "list", *store, cwd=tmp_path).stdout.startswith("0 entries")
+    assert cli("store", "prune", cwd=tmp_path).returncode == 2, "what to delete must be said"
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])

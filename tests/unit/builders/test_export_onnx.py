@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -43,6 +45,22 @@ class Refuses(Good):
         return x
 
 
+class Angles(Good):
+    """Switches gradients off for a part of it, as rotary embeddings do, and on for another."""
+
+    grad = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            angles = torch.cos(x * 2)
+        with torch.set_grad_enabled(self.grad):
+            return super().forward(x * angles + 1)
+
+
+class Trained(Angles):
+    grad = True
+
+
 class Cache(torch.nn.Module):
     def forward(self, new: torch.Tensor, at: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(past.shape[0])
@@ -70,6 +88,29 @@ def test_a_written_state_is_copied_by_no_identity_transpose(tmp_path: Path) -> N
     nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
     (scatter,) = [node for node in nodes if node.op_type == "ScatterND"]
     assert (scatter.input[0], scatter.output[0]) == ("past", "past_RetainedState")
+
+
+def test_file_is_the_same_without_work_that_is_spared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = []
+    for name in ("spared", "done"):
+        (tmp_path / name).mkdir()
+        export_onnx.export_onnx(Angles(), EXAMPLE, GRAPH, tmp_path / name)
+        files.append(onnx.load(str(tmp_path / name / "model.onnx")))
+        monkeypatch.setattr(export_onnx, "no_repeated_work", contextlib.nullcontext)
+    spared, done = files
+    for node in (*spared.graph.node, *done.graph.node):
+        del node.metadata_props[:]  # where it stands in the model's source
+    assert "Cos" in {node.op_type for node in spared.graph.node}
+    assert spared == done
+
+
+def test_a_region_with_gradients_is_exported(tmp_path: Path) -> None:
+    """The exporter alone ends with an IndexError, as the region holds a parameter."""
+    export_onnx.export_onnx(Trained(), EXAMPLE, GRAPH, tmp_path)
+    (output,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, EXAMPLE)
+    with torch.no_grad():
+        wanted = Good()(torch.cos(torch.tensor(2.0)) * torch.ones(2, 5) + 1)
+    np.testing.assert_array_max_ulp(output, wanted.numpy(), maxulp=8)
 
 
 def test_names_symbols_and_opset_are_those_of_the_interface(tmp_path: Path) -> None:
