@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 EQUIVALENTS = {
@@ -116,19 +116,50 @@ def replace_in_place(graph: Any) -> None:
 
     Whoever reads the tensor after the operator then reads the operator's result.
     """
+    from torch import ops
+
+    copy, alias = ops.aten.copy_.default, ops.aten.alias.default
     targets = {_operator(name): _operator(other) for name, other in IN_PLACE.items()}
     order = {node: place for place, node in enumerate(graph.nodes)}
     for first, *others in _nodes_by_storage(graph).values():
-        changes = list(itertools.takewhile(lambda node: node.target in targets, others))
-        if first.op != "call_function" or not all(_keeps_dtype(node) for node in changes):
+        whole = list(itertools.takewhile(lambda node: node.target in targets or node.target in (copy, alias), others))
+        fits = all(_fits_whole(node) if node.target is copy else _keeps_dtype(node) for node in whole)
+        if first.op != "call_function" or not fits:
             continue
         earlier = [first]
-        for change in changes:
-            for node in earlier:
-                for user in [user for user in node.users if order[user] > order[change]]:
-                    user.replace_input_with(node, change)
-            change.target = targets[change.target]
-            earlier.append(change)
+        for node in whole:
+            if node.target is not alias:
+                for other in earlier:
+                    for user in [user for user in other.users if order[user] > order[node]]:
+                        user.replace_input_with(other, node)
+                if node.target is copy:
+                    _replace_copy(node)
+                else:
+                    node.target = targets[node.target]
+            earlier.append(node)
+
+
+def _fits_whole(copy: Any) -> bool:
+    """Return whether a tensor is copied over another one of its shape."""
+    target, source = (node.meta["val"] for node in copy.args[:2])
+    return same_shape(target.shape, source.shape)
+
+
+def _replace_copy(copy: Any) -> None:
+    """Make a copy over a tensor one of its source alone."""
+    from torch import ops
+
+    source, dtype = copy.args[1], copy.meta["val"].dtype
+    same = source.meta["val"].dtype == dtype
+    copy.target = ops.aten.clone.default if same else ops.aten._to_copy.default
+    copy.args, copy.kwargs = (source,), {} if same else {"dtype": dtype}
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether shapes are known to be equal, whatever the symbolic dims are."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return len(a) == len(b) and all(bool(guard_or_false(one == other)) for one, other in zip(a, b, strict=True))
 
 
 def _nodes_by_storage(graph: Any) -> dict[int, list[Any]]:

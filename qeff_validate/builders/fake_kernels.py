@@ -13,6 +13,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from qeff_validate.builders.decompositions import same_shape
+
 Kernel = Callable[..., tuple[Sequence[Any], Any] | None]
 """From an operator's arguments to shape and dtype of its contiguous output; None: not a case of these."""
 
@@ -72,9 +74,9 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(a: Any, b: Any) -> Any:
-    if min(a.ndim, b.ndim) < 2 or not _one_dtype(a, b) or not _equal(a.shape[-1:], b.shape[-2:-1]):
+    if min(a.ndim, b.ndim) < 2 or not _one_dtype(a, b) or not same_shape(a.shape[-1:], b.shape[-2:-1]):
         return None
-    if b.ndim > 2 and not _equal(a.shape[:-2], b.shape[:-2]):
+    if b.ndim > 2 and not same_shape(a.shape[:-2], b.shape[:-2]):
         return None
     return (*a.shape[:-1], b.shape[-1]), a.dtype
 
@@ -88,11 +90,3 @@ def _layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = N
 
 def _one_dtype(*tensors: Any) -> bool:
     return len({tensor.dtype for tensor in tensors}) == 1
-
-
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Return whether shapes are known to be equal, whatever the symbolic dims are."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    pairs = zip(a, b, strict=False)
-    return len(a) == len(b) and all(bool(guard_or_false(one == other)) for one, other in pairs)

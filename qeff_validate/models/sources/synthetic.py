@@ -47,6 +47,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "esm": {"mask_token_id": 32, "pad_token_id": 1, "position_embedding_type": "rotary", "vocab_size": 33},
     "eurobert": {"num_key_value_heads": 2},
+    "falcon_h1": {"mamba_d_ssm": 128, **MAMBA_HEADS},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "gemma3n_text": {

@@ -31,6 +31,8 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in-place": lambda x: (x * 2).add_(x).mul_(3) + _read_before_and_after(x),
     "in-place-then-view": lambda x: (x * 2).sub_(x).T.reshape(8, -1).T,
     "in-place-integers": lambda x: ((x > 0).long() * 2).add_((x > 1).long()) * x,
+    "copied-over": lambda x: _copied_over(x * 2, x + 1) + _copied_over((x * 2).to(torch.float64), x),
+    "gradients": lambda x: _with_gradients(x) + 1,
     "eye": lambda x: x @ torch.eye(8) + torch.linalg.norm(x, dim=1, keepdim=True),
     "decomposed-output": lambda x: torch.square(x @ torch.kron(torch.eye(4), torch.ones(2, 2))),
 }
@@ -40,7 +42,7 @@ DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in-place-of-a-view": lambda x: _changed_through_a_view(x) + 1,
     "in-place-in-wider-numbers": lambda x: (x * 2).add_(x.to(torch.float64)),
     "in-place-view": lambda x: (x * 2).unsqueeze_(1),
-    "gradients": lambda x: _with_gradients(x) + 1,
+    "copied-over-a-part": lambda x: _copied_over(x * 2, x[:, :1]),
 }
 
 
@@ -59,6 +61,15 @@ def _read_before_and_after(x: torch.Tensor) -> torch.Tensor:
     before = doubled * 5
     doubled.add_(x)
     return before - doubled
+
+
+def _copied_over(state: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """As recurrent layers write their state: what was read before stays, and the source may change afterwards."""
+    before = state * 5
+    state.to(state.dtype).copy_(new)
+    read = state + 3
+    state.add_(1)
+    return (before - read * state + new).to(torch.float32)
 
 
 def _changed_through_a_view(x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,9 @@ def test_state_is_retained_by_a_graph(kind: str, tmp_path: Path) -> None:
         **OPTIONS, "peft_method": "lora",
         "peft": {"init": 0.3, "target_modules": TARGETS.get(kind, ["in_proj"])},
     }  # fmt: skip
-    report = qv.validate(case(kind).model_copy(update={"options": options}), runtimes=["ort", "sim"], store=tmp_path)
+    config = {"num_hidden_layers": 1} if kind in ("mamba", "falcon_h1", "bloom") else {}
+    one = case(kind, config=config).model_copy(update={"options": options})
+    report = qv.validate(one, runtimes=["ort", "sim"], store=tmp_path)
     assert report.passed, [result.reason for result in report.results]
 
 
