@@ -3,16 +3,17 @@
 
 `torch.onnx.export` captures a module and then traces the graph twice more, to replace operators that have no form in
 ONNX by others that have one. That is up to 70 % of the time of an export. Graphs of transformers hold only a few such
-operators: some have an equivalent of the same arguments, some work in place on a tensor that has no views, and others
-are decomposed alone, at their place in the graph. Only a graph with still others is traced again.
+operators: some have an equivalent of the same arguments, some write into a tensor that was made in the graph, and
+others are decomposed alone, at their place in the graph. Only a graph with still others is traced again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from qeff_validate.builders.tensor_writes import operator, replace_writes
 
 EQUIVALENTS = {
     "__and__.Tensor": "bitwise_and.Tensor",
@@ -23,15 +24,6 @@ EQUIVALENTS = {
     "max.other": "maximum.default",
 }
 """Operators of ATen, each with one that has the same arguments and values, and a form in ONNX."""
-
-IN_PLACE = {
-    "add_.Tensor": "add.Tensor",
-    "sub_.Tensor": "sub.Tensor",
-    "mul_.Tensor": "mul.Tensor",
-    "div_.Tensor": "div.Tensor",
-    "index_put_.default": "index_put.default",
-}
-"""Operators that change their first argument, each with one that returns the changed tensor."""
 
 CONVERSIONS = ("to.dtype", "to.device", "to.dtype_layout")
 """Operators that change the dtype, or nothing."""
@@ -55,9 +47,9 @@ def needed_decompositions() -> Iterator[None]:
     def run_decompositions(self: Any, table: Any = None, *args: Any, **options: Any) -> Any:
         if table is None:
             return decompose(self, table, *args, **options)
-        table = {**table, _operator("linalg_solve.default"): solve_without_pivots}
+        table = {**table, operator("linalg_solve.default"): solve_without_pivots}
         replace_equivalents(self.graph)
-        replace_in_place(self.graph)
+        replace_writes(self.graph)
         decompose_alone(self.graph, table)
         return decompose(self, table, *args, **options) if needs_decomposition(self.graph, table) else self
 
@@ -95,8 +87,8 @@ def replace_equivalents(graph: Any) -> None:
     """Replace operators of a captured `torch.fx.Graph` by those with the same values that have a form in ONNX."""
     from torch import ops
 
-    equivalents = {_operator(name): _operator(other) for name, other in EQUIVALENTS.items()}
-    conversions = {_operator(name) for name in CONVERSIONS}
+    equivalents = {operator(name): operator(other) for name, other in EQUIVALENTS.items()}
+    conversions = {operator(name) for name in CONVERSIONS}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -109,76 +101,6 @@ def replace_equivalents(graph: Any) -> None:
             node.args, node.kwargs = (source,), {} if same else {"dtype": dtype}
         elif node.target is ops.aten.numpy_T.default and node.args[0].meta["val"].ndim == 2:
             node.target, node.args = ops.aten.transpose.int, (node.args[0], 0, 1)
-
-
-def replace_in_place(graph: Any) -> None:
-    """Replace operators that change a tensor, if the tensor was made in the graph and had no views until then.
-
-    Whoever reads the tensor after the operator then reads the operator's result.
-    """
-    from torch import ops
-
-    copy, alias = ops.aten.copy_.default, ops.aten.alias.default
-    targets = {_operator(name): _operator(other) for name, other in IN_PLACE.items()}
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    for first, *others in _nodes_by_storage(graph).values():
-        whole = list(itertools.takewhile(lambda node: node.target in targets or node.target in (copy, alias), others))
-        fits = all(_fits_whole(node) if node.target is copy else _keeps_dtype(node) for node in whole)
-        if first.op != "call_function" or not fits:
-            continue
-        earlier = [first]
-        for node in whole:
-            if node.target is not alias:
-                for other in earlier:
-                    for user in [user for user in other.users if order[user] > order[node]]:
-                        user.replace_input_with(other, node)
-                if node.target is copy:
-                    _replace_copy(node)
-                else:
-                    node.target = targets[node.target]
-            earlier.append(node)
-
-
-def _fits_whole(copy: Any) -> bool:
-    """Return whether a tensor is copied over another one of its shape."""
-    target, source = (node.meta["val"] for node in copy.args[:2])
-    return same_shape(target.shape, source.shape)
-
-
-def _replace_copy(copy: Any) -> None:
-    """Make a copy over a tensor one of its source alone."""
-    from torch import ops
-
-    source, dtype = copy.args[1], copy.meta["val"].dtype
-    same = source.meta["val"].dtype == dtype
-    copy.target = ops.aten.clone.default if same else ops.aten._to_copy.default
-    copy.args, copy.kwargs = (source,), {} if same else {"dtype": dtype}
-
-
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Return whether shapes are known to be equal, whatever the symbolic dims are."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    return len(a) == len(b) and all(bool(guard_or_false(one == other)) for one, other in zip(a, b, strict=True))
-
-
-def _nodes_by_storage(graph: Any) -> dict[int, list[Any]]:
-    """Return the nodes whose tensors share their memory, by its address, in the order of the graph."""
-    import torch
-
-    nodes: dict[int, list[Any]] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            nodes.setdefault(value.untyped_storage()._cdata, []).append(node)
-    return nodes
-
-
-def _keeps_dtype(node: Any) -> bool:
-    """Return whether an operator gives its first argument's dtype without being told to: no operand is wider."""
-    dtype = node.meta["val"].dtype
-    dtypes = {getattr(argument.meta["val"], "dtype", dtype) for argument in node.all_input_nodes} - {dtype}
-    return not dtypes or (dtype.is_floating_point and not any(other.is_floating_point for other in dtypes))
 
 
 def decompose_alone(graph: Any, table: Mapping[Any, Any]) -> None:
@@ -251,7 +173,7 @@ def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:
     from torch._ops import HigherOrderOperator, OpOverload
 
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    views = {_operator(name) for name in VIEWS}
+    views = {operator(name) for name in VIEWS}
     decided = {*torch.export.default_decompositions(), *decomposition_table}  # if it is not in the table, it has a form
     for node in graph.nodes:
         target = node.target
@@ -262,11 +184,3 @@ def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:
             if target in table or target._schema.is_mutable or unknown:
                 return True
     return False
-
-
-def _operator(name: str) -> Any:
-    """Return the operator of ATen ``packet.overload``."""
-    from torch import ops
-
-    packet, overload = name.split(".")
-    return getattr(getattr(ops.aten, packet), overload)

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qeff_validate.builders.decompositions import same_shape
+from qeff_validate.builders.tensor_writes import same_shape
 
 Kernel = Callable[..., tuple[Sequence[Any], Any] | None]
 """From an operator's arguments to shape and dtype of its contiguous output; None: not a case of these."""

@@ -31,7 +31,14 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in-place": lambda x: (x * 2).add_(x).mul_(3) + _read_before_and_after(x),
     "in-place-then-view": lambda x: (x * 2).sub_(x).T.reshape(8, -1).T,
     "in-place-integers": lambda x: ((x > 0).long() * 2).add_((x > 1).long()) * x,
+    "in-place-at-places": lambda x: (
+        torch.zeros_like(x).scatter_(1, (x > 0).long(), 2.0).masked_fill_(x > 1, 0.5)
+        + torch.ones_like(x).scatter_(1, (x > 0).long(), x)
+    ),
     "copied-over": lambda x: _copied_over(x * 2, x + 1) + _copied_over((x * 2).to(torch.float64), x),
+    "part": lambda x: _changed_through_a_view(x) + 1,
+    "parts": lambda x: torch.cat(_written_in_parts(x), 1),
+    "parts-of-the-output": lambda x: _written_in_parts(x)[1],
     "gradients": lambda x: _with_gradients(x) + 1,
     "eye": lambda x: x @ torch.eye(8) + torch.linalg.norm(x, dim=1, keepdim=True),
     "decomposed-output": lambda x: torch.square(x @ torch.kron(torch.eye(4), torch.ones(2, 2))),
@@ -39,7 +46,7 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Operators of transformers, in graphs that need no trace to be translated."""
 
 DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "in-place-of-a-view": lambda x: _changed_through_a_view(x) + 1,
+    "in-place-of-another-view": lambda x: _changed_when_transposed(x) + 1,
     "in-place-in-wider-numbers": lambda x: (x * 2).add_(x.to(torch.float64)),
     "in-place-view": lambda x: (x * 2).unsqueeze_(1),
     "copied-over-a-part": lambda x: _copied_over(x * 2, x[:, :1]),
@@ -76,6 +83,25 @@ def _changed_through_a_view(x: torch.Tensor) -> torch.Tensor:
     doubled = x * 2
     doubled[:, :4].add_(x[:, 4:])
     return doubled
+
+
+def _changed_when_transposed(x: torch.Tensor) -> torch.Tensor:
+    doubled = x * 2
+    doubled.T[:4].add_(x.T[4:])
+    return doubled
+
+
+def _written_in_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As attention joins rotated and plain halves of a key; views are read before and after a write, and written."""
+    key = x.new_empty(x.shape[0], 8)
+    left, column = key[:, :4], key[:, 5]
+    key[:, :4] = x[:, 4:]
+    key[:, 4:] = x[:, :4] * 2
+    before = left * column[:, None]
+    left[:, 1:3] += 1
+    column.mul_(3)
+    key[1:, 0] -= x[1:, 0].detach()
+    return torch.cat([before, left, column[:, None], key], 1), key
 
 
 def exported(function: Callable[[torch.Tensor], torch.Tensor], folder: Path, monkeypatch: Any) -> int:
