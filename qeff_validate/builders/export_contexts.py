@@ -111,9 +111,9 @@ def export_errors(remedy: str = "") -> Iterator[None]:
 
 
 def known_reason(exc: BaseException) -> str:
-    """Return what an exporter's error means, with a colon; empty if it is not known."""
+    """Return what an exporter's error means, with a semicolon; empty if it is not known."""
     text = "\n".join(str(cause) for cause in _causes(exc))
-    return next((f"{meaning}: " for pattern, meaning in KNOWN_REASONS if re.search(pattern, text)), "")
+    return next((f"{meaning}; " for pattern, meaning in KNOWN_REASONS if re.search(pattern, text)), "")
 
 
 def reason(exc: BaseException) -> str:

@@ -64,6 +64,14 @@ def cache_argument(model: Any) -> str:
     return next((name for name in CACHE_NAMES if name in names), "past_key_values")
 
 
+def own_source(model: Any) -> str:
+    """Return the text of the file of a model's class; empty if there is none."""
+    try:
+        return inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    except (OSError, TypeError):
+        return ""
+
+
 def returned_cache(outputs: Any) -> Any:
     """Return the cache in the outputs of a causal LM under its newer or older name; None if there is none."""
     caches = (getattr(outputs, name, None) for name in CACHE_NAMES)

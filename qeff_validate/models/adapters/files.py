@@ -16,6 +16,7 @@ from safetensors import SafetensorError, deserialize
 from qeff_validate.artifact import fingerprint
 from qeff_validate.errors import ConfigError
 from qeff_validate.files import MOST_CONFIG, expand_user, read_json, regular_file
+from qeff_validate.models.adapters.pruned_ranks import with_all_ranks
 from qeff_validate.models.sources.embedding_tables import header, stated_size
 from qeff_validate.tensors import Array
 
@@ -32,6 +33,9 @@ DTYPES: Mapping[str, str] = {
 }  # fmt: skip
 """Dtypes of a safetensors file and of numpy; floats are converted to float32, as PEFT does."""
 
+MOST_NAMED = 5
+"""Adapters in subdirectories that a message names."""
+
 NOT_CONTENT = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
 })  # fmt: skip
@@ -42,7 +46,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read the config and the tensors of an adapter that PEFT has saved.
 
     Returns:
-        The content of adapter_config.json, and the arrays by saved name: float32 and integers.
+        The content of adapter_config.json, and the arrays by saved name: float32 and integers. Ranks that AdaLoRA has
+        pruned are zeros.
 
     Raises:
         ConfigError: a file is missing, broken or pickled, or a tensor is of another type or not finite.
@@ -52,7 +57,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Array]]:
     tensors: dict[str, Array] = {}
     for path in weight_files(folder):
         tensors |= _tensors(path)
-    return config, dict(sorted(tensors.items()))
+    return with_all_ranks(config, dict(sorted(tensors.items())))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -142,7 +147,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"adapter: directory {folder} does not exist")
     path = folder / CONFIG
     if not os.path.lexists(path):
-        raise ConfigError(f"adapter: {path.parent} holds no {CONFIG}, so it is no adapter of PEFT")
+        named = sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file())
+        if named:  # PEFT's default name alone has no directory of its own
+            raise ConfigError(
+                f"adapter: {folder} holds no {CONFIG}, but adapters in directories of their names"
+                f" ({', '.join(named[:MOST_NAMED])}): name {folder / named[0]}"
+            )
+        raise ConfigError(f"adapter: {folder} holds no {CONFIG}, so it is no adapter of PEFT")
     try:
         data = read_json(path, most_bytes=MOST_CONFIG)
     except ConfigError as exc:

@@ -20,7 +20,7 @@ from qeff_validate.models.causal_lm.recurrent_state import (
     names_of_layer,
     recurrent_shapes,
 )
-from qeff_validate.models.framework_calls import first_line, returned_cache
+from qeff_validate.models.framework_calls import first_line, own_source, returned_cache
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 
@@ -66,9 +66,19 @@ def state_shapes(model: Any) -> StateShapes:
             f"{kind} is not supported: its attention reads the tokens that a {indexer} selects, which keeps keys of"
             " its own beside the cache"
         )
+    if "get_query_offset" in own_source(model):
+        raise ConfigError(
+            f"{kind} is not supported: its attention takes positions from the number of tokens in the cache, and the"
+            " rows of a batch have different numbers"
+        )
     outputs = _two_tokens(model)
     cache = returned_cache(outputs)
     if cache is None and set(outputs) == {"logits"}:
+        if _is_causal(model):
+            raise ConfigError(
+                f"{kind} is not supported: transformers returns no cache of it, so what it keeps, if anything, is out"
+                " of reach"
+            )
         raise ConfigError(
             f"{kind} returns logits alone when it is asked for keys and values, so it is no decoder: an encoder is a"
             " body of model: embedding (is_decoder in its config is false?)"
@@ -122,6 +132,13 @@ def _two_tokens(model: Any) -> Any:
                 f"{kind} is not supported: transformers itself runs it without its state alone, and fails when it keeps"
                 f" keys and values ({first_line(exc)})"
             ) from exc
+
+
+def _is_causal(model: Any) -> bool:
+    """Return True if the logits of a token do not depend on the next one."""
+    with torch.inference_mode():
+        one, other = (model(input_ids=tokens).logits[0, 0] for tokens in (TWO, TWO + torch.tensor([0, 1])))
+    return bool(torch.equal(one, other))
 
 
 def state_order(names: Sequence[str], layers: int) -> list[str]:

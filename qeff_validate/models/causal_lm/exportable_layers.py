@@ -113,6 +113,35 @@ def use_slot_biases(model: nn.Module) -> None:
             vars(module)["build_alibi_tensor"] = partial(_slot_biases, partial(original, module))
 
 
+class SlotMask:
+    """A table of which tokens see which (GPT-Neo), read at the tokens' positions instead of at the end of the keys.
+
+    Attributes:
+        positions: of the tokens of the run, int64 ``[batch, seq_len]``.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.positions: Tensor | None = None
+        self._table = table
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Return which slots the tokens see, bool ``[batch, 1, seq_len, slots]``, for slices ``[:, :, …, :slots]``."""
+        assert self.positions is not None
+        return self._table[0, 0, :, key[-1]][self.positions][:, None]
+
+
+def use_slot_masks(model: nn.Module) -> list[SlotMask]:
+    """Read attention's own causal tables by position; return them, so that each run sets its positions."""
+    tables = []
+    for module in model.modules():
+        table = module._buffers.get("bias")
+        if table is not None and table.dtype == torch.bool and table.ndim == 4:
+            del module._buffers["bias"]
+            tables.append(SlotMask(table))
+            vars(module)["bias"] = tables[-1]
+    return tables
+
+
 def use_constant_cutoffs(model: nn.Module) -> None:
     """Compute the cutoffs of sparse activations (Gemma-3n) once: they are quantiles of the normal distribution.
 

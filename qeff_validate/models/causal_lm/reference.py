@@ -8,8 +8,8 @@ loop or names of adapter tensors is used.
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +28,7 @@ from qeff_validate.files import expand_user, temporary_folder
 from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import CONFIG, WEIGHTS, read_adapter, read_config, tensor_shapes
+from qeff_validate.models.adapters.pruned_ranks import without_pruning
 from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
@@ -285,7 +286,8 @@ def _folder(spec: str | Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     with temporary_folder() as path:
         folder = str(path)
         if isinstance(spec, str):
-            shutil.copy(expand_user(spec) / CONFIG, folder)
+            config = without_pruning(read_config(expand_user(spec)))
+            (path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         else:
             generate_peft_config(spec).save_pretrained(folder)
         if TENSOR in tensors:  # padded to the number of the adapter with the most

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from qeff_validate.models.causal_lm.exportable_layers import (
     use_constant_cutoffs,
     use_exportable_layers,
     use_slot_biases,
+    use_slot_masks,
 )
 from qeff_validate.models.causal_lm.grouped_query_attention import NAME
 from qeff_validate.models.causal_lm.kv_cache import masks, masks_by_window, prefix_states
+from qeff_validate.models.causal_lm.real_rotations import RealRotations, has_complex_rotations
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR, VirtualTokens
 from qeff_validate.models.framework_calls import cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
@@ -67,9 +70,11 @@ class Decoder(nn.Module):
         choose_exportable_experts(base)
         use_exportable_layers(model)
         use_slot_biases(model)
+        self._tables = use_slot_masks(model)
         use_constant_cutoffs(model)
         self._activation = use_activation(model)
         self._windowed = masks_by_window(base)
+        self._complex = has_complex_rotations(base)
         self._mixed, self._virtual = mixed, virtual
         self._embeddings: tuple[Tensor, Tensor] | None = None
         if virtual is not None and virtual.kind == "prompt":
@@ -106,24 +111,29 @@ class Decoder(nn.Module):
                 keys_and_values = prefix_states(is_virtual, content, state, self._layers)
         cache = cache_for(state, self._layers, position_ids, keys_and_values)
         self._last = position_ids.argmax(dim=1)
+        for table in self._tables:
+            table.positions = position_ids.clamp(min=0)
         activated: dict[str, Any] = {}
         if "adapter_start" in state:
             self._activation.mask = position_ids >= state["adapter_start"][:, None]
             activated = {"alora_offsets": ()}  # PEFT would look for the invocation in these tokens
-        outputs = functional_call(
-            self.model,
-            {parameter: self._rows_of(state[saved], state) for saved, parameter in self._adapter.items()},
-            args=(),
-            kwargs={
-                "input_ids": input_ids,
-                "position_ids": position_ids.clamp(min=0),
-                "attention_mask": self._masks(position_ids, state),
-                self._cache_argument: cache,
-                "use_cache": True,
-                **activated,
-            },
-        )
+        with RealRotations() if self._complex else nullcontext():
+            outputs = functional_call(
+                self.model,
+                {parameter: self._rows_of(state[saved], state) for saved, parameter in self._adapter.items()},
+                args=(),
+                kwargs={
+                    "input_ids": input_ids,
+                    "position_ids": position_ids.clamp(min=0),
+                    "attention_mask": self._masks(position_ids, state),
+                    self._cache_argument: cache,
+                    "use_cache": True,
+                    **activated,
+                },
+            )
         self._activation.mask = None  # for this run only
+        for table in self._tables:
+            table.positions = None
         cached = new_states(cache, state_order(list(state), self._layers)).values()
         # cloned, because the exporter renames an input that is returned unchanged
         inputs = (*self._adapter, *((TENSOR,) if self._virtual is not None else ()))

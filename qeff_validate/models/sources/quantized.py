@@ -7,7 +7,7 @@ activations that a method quantizes as well are left in float32. Imports framewo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ WHILE_LOADING = ("compressed-tensors", "fp8", "mxfp4")
 PACKED = ("weight", "weight_packed")
 """Ends of the names of tensors that hold weights."""
 
+PARTS = frozenset({
+    "absmax", "g_idx", "quant_map", "qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_2",
+    "weight_scale_inv", "weight_zero_point",
+})  # fmt: skip
+"""Last parts of the names of tensors beside or in place of a quantized weight."""
+
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:
     """Return the ``quant_method`` that a config.json names, None if the weights are not quantized.
@@ -40,7 +46,7 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
         ConfigError: there is a quantization_config without a method.
     """
     quantization = config.get("quantization_config")
-    if not quantization:
+    if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(quantization, dict) and any(quantization.get(f"load_in_{bits}bit") for bits in (4, 8)):
@@ -67,6 +73,37 @@ def check_dequantizable(folder: Path, method: str) -> None:
         raise Unavailable(
             f"{folder} is quantized with {method}, and {library} turns its weights into float32: pip install {library},"
             " or give the original weights"
+        )
+
+
+def check_parts(folder: Path, method: str | None, dtypes: Mapping[str, str], unexpected: Iterable[str]) -> None:
+    """Refuse quantized weights that transformers has read as plain ones.
+
+    Args:
+        folder: the model's directory.
+        method: that config.json names; None: none.
+        dtypes: of the stored tensors by name, as safetensors calls them.
+        unexpected: names of stored tensors that were not read.
+
+    Raises:
+        ConfigError: scales or packed weights were left out, or 8-bit floats have no scale.
+    """
+    said = f"config.json says {method}" if method else "config.json names no quantization_config"
+    remedy = f"and {said}: take the config.json of the quantized model, or give the original weights"
+    parts = sorted(name for name in unexpected if name.rpartition(".")[2] in PARTS)
+    if parts:
+        raise ConfigError(
+            f"{folder} holds {len(parts)} tensors of quantized weights that were not read, first {parts[0]}, {remedy}"
+        )
+    if method is None:  # weights that were cast to 8 bits are read as such
+        return
+    scaled = {name.rpartition(".")[0] for name in dtypes if "scale" in name.rpartition(".")[2]}
+    bare = [
+        name for name, dtype in dtypes.items() if dtype.startswith("F8_E4M3") and name.rpartition(".")[0] not in scaled
+    ]
+    if bare:
+        raise ConfigError(
+            f"{folder} holds {len(bare)} tensors of 8-bit floats without a scale, first {bare[0]}, {remedy}"
         )
 
 

@@ -55,7 +55,13 @@ from qeff_validate.models.sources.embedding_tables import file_tables, folder_sw
 from qeff_validate.models.sources.encode_settings import EncodeSettings, encode_settings
 from qeff_validate.models.sources.gguf import Gguf
 from qeff_validate.models.sources.half_checkpoints import converted_in_files
-from qeff_validate.models.sources.quantized import WHILE_LOADING, check_dequantizable, dequantized, quantization_method
+from qeff_validate.models.sources.quantized import (
+    WHILE_LOADING,
+    check_dequantizable,
+    check_parts,
+    dequantized,
+    quantization_method,
+)
 from qeff_validate.models.sources.sentence_directory import first_module, is_sentence_directory, text_features
 from qeff_validate.models.sources.size_limits import check_sizes, check_weights
 from qeff_validate.models.sources.static_embedding import StaticFolder
@@ -246,6 +252,8 @@ class Folder:
                     dtype=torch.float32,
                     output_loading_info=True,
                 )
+            dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+            check_parts(self.path, method, dtypes, info["unexpected_keys"])
             if method is not None:
                 model = dequantized(model, method)
         # transformers initializes missing tensors randomly; the pooler is not used, and an adapter may bring a head

@@ -33,7 +33,7 @@ CAPS: Mapping[str, int] = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
     # further tables of embeddings
     "vocab_size_per_layer_input": 1000,
     "entity_vocab_size": 100,
@@ -51,6 +51,9 @@ CAPS: Mapping[str, int] = {
 
 OTHER_HEADS = ("decoder_attention_heads", "encoder_attention_heads")
 """Numbers of heads of encoder-decoders, of which num_attention_heads is one."""
+
+DEVIATIONS = ("initializer_range", "init_std")
+"""Keys of the standard deviation that weights are drawn with."""
 
 OVERRIDES = "per_layer_config"
 """Key of what is set for single layers, by their index."""
@@ -73,9 +76,10 @@ def shrink(full: Mapping[str, Any], limits: Mapping[str, int], chosen: Mapping[s
         return {**small, **chosen}  # transformers raises the error
     for derive in (_layers, _heads, _overrides, _widths, _rope):
         small.update(derive(full, small))
-    if "initializer_range" in full:
-        # 0.02 suits widths around 1000; at 64 all scores would be near 0 and attention uniform, which hides its faults
-        small["initializer_range"] = small["hidden_size"] ** -0.5
+    for key in DEVIATIONS:
+        if isinstance(full.get(key), float):
+            # 0.02 suits widths around 1000; at 64 all scores would be near 0 and attention uniform, hiding its faults
+            small[key] = small["hidden_size"] ** -0.5
     small.update(chosen)
     return {**small, **{key: value for key, value in _special_ids(small).items() if key not in chosen}}
 

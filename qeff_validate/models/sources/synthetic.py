@@ -32,6 +32,9 @@ MAMBA_HEADS: Mapping[str, Any] = {
 }  # fmt: skip
 """Sizes of a hybrid's recurrent layers that fit the width of a ``random:`` body, doubled."""
 
+STEP = 1e-7
+"""Least time step of recurrent layers that transformers clamps in runs of a whole text alone, not in a step."""
+
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     # values of published models that differ from the defaults of transformers
     # head_dim is that of the rotary part (`shrink.CAPS`)
@@ -60,9 +63,29 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "vocab_size_per_layer_input": 1000,
     },
     "cohere": {"logit_scale": 0.8333},  # the default makes logits of random weights level
-    "cohere2": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.8333},
     "axk1": {"head_dim": 8},
     "bamba": {"attn_layer_indices": [1], **MAMBA_HEADS},
+    "cohere_compass_text": {  # windows turn, full attention knows no positions
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.8333,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"mrope_section": [3, 3, 2], "rope_theta": 10000.0, "rope_type": "default"},
+        },
+    },
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,
@@ -77,7 +100,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "mamba2": {"head_dim": 16, "num_heads": 8, "state_size": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"time_step_min": STEP},
     "olmo2": {"num_key_value_heads": 2},
+    "phimoe": {"router_jitter_noise": 0.4},  # the score of an expert counts if it is so near to the best: all of a half
     "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
     "qwen2": {
         "layer_types": ["full_attention", "sliding_attention"],
@@ -92,15 +117,23 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "stablelm": {"num_key_value_heads": 2},
     "starcoder2": {"sliding_window": WINDOW},
     "youtu": {"head_dim": 8},
+    "zamba": {
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "mamba_dt_rank": 4,
+        "num_hidden_layers": 3,
+    },
     "zamba2": {
         "adapter_rank": 4,
         "attention_head_dim": 32,
         "attention_hidden_size": 128,
-        "hybrid_layer_ids": [1],
-        "layers_block_type": ["linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1, 2],
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
         "mamba_d_state": 16,
         "mamba_headdim": 16,
-        "time_step_min": 1e-7,  # transformers clamps to it in runs of a whole text alone, not in a step
+        "num_hidden_layers": 3,
+        "time_step_min": STEP,
     },
 }
 """Config values of ``random:`` bodies that enable the characteristics of a family."""

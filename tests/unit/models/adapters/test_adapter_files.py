@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from bounds import close
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import qeff_validate as qv
 from qeff_validate.errors import ConfigError
+from qeff_validate.models.adapters.apply import apply_peft, load_model_and_tokenizer
 from qeff_validate.models.adapters.base_state import BaseState
 from qeff_validate.models.adapters.files import read_adapter
 from qeff_validate.models.framework_calls import quiet_transformers
@@ -32,6 +33,7 @@ SIZES: Mapping[str, Any] = {
     "attention_bias": True, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9 w10 w11 w12 w13"]
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
 
 FILES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
@@ -139,6 +141,55 @@ def test_directory_gives_what_the_loader_of_peft_gives(name: str, saved: Path, t
         assert reference["tokens"][rows].tolist() == logits.argmax(dim=-1).tolist()
     report = qv.validate(case(saved, name), runtimes=["torch"], store=tmp_path)
     assert report.passed, report.results[0].reason
+
+
+def pruned(saved: Path, folder: Path, ranks: int) -> Path:
+    """Save an AdaLoRA with so many of four ranks left in the second layer, as its training does."""
+    options = {"init_r": 4, "total_step": 9, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    with quiet_transformers(), torch.no_grad():
+        peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "untied"), AdaLoraConfig(**options))
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    names = [name.removeprefix("base_model.model.") for name, _ in peft_model.named_parameters() if "lora_E" in name]
+    kept = {name: [at % 2 == 1 or (at < 2 * ranks and "layers.0" in name) for at in range(4)] for name in names}
+    peft_model.peft_config["default"].rank_pattern = kept
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.numeric
+def test_ranks_that_adalora_has_pruned_are_zeros_of_a_graph_for_all(saved: Path, tmp_path: Path) -> None:
+    folders = {f"keeps-{ranks}": pruned(saved, tmp_path / str(ranks), ranks) for ranks in (0, 1)}
+    assert load_file(tmp_path / "0/adapter_model.safetensors")[f"{FIRST}.lora_A"].shape[0] == 2
+    adapters = {name: str(folder) for name, folder in folders.items()}
+    both = case(saved, "plain", adapters=adapters)
+    model = qv.model(both)
+    inputs = model.inputs(model.tokenize())
+    report = qv.validate(both, runtimes=["torch"], store=tmp_path / "store")
+    assert report.passed, report.results[0].reason
+    state = apply_peft(load_model_and_tokenizer(both)[0], {"adapter": folders["keeps-0"]})
+    with torch.no_grad():
+        ids = torch.from_numpy(inputs.ids[1][None])
+        close(state(input_ids=ids).logits, loaded_by_peft(folders["keeps-0"])(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_ranks_that_do_not_fit_their_pattern_are_refused(saved: Path, tmp_path: Path) -> None:
+    folder = pruned(saved, tmp_path, 0)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for wrong, words in (([True] * 3 + [False], r"\[2, 32\], and rank_pattern says that 3 of 4"), ([1, 2], "true or")):
+        config["rank_pattern"] = {f"{FIRST.removeprefix('base_model.model.')}.lora_E": wrong}
+        file.write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=words):
+            read_adapter(folder)
+
+
+def test_a_directory_of_named_adapters_proposes_one_of_them(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "en").mkdir()
+    changed_config(saved, tmp_path / "en")
+    with pytest.raises(ConfigError, match=r"directories of their names \(en\): name \S+/en$"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.slow

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import close
 
 import qeff_validate as qv
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.decoder_state import state_shapes
 from qeff_validate.models.causal_lm.kv_cache import masks
+from qeff_validate.models.causal_lm.real_rotations import Pair, RealRotations, has_complex_rotations
 from qeff_validate.models.causal_lm.recurrent_state import RecurrentLayer
-from qeff_validate.models.sources.synthetic import Random
+from qeff_validate.models.sources.synthetic import Random, empty_body
 
 OPTIONS = {"prefill_seq_len": 8, "ctx_len": 32, "max_new_tokens": 6, "batch_size": 3}
 
@@ -27,18 +29,34 @@ def case(kind: str, **more: Any) -> qv.Case:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "runtime"), [("deepseek_v3", "ort"), ("deepseek_v2", "torch"), ("llama4_text", "torch")]
+    ("kind", "runtime"), [("deepseek_v3", "torch"), ("deepseek_v2", "ort"), ("llama4_text", "ort")]
 )
 def test_latent_and_chunked_attention_agree_with_hugging_face(kind: str, runtime: str, tmp_path: Path) -> None:
     report = qv.validate(case(kind), runtimes=[runtime], store=tmp_path)
     assert report.passed, report.results[0].reason
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama4_text", "deepseek_v2"])
-def test_complex_numbers_are_named_as_the_reason_of_a_failed_export(kind: str, tmp_path: Path) -> None:
-    (result,) = qv.validate(case(kind), runtimes=["ort"], store=tmp_path).results
-    assert "failed: the model computes with complex numbers, which have no form in ONNX" in result.reason
+@pytest.mark.numeric
+def test_rotations_of_pairs_are_those_of_complex_numbers() -> None:
+    def rotated(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        turns = torch.polar(torch.ones_like(angle), angle) * 0.5
+        numbers = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        one = torch.view_as_real(numbers * turns.unsqueeze(1).to(x.device)).flatten(3)
+        return one + torch.view_as_real(torch.mul(turns[:, None, :, :], numbers)).flatten(3)
+
+    generator = torch.Generator().manual_seed(0)
+    x, angle = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 8), (2, 5, 4)))
+    with RealRotations():
+        pairs = rotated(x, angle)
+        assert type(torch.view_as_complex(torch.ones(3, 2))) is Pair
+    close(pairs, rotated(x, angle), rtol=0, atol=2e-6)
+    assert has_complex_rotations(empty("deepseek_v2"))
+    assert not has_complex_rotations(empty("llama"))
+
+
+def empty(kind: str) -> torch.nn.Module:
+    model: torch.nn.Module = empty_body(Random(kind, {}, 0).model_config(), kind)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -48,6 +66,8 @@ def test_complex_numbers_are_named_as_the_reason_of_a_failed_export(kind: str, t
         ("hrm_text", "transformers itself runs it without its state alone"),
         ("rwkv", "it keeps its state in a form of its own (in its outputs)"),
         ("minimax", "it keeps its state in a form of its own (in a MiniMaxCache)"),
+        ("inkling_text", "its attention takes positions from the number of tokens in the cache"),
+        ("openai-gpt", "transformers returns no cache of it"),
         ("falcon", "it makes its position biases from a two-dimensional mask"),
     ],
 )

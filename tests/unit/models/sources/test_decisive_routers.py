@@ -10,7 +10,7 @@ from qeff_validate.models.sources.decisive_routers import ROUTER, make_decisive
 from qeff_validate.models.sources.synthetic import Random
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "kimi_linear", "granitemoehybrid"])
 def test_routers_choose_far_beyond_fp16(kind: str) -> None:
     model = Random(kind, {}, 0).causal_lm()
     scores = []

@@ -54,6 +54,40 @@ def test_fp8_blocks_are_multiplied_by_their_scales(plain: Path, tmp_path: Path) 
     assert list(quantization_notes(plain)) == []
 
 
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def scaled(plain: Path, name: str, value: float = 2.0) -> dict[str, torch.Tensor]:
+    """Projections of a checkpoint as 8-bit floats, each with a scale of a name; no name, no scale."""
+    tensors = load_file(plain / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+        if name:
+            tensors[key.removesuffix("weight") + name] = torch.tensor(value)
+    return tensors
+
+
+def test_fp8_tensors_are_multiplied_by_their_scale_and_casts_are_read_as_they_are(plain: Path, tmp_path: Path) -> None:
+    for name, options, factor in (("weight_scale_inv", FP8, 2.0), ("", None, 1.0)):
+        tensors = scaled(plain, name)
+        weights = dict(resolve(quantized(plain, tmp_path, options, tensors)).causal_lm().named_parameters())
+        key = "model.layers.0.self_attn.q_proj.weight"
+        np.testing.assert_array_equal(weights[key].detach().numpy(), factor * tensors[key].float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("", FP8, "7 tensors of 8-bit floats without a scale, first model.* says fp8: take the config.json"),
+        ("weight_scale", FP8, r"7 tensors of quantized weights that were not read, first \S+weight_scale, and .* fp8:"),
+        ("weight_scale", None, "not read, first .* names no quantization_config: take the config.json"),
+    ],
+)
+def test_scales_that_are_not_read_are_an_error(name: str, options: Any, said: str, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(quantized(plain, tmp_path, options, scaled(plain, name))).causal_lm()
+
+
 @pytest.mark.parametrize(
     ("quantization", "error", "said"),
     [
@@ -63,6 +97,7 @@ def test_fp8_blocks_are_multiplied_by_their_scales(plain: Path, tmp_path: Path) 
         ({"quant_method": "compressed-tensors"}, Unavailable, "pip install compressed-tensors"),
         ({"quant_method": "hqq"}, ConfigError, "'hqq', which is not turned into float32 here .*save it dequantized"),
         ({"bits": 4}, ConfigError, "names no quant_method"),
+        ({}, ConfigError, "names no quant_method"),
         ("int4", ConfigError, "names no quant_method"),
     ],
 )
