@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child process of `isolation.parent.IsolatedRuntime`: opens one artifact and serves requests until it is closed.
+"""The child process of `isolation.parent.IsolatedRuntime`: opens an artifact and serves requests until it is closed.
 
 python -m qeff_validate.runtimes.isolation.worker SOCKET PARENT
 """
@@ -41,12 +41,17 @@ class LogForwarder(logging.Handler):
 
 
 def serve(channel: Channel) -> None:
-    """Open the artifact of the first request and serve the requests after it.
+    """Open one artifact after another, and serve the requests of each until it is closed.
 
     Raises:
         Closed: the parent has closed its end or ended; the artifact is released.
     """
-    request, _ = channel.receive()
+    while True:
+        request, _ = channel.receive()
+        _serve_artifact(channel, request)
+
+
+def _serve_artifact(channel: Channel, request: dict[str, Any]) -> None:
     settings = Settings.from_plain(request["settings"])
     fields = request["artifact"]
     artifact = {**fields, "path": Path(fields["path"]), "buckets": tuple(fields["buckets"])}
