@@ -82,8 +82,8 @@ class ExplainContext:
 
     @property
     def unoptimized(self) -> Settings:
-        """Settings with which ONNX Runtime changes nothing in a graph."""
-        return replace(self.settings, ort_optimization="disabled")
+        """Settings with which ONNX Runtime changes nothing in a graph, and copies no weights for its few runs."""
+        return replace(self.settings, ort_optimization="disabled", packed_weights=False)
 
     def isolated(self, name: str, settings: Settings | None = None) -> Runtime:
         """Return a runtime whose sessions of what is not our own export are in another process."""

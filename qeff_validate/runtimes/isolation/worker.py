@@ -18,6 +18,7 @@ from typing import Any
 from qeff_validate import errors
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
+from qeff_validate.memory import release_memory
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.sdk.processes import bound_to_parent
@@ -59,6 +60,8 @@ def _serve_artifact(channel: Channel, request: dict[str, Any]) -> None:
         with runtime(request["runtime"], settings).open(Artifact(**artifact)) as session:
             channel.send(_description(session))
             _serve_requests(channel, session)
+        del session
+        release_memory()  # the process may wait for another artifact
         channel.send({})
     except Closed:
         raise
