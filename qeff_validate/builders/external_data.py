@@ -31,6 +31,11 @@ def external_files(path: Path) -> list[Path]:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as exc:  # protobuf's errors depend on its implementation
         raise BuildError(f"cannot read {path} as ONNX: {first_line(exc)}") from exc
+    return files_of(model, path)
+
+
+def files_of(model: Any, path: Path) -> list[Path]:
+    """Return the external data files of a ModelProto that was read from a path; see `external_files`."""
     return checked(inside(path.parent, location, path) for location in dict.fromkeys(_locations(model)))
 
 

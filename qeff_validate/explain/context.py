@@ -12,7 +12,7 @@ from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
 from qeff_validate.protocols import Explained, OriginalRun, Runtime, Settings, runtime
 from qeff_validate.report.result import Result
-from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
+from qeff_validate.runtimes.isolation.parent import IsolatedRuntime, SharedChild
 
 NOISE = {"fp32": 5e-6, "fp16": 5e-3}
 """Relative L2 that a stage in float32, and the rounding of a device, make in a healthy run, where none is measured."""
@@ -65,6 +65,7 @@ class ExplainContext:
         result: with metrics.
         settings: of other runtimes that are opened.
         clock: checked between steps.
+        shared: opens the ONNX files that are not our own export.
     """
 
     pipeline: Any
@@ -72,6 +73,7 @@ class ExplainContext:
     result: Result
     settings: Settings
     clock: Clock
+    shared: SharedChild | None = None
 
     @property
     def model(self) -> Any:
@@ -80,13 +82,13 @@ class ExplainContext:
 
     @property
     def unoptimized(self) -> Settings:
-        """Settings with which ONNX Runtime changes nothing in a graph."""
-        return replace(self.settings, ort_optimization="disabled")
+        """Settings with which ONNX Runtime changes nothing in a graph, and copies no weights for its few runs."""
+        return replace(self.settings, ort_optimization="disabled", packed_weights=False)
 
     def isolated(self, name: str, settings: Settings | None = None) -> Runtime:
-        """Return a runtime whose sessions are in a process of their own."""
+        """Return a runtime whose sessions of what is not our own export are in another process."""
         settings = settings or self.settings
-        return IsolatedRuntime(runtime(name, settings), name, settings)
+        return IsolatedRuntime(runtime(name, settings), name, settings, self.shared)
 
     def subset(self, texts: list[int]) -> Subset:
         """Return some texts alone."""

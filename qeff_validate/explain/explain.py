@@ -32,6 +32,7 @@ from qeff_validate.explain.wrong_feed import wrong_feed
 from qeff_validate.protocols import Explained, Measured, Runtime, Session, Settings, capabilities
 from qeff_validate.report.explanation import Explanation, ProgramSearch
 from qeff_validate.report.result import Result
+from qeff_validate.runtimes.isolation.parent import SharedChild
 from qeff_validate.tensors import Array, Tensors
 
 
@@ -57,13 +58,15 @@ def explain(
     Raises:
         ValidateError: something could not be built, loaded or run.
     """
-    work = Explainer(ExplainContext(pipeline, on, result, settings, Clock(limit_s, time.monotonic())), repro)
-    try:
-        work.run()
-    except ValidateError as exc:  # such as a time limit, or no original model here
-        if not work.known:
-            raise
-        work.unfinished = str(exc).splitlines()[0]
+    clock = Clock(limit_s, time.monotonic())
+    with SharedChild() as shared:
+        work = Explainer(ExplainContext(pipeline, on, result, settings, clock, shared), repro)
+        try:
+            work.run()
+        except ValidateError as exc:  # such as a time limit, or no original model here
+            if not work.known:
+                raise
+            work.unfinished = str(exc).splitlines()[0]
     return work.explanation()
 
 

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.builders.external_data import external_files
+from qeff_validate.builders.external_data import files_of
 from qeff_validate.builders.onnx_patterns import producers
 from qeff_validate.protocols import Session
 from qeff_validate.tensors import Array, Tensors
@@ -31,6 +31,9 @@ REAL = ("float32", "float16", "float64")
 
 CUT = "/explain.reference"
 """Ends the name of the input that stands for a cut value."""
+
+LAYOUTS = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze")
+"""Operators that give a weight in another layout or dtype."""
 
 Open = Callable[[Artifact], AbstractContextManager[Session]]
 
@@ -56,8 +59,7 @@ class GraphValues:
         buckets: Sequence[Mapping[str, int]] = (),
     ) -> None:
         model = onnx.load(str(path), load_external_data=False)
-        files = external_files(path)  # copied, not read: the weights of a large model are never in memory
-        for file in files:
+        for file in files_of(model, path):  # copied, not read: the weights of a large model are never in memory
             target = folder / file.relative_to(path.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -111,7 +113,7 @@ class GraphValues:
 
         Args:
             feeds: its inputs, by its own names.
-            wanted: values to return; None: every value of a node.
+            wanted: values to return; None: every value but weights in another layout.
             cuts: content of values that the nodes behind them read instead.
             repaired: run with the right weights in place of those that differ.
 
@@ -119,13 +121,23 @@ class GraphValues:
             The values that are real numbers, as they are computed.
         """
         cuts = dict(cuts or {})
-        names = list(self.index) if wanted is None else list(dict.fromkeys([*wanted, *cuts]))
+        names = self.computed() if wanted is None else list(dict.fromkeys([*wanted, *cuts]))
         with self.opened(names, cuts, repaired=repaired) as session:
             dtypes = {spec.name: spec.dtype for spec in session.inputs}
             given = {**feeds, **{name + CUT: array for name, array in cuts.items()}}
             fed = {name: given[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
             floats = {spec.name for spec in session.outputs if spec.dtype in REAL}
             return dict(session.run(fed, fetch=[name for name in names if name in floats]))
+
+    def computed(self) -> list[str]:
+        """Return the values of nodes but those that are a weight in another layout or dtype, and as large."""
+        weights, names = set(self.weights), list[str]()
+        for node in self.nodes:
+            if node.op_type in LAYOUTS and node.input[0] in weights:
+                weights.update(node.output)
+            else:
+                names += [name for name in node.output if name]
+        return names
 
     @contextmanager
     def opened(self, names: Sequence[str], cuts: Tensors | None = None, *, repaired: bool = False) -> Iterator[Session]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def look_inside(
     artifact = context.graph_artifact()
     assert artifact is not None
     assert artifact.path is not None
-    settings = context.settings if stage == "optimizer" else context.unoptimized
+    optimized = replace(context.settings, packed_weights=False)  # a copy of all weights for one run
+    settings = optimized if stage == "optimizer" else context.unoptimized
     with temporary_folder() as folder:
         opened = context.isolated("ort", settings).open
         graph = GraphValues(Path(artifact.path), folder, opened, untrusted=artifact.untrusted)

@@ -8,6 +8,7 @@ replaces each by its recorded content, so that the difference at each is made th
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,9 +121,9 @@ def record(original: OriginalRun) -> ReferenceValues:
         attention_implementation(root, "eager"),
         SoftmaxInFloat64(),
         recorder.hooks(),
-        compute_in_dtype(root, "float64", probe=probe),
+        compute_in_dtype(root, "float64", probe=probe, by_layer=True),
     ):
-        if not outputs:  # a large body has run already, to see whether it can be converted layer by layer
+        if not outputs:  # else it has run already, to see whether it can be converted layer by layer
             recorder.clear()
             probe()
     return ReferenceValues((*recorder.distinct(outputs[0], original.owners),), recorder.calls)
@@ -255,11 +256,11 @@ class _Recorder:
 
     def distinct(self, outputs: Tensors, owners: Mapping[str, str]) -> Iterator[ReferenceValue]:
         """Yield the first value with each content, and then the outputs of the graph."""
-        contents: set[bytes] = set()
+        contents: set[bytes] = set()  # digests
         # keys and values are a part of what their attention computes
         whole = {owners[name] for name in outputs if not name.endswith(RETAINED)}
         for value in self._found:
-            content = np.ascontiguousarray(value.array).tobytes()
+            content = hashlib.blake2b(np.ascontiguousarray(value.array).data).digest()
             if content not in contents and _is_comparable(value) and value.module not in whole:
                 contents.add(content)
                 yield value

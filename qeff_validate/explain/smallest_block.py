@@ -127,8 +127,9 @@ class _Runs:
         """Return rows of an output whose text is run alone, and None for the texts of the explanation together."""
         context = self._context
         ids = context.pipeline.inputs().ids
+        rows = range(len(context.pipeline.actual[context.pipeline.graph().outputs[0].name]))
         first: dict[int, int] = {}
-        for row in range(len(context.pipeline.actual[context.pipeline.graph().outputs[0].name])):
+        for row in sorted(rows, key=lambda row: abs(row - self._row)):  # those of the same adapter are near
             first.setdefault(text_of_row(context, row), row)
         length = ids[text_of_row(context, self._row)].size
         shorter = sorted((text for text in first if 0 < ids[text].size < length), key=lambda text: ids[text].size)
@@ -161,6 +162,8 @@ def _block(inside: InsideGraph, run: _Run, target: Target) -> Block | None:
     if value is None or name not in graph.index:
         return None
     cuts = {other for other, place in places.items() if place in run.values} & target.stops - {name, *graph.outputs}
+    if target.stops and not cuts:  # of another adapter, whose modules have other paths
+        return None
     needed = sources(graph, name, cuts)
     like = graph.run(run.feeds, [*sorted(needed & cuts), name])
     inputs: dict[str, Array] = {other: run.feeds[other] for other in needed if other in run.feeds}

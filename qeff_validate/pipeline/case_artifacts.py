@@ -17,10 +17,10 @@ from qeff_validate.comparison.decisive_rows import MOST, DecisiveRows, decisive_
 from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError
+from qeff_validate.memory import release_memory
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.mutation.power import FaultEffects, faults_key, measure_fault_effects
 from qeff_validate.pipeline.measure_floor import Sample, measure_floor
-from qeff_validate.pipeline.memory import release_memory
 from qeff_validate.pipeline.recorded_file import naming, outputs_of, part, read_recorded
 from qeff_validate.pipeline.stages import Progress, Stages
 from qeff_validate.pipeline.user_artifacts import user_artifact

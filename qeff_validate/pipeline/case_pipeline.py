@@ -18,9 +18,9 @@ from qeff_validate.config.case import Precision
 from qeff_validate.errors import ConfigError, IncomparableError, UnstableReferenceError, ValidateError
 from qeff_validate.files import temporary_beside
 from qeff_validate.json_tensor import json_tensor
+from qeff_validate.memory import trim_memory
 from qeff_validate.pipeline.case_artifacts import CaseArtifacts
 from qeff_validate.pipeline.expectations import with_expectation
-from qeff_validate.pipeline.memory import trim_memory
 from qeff_validate.pipeline.recorded_file import is_input, parts, sealed
 from qeff_validate.pipeline.relation_store import kept_relation
 from qeff_validate.pipeline.timing import TimedSession

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.errors import ValidateError
-from qeff_validate.pipeline.memory import release_memory
+from qeff_validate.memory import release_memory
+from qeff_validate.models.framework_calls import without_collection
 from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.report.result import Result
 
@@ -54,7 +55,8 @@ def explained(
         limit_s: time limit in seconds.
         repro: folder for a bundle that shows the error by itself.
     """
-    from qeff_validate.explain.explain import explain
+    with without_collection():
+        from qeff_validate.explain.explain import explain
 
     try:
         with pipeline.stages.step("explain", runtime.name):

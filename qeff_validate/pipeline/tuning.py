@@ -14,7 +14,7 @@ from qeff_validate.builders.compiler_inputs import NODE_PRECISION, flag_name, no
 from qeff_validate.config.case import Case
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.files import temporary_folder
-from qeff_validate.pipeline.memory import release_memory
+from qeff_validate.memory import release_memory
 from qeff_validate.protocols import Runtime, Settings, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime

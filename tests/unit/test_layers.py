@@ -23,7 +23,7 @@ ORDER = (
     {"suites", "plugin", "cli"}, {"session_outcome"}, {"engine"}, {"pipeline"}, {"explain", "selftest"},
     {"prechecks", "mutation"}, {"builders"}, {"models", "runtimes"}, {"sdk"}, {"session_wrapper"}, {"protocols"},
     {"report"}, {"config"}, {"comparison"}, {"artifact"}, {"json_tensor"}, {"tensors"}, {"registry"},
-    {"files", "folders"}, {"errors"},
+    {"files", "folders", "memory"}, {"errors"},
 )  # fmt: skip
 """From left to right; a module imports only from its right, or from its own package."""
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

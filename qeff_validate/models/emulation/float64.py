@@ -36,7 +36,9 @@ def one_thread_if_small(body: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def compute_in_dtype(body: nn.Module, dtype: str, *, probe: Callable[[], object]) -> Iterator[None]:
+def compute_in_dtype(
+    body: nn.Module, dtype: str, *, probe: Callable[[], object], by_layer: bool = False
+) -> Iterator[None]:
     """Run a float32 body in ``dtype`` until the context ends; afterwards it has its own float32 tensors again.
 
     A large body is converted to float64 one layer at a time, while that layer runs, so that memory holds no second copy
@@ -47,13 +49,14 @@ def compute_in_dtype(body: nn.Module, dtype: str, *, probe: Callable[[], object]
         body: float32.
         dtype: ``float32`` or ``float64``.
         probe: runs the body once. If its layers are not called as modules, it is converted as a whole.
+        by_layer: convert a small body one layer at a time too.
     """
     if dtype == "float32":
         yield
         return
     try:
         with exportable_experts(body), ExitStack() as stack:
-            if is_large(body) and _convert_by_layer(body, stack, probe):
+            if (by_layer or is_large(body)) and _convert_by_layer(body, stack, probe):
                 yield
                 return
             stack.close()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from io import StringIO
@@ -13,6 +13,7 @@ from typing import Any
 
 from qeff_validate.artifact import digest_file
 from qeff_validate.errors import ConfigError, missing_package
+from qeff_validate.memory import release_memory
 from qeff_validate.models.framework_calls import (
     quiet_transformers,
     replaced,
@@ -22,6 +23,9 @@ from qeff_validate.models.framework_calls import (
 )
 from qeff_validate.models.sources.checkpoint import MOST_VOCABULARY, checked, digests
 from qeff_validate.models.sources.tokenizers import Tokenize, tokenize_with
+
+LARGE = 1 << 25
+"""Bytes of a file above which its weights are kept in mapped files; with 4 bits each they take 256 MiB in float32."""
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 """Optional files in the same directory that transformers also reads: of a tokenizer, of generation."""
@@ -49,6 +53,34 @@ def parsed_once() -> Iterator[None]:
         replaced(gguf, "GGUFReader", cache(Reader)),
         replaced(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
     ):
+        yield
+
+
+@contextmanager
+def copied_to_files() -> Iterator[None]:
+    """Within this context transformers writes the weights that it makes of a GGUF file to mapped files (`scratch`).
+
+    It holds them all at once. A version that copies them in another way than this knows has them in memory.
+    """
+    import numpy as np
+    import torch
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    from qeff_validate.models.scratch import scratch_tensor
+
+    class Numpy:
+        """numpy, with copies in files."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        @staticmethod
+        def copy(array: Any) -> Any:
+            target = scratch_tensor(array.shape, torch.from_numpy(array[:0]).dtype).numpy()
+            target[...] = array
+            return target
+
+    with replaced(reader, "np", Numpy()):
         yield
 
 
@@ -118,11 +150,20 @@ class Gguf:
             raise missing_package("gguf")
         options = {} if auto.__name__ == "AutoTokenizer" else {"dtype": torch.float32}
         # transformers has no option to switch its progress bar off
-        with translated_errors(f"load {self.path}"), quiet_transformers(), redirect_stderr(StringIO()), parsed_once():
-            return auto.from_pretrained(
+        in_files = copied_to_files() if self.path.stat().st_size > LARGE else nullcontext()
+        with (
+            translated_errors(f"load {self.path}"),
+            quiet_transformers(),
+            redirect_stderr(StringIO()),
+            parsed_once(),
+            in_files,
+        ):
+            loaded = auto.from_pretrained(
                 self.path.parent,
                 gguf_file=self.path.name,
                 trust_remote_code=False,
                 local_files_only=True,
                 **options,
             )
+        release_memory()  # the parsed file, which refers to itself
+        return loaded

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import quiet_transformers
+from qeff_validate.models.framework_calls import quiet_transformers, without_collection
 from qeff_validate.models.sources.checkpoint import StoredTensor
 
 LAYERS = re.compile(r"(.*_)?(layers?|blocks|groups|depth)")
@@ -103,7 +103,7 @@ def check_weights(auto: Any, config: Any, stored: Mapping[str, StoredTensor], na
     import torch
 
     try:
-        with torch.device("meta"), quiet_transformers():
+        with without_collection(), torch.device("meta"), quiet_transformers():  # imports the model's classes
             model = auto.from_config(config, trust_remote_code=False)
     except Exception:  # loading will raise the error with a reason
         return

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -50,10 +50,11 @@ class IsolatedRuntime:
         runtime: opens what this library exported; it also answers for `probe` and `capabilities`.
         name: of its entry point, from which the child creates its own instance.
         settings: of both instances.
+        shared: a child process that opens ONNX files for several such runtimes; None: each artifact gets its own.
     """
 
-    def __init__(self, runtime: Runtime, name: str, settings: Settings) -> None:
-        self._runtime, self._entry, self._settings = runtime, name, settings
+    def __init__(self, runtime: Runtime, name: str, settings: Settings, shared: SharedChild | None = None) -> None:
+        self._runtime, self._entry, self._settings, self._shared = runtime, name, settings, shared
         self.name, self.kind = runtime.name, runtime.kind
 
     @property
@@ -92,10 +93,15 @@ class IsolatedRuntime:
             },
         }
         limit = min(OPEN_SECONDS, self._settings.run_timeout_s + START_SECONDS)
-        with _child(self.name, card=artifact.kind == "qpc") as child:
+        with self._child(card=artifact.kind == "qpc") as child:
             description, _ = child.request(f"while opening {artifact.path}", request, limit=limit)
             yield IsolatedSession(child, description, str(artifact.path), self._settings.run_timeout_s)
             child.request(f"while closing {artifact.path}", {"do": "close"}, limit=OPEN_SECONDS)
+
+    def _child(self, *, card: bool) -> AbstractContextManager[Child]:
+        if card or self._shared is None:
+            return _child(self.name, card=card)
+        return self._shared.borrowed(self.name)
 
 
 class IsolatedSession:
@@ -144,7 +150,7 @@ class Child:
     """
 
     def __init__(self, name: str, *, card: bool) -> None:
-        self._name, self._card = name, card
+        self.name, self._card = name, card
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         self._request_offset = 0
         parent_end, child_end = socket.socketpair()
@@ -189,7 +195,7 @@ class Child:
             self._channel.send(request, arrays)
             reply, outputs = self._channel.receive()
             while "note" in reply:
-                LOG.warning("%s: %s", self._name, reply["note"])
+                LOG.warning("%s: %s", self.name, reply["note"])
                 reply, outputs = self._channel.receive()
         except TimeoutError as exc:
             kill(self.process)
@@ -199,7 +205,7 @@ class Child:
                 else "does the graph hold a Loop that never ends?"
             )
             raise RunError(
-                f"{self._name} did not answer for {limit:g} s {phase}, so its process was killed: {hint};"
+                f"{self.name} did not answer for {limit:g} s {phase}, so its process was killed: {hint};"
                 f" --run-timeout is the limit of a run{self._output_tail(self._request_offset)}"
             ) from exc
         except Closed as exc:
@@ -229,7 +235,7 @@ class Child:
         hints += ["the kernel log tells whether memory ran out"] if code == -9 else []
         hints += ["qaic-util -q shows the card's state"] if self._card and code != -9 else []
         return (
-            f"the process of {self._name} {ending(code)} {phase}: {'; '.join(hints)}, and"
+            f"the process of {self.name} {ending(code)} {phase}: {'; '.join(hints)}, and"
             f" running the case again tells whether it comes back{self._output_tail(0)}"
         )
 
@@ -263,6 +269,50 @@ def _child(name: str, *, card: bool) -> Iterator[Child]:
         raise
     finally:
         child.end(grace)
+
+
+class SharedChild:
+    """A child process for ONNX files that are opened one after another, which ends with the context.
+
+    It starts with the first file. An error in it ends it, and a file that is opened beside another has its own.
+    """
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._free = True
+
+    def __enter__(self) -> SharedChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.end(GRACE_SECONDS)
+
+    @contextmanager
+    def borrowed(self, name: str) -> Iterator[Child]:
+        """Yield the process for one file.
+
+        Args:
+            name: of the runtime, for error messages.
+        """
+        if not self._free:
+            with _child(name, card=False) as child:
+                yield child
+            return
+        if self._child is None:
+            self._child = Child(name, card=False)
+        self._child.name, self._free = name, False
+        try:
+            yield self._child
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._free = True
 
 
 def child_environment() -> dict[str, str]:

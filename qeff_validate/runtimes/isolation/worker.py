@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child process of `isolation.parent.IsolatedRuntime`: opens one artifact and serves requests until it is closed.
+"""The child process of `isolation.parent.IsolatedRuntime`: opens an artifact and serves requests until it is closed.
 
 python -m qeff_validate.runtimes.isolation.worker SOCKET PARENT
 """
@@ -18,6 +18,7 @@ from typing import Any
 from qeff_validate import errors
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
+from qeff_validate.memory import release_memory
 from qeff_validate.protocols import Session, Settings, runtime
 from qeff_validate.runtimes.isolation.channel import Channel, Closed
 from qeff_validate.sdk.processes import bound_to_parent
@@ -41,12 +42,17 @@ class LogForwarder(logging.Handler):
 
 
 def serve(channel: Channel) -> None:
-    """Open the artifact of the first request and serve the requests after it.
+    """Open one artifact after another, and serve the requests of each until it is closed.
 
     Raises:
         Closed: the parent has closed its end or ended; the artifact is released.
     """
-    request, _ = channel.receive()
+    while True:
+        request, _ = channel.receive()
+        _serve_artifact(channel, request)
+
+
+def _serve_artifact(channel: Channel, request: dict[str, Any]) -> None:
     settings = Settings.from_plain(request["settings"])
     fields = request["artifact"]
     artifact = {**fields, "path": Path(fields["path"]), "buckets": tuple(fields["buckets"])}
@@ -54,6 +60,8 @@ def serve(channel: Channel) -> None:
         with runtime(request["runtime"], settings).open(Artifact(**artifact)) as session:
             channel.send(_description(session))
             _serve_requests(channel, session)
+        del session
+        release_memory()  # the process may wait for another artifact
         channel.send({})
     except Closed:
         raise

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,13 @@ import pytest
 from bounds import within
 from onnx import helper, numpy_helper
 from tiny_graph import IDS, MASK, body, graph, original
+from torch import nn
 
 from qeff_validate.explain.block import Block, block_model, sources, with_used_rows
 from qeff_validate.explain.graph_values import GraphValues, reads
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.reference_values import record
-from qeff_validate.explain.smallest_block import graph_error
+from qeff_validate.explain.smallest_block import graph_error, graph_targets, smallest_block
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime
 
@@ -47,6 +51,55 @@ def block_of(values: GraphValues, layers: Layers, index: int) -> Block:
         tokens,
         *MASK.shape,
     )
+
+
+class Wrapped(nn.Module):
+    """A model whose modules have other paths, as with an adapter of PEFT."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+
+@pytest.mark.parametrize(("fault", "failing", "wrapped", "tried"), [("up", 3, {0, 1}, [2]), ("output", 1, {0}, [0, 1])])
+def test_bundle_of_one_adapter_is_not_the_whole_graph_because_another_has_other_paths(
+    fault: str, failing: int, wrapped: set[int], tried: list[int], tmp_path: Path
+) -> None:
+    """Rows 0 and 1 are of the texts with one adapter, 2 and 3 with another; the shorter text is tried first."""
+    proto = graph(body())
+    if fault == "output":
+        proto.graph.node[-1].op_type = "Mul"
+    else:
+        weight = next(t for t in proto.graph.initializer if list(t.dims) == [8, 12])
+        weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    values, layers = opened(proto, tmp_path)
+    runs = list[int]()
+
+    def original_run(alone: Any, sizes: Any, place: int) -> Any:
+        run = original(body())
+        runs.append(int(alone.rows[place]))
+        return replace(run, module=Wrapped(run.module)) if runs[-1] in wrapped else run
+
+    context: Any = SimpleNamespace(
+        pipeline=SimpleNamespace(
+            inputs=lambda: SimpleNamespace(ids=[np.arange(3), np.arange(5)]),
+            actual={"output": np.zeros((4, 8))},
+            graph=lambda: SimpleNamespace(outputs=[SimpleNamespace(name="output")]),
+            reference=dict,
+            case=SimpleNamespace(artifacts=SimpleNamespace(inputs={})),
+        ),
+        model=SimpleNamespace(text_of_row=lambda inputs, reference, row: row % 2),
+        subset=lambda texts: SimpleNamespace(rows=np.array([texts[0], texts[0] + 2])),
+        original_run=original_run,
+        clock=SimpleNamespace(check=lambda: None),
+    )
+    inside: Any = SimpleNamespace(graph=values, layers=layers, original=original(body()), feeds={})
+    shown = smallest_block(
+        context, inside, context.subset([1]), failing, graph_targets(inside), partial(graph_error, values)
+    )
+    assert shown is not None
+    assert shown.block.nodes < 8
+    assert runs == tried
 
 
 @pytest.mark.numeric

@@ -14,6 +14,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from tiny_graph import Body, body, examine, graph
 
+from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.protocols import Settings
+from qeff_validate.runtimes.ort import OrtRuntime
+
 
 def initializers(proto: Any, like: Any) -> Any:
     """Return the initializer with some content."""
@@ -341,3 +345,21 @@ def test_error_behind_a_fault_is_inherited_and_not_made_there(tmp_path: Path) ->
     assert behind.inherited > 1e-2
     assert behind.local < 5 * behind.floor
     assert errors["layers.0.up"].local > 1e4 * errors["layers.0.up"].floor
+
+
+def test_weights_in_another_layout_are_no_values(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[2, 3] x) => (float[2, 4] y)
+    <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> {
+        turned = Transpose (w)
+        copy = Identity (turned)
+        product = MatMul (x, copy)
+        y = Relu (product)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    (tmp_path / "copies").mkdir()
+    graph = GraphValues(tmp_path / "model.onnx", tmp_path / "copies", OrtRuntime(Settings()).open)
+    x = np.ones((2, 3), np.float32)
+    values = graph.run({"x": x})
+    assert list(values) == ["product", "y"]
+    np.testing.assert_array_equal(values["product"], [[6, 15, 24, 33]] * 2)
+    assert list(graph.run({"x": x}, ["copy"])) == ["copy"], "what is asked for by name is given"

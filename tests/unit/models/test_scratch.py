@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from qeff_validate.models.emulation.microscaling import E2M3, CompressedWeights,
 from qeff_validate.models.emulation.precision import InPlaceRoundedWeights
 from qeff_validate.models.scratch import filled, scratch_tensor
 from qeff_validate.models.sources import half_checkpoints
+from qeff_validate.models.sources.gguf import copied_to_files
 from qeff_validate.models.sources.resolve import Folder
 
 SIZES = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 2048}
@@ -105,6 +107,18 @@ def test_weights_of_a_float32_checkpoint_stay_in_their_file(folder: Path) -> Non
     assert FILE in place(weight)
     assert torch.equal(weight, before.to(torch.float16).to(torch.float32))
     assert torch.equal(load_file(folder / "model.safetensors")["encoder.layer.1.output.dense.weight"], before)
+
+
+def test_weights_of_a_gguf_file_are_copied_to_files() -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    weights = np.arange(1 << 19, dtype=np.float32).reshape(512, 1024)
+    with copied_to_files():
+        copy = torch.from_numpy(reader.np.copy(weights.T))
+        assert isinstance(reader.np.float32(1), np.float32)
+    assert reader.np is np
+    assert FILE in place(copy)
+    np.testing.assert_array_equal(copy.numpy(), weights.T, strict=True)
 
 
 def test_what_is_written_into_mapped_weights_stays_out_of_the_file_and_outlives_it(

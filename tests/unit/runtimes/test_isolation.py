@@ -15,7 +15,7 @@ from processes import alive, kill_leftovers, until
 from simulated_graphs import CTX, TABLE, WIDTH, Cache
 
 from qeff_validate.artifact import Artifact
-from qeff_validate.errors import ConfigError, RunError, Unavailable
+from qeff_validate.errors import ConfigError, RunError, Unavailable, ValidateError
 from qeff_validate.protocols import Session, Settings, capabilities, runtime
 from qeff_validate.runtimes.isolation import parent, worker
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime
@@ -286,3 +286,37 @@ def test_process_whose_parent_is_gone_releases_and_ends(counting: Artifact) -> N
         finally:
             kill_leftovers([pid])
         session.run(FEEDS)
+
+
+# --- one process for several files -----------------------------------------------------------------------
+
+
+def test_files_opened_one_after_another_share_a_process_until_one_fails(tmp_path: Path) -> None:
+    import onnx
+
+    text = '<ir_version: 8, opset_import: ["" : 18]> double (float[2, 3] x) => (float[2, 3] y) { y = Add(x, x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "double.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    double, broken = (
+        Artifact("onnx", tmp_path / f"{name}.onnx", name, untrusted=True) for name in ("double", "broken")
+    )
+
+    def opened(artifact: Artifact, name: str = "ort") -> Any:
+        return IsolatedRuntime(runtime(name, Settings()), name, Settings(), shared).open(artifact)
+
+    with parent.SharedChild() as shared:
+        with opened(double) as session:
+            np.testing.assert_array_equal(session.run({"x": X})["y"], 2 * X)
+            first = process(session)
+            with opened(double) as beside:
+                assert process(beside).pid != first.pid
+        with opened(double) as session:
+            assert process(session) is first
+            np.testing.assert_array_equal(session.run({"x": X + 1})["y"], 2 * X + 2)
+        with pytest.raises(ValidateError), opened(broken):
+            pass
+        assert not alive(first.pid)
+        with opened(double) as session:
+            second = process(session)
+            np.testing.assert_array_equal(session.run({"x": X})["y"], 2 * X)
+    assert not alive(second.pid)
