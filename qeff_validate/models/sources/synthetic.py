@@ -102,7 +102,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"time_step_min": STEP},
     "olmo2": {"num_key_value_heads": 2},
-    "phimoe": {"router_jitter_noise": 0.4},  # the score of an expert counts if it is so near to the best: all of a half
+    "phimoe": {"num_local_experts": 2},  # weights jump where the best two of a half are level
     "phi3": {"num_key_value_heads": 2, "sliding_window": WINDOW},
     "qwen2": {
         "layer_types": ["full_attention", "sliding_attention"],
