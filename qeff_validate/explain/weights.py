@@ -225,6 +225,8 @@ def copy_finding(module: Any, actual: Array) -> str:
         module: that uses it.
         actual: its content.
     """
+    if actual.ndim == 1 and not actual.any() and getattr(module, "bias", None) is None:
+        return ""  # an operator asks for a bias where the module has none
     for name, parameter in module.named_parameters():
         expected = np.squeeze(parameter.detach().float().numpy())
         if actual.size >= MIN_SIZE and np.squeeze(actual).shape in (expected.shape, expected.shape[::-1]):

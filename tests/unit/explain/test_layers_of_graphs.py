@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_graph import Body, body, examine, graph
 
 from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.weights import copy_finding
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime
 
@@ -363,3 +364,9 @@ def test_weights_in_another_layout_are_no_values(tmp_path: Path) -> None:
     assert list(values) == ["product", "y"]
     np.testing.assert_array_equal(values["product"], [[6, 15, 24, 33]] * 2)
     assert list(graph.run({"x": x}, ["copy"])) == ["copy"], "what is asked for by name is given"
+
+
+def test_zero_bias_of_an_operator_is_no_copy_of_a_weight() -> None:
+    norm = torch.nn.LayerNorm(8, bias=False)
+    assert copy_finding(norm, np.zeros(8, np.float32)) == ""
+    assert copy_finding(torch.nn.LayerNorm(8), np.zeros(8, np.float32)) == "weight is zero"
