@@ -45,7 +45,7 @@ def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
 
 REAL_PROCESSES = (
     "contract", "dropin", "unit/builders", "unit/runtimes", "unit/sdk", "meta/test_random_faults.py",
-    "meta/test_reliability.py",
+    "meta/test_reliability.py", "unit/test_hostile_graphs.py",
 )  # fmt: skip
 """Folders and files of `tests` whose compilers and runs on the simulated card are processes from the start."""
 

@@ -265,7 +265,7 @@ def _filled(index: tuple[Any, ...], value: float) -> Change:
 
 
 def _negated_row(weight: Tensor) -> Tensor:
-    return torch.cat([-weight[:1], weight[1:]])
+    return torch.cat([weight[:-1], -weight[-1:]])  # the first may be zero (`decisive_routers`)
 
 
 _LIST, _SIZES = "validation-methods §12.6", "upstream §6"

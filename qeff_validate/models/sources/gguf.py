@@ -76,7 +76,7 @@ def copied_to_files() -> Iterator[None]:
 
         @staticmethod
         def copy(array: Any) -> Any:
-            target = scratch_tensor(array.shape, torch.from_numpy(array[:0]).dtype).numpy()
+            target = scratch_tensor(array.shape, torch.from_numpy(np.empty(0, array.dtype)).dtype).numpy()
             target[...] = array
             return target
 
