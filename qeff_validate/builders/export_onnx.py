@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from qeff_validate.builders.check_export import check_interface, check_other_sizes, dynamic_axes, symbols
 from qeff_validate.builders.decompositions import needed_decompositions
-from qeff_validate.builders.export_contexts import eval_mode, export_errors, no_garbage_collection, no_jit_log, silent
+from qeff_validate.builders.export_contexts import eval_mode, export_errors, no_jit_log, silent
 from qeff_validate.builders.exporter_overhead import no_repeated_work
 from qeff_validate.builders.fake_kernels import fake_kernels
 from qeff_validate.builders.provenance import METADATA_KEY
+from qeff_validate.memory import without_collection
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors, retained
@@ -59,7 +60,7 @@ def export_onnx(
     inputs = {spec.name: torch.from_numpy(examples[spec.name]) for spec in graph.inputs}
     path = folder / "model.onnx"
     metadata = {} if fingerprint is None else {METADATA_KEY: json.dumps(fingerprint, sort_keys=True)}
-    with silent(), eval_mode(module), no_garbage_collection():
+    with silent(), eval_mode(module), without_collection():
         (_torchscript if exporter == "torchscript" else _dynamo)(module, inputs, graph, path, metadata)
     check_interface(path, graph)
     if exporter == "torchscript":

@@ -35,11 +35,13 @@ def replace_writes(graph: Any) -> None:
     Args:
         graph: a captured `torch.fx.Graph`; a tensor with a write of another kind stays as it is.
     """
+    writes = {operator(name) for name in WRITES}
     order = {node: place for place, node in enumerate(graph.nodes)}
     for nodes in _nodes_by_storage(graph).values():
-        storage = _Storage(graph, nodes, order)
-        if storage.is_known():
-            storage.replace_writes()
+        if any(node.target in writes for node in nodes):
+            storage = _Storage(graph, nodes, order)
+            if storage.is_known():
+                storage.replace_writes()
 
 
 class _Storage:
@@ -47,7 +49,7 @@ class _Storage:
 
     Args:
         graph: that they are of.
-        nodes: in its order; the first makes the memory.
+        nodes: in its order, with a write; the first makes the memory.
         order: the place of each node of the graph.
     """
 
@@ -56,7 +58,7 @@ class _Storage:
         self._written_by = {operator(name): operator(other) for name, other in WRITES.items()}
         self._scattered_by = {operator(name): operator(other) for name, other in PARTS.items()}
         self._alias = operator("alias.default")
-        count = 1 + max((place for place, node in enumerate(nodes) if node.target in self._written_by), default=0)
+        count = 1 + max(place for place, node in enumerate(nodes) if node.target in self._written_by)
         self._nodes, self._later = nodes[:count], nodes[count:]
         self._now: dict[Any, Any] = {}
         """The node that has the value of the tensor, or of a view of it, at present."""
@@ -64,10 +66,10 @@ class _Storage:
         """Of each view what it is a view of."""
 
     def is_known(self) -> bool:
-        """Return whether there are writes, and none is of another kind."""
+        """Return whether the graph makes the memory, and no write is of another kind."""
         first, *others = self._nodes
         mutable = any(_is_mutable(node.target) for node in (first, *self._later))
-        return bool(others) and first.op == "call_function" and not mutable and all(map(self._can_replace, others))
+        return first.op == "call_function" and not mutable and all(map(self._can_replace, others))
 
     def _can_replace(self, node: Any) -> bool:
         if not node.args or node.args[0] not in self._nodes or (_is_mutable(node.target) and not self._is_write(node)):

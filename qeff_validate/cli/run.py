@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qeff_validate.cli import performance
+from qeff_validate.cli.made_results import MadeResults, write_report
 from qeff_validate.cli.options import (
     SdkPrefix,
     StoreDir,
@@ -27,18 +24,14 @@ from qeff_validate.cli.options import (
     shard,
 )
 from qeff_validate.cli.progress import console, print_text, print_wrapped, terminal_progress
-from qeff_validate.errors import ConfigError, ValidateError
+from qeff_validate.errors import ConfigError
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
 from qeff_validate.report.results_file import ResultsFile
 from qeff_validate.report.text import NARROW_BELOW
-from qeff_validate.report.writers import write_texts
 
 if TYPE_CHECKING:
-    from qeff_validate.config.case import Case
-    from qeff_validate.protocols import Settings
     from qeff_validate.report.report import Report
-    from qeff_validate.report.result import Result
 
 
 def run(
@@ -154,7 +147,7 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    made = _MadeResults(report, [(one, name) for one in cases for name in names or one.runtimes], settings, kept)
+    made = MadeResults(report, [(one, name) for one in cases for name in names or one.runtimes], settings, kept)
     count = job_count(jobs)
     remove_reports(report)
     with made.reported_if_interrupted():
@@ -173,7 +166,7 @@ def run(
             on_result=made.add,
         )
     results = results if before is None else with_drift(results, before)
-    write_error = _write(results, report)
+    write_error = write_report(results, report)
     if json_lines:
         for result in results.results:
             print_text(json.dumps(result.plain(), ensure_ascii=False, allow_nan=False))
@@ -186,94 +179,6 @@ def run(
     if not json_lines:
         print_closing(results, report)
     raise typer.Exit(results.exit_code(require=required, allow_inconclusive=allow_inconclusive))
-
-
-REPORT_EVERY_S = 10
-"""How often ``report.json`` is written while a run goes on, at most."""
-
-
-class _MadeResults:
-    """The results of a run as they are made: in `results_file.ResultsFile`, and in ``report.json`` beside it.
-
-    Args:
-        folder: of the report.
-        planned: cases and names of runtimes, in the order of the report.
-        settings: of the runtimes.
-        kept: keys and results of the run that is resumed, by case and runtime.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        planned: Sequence[tuple[Case, str]],
-        settings: Settings,
-        kept: Mapping[tuple[str, str], tuple[str, Result]],
-    ) -> None:
-        from qeff_validate.engine import result_key
-
-        self._folder, self._file, self._settings = folder, ResultsFile(folder), settings
-        self._keys = {(case.name, name): result_key(case, name, settings) for case, name in planned}
-        self.known = {
-            place: result
-            for place, (key, result) in kept.items()
-            if self._keys.get(place) == key and result.status in ("pass", "fail", "inconclusive")
-        }
-        self._made: dict[tuple[str, str], Result] = {}
-        self._written = -math.inf
-
-    def add(self, _case: Case, result: Result) -> None:
-        """Take a result of the run."""
-        place = result.case, result.runtime
-        self._made[place] = result
-        with suppress(ValidateError):  # the report tells that the folder cannot be written
-            self._file.add(self._keys[place], result)
-            self._write_unfinished()
-
-    def _write_unfinished(self) -> None:
-        from qeff_validate.report.report import json_report
-
-        last = len(self.known.keys() | self._made.keys()) == len(self._keys)
-        if not last and time.monotonic() - self._written > REPORT_EVERY_S:
-            write_texts(self._folder, {"report.json": json_report(self._report("the run has not ended"))})
-            self._written = time.monotonic()
-
-    def _report(self, why_missing: str) -> Report:
-        """Return the report of what is done; what is not has not run, for a reason."""
-        from qeff_validate.report.report import Report
-        from qeff_validate.report.result import Result
-
-        made = {**self.known, **self._made}
-        missing = (Result(*place, "not_run", why_missing) for place in self._keys)
-        return Report(tuple(made.get((one.case, one.runtime), one) for one in missing), self._environment)
-
-    @cached_property
-    def _environment(self) -> dict[str, Any]:
-        from qeff_validate.engine import environment
-
-        return environment(self._settings)
-
-    @contextmanager
-    def reported_if_interrupted(self) -> Iterator[None]:
-        """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
-        self._file.clear()
-        for result in self.known.values():
-            self._file.add(self._keys[result.case, result.runtime], result)
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
-            if made := {**self.known, **self._made}:
-                _write(self._report("the run was interrupted"), self._folder)
-                print_text(f"{len(made)} of {len(self._keys)} results are in {self._folder}; --resume makes the others")
-            raise
-
-
-def _write(results: Report, folder: Path) -> ValidateError | None:
-    """Write the report. An error is returned, not raised, so that the results are printed first."""
-    try:
-        results.write(folder)
-    except ValidateError as exc:
-        return exc
-    return None
 
 
 def print_results(results: Report, *, wide: bool = False, quiet: bool = False) -> None:

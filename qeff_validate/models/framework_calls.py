@@ -6,7 +6,6 @@ Frameworks are imported inside the functions that need them, so that a fingerpri
 
 from __future__ import annotations
 
-import gc
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -116,18 +115,6 @@ def translated_errors(action: str) -> Iterator[None]:
         if "trust_remote_code" in str(exc):
             raise ConfigError(f"cannot {action}: {OWN_CODE}") from exc
         raise Unavailable(f"cannot {action}: {type(exc).__name__}: {first_line(exc)}") from exc
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Pause the garbage collector, which takes an eighth of the time in which torch and transformers are imported."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

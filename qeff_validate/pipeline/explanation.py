@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qeff_validate.errors import ValidateError
-from qeff_validate.memory import release_memory
-from qeff_validate.models.framework_calls import without_collection
+from qeff_validate.memory import release_memory, without_collection
 from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.report.result import Result
 

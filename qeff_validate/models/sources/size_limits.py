@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import quiet_transformers, without_collection
+from qeff_validate.memory import without_collection
+from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.models.sources.checkpoint import StoredTensor
 
 LAYERS = re.compile(r"(.*_)?(layers?|blocks|groups|depth)")
