@@ -82,9 +82,9 @@ def test_family_that_is_not_served_is_an_error_with_its_reason(kind: str, reason
 TARGETS = {"bloom": ["query_key_value"], "gemma3n_text": ["q_proj"]}
 FAMILIES = (
     "mamba", "mamba2", "lfm2", "qwen3_next", "falcon_h1", "granitemoehybrid", "olmo_hybrid", "jamba", "bloom",
-    "gemma3n_text", "moshi", "zaya",
+    "gemma3n_text", "moshi", "zaya", "gpt_neo",
 )  # fmt: skip
-"""Recurrent, convolutional and hybrid state, position biases of slots, and layers that share keys and values."""
+"""Recurrent, convolutional and hybrid state, position biases and tables of slots, layers that share keys and values."""
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
