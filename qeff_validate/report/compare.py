@@ -161,9 +161,10 @@ def html_comparison(comparison: Comparison, titles: tuple[str, str]) -> str:
         comparison: of two reports.
         titles: what the older and the later report are called, such as their paths.
     """
-    return render(
+    pieces = render(
         "compare.html.j2", title="Reports compared", comparison=comparison, titles=titles, tones=TONES, arrow=_arrow
     )
+    return "".join(pieces)
 
 
 def _by_place(results: Iterable[Result]) -> dict[_Place, Result]:

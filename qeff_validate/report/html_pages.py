@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a page.
+def render(template: str, **values: Any) -> Iterator[str]:
+    """Yield a page in pieces.
 
     Args:
         template: file name in `TEMPLATES`.
         values: variables of the template.
     """
-    return _environment().get_template(template).render(values)
+    return _environment().get_template(template).generate(values)
 
 
 @cache

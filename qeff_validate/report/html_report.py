@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qeff_validate.comparison.verdict import GateResult
@@ -179,9 +179,9 @@ class ResultView:
         return [line.partition(": ")[2] for line in timing_lines([self.result])]
 
 
-def html_report(report: Report) -> str:
-    """Return the content of report.html: what report.json holds decides it, and nothing else."""
-    report = Report.from_plain(report.plain())
+def html_report(report: Report) -> Iterator[str]:
+    """Return the content of report.html in pieces: what report.json holds decides it, and nothing else."""
+    report = replace(report, results=tuple(Result.from_plain(result.plain()) for result in report.results))
     views = list(_views(report.results))
     words = Counter(view.word for view in views)
     runtimes = list(dict.fromkeys(view.runtime for view in views))

@@ -37,7 +37,7 @@ def report_to_mlflow(report: Report) -> None:
                 if math.isfinite(item.metric.value)
             }
         )
-        mlflow.log_text(json_report(report), "report.json")
+        mlflow.log_text("".join(json_report(report)), "report.json")
         mlflow.log_text(markdown_report(report), "report.md")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -79,11 +79,14 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """Return the report as report.json holds it; non-finite numbers are strings."""
+        return self._plain_with([result.plain() for result in self.results])
+
+    def _plain_with(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         counts = Counter(result.status for result in self.results)
         return {
             "schema": SCHEMA,
             "environment": dict(self.environment),
-            "results": [result.plain() for result in self.results],
+            "results": results,
             "unwritten": list(self.unwritten),
             "summary": {
                 **{status: counts[status] for status in get_args(Status)},
@@ -141,7 +144,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         few = len(self.results) <= MOST_IN_NOTEBOOK
-        page = registered("writers")["html"].load()(self) if few else ""  # it imports this module
+        page = "".join(registered("writers")["html"].load()(self)) if few else ""  # it imports this module
         return notebook_table(self.results, self.closing(), page)
 
     def problems(self) -> list[str]:
@@ -178,9 +181,22 @@ def report_of(data: Any, where: str) -> Report:
         raise ConfigError(f"{where}: {exc}") from exc
 
 
-def json_report(report: Report) -> str:
-    """Return the content of report.json."""
-    return json.dumps(report.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def json_report(report: Report) -> Iterator[str]:
+    """Yield the content of report.json in pieces: the plain form of one result at a time is in memory."""
+    for number, (name, value) in enumerate(report._plain_with([]).items()):
+        yield f"{',' if number else '{'}\n {json.dumps(name)}: "
+        if name != "results" or not report.results:
+            yield _json(value, depth=1)
+            continue
+        for place, result in enumerate(report.results):
+            yield f"{',' if place else '['}\n  {_json(result.plain(), depth=2)}"
+        yield "\n ]"
+    yield "\n}\n"
+
+
+def _json(value: Any, depth: int) -> str:
+    """Return a value as it stands in a JSON file at a depth: each depth is a space at the begin of its lines."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).replace("\n", "\n" + " " * depth)
 
 
 def markdown_report(report: Report) -> str:

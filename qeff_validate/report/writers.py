@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,26 +17,29 @@ def write_reports(report: object, folder: Path) -> None:
     """Write a report in every registered form, ``report.json`` and others, as ``report.NAME``.
 
     A form is an entry point of the group ``qeff_validate.writers``: a function from a
-    `report.Report` to text. The built-in ones are written first.
+    `report.Report` to text, or to an iterator of its pieces. The built-in ones are written first.
 
     Raises:
         ValidateError: a file cannot be written, or a function failed; all other files are written.
     """
-    built_in_texts, plugin_texts = dict[str, str](), dict[str, str]()
     problems = []
-    for entry in registered("writers").values():
-        built_in = is_built_in(entry)
+    for entry in sorted(registered("writers").values(), key=is_built_in, reverse=True):
         try:
-            (built_in_texts if built_in else plugin_texts)[f"report.{entry.name}"] = entry.load()(report)
+            write_texts(folder, {f"report.{entry.name}": entry.load()(report)})
+        except ValidateError:
+            raise
         except Exception as exc:  # a writer's failure must lose no verdict
             problems.append(f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}")
-    write_texts(folder, {**built_in_texts, **plugin_texts})
     if problems:
         raise ValidateError("; ".join(problems))
 
 
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+def write_texts(folder: Path, texts: Mapping[str, str | Iterable[str]]) -> None:
     """Write files by their names into a folder, each by one rename.
+
+    Args:
+        folder: is made if it does not exist.
+        texts: each in one piece, or in several.
 
     Raises:
         ValidateError: they cannot be written.
@@ -56,11 +59,12 @@ def remove_reports(folder: Path) -> None:
             (folder / f"report.{name}").unlink()
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str | Iterable[str]) -> None:
     temporary = temporary_beside(path)
     try:
         # a lone surrogate, which UTF-8 does not have, becomes its JSON escape
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,8 +19,13 @@ from qeff_validate.comparison.metric import ErrorsByRow, Metric
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.charts import LogScale, bound_mark, bound_scale, layer_bars, stage_bars, strip
 from qeff_validate.report.explanation import Explanation
-from qeff_validate.report.html_report import html_report
+from qeff_validate.report.html_report import html_report as html_pieces
 from qeff_validate.report.report import Report
+
+
+def html_report(report: Report) -> str:
+    """Return the whole page."""
+    return "".join(html_pieces(report))
 
 
 class Elements(HTMLParser):

@@ -3,18 +3,22 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_samples import sample_report
 
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.metric import Metric
 from qeff_validate.comparison.verdict import GateResult, Power
 from qeff_validate.errors import IncomparableError, ValidateError
 from qeff_validate.report.explanation import Explanation
-from qeff_validate.report.report import Report
+from qeff_validate.report.report import Report, json_report
 from qeff_validate.report.result import Precheck, Result, finite
+from qeff_validate.report.writers import write_texts
 
 
 def result(status: Any = "pass", runtime: str = "ort", **more: Any) -> Result:
@@ -177,7 +181,7 @@ def test_notebook_holds_the_charts_in_a_frame_of_their_own_unless_they_are_too_m
 
     report = Report((result(metrics=(judged(1e-4),)),))
     (frame,) = re.findall(r'<details.*<iframe srcdoc="([^"]*)" sandbox="allow-scripts"', report._repr_html_())
-    assert html.unescape(frame) == html_report(report)
+    assert html.unescape(frame) == "".join(html_report(report))
     many = Report((result(),) * (MOST_IN_NOTEBOOK + 1))
     assert "iframe" not in many._repr_html_()
 
@@ -209,8 +213,27 @@ def test_reason_of_a_failure_has_a_line_for_each_metric() -> None:
     assert Report((result("error", reason="gone; run again"),)).problems() == ["c-ort: error: gone; run again"]
 
 
+@pytest.mark.parametrize("report", [Report(()), sample_report(5), Report((), {"results": ["\u2028\n"]}, ("full",))])
+def test_report_json_is_the_plain_form(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert text == json.dumps(report.plain(), indent=1, ensure_ascii=False) + "\n"
+
+
+def test_writing_takes_no_memory_by_result_beyond_that_of_the_results(tmp_path: Path) -> None:
+    """1,000 results in one text took 190 MB, as one character beyond U+FFFF makes four bytes of each."""
+    report = sample_report(1000, text="\U0001f600")
+    tracemalloc.start()
+    try:
+        write_texts(tmp_path, {"report.json": json_report(report)})
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_writer_that_fails_loses_no_other_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(report: Report) -> str:
+    def broken(report: Report) -> Iterator[str]:
+        yield "begin"
         raise RuntimeError(f"cannot draw {len(report.results)} results")
 
     monkeypatch.setattr("qeff_validate.report.html_report.html_report", broken)
