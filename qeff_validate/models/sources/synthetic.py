@@ -138,6 +138,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 """Config values of ``random:`` bodies that enable the characteristics of a family."""
 
+OF_WINDOWS = frozenset({"layer_types", "sliding_window", "use_sliding_window"})
+"""Those of `SPECIAL` that a case leaves out with ``use_sliding_window: false``."""
+
 TIED = 0.25
 """Scale of token embeddings tied to the LM head: unscaled, the most likely next token is the previous one."""
 
@@ -232,7 +235,10 @@ def _random_config(model_type: str, chosen: _Chosen) -> Any:
     _refuse_parts(default, name)
     if not builds_body(default):
         raise ConfigError(f"{name}: transformers builds no body of this type by itself; it is a part of other models")
-    small = family_config(default, name, SMALL, chosen.values, special=SPECIAL.get(model_type, {}))
+    special = SPECIAL.get(model_type, {})
+    if chosen.values.get("use_sliding_window") is False:
+        special = {key: value for key, value in special.items() if key not in OF_WINDOWS}
+    small = family_config(default, name, SMALL, chosen.values, special=special)
     _refuse_large(small, name)
     return small
 

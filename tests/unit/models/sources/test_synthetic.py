@@ -282,6 +282,12 @@ def test_of_a_model_with_several_parts_the_text_part_is_taken(tmp_path: Path) ->
     assert body.config.layer_types == ["sliding_attention", "full_attention"]
 
 
+def test_a_random_body_has_no_layer_of_a_window_that_the_case_switches_off() -> None:
+    config = Random("qwen2", {"use_sliding_window": False}, 0).model_config()
+    assert config.layer_types == ["full_attention"] * 2
+    assert config.num_key_value_heads == 2
+
+
 def test_a_body_that_transformers_cannot_build_is_unavailable() -> None:
     from transformers import AutoConfig
 
