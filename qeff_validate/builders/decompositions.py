@@ -10,6 +10,7 @@ others are decomposed alone, at their place in the graph. Only a graph with stil
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ EQUIVALENTS = {
 }
 """Operators of ATen, each with one that has the same arguments and values, and a form in ONNX."""
 
-CONVERSIONS = ("to.dtype", "to.device", "to.dtype_layout")
+CONVERSIONS = ("to.dtype", "to.device", "to.dtype_layout", "type_as.default")
 """Operators that change the dtype, or nothing."""
 
 VIEWS = ("reshape.default", "narrow.default", "chunk.default", "contiguous.default", "flatten.using_ints", "mT.default")
@@ -47,7 +48,7 @@ def needed_decompositions() -> Iterator[None]:
     def run_decompositions(self: Any, table: Any = None, *args: Any, **options: Any) -> Any:
         if table is None:
             return decompose(self, table, *args, **options)
-        table = {**table, operator("linalg_solve.default"): solve_without_pivots}
+        table = {**table, **{operator(name): function for name, function in OWN.items()}}
         replace_equivalents(self.graph)
         replace_writes(self.graph)
         decompose_alone(self.graph, table)
@@ -81,6 +82,32 @@ def solve_without_pivots(matrix: Any, right: Any, *, left: bool = True) -> Any:
         others = rows - rows[..., :, at : at + 1] * pivot
         rows = torch.cat([others[..., :at, :], pivot, others[..., at + 1 :, :]], dim=-2)
     return rows[..., size:] if left else rows[..., size:].mT
+
+
+def standard_deviation(
+    values: Any,
+    dim: Any,
+    unbiased: bool = True,
+    keepdim: bool = False,
+) -> Any:
+    """Return the standard deviation over dims, by operators of ATen; torch's own decomposition holds some of prims.
+
+    Args:
+        values: float, of any shape.
+        dim: list of dims.
+        unbiased: whether it is divided by one less than the number of values.
+        keepdim: whether the result has the dims, of size 1.
+    """
+    squares = (values - values.mean(dim, keepdim=True)).square()
+    mean = squares.mean(dim, keepdim=keepdim)
+    if unbiased:
+        count = math.prod(values.shape[one] for one in dim)
+        mean = mean * (count / (count - 1))
+    return mean.sqrt()
+
+
+OWN = {"linalg_solve.default": solve_without_pivots, "std.dim": standard_deviation}
+"""Decompositions of operators of ATen beside torch's."""
 
 
 def replace_equivalents(graph: Any) -> None:

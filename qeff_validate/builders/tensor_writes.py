@@ -7,7 +7,7 @@ here each is replaced at its place: what read the tensor, or a view of it, after
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 COPY = "copy_.default"
@@ -27,6 +27,18 @@ WRITES = {
 
 PARTS = {"slice.Tensor": "slice_scatter.default", "select.int": "select_scatter.default"}
 """Views of a part of a tensor, each with the operator that returns the tensor with another part."""
+
+
+def _permuted_back(dims: Sequence[int]) -> tuple[list[int]]:
+    """Return the permutation that takes back another one, whose dims may be negative."""
+    return (sorted(range(len(dims)), key=[dim % len(dims) for dim in dims].__getitem__),)
+
+
+REORDERINGS: Mapping[str, Callable[..., tuple[Any, ...]]] = {
+    "permute.default": _permuted_back,
+    "transpose.int": lambda first, second: (first, second),
+}
+"""Views of all values in another order of dims, each with the arguments that take it back."""
 
 
 def replace_writes(graph: Any) -> None:
@@ -58,6 +70,7 @@ class _Storage:
         self._written_by = {operator(name): operator(other) for name, other in WRITES.items()}
         self._scattered_by = {operator(name): operator(other) for name, other in PARTS.items()}
         self._alias = operator("alias.default")
+        self._reordered_by = {operator(name): inverse for name, inverse in REORDERINGS.items()}
         count = 1 + max(place for place, node in enumerate(nodes) if node.target in self._written_by)
         self._nodes, self._later = nodes[:count], nodes[count:]
         self._now: dict[Any, Any] = {}
@@ -78,7 +91,8 @@ class _Storage:
             return True  # a view, which is made anew where it is read after a write
         view = node.args[0]
         while view is not self._nodes[0]:
-            if not (self._is_write(view) or view.target is self._alias or view.target in self._scattered_by):
+            known = (self._alias, *self._scattered_by, *self._reordered_by, *self._written_by)
+            if view.target not in known:
                 return False
             view = view.args[0]
         if node.target is not operator(COPY):
@@ -108,6 +122,9 @@ class _Storage:
             whole = self._whole[view]
             if view.target is self._alias:
                 self._now[whole] = self._now[view]
+            elif view.target in self._reordered_by:
+                inverse = self._reordered_by[view.target](*view.args[1:])
+                self._now[whole] = self._insert(view.target, (self._now[view], *inverse), before[whole])
             else:
                 arguments = (before[whole], self._now[view], *view.args[1:])
                 self._now[whole] = self._insert(self._scattered_by[view.target], arguments, before[whole])

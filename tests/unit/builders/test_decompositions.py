@@ -40,13 +40,15 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "parts": lambda x: torch.cat(_written_in_parts(x), 1),
     "parts-of-the-output": lambda x: _written_in_parts(x)[1],
     "gradients": lambda x: _with_gradients(x) + 1,
+    "part-when-permuted": lambda x: _changed_when_permuted(x) + 0,
+    "deviation": lambda x: x.std(1, keepdim=True, unbiased=False) + x.std(-1, keepdim=True) * x.std((0, 1)),
     "eye": lambda x: x @ torch.eye(8) + torch.linalg.norm(x, dim=1, keepdim=True),
     "decomposed-output": lambda x: torch.square(x @ torch.kron(torch.eye(4), torch.ones(2, 2))),
 }
 """Operators of transformers, in graphs that need no trace to be translated."""
 
 DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "in-place-of-another-view": lambda x: _changed_when_transposed(x) + 1,
+    "in-place-of-another-view": lambda x: _changed_when_flat(x) + 1,
     "in-place-in-wider-numbers": lambda x: (x * 2).add_(x.to(torch.float64)),
     "in-place-view": lambda x: (x * 2).unsqueeze_(1),
     "copied-over-a-part": lambda x: _copied_over(x * 2, x[:, :1]),
@@ -85,9 +87,20 @@ def _changed_through_a_view(x: torch.Tensor) -> torch.Tensor:
     return doubled
 
 
-def _changed_when_transposed(x: torch.Tensor) -> torch.Tensor:
+def _changed_when_permuted(x: torch.Tensor) -> torch.Tensor:
+    """As Gemma-3n adds to predictions whose dims are in another order, and then to some of them."""
+    boxes = x.view(-1, 2, 2, 2) * 2
+    turned = boxes.permute(2, -1, 0, 1)
+    before = turned.sum(0)
+    turned += x.view(-1, 2, 2, 2).permute(1, 2, 0, 3)
+    turned.type_as(x)[1:] += 1
+    boxes.transpose(1, -1)[:, :1].mul_(3)
+    return torch.cat([boxes.flatten(1), turned.permute(2, 0, 1, 3).flatten(1), before.transpose(0, 1).flatten(1)], 1)
+
+
+def _changed_when_flat(x: torch.Tensor) -> torch.Tensor:
     doubled = x * 2
-    doubled.T[:4].add_(x.T[4:])
+    doubled.view(-1)[:4].add_(1)
     return doubled
 
 
