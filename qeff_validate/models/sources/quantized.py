@@ -15,15 +15,15 @@ from qeff_validate.errors import ConfigError, Unavailable
 from qeff_validate.models.framework_calls import versions
 from qeff_validate.models.sources.checkpoint import CONFIG, read_object
 
-DEQUANTIZED_BY: Mapping[str, str] = {
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "transformers",
-    "gptq": "gptqmodel",
-    "mxfp4": "transformers",
+DEQUANTIZED_BY: Mapping[str, tuple[str, ...]] = {
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "fp8": ("transformers",),
+    "gptq": ("gptqmodel", "optimum"),
+    "mxfp4": ("transformers",),
 }
-"""Methods whose weights can be turned into float32, and the distribution that does it."""
+"""Methods whose weights can be turned into float32, and the distributions that do it."""
 
 WHILE_LOADING = ("compressed-tensors", "fp8", "mxfp4")
 """Methods that transformers dequantizes while it loads, if the config says ``dequantize``."""
@@ -63,16 +63,17 @@ def check_dequantizable(folder: Path, method: str) -> None:
         ConfigError: no library that is known here dequantizes this method.
         Unavailable: the library that does is not installed.
     """
-    library = DEQUANTIZED_BY.get(method)
-    if library is None:
+    libraries = DEQUANTIZED_BY.get(method)
+    if libraries is None:
         raise ConfigError(
             f"{folder} is quantized with {method!r}, which is not turned into float32 here"
             f" ({', '.join(sorted(DEQUANTIZED_BY))} are): give the original weights, or save it dequantized"
         )
-    if versions(library)[library] is None:
+    missing = [name for name, version in versions(*libraries).items() if version is None]
+    if missing:
         raise Unavailable(
-            f"{folder} is quantized with {method}, and {library} turns its weights into float32: pip install {library},"
-            " or give the original weights"
+            f"{folder} is quantized with {method}, and {libraries[0]} turns its weights into float32:"
+            f" pip install {' '.join(missing)}, or give the original weights"
         )
 
 
@@ -122,10 +123,10 @@ def dequantized(model: Any, method: str) -> Any:
     if method == "bitsandbytes":
         model = model.dequantize()
     for name, module in list(model.named_modules()):
-        unpack = getattr(module, "dequantize_weight", None)
-        if callable(unpack):
+        if hasattr(module, "qweight") or hasattr(module, "dequantize_weight"):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _linear(unpack(), getattr(module, "bias", None)))
+            bias = getattr(module, "bias", None)
+            setattr(model.get_submodule(parent), attribute, _linear(_unpacked_weight(module), bias))
     tensors = (*model.named_parameters(), *model.named_buffers())
     packed = [name for name, tensor in tensors if name.endswith(PACKED) and not tensor.is_floating_point()]
     if packed:
@@ -134,6 +135,20 @@ def dequantized(model: Any, method: str) -> Any:
             " dequantize=True in its quantization config if it has such an option, or give the original weights"
         )
     return torch.nn.Module.float(model)
+
+
+def _unpacked_weight(module: Any) -> Any:
+    """Return the weight ``[in, out]`` of a layer of GPTQModel, in the dtype of its scales.
+
+    Its layers for AWQ on a processor have no method for that: they are given the unit vectors.
+    """
+    import torch
+
+    if hasattr(module, "dequantize_weight"):
+        return module.dequantize_weight()
+    module.bias = None
+    with torch.no_grad():
+        return module(torch.eye(module.in_features, dtype=module.scales.dtype))
 
 
 def _linear(weight: Any, bias: Any) -> Any:

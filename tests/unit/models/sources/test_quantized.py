@@ -91,7 +91,11 @@ def test_scales_that_are_not_read_are_an_error(name: str, options: Any, said: st
 @pytest.mark.parametrize(
     ("quantization", "error", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, Unavailable, "gptq, and gptqmodel turns .* pip install gptqmodel"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            Unavailable,
+            "gptq, and gptqmodel .* pip install gptqmodel optimum,",
+        ),
         ({"quant_method": "awq", "bits": 4}, Unavailable, "awq, and gptqmodel turns"),
         ({"load_in_4bit": True}, Unavailable, "bitsandbytes, and bitsandbytes turns"),
         ({"quant_method": "compressed-tensors"}, Unavailable, "pip install compressed-tensors"),
@@ -109,19 +113,32 @@ def test_what_is_not_dequantized_names_the_library(
 
 
 class Packed(nn.Module):
-    """A layer that unpacks its weight as GPTQModel's do, ``[in, out]``."""
+    """A layer with a packed weight, as GPTQModel's are; those for GPTQ unpack it, ``[in, out]``, others compute."""
 
-    def __init__(self, *, unpacks: bool) -> None:
+    def __init__(self, does: str) -> None:
         super().__init__()
+        self.in_features = 2
         self.register_buffer("qweight", torch.arange(6, dtype=torch.int32).reshape(2, 3))
+        self.register_buffer("scales", torch.full((1, 3), 0.5, dtype=torch.float16))
         self.bias = nn.Parameter(torch.ones(3, dtype=torch.float16))
-        if unpacks:
-            self.dequantize_weight = lambda: self.qweight.half() / 2
+        if does == "unpacks":
+            self.dequantize_weight = lambda: self.qweight.half() * self.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float16, "its kernels take the dtype of the scales alone"
+        product = x @ (self.qweight * self.scales)
+        return product if self.bias is None else product + self.bias
 
 
-def test_layers_that_unpack_themselves_become_linear() -> None:
-    model = dequantized(nn.Sequential(Packed(unpacks=True)), "gptq")
+@pytest.mark.parametrize("does", ["unpacks", "computes"])
+def test_packed_layers_become_linear(does: str) -> None:
+    model = dequantized(nn.Sequential(Packed(does)), "awq")
     x = torch.tensor([[1.0, -2.0]])
     np.testing.assert_array_equal(model(x).detach().numpy(), x.numpy() @ np.arange(6).reshape(2, 3) / 2 + 1)
-    with pytest.raises(ConfigError, match=r"gptq: 1 weights are packed integers in the loaded model, first 0\.qweight"):
-        dequantized(nn.Sequential(Packed(unpacks=False)), "gptq")
+
+
+def test_weights_that_stay_packed_are_an_error() -> None:
+    layer = nn.Module()
+    layer.register_buffer("weight_packed", torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"gptq: 1 weights are packed .* first 0\.weight_packed"):
+        dequantized(nn.Sequential(layer), "gptq")
