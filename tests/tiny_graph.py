@@ -165,6 +165,6 @@ def examine(model: Body, proto: Any, folder: Path) -> Examined:
     opened = OrtRuntime(Settings(ort_optimization="disabled")).open
     run = original(model)
     values = GraphValues(folder / "model.onnx", folder / "copies", opened)
-    weights, recorded = compare_weights(model, values.weights), record(run)
+    weights, recorded = compare_weights(model, values.weights, nodes=values.nodes), record(run)
     layers = find_layers(run, recorded, values, run.feeds)
     return Examined(layers, locate(run, recorded, values, layers, weights))

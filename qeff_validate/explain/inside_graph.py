@@ -80,7 +80,7 @@ def look_inside(
         check()
         feeds = own_feeds(context, original)
         fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
-        weights = compare_weights(original.module, {**graph.weights, **fed}, check)
+        weights = compare_weights(original.module, {**graph.weights, **fed}, check, graph.nodes)
         differing = [item for item in weights.findings if item.initializer is not None]
         if differing:
             early(Location(differing[0].module, differing[0].sentence()))

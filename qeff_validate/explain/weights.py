@@ -15,6 +15,7 @@ import numpy as np
 
 from qeff_validate.explain.differences import difference, is_named
 from qeff_validate.explain.names import common_module
+from qeff_validate.explain.weight_layout import read_transposed
 from qeff_validate.prechecks.weights_in_graph import UNUSED
 from qeff_validate.tensors import Array
 
@@ -23,6 +24,9 @@ MIN_SIZE = 4
 
 MOST_REPAIRED = 1 << 26
 """Bytes of weights that differ above which the graph is not run with the right ones."""
+
+TRANSPOSED = "transposed"
+"""Text of a square weight that a graph reads the other way."""
 
 ALIKE = 0.5
 """Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
@@ -81,7 +85,10 @@ class WeightComparison:
 
 
 def compare_weights(
-    module: Any, initializers: Mapping[str, Array], check: Callable[[], None] = lambda: None
+    module: Any,
+    initializers: Mapping[str, Array],
+    check: Callable[[], None] = lambda: None,
+    nodes: Sequence[Any] = (),
 ) -> WeightComparison:
     """Compare the parameters and buffers of a torch module with the initializers of a graph.
 
@@ -89,6 +96,7 @@ def compare_weights(
         module: float32.
         initializers: by name.
         check: raises when the time is up.
+        nodes: of the graph, which tell in what layout a square weight is read.
     """
     parameters = dict(_parameters(module))
     floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
@@ -116,6 +124,9 @@ def compare_weights(
         result.by_initializer.setdefault(partner, name)
         if text:
             result.findings.append(WeightFinding(name, partner, text))
+    for initializer in read_transposed(module, nodes, initializers, result.by_initializer):
+        if not any(item.initializer == initializer for item in result.findings):
+            result.findings.append(WeightFinding(result.by_initializer[initializer], initializer, TRANSPOSED))
     return result
 
 
@@ -134,7 +145,9 @@ def repairs(module: Any, initializers: Mapping[str, Array], comparison: WeightCo
             continue
         held = initializers[finding.initializer]
         expected = np.squeeze(tensors[finding.parameter].detach().float().numpy())
-        if _is_turned(expected, np.squeeze(held)):
+        if finding.text == TRANSPOSED and expected.shape == np.squeeze(held).shape:
+            expected = np.squeeze(held).T
+        elif _is_turned(expected, np.squeeze(held)):
             expected = expected.T
         right[finding.initializer] = np.ascontiguousarray(expected.reshape(held.shape), dtype=held.dtype)
     return right if sum(array.nbytes for array in right.values()) <= MOST_REPAIRED else {}
