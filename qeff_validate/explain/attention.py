@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from qeff_validate.explain.tried_module import TriedModule, changed
 
@@ -51,6 +53,7 @@ def attention_hypotheses(
         yield from _scale(tried, scaled, observed, size)
         yield from _other_masks(tried)
         yield from _other_attention(tried)
+        yield from _other_softmax(tried)
 
 
 def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
@@ -72,6 +75,8 @@ def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
     yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
     yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))
     yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
+    for step in (1, -1):
+        yield f"the mask is shifted by {step:+d}", run(functools.partial(torch.roll, shifts=step, dims=-1))
 
 
 def _with_hidden(value: float, mask: Tensor) -> Tensor:
@@ -95,6 +100,32 @@ def _other_attention(tried: TriedModule) -> Iterator[tuple[str, Any]]:
         for text, rotate in ROTATIONS.items():
             with changed(family, "rotate_half", rotate):
                 yield text, tried.run()
+
+
+class SoftmaxOver(TorchFunctionMode):
+    """Computes each softmax over another axis, or leaves it out.
+
+    Args:
+        axis: the axis; None: its input is its output.
+    """
+
+    def __init__(self, axis: int | None) -> None:
+        super().__init__()
+        self._axis = axis
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (functional.softmax, torch.softmax, Tensor.softmax):
+            return func(*args, **kwargs)
+        return args[0] if self._axis is None else torch.softmax(args[0], self._axis)
+
+
+def _other_softmax(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+    """Yield the module with a softmax over the queries, and without one."""
+    with SoftmaxOver(-2):
+        yield "its softmax runs over axis -2, not the last", tried.run()
+    with SoftmaxOver(None):
+        yield "its softmax is left out", tried.run()
 
 
 def _score_scaling(module: Any) -> Callable[[float], AbstractContextManager[None]] | None:

@@ -31,8 +31,25 @@ def neighbours(x: Any) -> Any:
     return np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
 
 
+def softmax(scores: Any, axis: int = -1) -> Any:
+    weights = np.exp(scores - scores.max(axis, keepdims=True))
+    return weights / weights.sum(axis, keepdims=True)
+
+
+def over_queries(scores: Any) -> Any:
+    return softmax(scores, -2)
+
+
 def attention(
-    module: Any, states: Any, cos: Any, sin: Any, mask: Any, *, rotate: Change = halves, in_place: bool = True
+    module: Any,
+    states: Any,
+    cos: Any,
+    sin: Any,
+    mask: Any,
+    *,
+    rotate: Change = halves,
+    in_place: bool = True,
+    normalize: Change = softmax,
 ) -> Any:
     """Causal attention with grouped heads and rotary positions, float64."""
     weight = {name: child.weight.detach().double().numpy() for name, child in module.named_children()}
@@ -45,8 +62,7 @@ def attention(
     times = HEADS // GROUPS
     key, value = (np.repeat(x, times, 1) if in_place else np.tile(x, (1, times, 1, 1)) for x in (key, value))
     scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(SIZE) + mask
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    context = weights / weights.sum(-1, keepdims=True) @ value
+    context = normalize(scores) @ value
     return context.transpose(0, 2, 1, 3).reshape(1, LENGTH, -1) @ weight["o_proj"].T
 
 
@@ -60,6 +76,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rotary positions are left out in one of their two terms", {"rotate": np.zeros_like}),
     ("rotary positions are left out", {"turned": False}),
     ("heads of keys and values are repeated one after the other, not each in place", {"in_place": False}),
+    ("its softmax runs over axis -2, not the last", {"normalize": over_queries}),
+    ("its softmax is left out", {"normalize": lambda scores: scores}),
+    ("the mask is shifted by +1", {"mask": np.roll(PADDED, 1, -1)}),
     ("the mask is left out", {"mask": np.zeros_like(CAUSAL)}),
     ("the mask adds -10 to hidden places, which does not hide them", {"mask": np.maximum(PADDED, -10)}),
     ("the mask is not causal", {"mask": np.broadcast_to(PADDED[..., -1:, :], PADDED.shape)}),
