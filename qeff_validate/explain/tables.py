@@ -85,7 +85,8 @@ def _rows(table: Tensor, ids: Tensor, given: Tensor) -> Iterator[tuple[str, Tens
     name, verb = (f"row {int(changed[0])}", "is") if len(changed) == 1 else (f"{len(changed)} rows ({shown})", "are")
     rows = right.clone()
     rows[places] *= factor
-    yield f"weight {name} {verb} {factor_text(factor)}", rows.reshape(shape)
+    every = 1 < len(changed) == len(_distinct(ids))
+    yield f"weight {'' if every else f'{name} {verb} '}{factor_text(factor)}", rows.reshape(shape)
     nearest = ids.clone()
     nearest[places] = torch.cdist(actual, table).argmin(dim=1)
     steps = _distinct((nearest - ids)[places] % len(table))

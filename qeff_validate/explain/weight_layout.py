@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which layout the products of a graph read their weights: a square one that is transposed looks the same."""
+"""In which layout and order the products of a graph read their weights.
+
+A square weight that is transposed has the content of a right one in the other layout, and so has a weight of another
+layer. How a product reads a weight tells the first; the order in which the original model calls its layers, the second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,7 @@ def read_transposed(
         parameters: name of the parameter that an initializer is equal to, as it is or transposed.
     """
     owners, found = dict(module.named_modules()), list[str]()
-    for name, turned in _second_inputs(nodes, initializers):
+    for name, turned in second_inputs(nodes, initializers):
         owner, _, own = parameters.get(name, "").rpartition(".")
         array = np.squeeze(initializers[name])
         if own != "weight" or not is_linear(owners.get(owner)) or array.ndim != 2 or array.shape != array.shape[::-1]:
@@ -40,7 +44,43 @@ def read_transposed(
     return found
 
 
-def _second_inputs(nodes: Sequence[Any], initializers: Mapping[str, Array]) -> Iterator[tuple[str, bool]]:
+def exchanged(
+    module: Any,
+    called: Iterable[str],
+    nodes: Sequence[Any],
+    initializers: Mapping[str, Array],
+    parameters: Mapping[str, str],
+) -> dict[str, str]:
+    """Return the parameters that initializers should stand for, if products read those of a shape in another order.
+
+    Exporters write nodes in the order in which they run, but optimizers may not: this is a hypothesis.
+
+    Args:
+        module: the original model.
+        called: paths of its modules, in the order of their first calls.
+        nodes: of the graph.
+        initializers: their content by name.
+        parameters: name of the parameter that an initializer is equal to.
+    """
+    owners = dict(module.named_modules())
+    expected: dict[Any, list[str]] = {}
+    for path in called:
+        if is_linear(owners.get(path)):
+            expected.setdefault(tuple(owners[path].weight.shape), []).append(f"{path}.weight")
+    actual: dict[Any, list[str]] = {}
+    for name, _ in second_inputs(nodes, initializers):
+        owner, _, own = parameters.get(name, "").rpartition(".")
+        if own == "weight" and is_linear(owners.get(owner)):
+            actual.setdefault(tuple(owners[owner].weight.shape), []).append(name)
+    found: dict[str, str] = {}
+    for shape, names in actual.items():
+        if len(set(names)) == len(names) == len(expected.get(shape, ())):
+            pairs = zip(names, expected[shape], strict=True)
+            found |= {name: parameter for name, parameter in pairs if parameters[name] != parameter}
+    return found
+
+
+def second_inputs(nodes: Sequence[Any], initializers: Mapping[str, Array]) -> Iterator[tuple[str, bool]]:
     """Yield the initializers that products read as their second input, and whether they are transposed on the way."""
     sources = {name: (name, False) for name in initializers}
     for node in nodes:

@@ -40,11 +40,13 @@ class WeightFinding:
         parameter: its name in the original model.
         initializer: the graph's tensor that stands for it; None: there is none.
         text: what differs.
+        source: name of the parameter whose content it has; empty: it is no other's.
     """
 
     parameter: str
     initializer: str | None
     text: str
+    source: str = ""
 
     @property
     def module(self) -> str:
@@ -76,6 +78,20 @@ class WeightComparison:
         layer = common_module([name.rpartition(".")[0] for name in lacking])
         whole = [name for name in self.names if name.startswith(f"{layer}.")]
         return layer if layer.rpartition(".")[2].isdecimal() and lacking.issuperset(whole) else ""
+
+    def exchange(self, right: Mapping[str, str]) -> WeightComparison:
+        """Return the comparison with some initializers that stand for other parameters than those they are equal to.
+
+        Args:
+            right: names of the parameters that they stand for.
+        """
+        kept = [item for item in self.findings if item.parameter not in right.values()]
+        sources = [(name, parameter, self.by_initializer[name]) for name, parameter in right.items()]
+        findings = [
+            WeightFinding(parameter, name, f"is that of {source.rpartition('.')[0]}", source)
+            for name, parameter, source in sources
+        ]
+        return WeightComparison([*findings, *kept], {**self.by_initializer, **right}, self.names)
 
     def of(self, module: str) -> list[WeightFinding]:
         """Return the findings of a module and of those below it."""
@@ -145,7 +161,10 @@ def repairs(module: Any, initializers: Mapping[str, Array], comparison: WeightCo
             continue
         held = initializers[finding.initializer]
         expected = np.squeeze(tensors[finding.parameter].detach().float().numpy())
-        if finding.text == TRANSPOSED and expected.shape == np.squeeze(held).shape:
+        if finding.source:
+            source = np.squeeze(tensors[finding.source].detach().float().numpy())
+            expected = expected if np.array_equal(source, np.squeeze(held)) else expected.T
+        elif finding.text == TRANSPOSED and expected.shape == np.squeeze(held).shape:
             expected = np.squeeze(held).T
         elif _is_turned(expected, np.squeeze(held)):
             expected = expected.T
