@@ -30,6 +30,9 @@ FEW_COLUMNS = 0.1
 MOSTLY = 0.3
 """Part of a difference that may be left when a row or column of a weight explains it."""
 
+MOST_PAIRS = 1 << 24
+"""Pairs of columns above which none is looked for among all others."""
+
 SHOWN = 4
 """Columns that are told by number."""
 
@@ -194,16 +197,14 @@ def _of_columns(right: Any, wrong: Any, difference: Any, places: Any, rows: Any)
     listed = ", ".join(map(str, rows[:SHOWN])) + (", …" if rows.size > SHOWN else "")
     name, verb = (f"row {rows[0]}", "is") if rows.size == 1 else (f"{rows.size} rows ({listed})", "are")
     expected, actual = right[:, rows], wrong[:, rows]
-    norms = np.maximum(np.linalg.norm(right, axis=0), 1e-30)
-    alike = np.abs(right.T @ actual) / norms[:, None] / np.maximum(np.linalg.norm(actual, axis=0), 1e-30)
-    sources = np.argmax(alike, axis=0)
+    sources, alike = _sources(right, actual) if rows.size * len(right.T) <= MOST_PAIRS else (rows, np.zeros(rows.size))
     if rows.size > 1 and sorted(sources) == sorted(rows) and not np.array_equal(sources, rows):
         return f"weight {name} are {'swapped' if rows.size == 2 else 'permuted'}", right[:, sources]
     factor = float(np.vdot(expected, actual)) / max(float(np.vdot(expected, expected)), 1e-30)
     scaled = factor * expected
     if rows.size > 1 or np.linalg.norm(scaled - actual) <= FEW_COLUMNS * np.linalg.norm(difference[:, rows]):
         return f"weight {name} {_told(factor, verb)}", scaled
-    if sources[0] != rows[0] and alike[sources[0], 0] > 1 - FEW_COLUMNS**2:
+    if sources[0] != rows[0] and alike[0] > 1 - FEW_COLUMNS**2:
         return f"weight {name} is that of row {sources[0]}", right[:, sources]
     # one element: the difference is one input times a number
     column = difference[:, rows[0]]
@@ -211,6 +212,13 @@ def _of_columns(right: Any, wrong: Any, difference: Any, places: Any, rows: Any)
     at = int(np.argmax(shares))
     step = float(places[:, at] @ column) / max(float(places[:, at] @ places[:, at]), 1e-30)
     return f"weight element [{rows[0]}, {at}] is off by {step:+.3g}", expected + step * places[:, at : at + 1]
+
+
+def _sources(right: Any, actual: Any) -> tuple[Any, Any]:
+    """Return the column of the right output that each given one is most alike to, and its cosine."""
+    norms = np.maximum(np.linalg.norm(right, axis=0), 1e-30)
+    alike = np.abs(right.T @ actual) / norms[:, None] / np.maximum(np.linalg.norm(actual, axis=0), 1e-30)
+    return np.argmax(alike, axis=0), alike.max(axis=0)
 
 
 def _told(factor: float, verb: str = "is") -> str:
