@@ -106,7 +106,9 @@ def with_exchanged(
         graph: the graph, whose repairs are those of the comparison; they become those of the returned one.
         feeds: of the graph, by its own names.
     """
-    right = exchanged(original.module, recorded.calls, graph.nodes, graph.weights, weights.by_initializer)
+    right = exchanged(
+        original.module, weights.names, recorded.calls, graph.nodes, graph.weights, weights.by_initializer
+    )
     outputs = {
         value.output: value.array for value in recorded.values if value.output in graph.outputs and not value.is_state
     }

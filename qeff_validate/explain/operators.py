@@ -38,6 +38,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mish": functional.mish,
     "softplus": functional.softplus,
     "gelu with tanh in place of erf": lambda x: x * 0.5 * (1 + torch.tanh(x / 2**0.5)),
+    "silu with tanh in place of sigmoid": lambda x: x * torch.tanh(x),
     "hardswish": functional.hardswish,
     "relu squared": lambda x: torch.relu(x).square(),
     "no activation": lambda x: x,

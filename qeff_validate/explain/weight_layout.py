@@ -46,6 +46,7 @@ def read_transposed(
 
 def exchanged(
     module: Any,
+    names: Iterable[str],
     called: Iterable[str],
     nodes: Sequence[Any],
     initializers: Mapping[str, Array],
@@ -57,15 +58,16 @@ def exchanged(
 
     Args:
         module: the original model.
+        names: of its parameters that a graph may have.
         called: paths of its modules, in the order of their first calls.
         nodes: of the graph.
         initializers: their content by name.
         parameters: name of the parameter that an initializer is equal to.
     """
-    owners = dict(module.named_modules())
+    owners, names = dict(module.named_modules()), set(names)
     expected: dict[Any, list[str]] = {}
     for path in called:
-        if is_linear(owners.get(path)):
+        if is_linear(owners.get(path)) and f"{path}.weight" in names:
             expected.setdefault(tuple(owners[path].weight.shape), []).append(f"{path}.weight")
     actual: dict[Any, list[str]] = {}
     for name, _ in second_inputs(nodes, initializers):
@@ -73,9 +75,9 @@ def exchanged(
         if own == "weight" and is_linear(owners.get(owner)):
             actual.setdefault(tuple(owners[owner].weight.shape), []).append(name)
     found: dict[str, str] = {}
-    for shape, names in actual.items():
-        if len(set(names)) == len(names) == len(expected.get(shape, ())):
-            pairs = zip(names, expected[shape], strict=True)
+    for shape, read in actual.items():
+        if len(set(read)) == len(read) == len(expected.get(shape, ())):
+            pairs = zip(read, expected[shape], strict=True)
             found |= {name: parameter for name, parameter in pairs if parameters[name] != parameter}
     return found
 

@@ -74,6 +74,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rotary positions pair neighbours, not halves", {"rotate": neighbours}),
     ("rotary positions turn the other way", {"rotate": lambda x: -halves(x)}),
     ("rotary positions are left out in one of their two terms", {"rotate": np.zeros_like}),
+    ("rotary positions have no sign in one of their two terms", {"rotate": lambda x: np.roll(x, SIZE // 2, -1)}),
+    (
+        "rotary positions have another base: 1e+06 instead of 1e+04",
+        {"frequencies": 1e6 ** -(np.arange(SIZE // 2) / (SIZE // 2))},
+    ),
+    ("rotary positions are scaled by 0.5", {"frequencies": 0.5 * 1e4 ** -(np.arange(SIZE // 2) / (SIZE // 2))}),
     ("rotary positions are left out", {"turned": False}),
     ("heads of keys and values are repeated one after the other, not each in place", {"in_place": False}),
     ("its softmax runs over axis -2, not the last", {"normalize": over_queries}),
@@ -103,11 +109,14 @@ def model_and_call() -> tuple[Any, Call]:
     return model, ((), fed)
 
 
-def written_out(model: Any, call: Call, *, turned: bool = True, **changes: Any) -> Any:
+def written_out(model: Any, call: Call, *, turned: bool = True, frequencies: Any = None, **changes: Any) -> Any:
     """What the attention gives with some changes."""
     fed = call[1]
     cos, sin = (x.numpy() for x in fed["position_embeddings"])
     cos, sin = (cos, sin) if turned else (np.ones_like(cos), np.zeros_like(sin))
+    if frequencies is not None:
+        angles = np.tile(np.arange(LENGTH)[:, None] * frequencies, 2)[None]
+        cos, sin = np.cos(angles), np.sin(angles)
     given = {"mask": PADDED, **changes}
     return attention(model.layers[0].self_attn, fed["hidden_states"].numpy(), cos, sin, **given)
 
