@@ -21,6 +21,7 @@ from qeff_validate.explain.attention import attention_hypotheses
 from qeff_validate.explain.linear import COARSE, FEW_COLUMNS, HALVES, clipped, is_linear, linear_hypotheses
 from qeff_validate.explain.norms import is_norm, norm_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
+from qeff_validate.explain.rotary import frequency_hypotheses
 from qeff_validate.explain.tables import table_hypotheses
 from qeff_validate.explain.tried_module import TriedModule
 from qeff_validate.models.emulation.ensemble import attention_implementation
@@ -99,6 +100,7 @@ def _hypotheses(
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         yield from _activation(module, call)
     yield from attention_hypotheses(tried, observed, size)
+    yield from frequency_hypotheses(tried, observed, size)
     yield from swapped_layers(tried)
 
 

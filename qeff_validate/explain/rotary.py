@@ -20,6 +20,9 @@ EXPONENTS = np.geomspace(0.25, 4, 49)
 FACTORS = np.geomspace(0.1, 10, 49)
 """Factors of the positions that are tried first."""
 
+FINE_EXPONENTS, FINE_FACTORS = np.geomspace(0.25, 4, 401), np.geomspace(0.1, 10, 401)
+"""The same of angles themselves, which cost little and have many local minima."""
+
 CLEAR = 1e-3
 """Distance from 1 from which a power or a factor is another one."""
 
@@ -93,12 +96,35 @@ def _other_frequencies(
 
     power = least(lambda value: error(turned(steps**value)), EXPONENTS)
     if abs(power - 1) > CLEAR:
-        base = math.exp(-half * math.log(float(steps[1] / steps[0]))) if half > 1 else 0.0
-        told = f": {base**power:.3g} instead of {base:.3g}" if base > 1 else ""
-        yield f"rotary positions have another base{told}", turned(steps**power)
+        yield f"rotary positions have another base{_told(steps, power)}", turned(steps**power)
     factor = least(lambda value: error(turned(steps * value)), FACTORS)
     if abs(factor - 1) > CLEAR:
         yield f"rotary positions are scaled by {factor:.4g}", turned(steps * factor)
+
+
+def frequency_hypotheses(
+    tried: TriedModule, observed: Any, size: Callable[[Any, Any], float]
+) -> Iterator[tuple[str, Any]]:
+    """Yield what a module with rotary frequencies gives with another base, and with other positions; else nothing."""
+    frequencies = getattr(tried.module, "inv_freq", None)
+    if not isinstance(frequencies, Tensor) or not (frequencies > 0).all():
+        return
+
+    def run(others: Tensor) -> Any:
+        with changed(tried.module, "inv_freq", others):
+            return tried.run()
+
+    power = least(lambda value: size(run(frequencies**value), observed), FINE_EXPONENTS)
+    yield f"rotary positions have another base{_told(frequencies, power)}", run(frequencies**power)
+    factor = least(lambda value: size(run(frequencies * value), observed), FINE_FACTORS)
+    yield f"rotary positions are scaled by {factor:.4g}", run(frequencies * factor)
+
+
+def _told(frequencies: Tensor, power: float) -> str:
+    """Return which base some frequencies have to a power instead of their own, if they tell it."""
+    half = len(frequencies)
+    base = math.exp(-half * math.log(float(frequencies[1] / frequencies[0]))) if half > 1 else 0.0
+    return f": {base**power:.3g} instead of {base:.3g}" if base > 1 else ""
 
 
 def least(error: Callable[[float], float], candidates: Sequence[float] | Any) -> float:

@@ -128,6 +128,19 @@ def test_change_is_named(finding: str, changes: dict[str, Any]) -> None:
     assert operator_finding(model, (path, "out", 0, 0), path, call, observed, relative_error, 1e-6) == finding
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["cosine", "sine"])
+def test_another_base_is_told_from_the_angles_themselves(index: int) -> None:
+    model, _ = model_and_call()
+    places, halves = np.arange(40), np.arange(SIZE // 2) / (SIZE // 2)
+    angles = np.tile(places[:, None] * 5e5**-halves, 2)[None]
+    observed = (np.cos, np.sin)[index](angles).astype(np.float16).astype(np.float64)
+    call = (torch.zeros(1, dtype=torch.float64), torch.from_numpy(places)[None]), {}
+    found = operator_finding(
+        model, ("rotary_emb", "out", index, 0), "rotary_emb", call, observed, relative_error, 1.5e-3
+    )
+    assert found == "rotary positions have another base: 5e+05 instead of 1e+04"
+
+
 @pytest.mark.numeric
 def test_attention_written_out_is_that_of_the_model() -> None:
     model, call = model_and_call()
