@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.inside_graph import with_exchanged
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
 from qeff_validate.explain.reference_values import record
@@ -165,6 +166,7 @@ def examine(model: Body, proto: Any, folder: Path) -> Examined:
     opened = OrtRuntime(Settings(ort_optimization="disabled")).open
     run = original(model)
     values = GraphValues(folder / "model.onnx", folder / "copies", opened)
-    weights, recorded = compare_weights(model, values.weights), record(run)
+    weights, recorded = compare_weights(model, values.weights, nodes=values.nodes), record(run)
+    weights = with_exchanged(weights, run, recorded, values, run.feeds)
     layers = find_layers(run, recorded, values, run.feeds)
     return Examined(layers, locate(run, recorded, values, layers, weights))

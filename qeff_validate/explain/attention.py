@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from qeff_validate.explain.rotary import least, rotary_hypotheses
 from qeff_validate.explain.tried_module import TriedModule, changed
 
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
+
+SCALE_FACTORS = (0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.01, 1.05, 1.1, 1.25, 1.5, 2, 4, 8, 16)
+"""Factors of the scores that are tried first."""
 
 QUERIES = ("q", "query", "q_proj", "q_lin")
 """Names of the layer whose outputs the scores are proportional to."""
@@ -24,16 +30,6 @@ LEAST_MASK = -1e3
 
 MASK_VALUES = (-1.0, -10.0, -100.0, 1.0, 1e4)
 """What masks have been seen to add that were written for another precision, or with the wrong sign."""
-
-ROTATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "rotary positions pair neighbours, not halves": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(
-        -2
-    ),
-    "rotary positions turn the other way": lambda x: torch.cat(
-        (x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1
-    ),
-    "rotary positions are left out in one of their two terms": torch.zeros_like,
-}
 
 
 def attention_hypotheses(
@@ -50,7 +46,9 @@ def attention_hypotheses(
     if scaled is not None:
         yield from _scale(tried, scaled, observed, size)
         yield from _other_masks(tried)
-        yield from _other_attention(tried)
+        yield from _other_heads(tried)
+        yield from rotary_hypotheses(tried, observed, size)
+        yield from _other_softmax(tried)
 
 
 def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
@@ -72,6 +70,8 @@ def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
     yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
     yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))
     yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
+    for step in (1, -1):
+        yield f"the mask is shifted by {step:+d}", run(functools.partial(torch.roll, shifts=step, dims=-1))
 
 
 def _with_hidden(value: float, mask: Tensor) -> Tensor:
@@ -79,22 +79,38 @@ def _with_hidden(value: float, mask: Tensor) -> Tensor:
     return torch.where(mask <= LEAST_MASK, value, mask)
 
 
-def _other_attention(tried: TriedModule) -> Iterator[tuple[str, Any]]:
-    """Yield attention as a wrong operator or layout in its place computes it."""
+def _other_heads(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+    """Yield attention with another layout of heads."""
     family = sys.modules[type(tried.module).__module__]
     if hasattr(family, "repeat_kv"):
         with changed(family, "repeat_kv", lambda states, count: states.repeat(1, count, 1, 1)):
             yield "heads of keys and values are repeated one after the other, not each in place", tried.run()
-    args, kwargs = tried.call
-    angles = kwargs.get("position_embeddings")
-    if isinstance(angles, tuple) and len(angles) == 2:
-        without = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
-        call = args, {**kwargs, "position_embeddings": without}
-        yield "rotary positions are left out", TriedModule(tried.module, call, tried.path, tried.place).run()
-    if hasattr(family, "rotate_half"):
-        for text, rotate in ROTATIONS.items():
-            with changed(family, "rotate_half", rotate):
-                yield text, tried.run()
+
+
+class SoftmaxOver(TorchFunctionMode):
+    """Computes each softmax over another axis, or leaves it out.
+
+    Args:
+        axis: the axis; None: its input is its output.
+    """
+
+    def __init__(self, axis: int | None) -> None:
+        super().__init__()
+        self._axis = axis
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (functional.softmax, torch.softmax, Tensor.softmax):
+            return func(*args, **kwargs)
+        return args[0] if self._axis is None else torch.softmax(args[0], self._axis)
+
+
+def _other_softmax(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+    """Yield the module with a softmax over the queries, and without one."""
+    with SoftmaxOver(-2):
+        yield "its softmax runs over axis -2, not the last", tried.run()
+    with SoftmaxOver(None):
+        yield "its softmax is left out", tried.run()
 
 
 def _score_scaling(module: Any) -> Callable[[float], AbstractContextManager[None]] | None:
@@ -141,15 +157,6 @@ def _scale(
             output = tried.run()
         return size(output, observed) if output.shape == observed.shape else float("inf")
 
-    coarse = [0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0, 16.0]
-    best = min([*coarse, 1.0], key=error)
-    low, high = best * 0.7 - 0.02, best * 1.4 + 0.02
-    ratio = (5**0.5 - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if error(left) < error(right) else (left, high)
-        if high - low < 1e-7:
-            break
-    factor = (low + high) / 2
+    factor = least(error, SCALE_FACTORS)
     with scaled(factor):
         yield f"scores scaled by {factor:.5g}", tried.run()

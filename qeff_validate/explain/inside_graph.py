@@ -14,11 +14,12 @@ import numpy as np
 from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import Layers, find_layers
-from qeff_validate.explain.locate import Location, locate
-from qeff_validate.explain.matching import of_tokens
+from qeff_validate.explain.locate import MANY, Location, locate
+from qeff_validate.explain.matching import EQUAL, of_tokens, relative_error
 from qeff_validate.explain.range_audit import FP16_MAX
 from qeff_validate.explain.reference_values import ReferenceValues, record
-from qeff_validate.explain.weights import compare_weights, repairs
+from qeff_validate.explain.weight_layout import exchanged
+from qeff_validate.explain.weights import WeightComparison, compare_weights, repairs
 from qeff_validate.files import temporary_folder
 from qeff_validate.protocols import OriginalRun
 from qeff_validate.tensors import Array, Tensors
@@ -80,16 +81,51 @@ def look_inside(
         check()
         feeds = own_feeds(context, original)
         fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
-        weights = compare_weights(original.module, {**graph.weights, **fed}, check)
+        weights = compare_weights(original.module, {**graph.weights, **fed}, check, graph.nodes)
         differing = [item for item in weights.findings if item.initializer is not None]
         if differing:
             early(Location(differing[0].module, differing[0].sentence()))
         graph.repairs = repairs(original.module, graph.weights, weights)
         recorded = record(original)
         check()
+        weights = with_exchanged(weights, original, recorded, graph, feeds)
         layers = find_layers(original, recorded, graph, feeds, "fp32", check)
         location = locate(original, recorded, graph, layers, weights)
         yield InsideGraph(graph, original, recorded, feeds, layers, location)
+
+
+def with_exchanged(
+    weights: WeightComparison, original: OriginalRun, recorded: ReferenceValues, graph: GraphValues, feeds: Tensors
+) -> WeightComparison:
+    """Return a comparison that tells which layers have each other's weights, if that makes the graph right.
+
+    Args:
+        weights: the comparison by content.
+        original: the run of the original model.
+        recorded: its values.
+        graph: the graph, whose repairs are those of the comparison; they become those of the returned one.
+        feeds: of the graph, by its own names.
+    """
+    right = exchanged(
+        original.module, weights.names, recorded.calls, graph.nodes, graph.weights, weights.by_initializer
+    )
+    outputs = {
+        value.output: value.array for value in recorded.values if value.output in graph.outputs and not value.is_state
+    }
+    if not 0 < len(right) <= MANY or not outputs:
+        return weights
+
+    def error() -> float:
+        actual = graph.run(feeds, list(outputs), repaired=True)
+        return max(relative_error(expected, actual[name]) for name, expected in outputs.items())
+
+    before, other = graph.repairs, weights.exchange(right)
+    wrong = error()
+    graph.repairs = repairs(original.module, graph.weights, other)
+    if error() < min(EQUAL, wrong / 10):
+        return other
+    graph.repairs = before
+    return weights
 
 
 def own_feeds(context: ExplainContext, original: OriginalRun) -> dict[str, Array]:

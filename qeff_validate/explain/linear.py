@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qeff_validate.explain.vectors import factor_text, vector_hypotheses
 from qeff_validate.models.emulation.microscaling import E2M3, in_blocks
 
 HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +29,9 @@ FEW_COLUMNS = 0.1
 
 MOSTLY = 0.3
 """Part of a difference that may be left when a row or column of a weight explains it."""
+
+MOST_PAIRS = 1 << 24
+"""Pairs of columns above which none is looked for among all others."""
 
 SHOWN = 4
 """Columns that are told by number."""
@@ -64,30 +68,79 @@ def linear_hypotheses(
     weight = weight_of(module)
     product = (given @ weight).numpy()
     bias = 0 if module.bias is None else module.bias.numpy()
+    for text, other in _other_products(given, weight, product, observed - bias, size, tolerance):
+        yield text, other + bias
     if module.bias is not None:
-        yield "no bias", product
-        yield "the bias is added twice", product + 2 * bias
-        yield "weight is zero", np.broadcast_to(bias, product.shape)
+        yield from _other_biases(root, path, module, product, observed)
+    yield "its output is negated", -(product + bias)
+    for name, layer in _linear_layers(root, path):
+        if weight_of(layer).shape == weight.shape:
+            other = (given @ weight_of(layer).double()).numpy()
+            yield f"weight is that of {name}", other + bias
+            if layer.bias is not None and module.bias is not None:
+                yield f"weight and bias are those of {name}", other + layer.bias.detach().numpy()
+
+
+def _other_products(
+    given: Tensor, weight: Tensor, product: Any, inner: Any, size: Size, tolerance: float
+) -> Iterator[tuple[str, Any]]:
+    """Yield products with another weight ``[in, out]`` or in another precision, without the bias.
+
+    Args:
+        given: the layer's input, ``[…, in]``.
+        weight: the right one.
+        product: of both.
+        inner: the block's output without the bias.
+        size: of an error.
+        tolerance: error up to which a hypothesis holds.
+    """
+    yield "weight is zero", np.zeros_like(product)
     if weight.shape[0] == weight.shape[1]:
-        yield "weight transposed", (given @ weight.T).numpy() + bias
-    if observed.shape == product.shape:
-        for text, other in _rows(given.numpy(), weight.numpy(), product, observed - bias):
-            yield text, other + bias
+        yield "weight transposed", (given @ weight.T).numpy()
+    yield "weight read in the other memory order", (given @ weight.reshape(weight.shape[::-1]).T).numpy()
+    if inner.shape == product.shape:
+        factor = _factor(product, inner)
+        if abs(factor - 1) > tolerance:
+            yield f"weight {factor_text(factor)}", factor * product
+        yield from _rows(given.numpy(), weight.numpy(), product, inner)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         left, right = (tensor.to(dtype).double() for tensor in (given, weight))
-        yield f"computed from {name} operands", (left @ right).numpy() + bias
-        if tolerance < COARSE:
-            inner = observed - bias
-            if inner.any() and size(torch.from_numpy(inner).to(dtype).double().numpy(), inner) <= tolerance:
-                yield f"its product is rounded to {name}", observed
-    yield "its output is negated", -(product + bias)
-    if observed.shape == product.shape and clipped(product, observed - bias, size, tolerance):
-        yield "its product is clipped", observed
+        yield f"computed from {name} operands", (left @ right).numpy()
+        if (
+            tolerance < COARSE
+            and inner.any()
+            and size(torch.from_numpy(inner).to(dtype).double().numpy(), inner) <= tolerance
+        ):
+            yield f"its product is rounded to {name}", inner
+    if inner.shape == product.shape and clipped(product, inner, size, tolerance):
+        yield "its product is clipped", inner
     for text, coarse in _rounded(weight):
-        yield f"weight rounded to {text}", (given @ coarse).numpy() + bias
-    for name, layer in root.named_modules():
-        if name != path and is_linear(layer) and weight_of(layer).shape == weight.shape:
-            yield f"weight is that of {name}", (given @ weight_of(layer).double()).numpy() + bias
+        yield f"weight rounded to {text}", (given @ coarse).numpy()
+
+
+def _other_biases(root: Any, path: str, module: Any, product: Any, observed: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a layer's output with another bias, which is the mean of what is added to its product."""
+    bias = module.bias.numpy()
+    yield "no bias", product
+    yield "the bias is added twice", product + 2 * bias
+    if observed.shape == product.shape:
+        known = np.isfinite(observed).all(axis=-1)
+        mean = np.mean((observed - product)[known], axis=0)
+        biases = {name: layer.bias for name, layer in _linear_layers(root, path) if layer.bias is not None}
+        others = {name: other.detach().double().numpy() for name, other in biases.items() if other.shape == bias.shape}
+        for text, vector in vector_hypotheses(bias, mean, others):
+            yield f"bias {text}", product + vector
+
+
+def _linear_layers(root: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the linear layers of a model but one."""
+    return ((name, layer) for name, layer in root.named_modules() if name != path and is_linear(layer))
+
+
+def _factor(expected: Any, actual: Any) -> float:
+    """Return the number that one array is of the other, as far as both are finite."""
+    known = np.isfinite(actual) & np.isfinite(expected)
+    return float(np.vdot(expected[known], actual[known])) / max(float(np.vdot(expected[known], expected[known])), 1e-30)
 
 
 def _rounded(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +174,7 @@ def _rows(given: Any, weight: Any, product: Any, inner: Any) -> Iterator[tuple[s
     difference = np.where(known[:, None], wrong - right, 0)
     errors = np.linalg.norm(difference, axis=0)
     rows = np.flatnonzero(errors > FEW_COLUMNS * errors.max())
-    if 0 < rows.size <= max(1, FEW_COLUMNS * errors.size):
+    if rows.size:
         text, columns = _of_columns(right, wrong, difference, places, rows)
         changed = right.copy()
         changed[:, rows] = columns
@@ -144,16 +197,14 @@ def _of_columns(right: Any, wrong: Any, difference: Any, places: Any, rows: Any)
     listed = ", ".join(map(str, rows[:SHOWN])) + (", …" if rows.size > SHOWN else "")
     name, verb = (f"row {rows[0]}", "is") if rows.size == 1 else (f"{rows.size} rows ({listed})", "are")
     expected, actual = right[:, rows], wrong[:, rows]
-    norms = np.maximum(np.linalg.norm(right, axis=0), 1e-30)
-    alike = np.abs(right.T @ actual) / norms[:, None] / np.maximum(np.linalg.norm(actual, axis=0), 1e-30)
-    sources = np.argmax(alike, axis=0)
+    sources, alike = _sources(right, actual) if rows.size * len(right.T) <= MOST_PAIRS else (rows, np.zeros(rows.size))
     if rows.size > 1 and sorted(sources) == sorted(rows) and not np.array_equal(sources, rows):
         return f"weight {name} are {'swapped' if rows.size == 2 else 'permuted'}", right[:, sources]
     factor = float(np.vdot(expected, actual)) / max(float(np.vdot(expected, expected)), 1e-30)
     scaled = factor * expected
     if rows.size > 1 or np.linalg.norm(scaled - actual) <= FEW_COLUMNS * np.linalg.norm(difference[:, rows]):
         return f"weight {name} {_told(factor, verb)}", scaled
-    if sources[0] != rows[0] and alike[sources[0], 0] > 1 - FEW_COLUMNS**2:
+    if sources[0] != rows[0] and alike[0] > 1 - FEW_COLUMNS**2:
         return f"weight {name} is that of row {sources[0]}", right[:, sources]
     # one element: the difference is one input times a number
     column = difference[:, rows[0]]
@@ -163,10 +214,16 @@ def _of_columns(right: Any, wrong: Any, difference: Any, places: Any, rows: Any)
     return f"weight element [{rows[0]}, {at}] is off by {step:+.3g}", expected + step * places[:, at : at + 1]
 
 
+def _sources(right: Any, actual: Any) -> tuple[Any, Any]:
+    """Return the column of the right output that each given one is most alike to, and its cosine."""
+    norms = np.maximum(np.linalg.norm(right, axis=0), 1e-30)
+    alike = np.abs(right.T @ actual) / norms[:, None] / np.maximum(np.linalg.norm(actual, axis=0), 1e-30)
+    return np.argmax(alike, axis=0), alike.max(axis=0)
+
+
 def _told(factor: float, verb: str = "is") -> str:
     """Return a factor in words."""
-    near = next((word for value, word in ((0, "zero"), (-1, "negated")) if abs(factor - value) < 1e-2), "")
-    return f"{verb} {near or f'scaled by {factor:.3g}'}"
+    return f"{verb} {factor_text(factor)}"
 
 
 def clipped(expected: Any, observed: Any, size: Size, tolerance: float) -> str:

@@ -19,8 +19,11 @@ from torch.nn import functional
 
 from qeff_validate.explain.attention import attention_hypotheses
 from qeff_validate.explain.linear import COARSE, FEW_COLUMNS, HALVES, clipped, is_linear, linear_hypotheses
+from qeff_validate.explain.norms import is_norm, norm_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
-from qeff_validate.explain.tried_module import TriedModule, changed
+from qeff_validate.explain.rotary import frequency_hypotheses
+from qeff_validate.explain.tables import table_hypotheses
+from qeff_validate.explain.tried_module import TriedModule
 from qeff_validate.models.emulation.ensemble import attention_implementation
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +39,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mish": functional.mish,
     "softplus": functional.softplus,
     "gelu with tanh in place of erf": lambda x: x * 0.5 * (1 + torch.tanh(x / 2**0.5)),
+    "silu with tanh in place of sigmoid": lambda x: x * torch.tanh(x),
     "hardswish": functional.hardswish,
     "relu squared": lambda x: torch.relu(x).square(),
     "no activation": lambda x: x,
@@ -43,9 +47,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 READS = "it reads what"
 """Begins the finding that a module is right, but for its input."""
-
-EPSILONS = ("eps", "variance_epsilon", "layer_norm_eps")
-
 
 GRID = torch.linspace(-4, 4, 33, dtype=torch.float64)
 
@@ -93,14 +94,13 @@ def _hypotheses(
     module, call = tried.module, tried.call
     if is_linear(module):
         yield from linear_hypotheses(root, tried.path, module, call, observed, size, tolerance)
-    if isinstance(module, nn.Embedding):
-        yield from _rows_read(module, call, observed)
-    names = [name for name in EPSILONS if isinstance(getattr(module, name, None), float)]
-    if names and getattr(module, "weight", None) is not None:
-        yield from _norm(tried, names[0], observed, size)
+    yield from table_hypotheses(tried, observed)
+    if is_norm(module):
+        yield from norm_hypotheses(root, tried, observed, size)
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         yield from _activation(module, call)
     yield from attention_hypotheses(tried, observed, size)
+    yield from frequency_hypotheses(tried, observed, size)
     yield from swapped_layers(tried)
 
 
@@ -126,72 +126,6 @@ def swapped_layers(tried: TriedModule) -> Iterator[tuple[str, Any]]:
             yield f"{first} and {second} are swapped", tried.run()
             setattr(tried.module, first, left)
             setattr(tried.module, second, right)
-
-
-def _rows_read(module: Any, call: tuple[Any, Any], observed: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a table of which other rows are read than the indices say, such as beyond a shorter vocabulary."""
-    ids = call[0][0].flatten()
-    table, given = module.weight.detach(), torch.from_numpy(observed).reshape(len(ids), -1)
-    if given.shape[1] != table.shape[1]:
-        return
-    rows = torch.cdist(given, table).argmin(dim=1)
-    wrong = (rows != ids).nonzero().flatten()
-    if len(wrong):
-        first, steps = int(wrong[0]), (rows - ids)[wrong].unique()
-        text = f"reads row {int(rows[first])} for index {int(ids[first])}, another row for {len(wrong)} of {len(ids)}"
-        text = f"reads rows that are shifted by {int(steps[0]):+d}" if len(steps) == 1 and len(wrong) > 1 else text
-        yield text, table[rows].reshape(observed.shape).numpy()
-
-
-def _norm(tried: TriedModule, name: str, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
-    module = tried.module
-    before = getattr(module, name)
-
-    def with_epsilon(value: float) -> Any:
-        with changed(module, name, value):
-            return tried.run()
-
-    ladder = [10.0**power for power in range(-13, 0)]
-    errors = [size(with_epsilon(value), observed) for value in ladder]
-    best = ladder[int(np.argmin(errors))]
-    fine = np.geomspace(best / 10, best * 10, 41)
-    value = float(fine[int(np.argmin([size(with_epsilon(item), observed) for item in fine]))])
-    for _ in range(4):  # each round narrows the interval tenfold
-        step = (fine[1] / fine[0]) if len(fine) > 1 else 1.1
-        fine = np.geomspace(value / step, value * step, 21)
-        value = float(fine[int(np.argmin([size(with_epsilon(item), observed) for item in fine]))])
-    nearest = min(ladder, key=lambda item: abs(np.log(item / value)))
-    shown = nearest if abs(np.log(nearest / value)) < 0.05 else value
-    yield f"epsilon {shown:.3g} instead of {before:.3g}", with_epsilon(value)
-    weight, bias = module.weight.data, getattr(module, "bias", None)
-    changes = [
-        ("no weight", torch.ones_like(weight), bias),
-        ("no weight", torch.zeros_like(weight), bias),
-        ("its weight has 1 added", weight + 1, bias),
-        ("its weight has 1 taken off", weight - 1, bias),
-    ]
-    if bias is not None:
-        changes += [
-            ("no bias", weight, torch.zeros_like(bias)),
-            ("weight and bias are swapped", bias.data, weight.clone()),
-        ]
-    for text, own, beside in changes:
-        saved = weight.clone(), None if bias is None else bias.data.clone()
-        weight.copy_(own)
-        if bias is not None:
-            bias.data.copy_(beside)
-        yield text, tried.run()
-        weight.copy_(saved[0])
-        if bias is not None:
-            bias.data.copy_(saved[1])
-    args, kwargs = tried.call
-    if args and isinstance(args[0], Tensor):
-        centred = (args[0] - args[0].mean(-1, keepdim=True), *args[1:]), kwargs
-        yield "it subtracts the mean", TriedModule(module, centred, tried.path, tried.place).run()
-        scale = args[0].square().mean(-1, keepdim=True).add(before).rsqrt()
-        shift = 0 if bias is None else bias
-        yield "it does not subtract the mean", (args[0] * scale * weight + shift).numpy()
-        yield "it does not normalize", (args[0] * weight + shift).numpy()
 
 
 def _activation(module: Any, call: tuple[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qeff_validate.explain.differences import difference, is_named
 from qeff_validate.explain.names import common_module
+from qeff_validate.explain.weight_layout import read_transposed
 from qeff_validate.prechecks.weights_in_graph import UNUSED
 from qeff_validate.tensors import Array
 
@@ -23,6 +24,9 @@ MIN_SIZE = 4
 
 MOST_REPAIRED = 1 << 26
 """Bytes of weights that differ above which the graph is not run with the right ones."""
+
+TRANSPOSED = "transposed"
+"""Text of a square weight that a graph reads the other way."""
 
 ALIKE = 0.5
 """Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
@@ -36,11 +40,13 @@ class WeightFinding:
         parameter: its name in the original model.
         initializer: the graph's tensor that stands for it; None: there is none.
         text: what differs.
+        source: name of the parameter whose content it has; empty: it is no other's.
     """
 
     parameter: str
     initializer: str | None
     text: str
+    source: str = ""
 
     @property
     def module(self) -> str:
@@ -73,6 +79,20 @@ class WeightComparison:
         whole = [name for name in self.names if name.startswith(f"{layer}.")]
         return layer if layer.rpartition(".")[2].isdecimal() and lacking.issuperset(whole) else ""
 
+    def exchange(self, right: Mapping[str, str]) -> WeightComparison:
+        """Return the comparison with some initializers that stand for other parameters than those they are equal to.
+
+        Args:
+            right: names of the parameters that they stand for.
+        """
+        kept = [item for item in self.findings if item.parameter not in right.values()]
+        sources = [(name, parameter, self.by_initializer[name]) for name, parameter in right.items()]
+        findings = [
+            WeightFinding(parameter, name, f"is that of {source.rpartition('.')[0]}", source)
+            for name, parameter, source in sources
+        ]
+        return WeightComparison([*findings, *kept], {**self.by_initializer, **right}, self.names)
+
     def of(self, module: str) -> list[WeightFinding]:
         """Return the findings of a module and of those below it."""
         return [
@@ -81,7 +101,10 @@ class WeightComparison:
 
 
 def compare_weights(
-    module: Any, initializers: Mapping[str, Array], check: Callable[[], None] = lambda: None
+    module: Any,
+    initializers: Mapping[str, Array],
+    check: Callable[[], None] = lambda: None,
+    nodes: Sequence[Any] = (),
 ) -> WeightComparison:
     """Compare the parameters and buffers of a torch module with the initializers of a graph.
 
@@ -89,6 +112,7 @@ def compare_weights(
         module: float32.
         initializers: by name.
         check: raises when the time is up.
+        nodes: of the graph, which tell in what layout a square weight is read.
     """
     parameters = dict(_parameters(module))
     floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
@@ -116,6 +140,9 @@ def compare_weights(
         result.by_initializer.setdefault(partner, name)
         if text:
             result.findings.append(WeightFinding(name, partner, text))
+    for initializer in read_transposed(module, nodes, initializers, result.by_initializer):
+        if not any(item.initializer == initializer for item in result.findings):
+            result.findings.append(WeightFinding(result.by_initializer[initializer], initializer, TRANSPOSED))
     return result
 
 
@@ -134,7 +161,12 @@ def repairs(module: Any, initializers: Mapping[str, Array], comparison: WeightCo
             continue
         held = initializers[finding.initializer]
         expected = np.squeeze(tensors[finding.parameter].detach().float().numpy())
-        if _is_turned(expected, np.squeeze(held)):
+        if finding.source:
+            source = np.squeeze(tensors[finding.source].detach().float().numpy())
+            expected = expected if np.array_equal(source, np.squeeze(held)) else expected.T
+        elif finding.text == TRANSPOSED and expected.shape == np.squeeze(held).shape:
+            expected = np.squeeze(held).T
+        elif _is_turned(expected, np.squeeze(held)):
             expected = expected.T
         right[finding.initializer] = np.ascontiguousarray(expected.reshape(held.shape), dtype=held.dtype)
     return right if sum(array.nbytes for array in right.values()) <= MOST_REPAIRED else {}

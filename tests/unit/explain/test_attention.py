@@ -31,8 +31,25 @@ def neighbours(x: Any) -> Any:
     return np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
 
 
+def softmax(scores: Any, axis: int = -1) -> Any:
+    weights = np.exp(scores - scores.max(axis, keepdims=True))
+    return weights / weights.sum(axis, keepdims=True)
+
+
+def over_queries(scores: Any) -> Any:
+    return softmax(scores, -2)
+
+
 def attention(
-    module: Any, states: Any, cos: Any, sin: Any, mask: Any, *, rotate: Change = halves, in_place: bool = True
+    module: Any,
+    states: Any,
+    cos: Any,
+    sin: Any,
+    mask: Any,
+    *,
+    rotate: Change = halves,
+    in_place: bool = True,
+    normalize: Change = softmax,
 ) -> Any:
     """Causal attention with grouped heads and rotary positions, float64."""
     weight = {name: child.weight.detach().double().numpy() for name, child in module.named_children()}
@@ -45,8 +62,7 @@ def attention(
     times = HEADS // GROUPS
     key, value = (np.repeat(x, times, 1) if in_place else np.tile(x, (1, times, 1, 1)) for x in (key, value))
     scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(SIZE) + mask
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    context = weights / weights.sum(-1, keepdims=True) @ value
+    context = normalize(scores) @ value
     return context.transpose(0, 2, 1, 3).reshape(1, LENGTH, -1) @ weight["o_proj"].T
 
 
@@ -58,8 +74,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rotary positions pair neighbours, not halves", {"rotate": neighbours}),
     ("rotary positions turn the other way", {"rotate": lambda x: -halves(x)}),
     ("rotary positions are left out in one of their two terms", {"rotate": np.zeros_like}),
+    ("rotary positions have no sign in one of their two terms", {"rotate": lambda x: np.roll(x, SIZE // 2, -1)}),
+    (
+        "rotary positions have another base: 1e+06 instead of 1e+04",
+        {"frequencies": 1e6 ** -(np.arange(SIZE // 2) / (SIZE // 2))},
+    ),
+    ("rotary positions are scaled by 0.5", {"frequencies": 0.5 * 1e4 ** -(np.arange(SIZE // 2) / (SIZE // 2))}),
     ("rotary positions are left out", {"turned": False}),
     ("heads of keys and values are repeated one after the other, not each in place", {"in_place": False}),
+    ("its softmax runs over axis -2, not the last", {"normalize": over_queries}),
+    ("its softmax is left out", {"normalize": lambda scores: scores}),
+    ("the mask is shifted by +1", {"mask": np.roll(PADDED, 1, -1)}),
     ("the mask is left out", {"mask": np.zeros_like(CAUSAL)}),
     ("the mask adds -10 to hidden places, which does not hide them", {"mask": np.maximum(PADDED, -10)}),
     ("the mask is not causal", {"mask": np.broadcast_to(PADDED[..., -1:, :], PADDED.shape)}),
@@ -84,11 +109,14 @@ def model_and_call() -> tuple[Any, Call]:
     return model, ((), fed)
 
 
-def written_out(model: Any, call: Call, *, turned: bool = True, **changes: Any) -> Any:
+def written_out(model: Any, call: Call, *, turned: bool = True, frequencies: Any = None, **changes: Any) -> Any:
     """What the attention gives with some changes."""
     fed = call[1]
     cos, sin = (x.numpy() for x in fed["position_embeddings"])
     cos, sin = (cos, sin) if turned else (np.ones_like(cos), np.zeros_like(sin))
+    if frequencies is not None:
+        angles = np.tile(np.arange(LENGTH)[:, None] * frequencies, 2)[None]
+        cos, sin = np.cos(angles), np.sin(angles)
     given = {"mask": PADDED, **changes}
     return attention(model.layers[0].self_attn, fed["hidden_states"].numpy(), cos, sin, **given)
 
@@ -98,6 +126,19 @@ def test_change_is_named(finding: str, changes: dict[str, Any]) -> None:
     model, call = model_and_call()
     observed, path = written_out(model, call, **changes), "layers.0.self_attn"
     assert operator_finding(model, (path, "out", 0, 0), path, call, observed, relative_error, 1e-6) == finding
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["cosine", "sine"])
+def test_another_base_is_told_from_the_angles_themselves(index: int) -> None:
+    model, _ = model_and_call()
+    places, halves = np.arange(40), np.arange(SIZE // 2) / (SIZE // 2)
+    angles = np.tile(places[:, None] * 5e5**-halves, 2)[None]
+    observed = (np.cos, np.sin)[index](angles).astype(np.float16).astype(np.float64)
+    call = (torch.zeros(1, dtype=torch.float64), torch.from_numpy(places)[None]), {}
+    found = operator_finding(
+        model, ("rotary_emb", "out", index, 0), "rotary_emb", call, observed, relative_error, 1.5e-3
+    )
+    assert found == "rotary positions have another base: 5e+05 instead of 1e+04"
 
 
 @pytest.mark.numeric

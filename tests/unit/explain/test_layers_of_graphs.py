@@ -100,6 +100,19 @@ def scale(proto: Any, model: Body) -> None:
     product.input[1] = "other"
 
 
+def weights_of(path: str, other: str, *, back: bool) -> Callable[[Any, Body], None]:
+    """Return a fault: a layer has another one's weight, which has its own in turn if ``back``."""
+
+    def apply(proto: Any, model: Body) -> None:
+        own, others = (model.get_submodule(name).weight.detach().numpy().T for name in (path, other))
+        first, second = initializers(proto, own), initializers(proto, others)
+        changed(first, lambda _: others)
+        if back:
+            changed(second, lambda _: own)
+
+    return apply
+
+
 def swapped_weights(proto: Any, model: Body) -> None:
     first, second = (layer.up.weight.detach().numpy().T for layer in model.layers)
     one, other = initializers(proto, first), initializers(proto, second)
@@ -279,6 +292,18 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("words", in_weight("words", lambda a: np.roll(a, 1, 1)), "words", "weight columns are shifted by 1"),
     ("no bias", in_weight("layers.1.down", np.zeros_like, "bias"), "layers.1.down", "bias is zero"),
     ("transposed", in_weight("layers.1.output", lambda a: a.T), "layers.1.output", "weight transposed"),
+    ("query transposed", in_weight("layers.0.attention.query", lambda a: a.T), "layers.0.attention.query",
+     "weight transposed"),
+    ("value transposed", in_weight("layers.1.attention.value", lambda a: a.T), "layers.1.attention.value",
+     "weight transposed"),
+    ("siblings swapped", weights_of("layers.1.attention.query", "layers.1.attention.value", back=True),
+     "layers.1.attention.query", "weight is that of layers.1.attention.value"),
+    ("query and key swapped", weights_of("layers.0.attention.query", "layers.0.attention.key", back=True),
+     "layers.0.attention.query", "weight is that of layers.0.attention.key"),
+    ("swapped between layers", weights_of("layers.0.attention.value", "layers.1.attention.value", back=True),
+     "layers.0.attention.value", "weight is that of layers.1.attention.value"),
+    ("of another layer", weights_of("layers.1.output", "layers.0.output", back=False),
+     "layers.1.output", "weight is that of layers.0.output"),
     ("swapped", swapped_weights, "layers.0.up", "weight is that of layers.1.up"),
     ("epsilon", epsilon, "layers.1.norm", "epsilon 0.001 instead of 1e-06"),
     ("gelu", gelu_tanh, "layers.0.act", "gelu_tanh instead of gelu"),
@@ -335,6 +360,21 @@ def test_healthy_graph_names_nothing_and_every_module_is_matched(tmp_path: Path)
     leaves = {path for path, module in model.named_modules() if next(module.children(), None) is None}
     assert leaves <= {error.module for error in found.layers.errors}
     assert max(error.local / error.floor for error in found.layers.errors) < 5
+
+
+def test_products_in_another_order_are_no_exchanged_weights(tmp_path: Path) -> None:
+    model = body()
+    proto = graph(model)
+    query = initializers(proto, model.layers[0].attention.query.weight.detach().numpy().T).name
+    at = next(place for place, node in enumerate(proto.graph.node) if query in node.input)
+    order = list(range(len(proto.graph.node)))
+    order[at : at + 4] = [at + 2, at + 3, at, at + 1]  # each is a product and its bias
+    moved = [onnx.NodeProto.FromString(proto.graph.node[place].SerializeToString()) for place in order]
+    del proto.graph.node[:]
+    proto.graph.node.extend(moved)
+    in_weight("layers.1.down", np.zeros_like, "bias")(proto, model)
+    found = examine(model, proto, tmp_path)
+    assert (found.location.module, found.location.finding) == ("layers.1.down", "bias is zero")
 
 
 def test_error_behind_a_fault_is_inherited_and_not_made_there(tmp_path: Path) -> None:

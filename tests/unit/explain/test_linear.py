@@ -102,12 +102,35 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (int8, "weight rounded to int8 by row"),
     (int4, "weight rounded to int4"),
     (another, "weight is that of 1"),
+    (lambda weight: 1.05 * weight, "weight scaled by 1.05"),
+    (lambda weight: -weight, "weight negated"),
+    (lambda weight: weight.T.reshape(weight.shape), "weight read in the other memory order"),
+    (lambda weight: weight[::-1].copy(), "weight 48 rows (0, 1, 2, 3, …) are permuted"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "text"), FAULTS, ids=[text for _, text in FAULTS])
 def test_what_befell_a_weight_is_told_from_inputs_and_outputs(fault: Callable[[Any], Any], text: str) -> None:
     assert finding(fault) == text
+
+
+BIASES: list[tuple[Callable[[Any, Any], Any], str]] = [
+    (lambda own, _: -own, "bias negated"),
+    (lambda own, _: 0.5 * own, "bias scaled by 0.5"),
+    (lambda own, _: np.where(np.arange(WIDE) == 7, own + 3, own), "bias has other elements: [7] "),
+    (lambda _, other: other, "bias is that of 1"),
+]
+
+
+@pytest.mark.parametrize(("fault", "text"), BIASES, ids=[text for _, text in BIASES])
+def test_what_befell_a_bias_is_told_from_inputs_and_outputs(fault: Callable[[Any, Any], Any], text: str) -> None:
+    own, other = (layer.bias.double().numpy() for layer in model()[:2])
+    assert finding(lambda weight: weight, bias=torch.from_numpy(fault(own, other))).startswith(text)
+
+
+def test_weight_and_bias_of_another_layer_are_told() -> None:
+    other = model()[1].bias.double()
+    assert finding(another, bias=other) == "weight and bias are those of 1"
 
 
 def test_without_a_bias_rows_are_told_too_and_a_healthy_or_random_weight_has_no_name() -> None:
