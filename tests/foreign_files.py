@@ -14,11 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+import qefficient_files
 import torch
 
 import qeff_validate as qv
@@ -41,11 +43,12 @@ of a weight are zero instead.
 """
 
 KNOWN = """
-None of these is a false alarm. O3 replaces GELU by an approximation, which is another function. ONNX Runtime's level
-2, O2 and O3 write `LayerNormalization` into graphs of opset 14, where ONNX has no such operator, or their own
-`SimplifiedLayerNormalization`. In dynamic int8 sums of products (76,777 in one attention of MiniLM) are beyond fp16's
-range when the file casts them to floats. onnxconverter-common's float16 files of optimum's exports have outputs of
-other types than their graphs say, and ONNX Runtime does not load them.
+None of these is a false alarm. Asked for opset 14 to 16, torch's dynamo exporter writes 18. O3 replaces GELU by an
+approximation, which is another function. ONNX Runtime's level 2, O2 and O3 write `LayerNormalization` into graphs of
+opset 14, where ONNX has no such operator, or their own `SimplifiedLayerNormalization`. In dynamic int8 sums of
+products (76,777 in one attention of MiniLM) are beyond fp16's range when the file casts them to floats.
+onnxconverter-common's float16 files of optimum's exports have outputs of other types than their graphs say, and ONNX
+Runtime does not load them.
 """
 
 BODIES: Mapping[str, Mapping[str, Any]] = {
@@ -121,16 +124,26 @@ def quantized(case: qv.Case, path: Path) -> None:
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 WRITERS: Mapping[str, Callable[[qv.Case, Path], None]] = {
-    "torch, TorchScript, opset 14": lambda case, path: export(case, path, 14, dynamo=False),
-    "torch, TorchScript, opset 16": lambda case, path: export(case, path, 16, dynamo=False),
-    "torch, TorchScript, opset 18": lambda case, path: export(case, path, 18, dynamo=False),
-    "torch, dynamo, opset 18": lambda case, path: export(case, path, 18, dynamo=True),
+    **{f"torch, TorchScript, opset {opset}": partial(export, opset=opset, dynamo=False) for opset in range(14, 19)},
+    # asked for less than 17, dynamo writes 18
+    **{f"torch, dynamo, opset {opset}": partial(export, opset=opset, dynamo=True) for opset in (17, 18)},
     "ONNX Runtime, level 1": lambda case, path: optimized(case, path, LEVELS.ORT_ENABLE_BASIC),
     "ONNX Runtime, level 2": lambda case, path: optimized(case, path, LEVELS.ORT_ENABLE_EXTENDED),
     "ONNX Runtime, float16 within": lambda case, path: halved(case, path, keep_io_types=True),
     "ONNX Runtime, float16 throughout": lambda case, path: halved(case, path, keep_io_types=False),
     "ONNX Runtime, dynamic int8": quantized,
 }
+
+
+QEFFICIENT: Mapping[str, Mapping[str, Any]] = {
+    "QEfficient, unpooled": {},
+    # its avg pools every row from the states of the first
+    **{
+        f"QEfficient, {name}": {"pooling": name, "normalize": False, **({"batch_size": 1} if name == "avg" else {})}
+        for name in qefficient_files.POOLINGS
+    },
+}
+"""Exporters by name, with the options by which their files of MiniLM are judged."""
 
 
 def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
@@ -144,6 +157,14 @@ def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
                     warnings.simplefilter("ignore")
                     write(qv.Case(name="made", **fields), path)
             yield name, body, path
+    for name, options in QEFFICIENT.items():
+        path = folder / "MiniLM" / name / "model.onnx"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            module = qv.model(qv.Case(name="made", **BODIES["MiniLM"])).source.body()
+            module.set_attn_implementation("eager")
+            qefficient_files.write(module, path, options.get("pooling"))
+        yield name, "MiniLM", path
     others = folder / "others"
     if python is not None:
         source = qv.model(qv.Case(name="made", **BODIES["MiniLM"])).source.root
@@ -152,9 +173,10 @@ def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
         yield made.name, "MiniLM", next(made.rglob("*.onnx"))
 
 
-def judged(body: str, path: Path, store: Path) -> dict[str, Any]:
+def judged(exporter: str, body: str, path: Path, store: Path) -> dict[str, Any]:
     """Return the results of a file by runtime."""
-    case = qv.Case(name=body, artifacts={"onnx": str(path)}, **BODIES[body])
+    fields = {**BODIES[body], **({"options": QEFFICIENT[exporter]} if exporter in QEFFICIENT else {})}
+    case = qv.Case(name=body, artifacts={"onnx": str(path)}, **fields)
     return {result.runtime: result for result in qv.validate(case, ["ort", "sim"], store=store).results}
 
 
@@ -199,7 +221,7 @@ def damaged_models(path: Path) -> Iterator[tuple[str, Any]]:
 
 def row(exporter: str, body: str, path: Path, folder: Path) -> tuple[list[str], list[str]]:
     """Return the cells of a file, and what is to be said of it."""
-    clean, store = judged(body, path, folder / "store"), folder / "store"
+    clean, store = judged(exporter, body, path, folder / "store"), folder / "store"
     failed = {name: result for name, result in clean.items() if result.status in ("fail", "error")}
     notes = [f"{exporter}, {body}, {name}: {said(result)}" for name, result in failed.items()]
     settled = [name for name, result in clean.items() if result.status == "pass"]
@@ -207,7 +229,7 @@ def row(exporter: str, body: str, path: Path, folder: Path) -> tuple[list[str], 
     for fault, model in damaged_models(path) if settled else ():
         damaged = folder / "damaged.onnx"
         onnx.save(model, damaged)
-        results = judged(body, damaged, store)
+        results = judged(exporter, body, damaged, store)
         if results["ort"].status == "error":
             continue  # the fault is written for graphs in float32, and this one no longer loads
         effect = error(results["ort"]).metric.value
