@@ -38,7 +38,7 @@ against the original model; hidden states are pooled on the host. *not judged*: 
 no noise is measured for; *refused*: by the compiler, by name; *found*: faults that fail, of those that the file has
 something to change for and that move vectors by more than twice the noise floor:
 {faults}; in float16 three columns
-of a weight are zero instead.
+of a weight are zero instead, in integers one weight is.
 
 """
 
@@ -46,9 +46,9 @@ KNOWN = """
 None of these is a false alarm. Asked for opset 14 to 16, torch's dynamo exporter writes 18. O3 replaces GELU by an
 approximation, which is another function. ONNX Runtime's level 2, O2 and O3 write `LayerNormalization` into graphs of
 opset 14, where ONNX has no such operator, or their own `SimplifiedLayerNormalization`. In dynamic int8 sums of
-products (76,777 in one attention of MiniLM) are beyond fp16's range when the file casts them to floats.
-onnxconverter-common's float16 files of optimum's exports have outputs of other types than their graphs say, and ONNX
-Runtime does not load them.
+products (76,777 in one attention of MiniLM) are beyond fp16's range when the file casts them to floats, so the library
+lists their nodes for float32. onnxconverter-common's float16 files of optimum's exports have outputs of other types
+than their graphs say, and ONNX Runtime does not load them.
 """
 
 BODIES: Mapping[str, Mapping[str, Any]] = {
@@ -200,11 +200,13 @@ def word(result: Any) -> str:
 
 
 def damaged_models(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what is wrong, and the model: `FAULTS`; in float16, which these do not know, a weight with a gap."""
+    """Yield what is wrong, and the model: `FAULTS`; in types that these do not know, a weight with a gap."""
+    types = onnx.TensorProto
     weights = [
         tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 16
     ]
-    if not any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in weights):
+    others = [tensor for tensor in weights if tensor.data_type in (types.FLOAT16, types.INT8, types.UINT8)]
+    if not others:
         for mutant in (mutant for mutant in GRAPH_MUTANTS if mutant.name in FAULTS):
             model = onnx.load(path)
             with suppress(Inapplicable):
@@ -212,11 +214,11 @@ def damaged_models(path: Path) -> Iterator[tuple[str, Any]]:
                 yield mutant.name, model
         return
     model = onnx.load(path)
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == weights[-1].name)
-    array = onnx.numpy_helper.to_array(tensor).copy()
-    array[:, :3] = 0
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == others[-1].name)
+    array, half = onnx.numpy_helper.to_array(tensor).copy(), tensor.data_type == types.FLOAT16
+    array[:, : 3 if half else None] = 0
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    yield "three columns of a weight are zero", model
+    yield "three columns of a weight are zero" if half else "a weight is zero", model
 
 
 def row(exporter: str, body: str, path: Path, folder: Path) -> tuple[list[str], list[str]]:
