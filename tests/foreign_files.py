@@ -14,11 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+import qefficient_files
 import torch
 
 import qeff_validate as qv
@@ -36,16 +38,17 @@ against the original model; hidden states are pooled on the host. *not judged*: 
 no noise is measured for; *refused*: by the compiler, by name; *found*: faults that fail, of those that the file has
 something to change for and that move vectors by more than twice the noise floor:
 {faults}; in float16 three columns
-of a weight are zero instead.
+of a weight are zero instead, in integers one weight is.
 
 """
 
 KNOWN = """
-None of these is a false alarm. O3 replaces GELU by an approximation, which is another function. ONNX Runtime's level
-2, O2 and O3 write `LayerNormalization` into graphs of opset 14, where ONNX has no such operator, or their own
-`SimplifiedLayerNormalization`. In dynamic int8 sums of products (76,777 in one attention of MiniLM) are beyond fp16's
-range when the file casts them to floats. onnxconverter-common's float16 files of optimum's exports have outputs of
-other types than their graphs say, and ONNX Runtime does not load them.
+None of these is a false alarm. Asked for opset 14 to 16, torch's dynamo exporter writes 18. O3 replaces GELU by an
+approximation, which is another function. ONNX Runtime's level 2, O2 and O3 write `LayerNormalization` into graphs of
+opset 14, where ONNX has no such operator, or their own `SimplifiedLayerNormalization`. In dynamic int8 sums of
+products (76,777 in one attention of MiniLM) are beyond fp16's range when the file casts them to floats, so the library
+lists their nodes for float32. onnxconverter-common's float16 files of optimum's exports have outputs of other types
+than their graphs say, and ONNX Runtime does not load them.
 """
 
 BODIES: Mapping[str, Mapping[str, Any]] = {
@@ -121,16 +124,26 @@ def quantized(case: qv.Case, path: Path) -> None:
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 WRITERS: Mapping[str, Callable[[qv.Case, Path], None]] = {
-    "torch, TorchScript, opset 14": lambda case, path: export(case, path, 14, dynamo=False),
-    "torch, TorchScript, opset 16": lambda case, path: export(case, path, 16, dynamo=False),
-    "torch, TorchScript, opset 18": lambda case, path: export(case, path, 18, dynamo=False),
-    "torch, dynamo, opset 18": lambda case, path: export(case, path, 18, dynamo=True),
+    **{f"torch, TorchScript, opset {opset}": partial(export, opset=opset, dynamo=False) for opset in range(14, 19)},
+    # asked for less than 17, dynamo writes 18
+    **{f"torch, dynamo, opset {opset}": partial(export, opset=opset, dynamo=True) for opset in (17, 18)},
     "ONNX Runtime, level 1": lambda case, path: optimized(case, path, LEVELS.ORT_ENABLE_BASIC),
     "ONNX Runtime, level 2": lambda case, path: optimized(case, path, LEVELS.ORT_ENABLE_EXTENDED),
     "ONNX Runtime, float16 within": lambda case, path: halved(case, path, keep_io_types=True),
     "ONNX Runtime, float16 throughout": lambda case, path: halved(case, path, keep_io_types=False),
     "ONNX Runtime, dynamic int8": quantized,
 }
+
+
+QEFFICIENT: Mapping[str, Mapping[str, Any]] = {
+    "QEfficient, unpooled": {},
+    # its avg pools every row from the states of the first
+    **{
+        f"QEfficient, {name}": {"pooling": name, "normalize": False, **({"batch_size": 1} if name == "avg" else {})}
+        for name in qefficient_files.POOLINGS
+    },
+}
+"""Exporters by name, with the options by which their files of MiniLM are judged."""
 
 
 def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
@@ -144,6 +157,14 @@ def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
                     warnings.simplefilter("ignore")
                     write(qv.Case(name="made", **fields), path)
             yield name, body, path
+    for name, options in QEFFICIENT.items():
+        path = folder / "MiniLM" / name / "model.onnx"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            module = qv.model(qv.Case(name="made", **BODIES["MiniLM"])).source.body()
+            module.set_attn_implementation("eager")
+            qefficient_files.write(module, path, options.get("pooling"))
+        yield name, "MiniLM", path
     others = folder / "others"
     if python is not None:
         source = qv.model(qv.Case(name="made", **BODIES["MiniLM"])).source.root
@@ -152,9 +173,10 @@ def files(folder: Path, python: str | None) -> Iterator[tuple[str, str, Path]]:
         yield made.name, "MiniLM", next(made.rglob("*.onnx"))
 
 
-def judged(body: str, path: Path, store: Path) -> dict[str, Any]:
+def judged(exporter: str, body: str, path: Path, store: Path) -> dict[str, Any]:
     """Return the results of a file by runtime."""
-    case = qv.Case(name=body, artifacts={"onnx": str(path)}, **BODIES[body])
+    fields = {**BODIES[body], **({"options": QEFFICIENT[exporter]} if exporter in QEFFICIENT else {})}
+    case = qv.Case(name=body, artifacts={"onnx": str(path)}, **fields)
     return {result.runtime: result for result in qv.validate(case, ["ort", "sim"], store=store).results}
 
 
@@ -178,11 +200,13 @@ def word(result: Any) -> str:
 
 
 def damaged_models(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what is wrong, and the model: `FAULTS`; in float16, which these do not know, a weight with a gap."""
+    """Yield what is wrong, and the model: `FAULTS`; in types that these do not know, a weight with a gap."""
+    types = onnx.TensorProto
     weights = [
         tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 16
     ]
-    if not any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in weights):
+    others = [tensor for tensor in weights if tensor.data_type in (types.FLOAT16, types.INT8, types.UINT8)]
+    if not others:
         for mutant in (mutant for mutant in GRAPH_MUTANTS if mutant.name in FAULTS):
             model = onnx.load(path)
             with suppress(Inapplicable):
@@ -190,16 +214,16 @@ def damaged_models(path: Path) -> Iterator[tuple[str, Any]]:
                 yield mutant.name, model
         return
     model = onnx.load(path)
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == weights[-1].name)
-    array = onnx.numpy_helper.to_array(tensor).copy()
-    array[:, :3] = 0
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == others[-1].name)
+    array, half = onnx.numpy_helper.to_array(tensor).copy(), tensor.data_type == types.FLOAT16
+    array[:, : 3 if half else None] = 0
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    yield "three columns of a weight are zero", model
+    yield "three columns of a weight are zero" if half else "a weight is zero", model
 
 
 def row(exporter: str, body: str, path: Path, folder: Path) -> tuple[list[str], list[str]]:
     """Return the cells of a file, and what is to be said of it."""
-    clean, store = judged(body, path, folder / "store"), folder / "store"
+    clean, store = judged(exporter, body, path, folder / "store"), folder / "store"
     failed = {name: result for name, result in clean.items() if result.status in ("fail", "error")}
     notes = [f"{exporter}, {body}, {name}: {said(result)}" for name, result in failed.items()]
     settled = [name for name, result in clean.items() if result.status == "pass"]
@@ -207,7 +231,7 @@ def row(exporter: str, body: str, path: Path, folder: Path) -> tuple[list[str], 
     for fault, model in damaged_models(path) if settled else ():
         damaged = folder / "damaged.onnx"
         onnx.save(model, damaged)
-        results = judged(body, damaged, store)
+        results = judged(exporter, body, damaged, store)
         if results["ort"].status == "error":
             continue  # the fault is written for graphs in float32, and this one no longer loads
         effect = error(results["ort"]).metric.value

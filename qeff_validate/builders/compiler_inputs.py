@@ -33,8 +33,8 @@ class GraphFacts:
 
     Attributes:
         states: retained state, that is, each input with a ``_RetainedState`` twin, and whether it is float32.
-        float32_nodes: first outputs of the nodes that must compute in float32: those of rotary angles and those inside
-            root mean squares.
+        float32_nodes: first outputs of the nodes that must compute in float32: those of rotary angles, those inside
+            root mean squares, and those that scale the sums of integer products.
         inputs: names of the symbolic dims of each input, empty where a dim has none.
         fingerprint: of the model that the graph was exported from, as its metadata say; None if they do not.
     """
@@ -53,7 +53,7 @@ def read_graph(onnx: Path) -> GraphFacts:
     """
     from onnx import TensorProto, load
 
-    from qeff_validate.builders.onnx_patterns import root_mean_squares, rotary_angles
+    from qeff_validate.builders.onnx_patterns import integer_products, root_mean_squares, rotary_angles
 
     try:
         model = load(str(onnx), load_external_data=False)
@@ -68,7 +68,8 @@ def read_graph(onnx: Path) -> GraphFacts:
     }
     norms = [name for norm in root_mean_squares(graph) for name in norm.outputs]
     dims = {value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input}
-    return GraphFacts(states, tuple(dict.fromkeys([*rotary_angles(graph), *norms])), dims, fingerprint)
+    float32_nodes = dict.fromkeys([*rotary_angles(graph), *norms, *integer_products(graph)])
+    return GraphFacts(states, tuple(float32_nodes), dims, fingerprint)
 
 
 def renamed_dims(
@@ -153,8 +154,8 @@ def _node_precision(names: Sequence[str], options: Compile, precision: Precision
 
     fp16 cannot represent position 2049, and the sine of a rounded angle is wrong. The squares of activations above 256
     overflow fp16, and trained models have such activations (SmolLM2 fails for it); QEfficient exports norms as one
-    operator instead. Listed nodes are also exempt from MXFP6, and the frequencies of rotary angles are no weights, even
-    where a MatMul reads them.
+    operator instead. So do sums of integer products before they are scaled (76,777 in MiniLM). Listed nodes are also
+    exempt from MXFP6, and the frequencies of rotary angles are no weights, even where a MatMul reads them.
     """
     listed = NODE_PRECISION in map(flag_name, options.flags)
     if listed or not names or (precision.compute != "fp16" and precision.weights is None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns of nodes in ONNX graphs: rotary angles and root mean squares.
+"""Patterns of nodes in ONNX graphs: rotary angles, root mean squares, and products of integers.
 
 Patterns are recognized by operators and inputs, never by node names, so the graphs of both exporters are supported.
 Nothing here changes a graph. The compiler's inputs and the graph mutants are derived from the same patterns.
@@ -52,6 +52,30 @@ def rotary_angles(graph: GraphProto) -> list[str]:
             angles[node.output[0]] = None
             pending += [producer[name] for name in node.input if name in producer]
     return list(angles)
+
+
+def integer_products(graph: GraphProto) -> Iterator[str]:
+    """Yield the first outputs of the nodes that quantize operands of integer products and scale their sums back.
+
+    These are the casts of sums to float32, the products with a scale that read them, the products of both scales, and
+    the dynamic quantization before: all that has a number of the size of a sum or of a scale.
+    """
+    producer, readers = producers(graph), consumers(graph)
+    for node in graph.node:
+        if node.op_type not in ("MatMulInteger", "ConvInteger"):
+            continue
+        source = producer.get(node.input[0])
+        if source is not None and source.op_type == "DynamicQuantizeLinear":
+            yield source.output[0]
+        for sums in readers.get(node.output[0], ()):
+            if sums.op_type != "Cast" or attribute(sums, "to") != TensorProto.FLOAT:
+                continue
+            yield sums.output[0]
+            for scaled in readers.get(sums.output[0], ()):
+                if scaled.op_type == "Mul":
+                    scales = (producer.get(name) for name in scaled.input if name != sums.output[0])
+                    yield from (scale.output[0] for scale in scales if scale is not None and scale.op_type == "Mul")
+                    yield scaled.output[0]
 
 
 @dataclass(frozen=True, slots=True)

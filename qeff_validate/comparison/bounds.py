@@ -169,8 +169,14 @@ def gate_bounds(
 
 
 def systematic_bounds(floor: Floor) -> dict[str, Bound]:
-    """Return the bounds of systematic errors; a metric whose noise is not finite has none."""
-    bounds = {}
+    """Return the bounds of systematic errors; a metric whose noise is not finite has none.
+
+    Errors of integers are systematic by themselves: they are the same in each run, and change with the last bits of a
+    weight or of a scale. They get no such bounds.
+    """
+    bounds: dict[str, Bound] = {}
+    if any(name.startswith("int") for name in floor.profile.split("+")):
+        return bounds
     for name, least in SYSTEMATIC_ERRORS.items():
         if name not in floor.systematic_errors:
             raise IncomparableError(f"the noise floor has no {name!r} of a device: measure or record it anew")

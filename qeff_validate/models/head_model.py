@@ -311,9 +311,9 @@ class HeadModel(FaultTested, Prechecked, Timed):
 
     def ensemble(self, inputs: TokenRows, reference: Tensors, precision: Precision) -> Iterator[Tensors]:  # noqa: ARG002
         """Yield the output with model and head in the precision, for each variant of `ENSEMBLE`."""
-        from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
+        from qeff_validate.models.emulation.ensemble import run_ensemble
         from qeff_validate.models.emulation.float64 import is_large
-        from qeff_validate.models.emulation.microscaling import CompressedWeights
+        from qeff_validate.models.emulation.integers import compressed_weights
         from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
         from qeff_validate.models.head_module import HeadModule, run_module
         from qeff_validate.models.original_rows import batched_outputs
@@ -331,8 +331,7 @@ class HeadModel(FaultTested, Prechecked, Timed):
             )  # fmt: skip
             return self._collected(outputs, "float32", inputs)
 
-        blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
-        compressed = {block: CompressedWeights(model, block=block) for block in blocks}
+        compressed = compressed_weights(model, precision)
         beyond_range = precision.beyond_range is not None
         weights = RoundedWeights(precision.compute, large=is_large(model), beyond_range=beyond_range)
         for outputs in run_ensemble(model, precision.compute, run, weights=weights, compressed=compressed):

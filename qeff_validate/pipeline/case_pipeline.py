@@ -40,6 +40,11 @@ from qeff_validate.protocols import (
 from qeff_validate.report.result import Precheck, Result
 from qeff_validate.tensors import Array, Tensors, save_tensors
 
+SATURATION = (
+    "on processors without VNNI, ONNX Runtime saturates sums of uint8 times int8: weights in uint8, reduce_range of"
+    " quantize_dynamic, or its session option session.x64quantprecision avoid it"
+)
+
 
 class Pipeline(CaseArtifacts):
     """One case's way from inputs to results on any runtime."""
@@ -93,6 +98,8 @@ class Pipeline(CaseArtifacts):
             precision = self.precision(runtime)
             said = f"the bounds are those of {precision.profile}" if measurable(precision) else "no noise is measured"
             yield f"the file computes in {file.words} ({file.where}); {said}"
+        if runtime.kind == "onnx" and file.integers is not None and file.integers.may_saturate:
+            yield SATURATION
 
     def _judged(self, runtime: Runtime, base: dict[str, Any]) -> Result:
         base["prechecks"] = prechecks = self.prechecks(runtime.kind)

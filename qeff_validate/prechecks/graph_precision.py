@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qeff_validate.config.case import Precision
+from qeff_validate.config.file_precision import FilePrecision, IntegerFormat, integer_format
+from qeff_validate.prechecks.graph_integers import integers_of
 
 Compute = Literal["fp32", "fp16", "bf16"]
 COMPUTE: tuple[Compute, ...] = ("fp32", "fp16", "bf16")
@@ -46,24 +48,19 @@ class GraphPrecision:
             products in a coarser type do not define the file's precision, but may be a fault.
         weights: ``int8`` or ``int4`` if weights or activations are quantized to integers, or ``fp8``; None: neither.
         where: the number of products for each operand type, for messages; empty if all are float32.
+        integers: the format of ``weights``; None: there are none, or they have several, or one that is not emulated.
     """
 
     compute: Compute = "fp32"
     weights: str | None = None
     where: str = ""
+    integers: IntegerFormat | None = None
 
     @property
     def words(self) -> str:
         """The precision in words, for messages."""
         parts = [WORDS.get(self.compute, ""), self.weights or ""]
         return " and ".join(filter(None, parts)) or "float32"
-
-
-class FilePrecision(Precision):
-    """The precision of a user's file, on a host or a device; a case cannot ask for some of these."""
-
-    compute: Literal["fp16", "fp32", "bf16"] = "fp32"  # type: ignore[assignment]
-    weights: str | None = None  # type: ignore[assignment]
 
 
 def combined(asked: Precision, file: GraphPrecision) -> Precision:
@@ -75,12 +72,15 @@ def combined(asked: Precision, file: GraphPrecision) -> Precision:
     weights = "+".join(filter(None, (asked.weights, file.weights))) or None
     if (compute, weights) == (asked.compute, asked.weights):
         return asked
-    return FilePrecision(compute=compute, weights=weights, kv=asked.kv, beyond_range=asked.beyond_range)
+    integers = file.integers if asked.weights is None else None
+    return FilePrecision(
+        compute=compute, weights=weights, kv=asked.kv, beyond_range=asked.beyond_range, integers=integers
+    )
 
 
 def measurable(precision: Precision) -> bool:
     """Return whether the original model can be run in a precision, so that its noise can be measured."""
-    return precision.weights in (None, "mxfp6")
+    return precision.weights in (None, "mxfp6") or integer_format(precision) is not None
 
 
 def graph_precision(path: Path) -> GraphPrecision:
@@ -110,7 +110,7 @@ def precision_of(model: Any) -> GraphPrecision:
         f"{reader.products[name]} of {total} products in {WORDS[name]}" for name in WORDS if name in reader.products
     ]
     parts += [f"{count} {name}" for name, count in sorted(reader.integers.items())]
-    return GraphPrecision(compute, weights, ", ".join(parts))
+    return GraphPrecision(compute, weights, ", ".join(parts), integers_of(model.graph) if reader.bits else None)
 
 
 class _Reader:

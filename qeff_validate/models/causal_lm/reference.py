@@ -34,7 +34,8 @@ from qeff_validate.models.causal_lm.options import BASE
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
 from qeff_validate.models.emulation.float64 import compute_in_dtype, is_large, one_thread_if_small
-from qeff_validate.models.emulation.microscaling import CompressedCache, CompressedWeights
+from qeff_validate.models.emulation.integers import compressed_weights
+from qeff_validate.models.emulation.microscaling import CompressedCache
 from qeff_validate.models.emulation.precision import ComputationVariant, RoundedWeights
 from qeff_validate.models.framework_calls import (
     cache_argument,
@@ -85,8 +86,7 @@ def ensemble(
 ) -> list[Tensors]:
     """Return the ``logits`` along given continuations for each variant of `ENSEMBLE`, in the order adapter, prompt."""
     adapters = frozenset(_adapter_parameters(model))
-    blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
-    compressed = {block: CompressedWeights(model, adapters, block) for block in blocks}
+    compressed = compressed_weights(model, precision, adapters)
     prompts, forced, parts = inputs.ids, list(texts), [list[Array]() for _ in ENSEMBLE]
     beyond_range = precision.beyond_range is not None
     weights = RoundedWeights(precision.compute, large=is_large(model), beyond_range=beyond_range)

@@ -16,7 +16,8 @@ from qeff_validate.config.case import Artifacts
 from qeff_validate.protocols import Graph, Session
 from qeff_validate.tensors import Array, Shapes, Tensors, TensorSpec
 
-HIDDEN, TYPES, MASK = ("last_hidden_state", "token_embeddings"), "token_type_ids", "attention_mask"
+HIDDEN, TYPES, MASK = ("last_hidden_state", "token_embeddings", "output"), "token_type_ids", "attention_mask"
+"""Names of hidden states in files; QEfficient calls all that it exports ``output``."""
 
 VECTOR = "sentence_embedding"
 """The output of optimum's exports of a whole directory of sentence-transformers."""
@@ -31,7 +32,7 @@ class FileSession:
             None: all are, as they are.
         name: of the vectors.
         mask: name of the mask among the inputs.
-        pool: maps the real tokens of a row ``[n, hidden]`` to its vector.
+        pool: maps the real tokens of a row ``[n, hidden]`` to its vector; None: hidden states are returned as they are.
         hidden_inputs: names of inputs that are fed with zeros.
     """
 
@@ -41,7 +42,7 @@ class FileSession:
         pooled: str | None,
         name: str,
         mask: str,
-        pool: Callable[[Floats], Floats],
+        pool: Callable[[Floats], Floats] | None,
         hidden_inputs: Sequence[str],
     ) -> None:
         self._session, self._pooled, self._name, self._mask, self._pool = session, pooled, name, mask, pool
@@ -50,7 +51,7 @@ class FileSession:
         self.outputs: tuple[TensorSpec, ...] = session.outputs
         if pooled is not None:
             states = next(spec for spec in session.outputs if spec.name == pooled)
-            shape = (states.shape[0], "hidden") if len(states.shape) == 3 else states.shape
+            shape = (states.shape[0], "hidden") if len(states.shape) == 3 and pool is not None else states.shape
             self.outputs = (replace(states, name=name, shape=shape, dtype="float32"),)
         shown = {spec.name for spec in (*self.inputs, *session.outputs)}
         self.shapes: tuple[Shapes, ...] = tuple(
@@ -64,18 +65,19 @@ class FileSession:
         if self._pooled is None:
             return self._session.run({**feeds, **zeros}, fetch=fetch)
         states = self._session.run({**feeds, **zeros}, fetch=[self._pooled])[self._pooled].astype(np.float64)
-        if states.ndim == 2:
+        if states.ndim == 2 or self._pool is None:
             return {self._name: states.astype(np.float32)}
-        rows = [self._vector(row, seen > 0) for row, seen in zip(states, feeds[self._mask], strict=True)]
+        rows = [_vector(self._pool, row, seen > 0) for row, seen in zip(states, feeds[self._mask], strict=True)]
         return {self._name: np.stack(rows).astype(np.float32)}
-
-    def _vector(self, states: Floats, seen: Array) -> Floats:
-        vector = self._pool(states[seen] if seen.any() else states[:1])
-        return vector if seen.any() else np.zeros_like(vector)
 
     def reset(self) -> None:
         """Forget the retained state."""
         self._session.reset()
+
+
+def _vector(pool: Callable[[Floats], Floats], states: Floats, seen: Array) -> Floats:
+    vector = pool(states[seen] if seen.any() else states[:1])
+    return vector if seen.any() else np.zeros_like(vector)
 
 
 def completed(
@@ -93,18 +95,23 @@ def completed(
     ours = {spec.name for spec in graph.inputs}
     types = artifacts.inputs.get(TYPES, TYPES)
     hidden_inputs = [spec.name for spec in session.inputs if spec.name == types and TYPES not in ours]
-    mapped = artifacts.outputs.get("output")
+    mapped, per_token = artifacts.outputs.get("output"), len(graph.outputs[0].shape) == 3
     ranks = {spec.name: len(spec.shape) for spec in session.outputs}
-    wanted = [mapped] if mapped else [name for name in (VECTOR, *HIDDEN) if name in ranks]
-    pooled = wanted[0] if wanted and len(graph.outputs[0].shape) == 2 and ranks.get(wanted[0]) == 3 else None
-    vectors = VECTOR if not mapped and len(graph.outputs[0].shape) == 2 and ranks.get(VECTOR) == 2 else None
+    known = HIDDEN if per_token else (VECTOR, *HIDDEN)
+    read = mapped or next((name for name in known if name in ranks), "")
+    others = [name for name in ranks if name != read]
+    pooled, said = ranks.get(read) == 3 and not per_token, ""
+    if pooled:
+        said = f"the file ends in {read}, which is pooled on the host: {words}"
+    elif not mapped and ranks.get(read) == len(graph.outputs[0].shape) and (read != "output" or (per_token and others)):
+        how = f"as it is{', without ' if others else ''}{', '.join(others)}" if per_token else "pooled as the file does"
+        said = f"judged is the file's {read}, {how}"
     findings = [
         *([f"the file takes {types}, which are fed with zeros"] if hidden_inputs else []),
-        *([f"the file ends in {pooled}, which is pooled on the host: {words}"] if pooled else []),
-        *([f"judged is the file's {vectors}, pooled as the file does"] if vectors else []),
+        *([said] if said else []),
     ]
-    pooled = pooled or vectors
     if not findings:
         return session, ()
-    mask = artifacts.inputs.get(MASK, MASK)
-    return FileSession(session, pooled, mapped or "output", mask, pool, hidden_inputs), findings
+    mask, pool_row = artifacts.inputs.get(MASK, MASK), None if per_token else pool
+    read_output, name = read if said else None, mapped or "output"
+    return FileSession(session, read_output, name, mask, pool_row, hidden_inputs), findings

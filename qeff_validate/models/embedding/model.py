@@ -23,6 +23,7 @@ from qeff_validate.comparison.task_metrics import TaskScore
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.comparison.verdict import Rows, Verdict, compare, rows_beyond, systematic_errors, worst_errors
 from qeff_validate.config.case import Artifacts, Case, Precision
+from qeff_validate.config.file_precision import integer_format
 from qeff_validate.errors import ConfigError, ValidateError
 from qeff_validate.models.activations import VectorFunction
 from qeff_validate.models.case_inputs import texts_of
@@ -384,7 +385,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
         if precision.kv is not None:
             raise ConfigError(f"case {self.case.name!r}: precision.kv: an embedding keeps no keys and values")
         beyond = ", float32 beyond its range" if precision.beyond_range else ""
-        name = self._share_name(f"ensemble in {precision.profile}{beyond}")
+        integers = integer_format(precision)
+        name = self._share_name(f"ensemble in {precision.profile}{beyond}{f' as {integers}' if integers else ''}")
         runs = self.share(name, inputs, lambda: self._ensemble_states(inputs, precision))
         pooled = [
             {row: self._pool_row(tokens, "float32") for row, tokens in unpacked(runs[variant], inputs.ids)}
@@ -419,9 +421,9 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
 
     def _ensemble_states(self, inputs: TokenRows, precision: Precision) -> Tensors:
         from qeff_validate.models.embedding.reference import batched_states
-        from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
+        from qeff_validate.models.emulation.ensemble import run_ensemble
         from qeff_validate.models.emulation.float64 import is_large
-        from qeff_validate.models.emulation.microscaling import CompressedWeights
+        from qeff_validate.models.emulation.integers import compressed_weights
         from qeff_validate.models.emulation.precision import (
             ComputationVariant,
             InPlaceRoundedWeights,
@@ -432,8 +434,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             return packed(batched_states(replica, inputs.ids, inputs.pad, variant.batch).items(), "float32")
 
         body, compute = self._body(), precision.compute
-        blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
-        compressed = {block: CompressedWeights(body, block=block) for block in blocks}
+        compressed = compressed_weights(body, precision)
         # this body is not shared, so it may be rounded in place, unless something needs the unrounded weights
         beyond_range = precision.beyond_range is not None
         in_place, large = not compressed and not beyond_range and compute != "fp32", is_large(body)

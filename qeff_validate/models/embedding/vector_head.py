@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qeff_validate.comparison.vector_metrics import Floats
 from qeff_validate.config.case import Precision
 from qeff_validate.models.emulation.ensemble import ENSEMBLE, run_ensemble
-from qeff_validate.models.emulation.microscaling import CompressedWeights
+from qeff_validate.models.emulation.integers import compressed_weights
 from qeff_validate.models.emulation.precision import DEPENDS_ON_WEIGHTS, ComputationVariant, RoundedWeights
 from qeff_validate.models.layers import normalized
 
@@ -56,7 +56,6 @@ def emulated_head(head: VectorHead, pooled: Sequence[Floats], precision: Precisi
         rows: Floats = replica(vectors).to(torch.float64).numpy()
         return rows
 
-    blocks = {variant.block for variant in ENSEMBLE} if precision.weights else set()
-    compressed = {block: CompressedWeights(head, block=block) for block in blocks}
+    compressed = compressed_weights(head, precision)
     weights = RoundedWeights(precision.compute)
     return run_ensemble(head, precision.compute, run, weights=weights, compressed=compressed)

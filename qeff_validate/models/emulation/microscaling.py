@@ -29,8 +29,7 @@ E2M3 = torch.tensor(
 INT8 = torch.arange(128, dtype=torch.float32) / 64
 """Magnitudes of the elements of MXINT8 by code."""
 
-# for each matrix product: the operands that may be weights, each with its reduced dim
-_PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
+PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
     nn.functional.linear: ((1, -1),),
     torch.matmul: ((0, -1), (1, -2)),
     torch.mm: ((0, -1), (1, -2)),
@@ -42,6 +41,7 @@ _PRODUCTS: Mapping[Callable[..., Any], tuple[tuple[int, int], ...]] = {
     Tensor.mm: ((0, -1), (1, -2)),
     Tensor.bmm: ((0, -1), (1, -2)),
 }
+"""For each matrix product: the operands that may be weights, each with its reduced dim."""
 
 
 def in_blocks(values: Tensor, table: Tensor, dim: int, block: int = BLOCK) -> Tensor:
@@ -88,10 +88,14 @@ class CompressedWeights(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the weights among the operands of a matrix product."""
         operands = list(args)
-        for index, dim in _PRODUCTS.get(func, ()):
-            if index < len(operands) and operands[index].untyped_storage().data_ptr() in self._weights:
+        for index, dim in PRODUCTS.get(func, ()):
+            if index < len(operands) and self.is_weight(operands[index]):
                 operands[index] = self._compressed(operands[index], dim)
         return func(*operands, **(kwargs or {}))
+
+    def is_weight(self, value: Tensor) -> bool:
+        """Return whether a tensor is a weight of the model, or a view of one."""
+        return value.untyped_storage().data_ptr() in self._weights
 
     def _compressed(self, weight: Tensor, dim: int) -> Tensor:
         storage = weight.untyped_storage().data_ptr()
@@ -100,13 +104,16 @@ class CompressedWeights(TorchFunctionMode):
         self.used.add(storage)
         if key not in self._cache:
             with torch.no_grad():
-                lines = weight.detach().movedim(dim, -1)
-                compressed = self._allocate(lines.shape, dtype=torch.float32)
-                step = max(1, PIECE * len(lines) // max(1, lines.numel()))
-                for part, target in zip(torch.split(lines, step), torch.split(compressed, step), strict=True):
-                    target.copy_(in_blocks(part, E2M3, -1, self._block))
-                self._cache[key] = compressed.movedim(-1, dim)
+                self._cache[key] = self._quantize(weight.detach().movedim(dim, -1)).movedim(-1, dim)
         return self._cache[key]
+
+    def _quantize(self, lines: Tensor) -> Tensor:
+        """Return a weight whose last dim is reduced, quantized and dequantized, float32."""
+        compressed = self._allocate(lines.shape, dtype=torch.float32)
+        step = max(1, PIECE * len(lines) // max(1, lines.numel()))
+        for part, target in zip(torch.split(lines, step), torch.split(compressed, step), strict=True):
+            target.copy_(in_blocks(part, E2M3, -1, self._block))
+        return compressed
 
 
 class CompressedCache(DynamicCache):  # type: ignore[misc]  # transformers is Any to mypy here

@@ -238,6 +238,7 @@ def open_session(program: Program, *, check_only: bool = False) -> ort.Inference
     options.log_severity_level = 3
     # an int8 input is dequantized as the custom IO list states, not fused into int8 arithmetic
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.x64quantprecision", "1")  # else sums of uint8 and int8 may saturate
     folder = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(folder, str(program.path.parent))
     if threads := os.environ.get("QAIC_SIM_THREADS"):

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 import qeff_validate as qv
 from qeff_validate.config.case import Precision
+from qeff_validate.config.file_precision import IntegerFormat
 from qeff_validate.engine import Runner
 from qeff_validate.mutation.mutant import mutants
 from qeff_validate.prechecks.graph_precision import GraphPrecision, combined, graph_precision, measurable, precision_of
@@ -106,6 +107,44 @@ def test_precision_is_that_of_what_is_multiplied(name: str) -> None:
     assert bool(precision.where) == (wanted != ("fp32", None) or name == "one float16 product of three")
 
 
+U8 = "uint8[4,4] w = {0,200,1,1, 1,1,1,1, 1,1,1,1, 1,1,1,1}"
+SUMS = " a, t, z = DynamicQuantizeLinear(x) b = MatMulInteger(a, w, z) c = Cast<to=1>(b) u = Mul(t, s) y = Mul(c, u) }"
+FORMATS = {
+    "weights alone": (GRAPHS["int8 weights"][0], IntegerFormat(7)),
+    "by channel, widened for the product": (
+        f"g (float[2,4] x) => (float[2,4] y) <{U8}, float[4] s = {{1,1,1,1}}> {{ a = DequantizeLinear<axis=1>(w, s)"
+        " y = MatMul(x, a) }",
+        IntegerFormat(8, symmetric=False, per_channel=True),
+    ),
+    "dynamic": (
+        f"g (float[2,4] x) => (float[2,4] y) <{U8}, float s = {{1}}> {{{SUMS}",
+        IntegerFormat(8, symmetric=False, activations=True),
+    ),
+    "dynamic, by channel, with a table": (
+        f"g (int64[2,4] i, float[2,4] x) => (float[2,4] y, float[2,4,4] e) <{U8}, float[4] s = {{1,1,1,1}},"
+        f" float f = {{1}}> {{ r = Gather(w, i) e = DequantizeLinear(r, f) {SUMS}",
+        IntegerFormat(8, symmetric=False, per_channel=True, activations=True, tables=True),
+    ),
+    "blocks": (GRAPHS["4-bit blocks"][0], IntegerFormat(4, block=32)),
+    "scales that somebody has calibrated": (
+        f"g (float[2,4] x) => (float[2,4] y) <{I8}, float s = {{1}}, int8 z = {{0}}> {{ q = QuantizeLinear(x, s, z)"
+        " d = DequantizeLinear(q, s, z) a = DequantizeLinear(w, s) y = MatMul(d, a) }",
+        None,
+    ),
+    "two formats": (
+        f"g (float[2,4] x) => (float[2,4] y) <{U8}, {I8.replace(' w', ' v')}, float s = {{1}}> {{"
+        " a = DequantizeLinear(w, s) b = DequantizeLinear(v, s) c = MatMul(x, a) y = MatMul(c, b) }",
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_of_the_integers_is_that_of_all_weights(name: str) -> None:
+    text, wanted = FORMATS[name]
+    assert precision_of(parser.parse_model(f"{HEAD} {text}")).integers == wanted
+
+
 def test_a_file_is_read_without_its_weights_and_through_local_functions(tmp_path: Path) -> None:
     function = '<opset_import: ["" : 21], domain: "local"> f (a) => (c) { b = Cast<to=10>(a) c = MatMul(b, b) }'
     model = parser.parse_model(
@@ -136,6 +175,8 @@ def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
         (Precision(compute="fp16"), GraphPrecision("fp16"), "fp16", True),
         (Precision(compute="fp16"), GraphPrecision("bf16"), "bf16", True),
         (Precision(compute="fp32"), GraphPrecision("fp32", "int8"), "fp32+int8", False),
+        (Precision(compute="fp32"), GraphPrecision("fp32", "int8", "", IntegerFormat()), "fp32+int8", True),
+        (Precision(weights="mxfp6"), GraphPrecision("fp32", "int8", "", IntegerFormat()), "fp16+mxfp6+int8", False),
         (Precision(compute="fp16", weights="mxfp6"), GraphPrecision("fp16"), "fp16+mxfp6", True),
         (Precision(compute="fp16", kv="mxint8"), GraphPrecision("fp32", "int4"), "fp16+int4+mxint8", False),
     ],
@@ -200,16 +241,15 @@ def test_a_float16_file_passes_by_its_own_bounds_and_a_fault_in_it_fails(
     assert (wrong.status, wrong.precision) == ("fail", "fp16")
 
 
-def test_an_int8_file_is_inconclusive_by_name_and_a_case_may_give_bounds(
+def test_an_int8_file_is_judged_by_the_noise_of_int8_and_a_case_may_give_bounds(
     runner: Runner, exported: str, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "int8.onnx")
     to_int8(exported, path)
     result = runner.result(case(path), "ort")
-    assert (result.status, result.precision) == ("inconclusive", "fp32+int8")
-    assert "no noise was measured for int8" in result.reason
+    assert result.precision == "fp32+int8"
+    assert {metric.bound.source for metric in result.metrics if metric.bound} == {"floor", "exact"}, result.reason
     assert any(text.startswith("the file computes in int8 (") for text in result.findings)
-    assert any(item.metric.name == "output.rel_l2" for item in result.metrics)
     wide = {"rel_l2": 0.2, "cosine": 0.02, "norm_ratio": 0.1, "max_abs_rms": 1.0, "neighbour_order": 0.5, "why": "int8"}
     assert runner.result(case(path, tolerance={"ort": wide}), "ort").status == "pass"
     narrow = {**wide, "rel_l2": 1e-5}
@@ -218,15 +258,19 @@ def test_an_int8_file_is_inconclusive_by_name_and_a_case_may_give_bounds(
     assert "output.rel_l2" in failed.reason
 
 
-def test_integer_sums_that_overflow_on_a_device_fail_with_int8_in_the_reason(
+def test_integer_sums_beyond_fp16_are_scaled_in_float32_unless_a_case_brings_another_list_of_nodes(
     runner: Runner, exported: str, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "int8.onnx")
     to_int8(exported, path)
     result = runner.result(case(path), "sim")
-    assert (result.status, result.precision) == ("fail", "fp16+int8")
-    assert "NaN or infinite in 4 of 5 rows" in result.reason
-    assert "the file computes in int8 (" in result.reason
+    assert (result.status, result.precision) == ("pass", "fp16+int8"), result.reason
+    (tmp_path / "nodes.yaml").write_text("FP32NodeInstanceNames:\n  - output\n", encoding="utf-8")
+    flags = {"flags": {"node-precision-info": str(tmp_path / "nodes.yaml")}}
+    overflown = runner.result(case(path, compile=flags), "sim")
+    assert (overflown.status, overflown.precision) == ("fail", "fp16+int8")
+    assert "NaN or infinite in 4 of 5 rows" in overflown.reason
+    assert "the file computes in int8 (" in overflown.reason
 
 
 def test_one_float16_product_in_a_float32_file_is_a_fault_that_is_named(

@@ -57,3 +57,18 @@ def test_vector_that_the_file_pools_itself_is_taken_before_its_hidden_states() -
     pooled, findings = completed(graph, wanted, Artifacts(), lambda row: row.mean(0), "mean")
     assert "the file ends in token_embeddings, which is pooled on the host: mean" in findings
     assert pooled.run({"attention_mask": mask})["output"].tolist() == STATES.mean(1).tolist()
+
+
+def test_hidden_states_that_qefficient_calls_output_are_pooled_or_taken_as_they_are() -> None:
+    graph = session()
+    graph.outputs = (TensorSpec("output", "float32", ("b", "s", 2)), TensorSpec("346", "float32", ("b", 2)))
+    mask = np.ones((2, 3), np.int64)
+    for shape, said, wanted in (
+        (("batch_size", "hidden"), "the file ends in output, which is pooled on the host: mean", STATES.mean(1)),
+        (("batch_size", "seq_len", "hidden"), "judged is the file's output, as it is, without 346", STATES),
+    ):
+        interface = Graph((), (TensorSpec("output", "float32", shape),), ())
+        taken, findings = completed(graph, interface, Artifacts(), lambda row: row.mean(0), "mean")
+        assert said in findings
+        assert [len(spec.shape) for spec in taken.outputs] == [len(shape)]
+        assert taken.run({"attention_mask": mask})["output"].tolist() == wanted.tolist()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emulated integers, compared with what ONNX's reference evaluator makes of a file quantized by ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from bounds import within
+from onnx import numpy_helper, parser
+
+from qeff_validate.config.case import Precision
+from qeff_validate.config.file_precision import FilePrecision, IntegerFormat
+from qeff_validate.models.emulation.integers import IntegerProducts, compressed_weights, quantized
+from qeff_validate.models.emulation.microscaling import CompressedWeights
+
+X = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32) + 0.3
+WEIGHT = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32) - 0.2
+
+
+def product() -> torch.nn.Linear:
+    layer = torch.nn.Linear(16, 8, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(WEIGHT.T))
+    return layer.eval()
+
+
+@pytest.mark.numeric
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "options", "numbers"),
+    [
+        ("QInt8", {}, IntegerFormat(8, activations=True)),
+        ("QInt8", {"per_channel": True}, IntegerFormat(8, per_channel=True, activations=True)),
+        ("QUInt8", {}, IntegerFormat(8, symmetric=False, activations=True)),
+        ("QUInt8", {"reduce_range": True}, IntegerFormat(7, symmetric=False, activations=True)),
+    ],
+)
+def test_dynamic_products_are_those_of_onnx_runtimes_quantizer(
+    kind: str, options: dict[str, Any], numbers: IntegerFormat, tmp_path: Path
+) -> None:
+    from onnx.reference import ReferenceEvaluator
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    text = '<ir_version: 8, opset_import: ["" : 14]> g (float[3,16] x) => (float[3,8] y) { y = MatMul(x, w) }'
+    model = parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(WEIGHT, "w"))
+    onnx.save(model, tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx", weight_type=QuantType[kind], **options)
+    (wanted,) = ReferenceEvaluator(str(tmp_path / "int8.onnx")).run(None, {"x": X})
+    layer = product()
+    with torch.no_grad(), IntegerProducts(layer, numbers):
+        result = layer(torch.from_numpy(X)).numpy()
+    exact = X @ WEIGHT
+    assert np.linalg.norm(wanted - exact) > 1e-3 * np.linalg.norm(exact)
+    within(np.linalg.norm(result - wanted) / np.linalg.norm(wanted), 1e-5)
+    assert np.array_equal(layer.weight.detach().numpy(), WEIGHT.T)
+
+
+@pytest.mark.numeric
+def test_blocks_share_a_scale_and_a_table_is_quantized_where_the_file_does() -> None:
+    layer, table = product(), torch.nn.Embedding(4, 16)
+    with torch.no_grad():
+        table.weight.copy_(torch.from_numpy(X[[0, 1, 2, 0]]))
+    model = torch.nn.ModuleList([layer, table])
+    blocks = IntegerProducts(model, IntegerFormat(4, block=5))
+    with torch.no_grad(), blocks:
+        rows = layer(torch.eye(16)).numpy()
+        assert torch.equal(table(torch.tensor([1])), table.weight[1:2])
+    for start in range(0, 16, 5):
+        part = WEIGHT[start : start + 5]
+        scale = np.abs(part).max(0) / 7
+        within(np.abs(rows[start : start + 5] / scale - np.round(part / scale)).max(), 1e-4)
+    numbers = IntegerFormat(8, products=False, tables=True)
+    with torch.no_grad(), IntegerProducts(model, numbers):
+        scale = float(table.weight.abs().max()) / 127
+        within(float((table(torch.tensor([1])) / scale - (table.weight[1] / scale).round()).abs().max()), 1e-4)
+        assert torch.equal(layer(torch.eye(16)), layer.weight.T)
+
+
+def test_zeros_stay_zeros_and_ends_of_a_range_are_kept() -> None:
+    zeros = torch.zeros(2, 2)
+    assert torch.equal(quantized(zeros, 8, symmetric=True), zeros)
+    assert torch.equal(quantized(zeros, 8, symmetric=False), zeros)
+    values = torch.tensor([-1.0, 0.0, 254.0])
+    assert torch.equal(quantized(values, 8, symmetric=False), values)
+
+
+def test_a_precision_says_how_its_weights_are_read() -> None:
+    layer = product()
+    assert not compressed_weights(layer, Precision())
+    assert {type(mode) for mode in compressed_weights(layer, Precision(weights="mxfp6")).values()} == {
+        CompressedWeights
+    }
+    file = FilePrecision(compute="fp32", weights="int8", integers=IntegerFormat())
+    assert {type(mode) for mode in compressed_weights(layer, file).values()} == {IntegerProducts}
