@@ -31,15 +31,22 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
-def run(python: Path, *arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(python: Path, *arguments: str | Path, folder: Path, limit_s: int = 900) -> subprocess.CompletedProcess[str]:
     env = {**environ(folder), "OMP_NUM_THREADS": "1", "QAIC_SIM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [python, *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=limit_s, check=False)
 
 
 def test_lost_host_killed_process_and_full_disk_lose_no_result_and_double_none(python: Path, tmp_path: Path) -> None:
     count = int(os.environ.get("QV_TEST_CLUSTER_CASES", "12"))
-    done = run(python, ROOT / "tests" / "cluster" / "ray_run.py", str(count), tmp_path, folder=tmp_path)
+    done = run(
+        python,
+        ROOT / "tests" / "cluster" / "ray_run.py",
+        str(count),
+        tmp_path,
+        folder=tmp_path,
+        limit_s=900 + 10 * count,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["statuses"] == {"pass": 2 * count}
