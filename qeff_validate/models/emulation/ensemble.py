@@ -56,7 +56,8 @@ def run_ensemble(
     other load on the machine; whole variants are independent.
 
     Args:
-        model: left unchanged; each variant gets its own modules, which share the weights.
+        model: left unchanged; variants get modules of their own, which share the weights. Those with the same attention
+            share the modules, too, unless they run in parallel.
         compute: the precision.
         run: called with a copy of the model and its variant, while the precision is emulated.
         weights: the rounded weights, shared by all variants.
@@ -78,10 +79,15 @@ def run_ensemble(
 
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        replicas = [copy_sharing_weights(model) for _ in variants]
-        for replica, variant in zip(replicas, variants, strict=True):
-            stack.enter_context(attention_implementation(replica, variant.attention))
-            stack.enter_context(exportable_experts(replica))
+        copies: dict[Any, Any] = {}
+        replicas = []
+        for variant in variants:
+            key = variant.attention if threads == 1 else variant
+            if key not in copies:
+                copies[key] = copy_sharing_weights(model)
+                stack.enter_context(attention_implementation(copies[key], variant.attention))
+                stack.enter_context(exportable_experts(copies[key]))
+            replicas.append(copies[key])
         if weights.beyond_range:  # what is beyond the range for any input stays in float32 for all
             run_variant(replicas[0], variants[0])
         if threads == 1:
