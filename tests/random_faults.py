@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forked_children import SOCKET
 from processes import DEADLINE_S, SMALL_BERT, until
 from warm_cli import Run, WarmCli
 
@@ -54,6 +55,7 @@ class Setting:
         store: with everything of the case.
         verdicts: by tolerance: ``auto``, which measures, and ``table``, which is fast.
         seconds: how long the ``table`` run takes on an empty store.
+        forks: of the server that makes the processes of an undisturbed run (`forked_children`); None: they are real.
     """
 
     cli: WarmCli
@@ -61,6 +63,7 @@ class Setting:
     store: Path
     verdicts: dict[str, Any]
     seconds: float
+    forks: Path | None = None
 
     def start(self, folder: Path, tolerance: str = "table", **more: Any) -> int:
         """Start a run on ``folder/store`` and return its process id."""
@@ -74,7 +77,7 @@ class Setting:
         return folder / "store"
 
 
-def prepare(cli: WarmCli, folder: Path) -> Setting:
+def prepare(cli: WarmCli, folder: Path, forks: Path | None = None) -> Setting:
     """Write the configs and run both of them, each on an empty store at first."""
     folder.mkdir()
     for tolerance in ("auto", "table"):
@@ -88,7 +91,7 @@ def prepare(cli: WarmCli, folder: Path) -> Setting:
         assert run.code == 0, run.text
         verdicts[tolerance] = verdicts_in(folder / "report")
         seconds = seconds or run.seconds
-    return Setting(cli, folder, folder / "store", verdicts, seconds)
+    return Setting(cli, folder, folder / "store", verdicts, seconds, forks)
 
 
 def verdicts_in(report: Path) -> list[dict[str, Any]]:
@@ -208,7 +211,8 @@ def flip_bit(path: Path, chance: random.Random) -> None:
 
 def _next_run(setting: Setting, folder: Path, tolerance: str = "table") -> list[str]:
     """Run once more and return what differs from a fresh store, and what is left."""
-    run = setting.cli.wait(setting.start(folder, tolerance), LIMIT_S)
+    variables = {SOCKET: str(setting.forks)} if setting.forks else {}
+    run = setting.cli.wait(setting.start(folder, tolerance, variables=variables), LIMIT_S)
     return [*_differences(setting, folder, run, tolerance), *leftovers(folder), *broken_entries(folder / "store")]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import random_faults
+from forked_children import ForkServer
 from random_faults import DISK_SIZES, FILE_SIZES, SIGNALS, STORED, Setting
 from warm_cli import WarmCli
 
@@ -21,8 +22,10 @@ KILLS = [(number, seed) for seed in range(2) for number in SIGNALS]
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("faults")
+    forks = ForkServer(folder)
     with WarmCli(folder) as cli:
-        yield random_faults.prepare(cli, folder / "setting")
+        yield random_faults.prepare(cli, folder / "setting", forks.path)
+    forks.end()
 
 
 @pytest.mark.parametrize(("number", "seed"), KILLS, ids=lambda value: getattr(value, "name", value))
