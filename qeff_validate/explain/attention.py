@@ -28,8 +28,11 @@ QUERIES = ("q", "query", "q_proj", "q_lin")
 LEAST_MASK = -1e3
 """Value from which a number among an attention's arguments hides a place."""
 
-MASK_VALUES = (-1.0, -10.0, -100.0, 1.0, 1e4)
+MASK_VALUES = (-100.0, 1.0, 1e4)
 """What masks have been seen to add that were written for another precision, or with the wrong sign."""
+
+WEAK_MASKS = (-40, -20, -15, -12, -10, -8, -6, -5, -4, -3, -2, -1, -0.5, -0.1)
+"""Numbers that are tried first for a mask that hides too little."""
 
 
 def attention_hypotheses(
@@ -45,13 +48,13 @@ def attention_hypotheses(
     scaled = _score_scaling(tried.module)
     if scaled is not None:
         yield from _scale(tried, scaled, observed, size)
-        yield from _other_masks(tried)
+        yield from _other_masks(tried, observed, size)
         yield from _other_heads(tried)
         yield from rotary_hypotheses(tried, observed, size)
         yield from _other_softmax(tried)
 
 
-def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
+def _other_masks(tried: TriedModule, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
     """Yield the module with other additive masks, [batch, heads or 1, queries, keys]."""
     args, kwargs = tried.call
 
@@ -64,8 +67,9 @@ def _other_masks(tried: TriedModule) -> Iterator[tuple[str, Any]]:
         return TriedModule(tried.module, call, tried.path, tried.place).run()
 
     yield "the mask is left out", run(torch.zeros_like)
-    for value in MASK_VALUES:
-        text = f"the mask adds {value:g} to hidden places, which does not hide them"
+    weak = least(lambda value: size(run(functools.partial(_with_hidden, value)), observed), WEAK_MASKS)
+    for value in (weak, *MASK_VALUES):
+        text = f"the mask adds {value:.3g} to hidden places, which does not hide them"
         yield text, run(functools.partial(_with_hidden, value))
     yield "the mask is not causal", run(lambda mask: mask[..., -1:, :].expand_as(mask))
     yield "the mask is causal", run(lambda mask: mask + torch.full_like(mask, -1e30).triu(1))

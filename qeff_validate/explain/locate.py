@@ -157,7 +157,9 @@ def computed_location(
             text = operator_finding(root, value.place, module, call, observed, size, tolerance, others)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
-        text = text or sum_finding(layers.values, layers.guilty, observed, size, tolerance)
+        summed = "" if text else sum_finding(layers.values, layers.guilty, observed, size, tolerance)
+        if summed:  # its terms are the original's, so nothing that is missing before it is to blame
+            return Location(value.module, summed)
         text = text or output_finding(value.array, observed, given, size, tolerance)
         if not text or text.startswith(READS):
             for finding in (swapped_finding, left_out_finding):

@@ -42,8 +42,9 @@ def relative_error(expected: Any, actual: Any) -> float:
     expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
     if expected.size != actual.size or not np.isfinite(actual).all():
         return float("inf")
-    norm = float(np.linalg.norm(expected))
-    difference = float(np.linalg.norm(expected.ravel() - actual.ravel()))
+    with np.errstate(over="ignore"):  # a hypothesis may give numbers of any size
+        norm = float(np.linalg.norm(expected))
+        difference = float(np.linalg.norm(expected.ravel() - actual.ravel()))
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
 
 
@@ -316,6 +317,11 @@ class Matcher:
             gain = self._gain(found, {**found.names, index: name}, current)
             if gain > most:
                 best, most = name, gain
+        if best is None:  # the first that are computed behind the values before it may be like others, such as sums
+            last = max((self._graph.index[name] for at, name in found.names.items() if at < index), default=-1)
+            behind = [name for name in names if self._graph.index[name] > last and name not in ranked[:TRIED]]
+            gains = ((self._gain(found, {**found.names, index: name}, current), name) for name in behind[: TRIED // 2])
+            best = next((name for gain, name in gains if gain > 0), None)
         if best is None and index - 1 in found.names:  # the graph may go on with the module's input: it is left out
             name = found.names[index - 1]
             instead = {other: value for other, value in found.names.items() if other != index - 1} | {index: name}

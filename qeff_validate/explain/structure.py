@@ -66,7 +66,9 @@ def sum_finding(values: Sequence[ReferenceValue], guilty: int, observed: Any, si
                 continue
             shares = zip(weights / right, terms, strict=True)
             off = [(float(share), term) for share, term in shares if abs(share - 1) > 1e-3]
-            return ", ".join(_term(share, term, first=not own and term is terms[0]) for share, term in off)
+            of_adapter = any(term.module.endswith(".base_layer") for term in terms)
+            residual = None if of_adapter or count > 2 else terms[0]
+            return ", ".join(_term(share, term, first=term is residual) for share, term in off)
     return ""
 
 

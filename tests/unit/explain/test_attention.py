@@ -87,6 +87,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("the mask is shifted by +1", {"mask": np.roll(PADDED, 1, -1)}),
     ("the mask is left out", {"mask": np.zeros_like(CAUSAL)}),
     ("the mask adds -10 to hidden places, which does not hide them", {"mask": np.maximum(PADDED, -10)}),
+    ("the mask adds -5.5 to hidden places, which does not hide them", {"mask": np.maximum(PADDED, -5.5)}),
     ("the mask is not causal", {"mask": np.broadcast_to(PADDED[..., -1:, :], PADDED.shape)}),
     ("the mask hides no padding", {"mask": CAUSAL}),
 ]
@@ -139,6 +140,10 @@ def test_another_base_is_told_from_the_angles_themselves(index: int) -> None:
         model, ("rotary_emb", "out", index, 0), "rotary_emb", call, observed, relative_error, 1.5e-3
     )
     assert found == "rotary positions have another base: 5e+05 instead of 1e+04"
+
+
+def test_numbers_of_any_size_are_compared_without_a_warning() -> None:
+    assert relative_error(np.full(3, 1e-3), np.full(3, 1e300)) == float("inf")
 
 
 @pytest.mark.numeric

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_graph import Body, body, examine, graph
 
 from qeff_validate.explain.graph_values import GraphValues
+from qeff_validate.explain.matching import Matcher
 from qeff_validate.explain.weights import copy_finding
 from qeff_validate.protocols import Settings
 from qeff_validate.runtimes.ort import OrtRuntime
@@ -225,6 +226,26 @@ def residual_twice(proto: Any, _: Body) -> None:
     added.input[0] = "doubled"
 
 
+def residual_zero_among_others(proto: Any, _: Body) -> None:
+    """The words are multiplied by zero in the first sum, and other values are more like the sum than what it gives."""
+    words = nodes(proto, "Gather")[0].output[0]
+    added = next(node for node in nodes(proto, "Add") if node.input[0] == words)
+    for number, factor in enumerate((0, 0.7, 0.8, 0.9, 1.1, 1.2)):
+        proto.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"times{number}"))
+    at = list(proto.graph.node).index(added)
+    proto.graph.node.insert(at, helper.make_node("Mul", [words, "times0"], ["nothing"]))
+    proto.graph.node[at + 1].input[0] = "nothing"
+    for number in range(1, 6):
+        proto.graph.node.append(helper.make_node("Mul", [words, f"times{number}"], [f"words{number}"]))
+        proto.graph.node.append(helper.make_node("Add", [f"words{number}", added.input[1]], [f"other{number}"]))
+
+
+def residual_of_norm(proto: Any, _: Body) -> None:
+    norm = nodes(proto, "LayerNormalization")[1]
+    added = next(node for node in nodes(proto, "Add") if node.input[0] == norm.output[0])
+    added.CopyFrom(helper.make_node("Identity", [added.input[1]], [added.output[0]]))
+
+
 def norm_swapped(proto: Any, _: Body) -> None:
     norm = nodes(proto, "LayerNormalization")[1]
     norm.input[1], norm.input[2] = norm.input[2], norm.input[1]
@@ -326,6 +347,8 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("residual", without_residual, "layers.1.norm", "it reads what layers.1.output gives, not its own input"),
     ("residual twice", residual_twice, "layers.1",
      "the residual, what layers.0 gives, is scaled by 2 in the sum"),
+    ("residual of a norm", residual_of_norm, "layers.1",
+     "the residual, what layers.1.norm gives, is left out of the sum"),
     ("norm swapped", norm_swapped, "layers.1.norm", "weight and bias are swapped"),
     ("without activation", without_activation, "layers.0.act", "is skipped"),
     ("vocabulary", short_vocabulary, "words", "reads row 3 for index 4, another row for 4 of 10"),
@@ -360,6 +383,17 @@ def test_healthy_graph_names_nothing_and_every_module_is_matched(tmp_path: Path)
     leaves = {path for path, module in model.named_modules() if next(module.children(), None) is None}
     assert leaves <= {error.module for error in found.layers.errors}
     assert max(error.local / error.floor for error in found.layers.errors) < 5
+
+
+def test_value_is_matched_among_others_that_are_more_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Matcher, "refined", lambda *_: None)  # which finds it too, if runs are left
+    model = body()
+    proto = graph(model)
+    residual_zero_among_others(proto, model)
+    added = next(node for node in nodes(proto, "Add") if node.input[0] == "nothing")
+    layers = examine(model, proto, tmp_path).layers
+    index = next(at for at, value in enumerate(layers.values) if value.place == ("layers.0.norm", "in", 0, 0))
+    assert layers.matches.names[index] == added.output[0]
 
 
 def test_products_in_another_order_are_no_exchanged_weights(tmp_path: Path) -> None:
