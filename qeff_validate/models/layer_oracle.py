@@ -24,7 +24,7 @@ def vector_function(layer: Layer) -> VectorFunction:
     if layer.kind == "Normalize":
         return _normalized
     if layer.kind == "TextProjection":
-        weight = _weights(layer)["linear.weight"]
+        weight = _weights(layer, "linear.weight")["linear.weight"]
         return lambda vectors: np.asarray(vectors @ weight.T)
     return _dense(layer) if layer.kind == "Dense" else _layer_norm(layer)
 
@@ -34,7 +34,7 @@ def _normalized(vectors: Floats) -> Floats:
 
 
 def _dense(layer: Layer) -> VectorFunction:
-    tensors = _weights(layer)
+    tensors = _weights(layer, "linear.weight")
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias", np.float64(0.0))
     own = {name.partition(".")[2]: array for name, array in tensors.items() if name.startswith("activation_function.")}
     activate = activation_oracle(str(layer.config.get("activation_function", "torch.nn.modules.activation.Tanh")), own)
@@ -56,7 +56,7 @@ def _dense(layer: Layer) -> VectorFunction:
 
 
 def _layer_norm(layer: Layer) -> VectorFunction:
-    tensors = _weights(layer)
+    tensors = _weights(layer, "norm.weight", "norm.bias")
 
     def function(vectors: Floats) -> Floats:
         centred = vectors - vectors.mean(axis=-1, keepdims=True)
@@ -66,7 +66,14 @@ def _layer_norm(layer: Layer) -> VectorFunction:
     return function
 
 
-def _weights(layer: Layer) -> dict[str, Floats]:
+def _weights(layer: Layer, *needed: str) -> dict[str, Floats]:
+    """Return the weights of a module by name, some of which it must have."""
     from qeff_validate.models.layers import layer_weights
 
-    return {name: tensor.double().numpy() for name, tensor in layer_weights(layer).items()}
+    tensors = {name: tensor.double().numpy() for name, tensor in layer_weights(layer).items()}
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ConfigError(
+            f"the weights in {layer.folder} are those of no {layer.kind} module: {', '.join(missing)} is missing"
+        )
+    return tensors

@@ -235,11 +235,14 @@ def _create(layer: Layer) -> nn.Module:
         return _Named("norm", nn.LayerNorm(_width(layer, "dimension")))
     if layer.kind == "WeightedLayerPooling":
         return LayerWeights(int(config.get("num_hidden_layers", 12)), int(config.get("layer_start", 4)))
+    name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if not isinstance(name, str):
+        raise ConfigError(f"{layer.folder}/config.json: activation_function is {name!r}, wanted a class of torch.nn")
     return Dense(
         _width(layer, "in_features"),
         _width(layer, "out_features"),
         bias=bool(config.get("bias", True)),
-        activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+        activation=activation(name),
         residual=bool(config.get("use_residual", False)),
     )
 

@@ -131,7 +131,8 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
         """Return the number of tokens of the prompt, without a special token at its end."""
         if not self.prompt or isinstance(self.source, StaticFolder) or self.encode_settings.chat is not None:
             return 0  # sentence-transformers tells Pooling nothing of the prompt
-        tokens = self.source.tokenizer()[0](self.prompt)
+        limit = self.source.text_limit() if isinstance(self.source, SentenceFolder) else None
+        tokens = self.source.tokenizer()[0](self.prompt, limit)
         ends = set(getattr(self.source.pretrained_tokenizer(), "all_special_ids", ()))
         return len(tokens) - (tokens[-1] in ends)
 
@@ -254,6 +255,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             ids[row] = np.array(tokenize(texts[row], most), dtype=np.int64)
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
+        notes += self._without_bare_prompts(ids)
         rows = [*ids, np.array([], dtype=np.int64)]
         return TokenRows(
             tuple(rows),
@@ -263,6 +265,17 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             similarity=self._similarity,
             task=self._task_rows,
         )
+
+    def _without_bare_prompts(self, ids: list[NDArray[np.int64]]) -> Iterator[str]:
+        """Empty the rows in which nothing is left to pool, as the pooling leaves out the prompt, and say how many."""
+        bare = [row for row, tokens in enumerate(ids) if 0 < tokens.size <= self.pooling_config.prompt_tokens]
+        for row in bare:
+            ids[row] = np.array([], dtype=np.int64)
+        if bare:
+            yield (
+                f"{len(bare)} of {len(ids)} texts have no token behind the prompt, which the pooling leaves out:"
+                " there is no vector to compare"
+            )
 
     def _prompted_tokenizer(self) -> Tokenize:
         if isinstance(self.source, SentenceFolder):
@@ -345,6 +358,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             config.pooling,
             normalize=config.normalize,
             truncate_dim=config.truncate_dim,
+            shorter=self.options.truncate_dim is not None,
             layers=[load_layer(layer) for layer in config.layers],
             prompt_tokens=config.prompt_tokens,
         ).eval()

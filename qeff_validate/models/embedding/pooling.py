@@ -162,6 +162,7 @@ class PooledModel(nn.Module):
             states ``[batch, seq, hidden]`` and a mask ``[batch, seq]`` and returns ``[batch, any]``.
         normalize: scale each vector to length 1.
         truncate_dim: keep the first so many elements (Matryoshka), before normalizing.
+        shorter: a ``truncate_dim`` beyond the width of the vectors is an error; else all elements are kept.
         layers: modules ``[batch, in] → [batch, out]`` between pooling and truncation.
         prompt_tokens: number of first real tokens of each row that are not pooled.
 
@@ -184,6 +185,7 @@ class PooledModel(nn.Module):
         *,
         normalize: bool = False,
         truncate_dim: int | None = None,
+        shorter: bool = True,
         layers: Sequence[nn.Module] = (),
         prompt_tokens: int = 0,
     ) -> None:
@@ -193,7 +195,7 @@ class PooledModel(nn.Module):
         self.base_model = base_model
         self.pooling = pooling
         self.normalize = normalize
-        self.truncate_dim = truncate_dim
+        self.truncate_dim, self.shorter = truncate_dim, shorter
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **kwargs: Any
@@ -211,7 +213,7 @@ class PooledModel(nn.Module):
         if len(self.layers):
             vectors = self._through_layers(vectors, attention_mask)
         if self.truncate_dim is not None:
-            if self.truncate_dim > vectors.shape[-1]:
+            if self.shorter and self.truncate_dim > vectors.shape[-1]:
                 raise ConfigError(f"truncate_dim {self.truncate_dim} exceeds the vectors' width {vectors.shape[-1]}")
             vectors = vectors[..., : self.truncate_dim]
         return normalized(vectors) if self.normalize else vectors

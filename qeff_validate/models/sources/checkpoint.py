@@ -205,9 +205,11 @@ def modules(folder: Path) -> list[tuple[str, Path]]:
     if not os.path.lexists(path):
         return []
     entries = read_json(path, most_bytes=MOST_CONFIG)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "type" in entry for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and {"type", "path"} <= entry.keys() for entry in entries
+    ):
         raise ConfigError(f"{path} is no list of modules, each with type and path")
-    return [(str(entry["type"]), inside(folder, entry.get("path") or ".", path)) for entry in entries]
+    return [(str(entry["type"]), inside(folder, entry["path"] or ".", path)) for entry in entries]
 
 
 def half_precision(dtypes: Iterable[str]) -> str:

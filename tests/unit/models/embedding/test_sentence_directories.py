@@ -83,6 +83,7 @@ SAVED: Mapping[str, tuple[Any, Modules, Modules, dict[str, Any]]] = {
     "dense on tokens": ("max", lambda: dense(WIDTH, 8, module_input_name="token_embeddings"), list, {}),
     "default prompt": ("mean", list, list, {"prompts": {"query": "query : "}, "default_prompt_name": "query"}),
     "first numbers": ("mean", list, lambda: [normalize()], {"truncate_dim": 8}),
+    "more numbers than there are": ("mean", list, list, {"truncate_dim": 500}),
     "first numbers of dense": ("mean", list, lambda: dense(WIDTH, 16), {"truncate_dim": 8}),
 }
 for MODE in ("mean", "max", "cls", "lasttoken", "weightedmean"):
@@ -147,6 +148,21 @@ def test_weighted_layers(body: Path, tmp_path: Path) -> None:
 def test_long_texts_are_cut_as_encode_cuts_them(body: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "saved", body, "lasttoken", limit=6, prompts={"query": "query : "})
     assert_near(reference(folder, tmp_path, prompt="query"), encoded(folder, TEXTS, prompt_name="query"))
+
+
+@pytest.mark.numeric
+def test_prompt_that_is_cut_itself_and_texts_with_nothing_behind_it(body: Path, tmp_path: Path) -> None:
+    prompt = {"prompts": {"long": "one two three one two three one "}, "default_prompt_name": "long"}
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    folder = save(tmp_path / "saved", body, pooling, limit=6, **prompt)
+    assert_near(reference(folder, tmp_path), encoded(folder, TEXTS))  # the closing token is left
+    config = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps({**config, "post_processor": None}), encoding="utf-8")
+    texts = {"texts": ["red", "blue", "one"]}
+    case = qv.Case(name="bare", source=f"path:{folder}", inputs=texts, options={"seq_len": [8]})
+    rows = qv.model(case).rows()
+    assert [ids.size for ids in rows.ids] == [0, 0, 0, 0]
+    assert any(note.startswith("3 of 3 texts have no token behind the prompt") for note in rows.notes)
 
 
 @pytest.mark.numeric
@@ -275,6 +291,15 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
     ),
     "no pooling": (_change("1_Pooling/config.json", pooling_mode=[]), "pooling_mode is [], wanted one or several"),
     "pooling by number": (_change("1_Pooling/config.json", pooling_mode=3), "pooling_mode is 3, wanted one or several"),
+    "module without a path": (lambda modules, _: modules[1].pop("path"), "no list of modules, each with type and path"),
+    "weights of another module": (
+        lambda modules, _: modules[2].update(path=""),
+        "are those of no Dense module: linear.weight is missing",
+    ),
+    "activation that is no name": (
+        _change("2_Dense/config.json", activation_function=3),
+        "activation_function is 3, wanted a class of torch.nn",
+    ),
     "missing pooling": (_without_pooling, "names a Pooling module, and"),
     "unknown activation": (
         _change("2_Dense/config.json", activation_function="torch.nn.Nothing"),
