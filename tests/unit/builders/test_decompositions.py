@@ -90,12 +90,12 @@ def _changed_through_a_view(x: torch.Tensor) -> torch.Tensor:
 def _changed_when_permuted(x: torch.Tensor) -> torch.Tensor:
     """As Gemma-3n adds to predictions whose dims are in another order, and then to some of them."""
     boxes = x.view(-1, 2, 2, 2) * 2
-    turned = boxes.permute(2, -1, 0, 1)
+    turned = boxes.permute(1, 2, -1, 0)
     before = turned.sum(0)
-    turned += x.view(-1, 2, 2, 2).permute(1, 2, 0, 3)
+    turned += x.view(-1, 2, 2, 2).permute(1, 3, 2, 0)
     turned.type_as(x)[1:] += 1
     boxes.transpose(1, -1)[:, :1].mul_(3)
-    return torch.cat([boxes.flatten(1), turned.permute(2, 0, 1, 3).flatten(1), before.transpose(0, 1).flatten(1)], 1)
+    return torch.cat([boxes.flatten(1), turned.permute(3, 0, 1, 2).flatten(1), before.permute(2, 0, 1).flatten(1)], 1)
 
 
 def _changed_when_flat(x: torch.Tensor) -> torch.Tensor:
