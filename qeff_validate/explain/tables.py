@@ -82,11 +82,14 @@ def _rows(table: Tensor, ids: Tensor, given: Tensor) -> Iterator[tuple[str, Tens
     expected, actual = right[places], given[places]
     factor = float((expected * actual).sum() / expected.square().sum().clamp(min=1e-30))
     shown = ", ".join(str(int(row)) for row in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
-    name, verb = (f"row {int(changed[0])}", "is") if len(changed) == 1 else (f"{len(changed)} rows ({shown})", "are")
+    single = len(changed) == 1
+    name, verb = (f"weight row {int(changed[0])}", "is") if single else (f"weight {len(changed)} rows ({shown})", "are")
     rows = right.clone()
     rows[places] *= factor
-    every = 1 < len(changed) == len(_distinct(ids))
-    yield f"weight {'' if every else f'{name} {verb} '}{factor_text(factor)}", rows.reshape(shape)
+    told = factor_text(factor)
+    if 1 < len(changed) == len(_distinct(ids)):
+        name, verb = "weight", "is" if told == "zero" else ""
+    yield " ".join(filter(None, (name, verb, told))), rows.reshape(shape)
     nearest = ids.clone()
     nearest[places] = torch.cdist(actual, table).argmin(dim=1)
     steps = _distinct((nearest - ids)[places] % len(table))

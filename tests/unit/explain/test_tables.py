@@ -74,6 +74,7 @@ CASES: list[tuple[str, Callable[[Any], Any], bool, str]] = [
     ("words", rows(copied), True, "weight row 1 is that of row 4"),
     ("words", shifted, True, "reads rows that are shifted by -1"),
     ("words", lambda table: 2 * table, True, "weight scaled by 2"),
+    ("words", np.zeros_like, True, "weight is zero"),
     ("words", rows(zero), False, "words weight row 3 is zero"),
     ("places", rows(zero), False, "places weight row 3 is zero"),
     ("places", rows(copied), False, "places weight row 1 is that of row 4"),
