@@ -71,6 +71,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+MOST_SPECIAL = 8
+"""Texts with more distinct tokens than so many have words."""
+
 SHARED_TOKENS = 1 << 14
 """Maximum number of tokens whose hidden states are cached for other poolings of the same body: 64 MB at width 1024."""
 
@@ -255,7 +258,7 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
             ids[row] = np.array(tokenize(texts[row], most), dtype=np.int64)
         if long:
             notes.append(f"{len(long)} of {len(texts)} texts were cut to {most} tokens (truncate: true)")
-        notes += self._without_bare_prompts(ids)
+        notes += [*self._without_bare_prompts(ids), *self._unknown_words(ids)]
         rows = [*ids, np.array([], dtype=np.int64)]
         return TokenRows(
             tuple(rows),
@@ -276,6 +279,15 @@ class PooledEmbedding(FaultTested, Prechecked, FillerChecked, FileAdapted, TaskS
                 f"{len(bare)} of {len(ids)} texts have no token behind the prompt, which the pooling leaves out:"
                 " there is no vector to compare"
             )
+
+    def _unknown_words(self, ids: Sequence[NDArray[np.int64]]) -> Iterator[str]:
+        """Say that the tokenizer knows no word of any text, as the empty one of missing files does."""
+        tokens = set(np.concatenate(ids).tolist())
+        if not isinstance(self.source, SentenceFolder) or not 0 < len(tokens) <= MOST_SPECIAL:
+            return
+        tokenizer = self.source.pretrained_tokenizer()
+        if tokenizer is None or tokens <= set(tokenizer.all_special_ids):
+            yield "the tokenizer knows no word of any text: each is the unknown token; are its files complete?"
 
     def _prompted_tokenizer(self) -> Tokenize:
         if isinstance(self.source, SentenceFolder):

@@ -48,6 +48,17 @@ def quantized(values: Tensor, bits: int, *, symmetric: bool, dims: tuple[int, ..
     return ((values / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero) * scale
 
 
+def quantized_blocks(values: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize blocks along the last dim without zero points, as 4-bit weights are commonly stored.
+
+    The element of greatest magnitude becomes the least integer, which has no positive counterpart.
+    """
+    extreme = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    most = 2 ** (bits - 1)
+    scale = torch.where(extreme != 0, extreme / -most, 1.0)
+    return (values / scale).round().clamp(-most, most - 1) * scale
+
+
 class IntegerProducts(CompressedWeights):
     """Function mode in which operations read weights, tables and activations as integers; weights are left unchanged.
 
@@ -83,7 +94,10 @@ class IntegerProducts(CompressedWeights):
         compressed = self._allocate(lines.shape, dtype=torch.float32)
         with _disable_current_modes():  # in which quotients would be rounded
             blocks = nn.functional.pad(lines, (0, -size % block)).reshape(*lines.shape[:-1], -1, block)
-            numerals = quantized(blocks, numbers.bits, symmetric=numbers.symmetric, dims=dims)
+            if numbers.block and numbers.symmetric:
+                numerals = quantized_blocks(blocks, numbers.bits)
+            else:
+                numerals = quantized(blocks, numbers.bits, symmetric=numbers.symmetric, dims=dims)
             compressed.copy_(numerals.flatten(-2)[..., :size])
         setattr(compressed, DEPENDS_ON_WEIGHTS, True)
         return compressed

@@ -11,7 +11,7 @@ from typing import Any
 
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.sources.checkpoint import MODULES, modules, read_object
-from qeff_validate.models.sources.encode_settings import SETTINGS
+from qeff_validate.models.sources.encode_settings import SETTINGS, positive_count
 from qeff_validate.models.sources.sentence_directory import TOKENS, TRANSFORMER_CONFIGS, Layer, first_module
 
 LAYERS = ("Dense", "LayerNorm", "Normalize")
@@ -89,18 +89,28 @@ def read_multi_vector(root: Path) -> MultiVectorModules:
     config = {} if file is None else read_object(file)
     return MultiVectorModules(
         tuple(layers),
-        tuple(mask.get("skiplist_words") or ()),
-        tuple(mask.get("skiplist_tasks") or ("document",)),
-        config.get("query_length"),
-        config.get("document_length"),
+        _words(mask, "skiplist_words", root) or (),
+        _words(mask, "skiplist_tasks", root) or ("document",),
+        positive_count(config, "query_length", file),
+        positive_count(config, "document_length", file),
         _expansion(config.get("query_expansion"), file),
     )
+
+
+def _words(mask: Mapping[str, Any], name: str, root: Path) -> tuple[str, ...]:
+    words = mask.get(name) or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{root / MODULES}: {name} of the MultiVectorMask is {words!r}, wanted a list of words")
+    return tuple(words)
 
 
 def _expansion(config: Any, path: Path | None) -> Expansion | None:
     if config is None:
         return None
     length = config.get("length") if isinstance(config, dict) else None
-    if not isinstance(length, int) or config.get("strategy") not in ("fixed", "min"):
-        raise ConfigError(f"{path}: query_expansion is {config!r}, wanted strategy fixed or min, and a length")
-    return Expansion(length, config["strategy"] == "fixed", bool(config.get("attend")), config.get("token"))
+    if not isinstance(length, int) or length < 1 or config.get("strategy") not in ("fixed", "min"):
+        raise ConfigError(f"{path}: query_expansion is {config!r}, wanted strategy fixed or min, and a length from 1")
+    token = config.get("token")
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(f"{path}: the token of query_expansion is {token!r}, wanted one of the tokenizer's")
+    return Expansion(length, config["strategy"] == "fixed", bool(config.get("attend")), token)

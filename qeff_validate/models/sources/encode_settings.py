@@ -115,9 +115,9 @@ def encode_settings(folder: Path, route: str | None = None, *, task: str = "feat
     return EncodeSettings(
         prompts=prompts,
         default_prompt="" if default is None else prompts[default],
-        truncate_dim=_count(settings, "truncate_dim", folder / SETTINGS),
-        max_seq_length=_count(config, "max_seq_length", path),
-        max_length=_count(processing.get("text") or {}, "max_length", path),
+        truncate_dim=positive_count(settings, "truncate_dim", folder / SETTINGS),
+        max_seq_length=positive_count(config, "max_seq_length", path),
+        max_length=positive_count(processing.get("text") or {}, "max_length", path),
         truncate=(processing.get("text") or {}).get("truncation", True) in (True, "longest_first", "only_first"),
         lower_case=bool(config.get("do_lower_case")),
         tokenizer=_options(config, "tokenizer_args", "processor_kwargs"),
@@ -213,7 +213,12 @@ def _options(config: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "trust_remote_code"}
 
 
-def _count(config: Mapping[str, Any], name: str, where: Path | None) -> int | None:
+def positive_count(config: Mapping[str, Any], name: str, where: Path | None) -> int | None:
+    """Return an entry of a file, at least 1; None if it is missing.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     value = config.get(name)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qeff_validate.errors import ConfigError
 from qeff_validate.models.framework_calls import translated_errors
 
 EXPORTABLE = "batched_mm"
@@ -27,7 +28,17 @@ def choose_exportable_experts(model: Any) -> None:
 
 
 def make_exportable(model: Any) -> None:
-    """Set eager attention and exportable experts of a transformers model, which is changed in place."""
+    """Set eager attention and exportable experts of a transformers model, which is changed in place.
+
+    Raises:
+        ConfigError: its attention is split into windows (Longformer, LED): the graph of one length is wrong at others.
+    """
+    if any(hasattr(module, "one_sided_attn_window_size") for module in model.modules()):
+        raise ConfigError(
+            f"{type(model).__name__} splits a text into windows while it runs (attention_window), and torch's exporters"
+            " keep the number of windows of their example: its graph would be wrong at other lengths, so it is not"
+            " supported"
+        )
     with translated_errors("choose eager attention"):
         if hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation("eager")

@@ -72,6 +72,14 @@ def test_body_that_reads_padding_is_refused_by_observation(body: Path, tmp_path:
     assert (result.status, "depends on the padding behind a text" in result.reason) == ("inconclusive", True)
 
 
+def test_body_that_splits_texts_into_windows_is_refused(body: Path, tmp_path: Path) -> None:
+    config = transformers.LongformerConfig(**SIZES, attention_window=8)
+    transformers.LongformerModel(config).save_pretrained(tmp_path / "longformer")
+    transformers.AutoTokenizer.from_pretrained(body).save_pretrained(tmp_path / "longformer")
+    (result,) = qv.validate(case(tmp_path / "longformer"), runtimes=["ort"], store=tmp_path / "store").results
+    assert (result.status, "LongformerModel splits a text into windows" in result.reason) == ("error", True)
+
+
 def test_body_with_fewer_vectors_than_tokens_is_refused(body: Path, tmp_path: Path) -> None:
     config = transformers.FunnelConfig(vocab_size=len(WORDS), block_sizes=[1, 1], d_model=WIDTH, n_head=4, d_head=8)
     transformers.FunnelBaseModel(config).save_pretrained(tmp_path / "funnel")

@@ -165,6 +165,14 @@ def test_prompt_that_is_cut_itself_and_texts_with_nothing_behind_it(body: Path, 
     assert any(note.startswith("3 of 3 texts have no token behind the prompt") for note in rows.notes)
 
 
+def test_tokenizer_without_files_is_told(body: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", body)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()  # transformers makes an empty tokenizer then, and encode is content
+    notes = qv.model(qv.Case(name="x", source=f"path:{folder}", options={"seq_len": [64]})).rows().notes
+    assert any(note.startswith("the tokenizer knows no word of any text") for note in notes)
+
+
 @pytest.mark.numeric
 def test_length_that_only_the_tokenizer_knows(body: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "saved", body)

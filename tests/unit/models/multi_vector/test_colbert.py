@@ -186,6 +186,10 @@ def test_checkpoint_without_a_projection_is_an_error(tmp_path: Path) -> None:
         ({"mask": {"keep_only_token_ids": [1]}}, "keep_only_token_ids is not supported"),
         ({"settings": {"model_type": "ColBERT"}}, "a directory of PyLate"),
         ({"transformer": {"query_expansion": {"strategy": "often"}}}, "wanted strategy fixed or min, and a length"),
+        ({"transformer": {"query_expansion": {"strategy": "min", "length": -3}}}, "and a length from 1"),
+        ({"transformer": {"query_expansion": {**CLASSIC, "token": 3}}}, "the token of query_expansion is 3"),
+        ({"transformer": {"document_length": "9"}}, "document_length is '9', wanted a number from 1"),
+        ({"mask": {"skiplist_words": 3}}, "skiplist_words of the MultiVectorMask is 3, wanted a list of words"),
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
