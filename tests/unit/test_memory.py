@@ -17,8 +17,12 @@ class Cycle:
         self.itself, self.held = self, held
 
 
-def test_garbage_is_collected_once_it_is_worth_it() -> None:
+@pytest.mark.parametrize("freed", [0, 4], ids=["", "after memory was freed"])
+def test_garbage_is_collected_once_it_is_worth_it(freed: int) -> None:
     with memory.without_collection():
+        other = np.ones(freed * memory.WORTH_COLLECTING, np.uint8)
+        memory.release_memory()
+        del other
         memory.release_memory()
         small = weakref.ref(Cycle())
         memory.release_memory()
