@@ -18,7 +18,7 @@ from qeff_validate.explain.inside_graph import with_exchanged
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import Location, locate
 from qeff_validate.explain.reference_values import record
-from qeff_validate.explain.weights import compare_weights
+from qeff_validate.explain.weights import WeightComparison, compare_weights
 from qeff_validate.protocols import OriginalRun, Settings
 from qeff_validate.runtimes.ort import OrtRuntime
 
@@ -156,6 +156,7 @@ class Examined:
 
     layers: Layers
     location: Location
+    weights: WeightComparison
 
 
 def examine(model: Body, proto: Any, folder: Path) -> Examined:
@@ -169,4 +170,4 @@ def examine(model: Body, proto: Any, folder: Path) -> Examined:
     weights, recorded = compare_weights(model, values.weights, nodes=values.nodes), record(run)
     weights = with_exchanged(weights, run, recorded, values, run.feeds)
     layers = find_layers(run, recorded, values, run.feeds)
-    return Examined(layers, locate(run, recorded, values, layers, weights))
+    return Examined(layers, locate(run, recorded, values, layers, weights), weights)

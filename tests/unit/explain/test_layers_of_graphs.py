@@ -406,8 +406,11 @@ def test_products_in_another_order_are_no_exchanged_weights(tmp_path: Path) -> N
     moved = [onnx.NodeProto.FromString(proto.graph.node[place].SerializeToString()) for place in order]
     del proto.graph.node[:]
     proto.graph.node.extend(moved)
+    found = examine(model, proto, tmp_path / "healthy")
+    assert (found.location.module, found.location.finding) == (None, "")
+    assert found.weights.findings == []
     in_weight("layers.1.down", np.zeros_like, "bias")(proto, model)
-    found = examine(model, proto, tmp_path)
+    found = examine(model, proto, tmp_path / "faulty")
     assert (found.location.module, found.location.finding) == ("layers.1.down", "bias is zero")
 
 

@@ -126,6 +126,9 @@ FORMATS = {
         IntegerFormat(8, symmetric=False, per_channel=True, activations=True, tables=True),
     ),
     "blocks": (GRAPHS["4-bit blocks"][0], IntegerFormat(4, block=32)),
+    "blocks with zero points": (
+        GRAPHS["4-bit blocks"][0].replace("(x, w, s)", "(x, w, s, x)"), IntegerFormat(4, symmetric=False, block=32),
+    ),
     "scales that somebody has calibrated": (
         f"g (float[2,4] x) => (float[2,4] y) <{I8}, float s = {{1}}, int8 z = {{0}}> {{ q = QuantizeLinear(x, s, z)"
         " d = DequantizeLinear(q, s, z) a = DequantizeLinear(w, s) y = MatMul(d, a) }",
