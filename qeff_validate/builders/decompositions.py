@@ -84,26 +84,18 @@ def solve_without_pivots(matrix: Any, right: Any, *, left: bool = True) -> Any:
     return rows[..., size:] if left else rows[..., size:].mT
 
 
-def standard_deviation(
-    values: Any,
-    dim: Any,
-    unbiased: bool = True,
-    keepdim: bool = False,
-) -> Any:
+def standard_deviation(values: Any, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Any:
     """Return the standard deviation over dims, by operators of ATen; torch's own decomposition holds some of prims.
 
     Args:
         values: float, of any shape.
-        dim: list of dims.
+        dim: list of dims; empty or None: all.
         unbiased: whether it is divided by one less than the number of values.
         keepdim: whether the result has the dims, of size 1.
     """
-    squares = (values - values.mean(dim, keepdim=True)).square()
-    mean = squares.mean(dim, keepdim=keepdim)
-    if unbiased:
-        count = math.prod(values.shape[one] for one in dim)
-        mean = mean * (count / (count - 1))
-    return mean.sqrt()
+    dims = list(dim or range(values.ndim))
+    squares = (values - values.mean(dims, keepdim=True)).square().sum(dims, keepdim=keepdim)
+    return (squares / (math.prod(values.shape[one] for one in dims) - int(unbiased))).sqrt()
 
 
 OWN = {"linalg_solve.default": solve_without_pivots, "std.dim": standard_deviation}

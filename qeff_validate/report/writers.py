@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from qeff_validate.errors import ValidateError
@@ -25,13 +26,25 @@ def write_reports(report: object, folder: Path) -> None:
     problems = []
     for entry in sorted(registered("writers").values(), key=is_built_in, reverse=True):
         try:
-            write_texts(folder, {f"report.{entry.name}": entry.load()(report)})
-        except ValidateError:
-            raise
-        except Exception as exc:  # a writer's failure must lose no verdict
-            problems.append(f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}")
+            write_texts(folder, {f"report.{entry.name}": _pieces(entry, report)})
+        except _WriterError as exc:  # a writer's failure must lose no verdict
+            problems.append(str(exc))
     if problems:
         raise ValidateError("; ".join(problems))
+
+
+class _WriterError(Exception):
+    """A report writer failed, with whatever exception; the file system did not."""
+
+
+def _pieces(entry: EntryPoint, report: object) -> Iterator[str]:
+    """Yield the text that a report writer makes, in its pieces."""
+    try:
+        text = entry.load()(report)
+        yield from [text] if isinstance(text, str) else text
+    except Exception as exc:
+        text = f"the report writer {entry.name!r} ({entry.value}) failed: {type(exc).__name__}: {exc}"
+        raise _WriterError(text) from exc
 
 
 def write_texts(folder: Path, texts: Mapping[str, str | Iterable[str]]) -> None:

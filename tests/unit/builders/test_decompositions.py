@@ -41,7 +41,9 @@ OPERATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "parts-of-the-output": lambda x: _written_in_parts(x)[1],
     "gradients": lambda x: _with_gradients(x) + 1,
     "part-when-permuted": lambda x: _changed_when_permuted(x) + 0,
-    "deviation": lambda x: x.std(1, keepdim=True, unbiased=False) + x.std(-1, keepdim=True) * x.std((0, 1)),
+    "deviation": lambda x: (
+        x.std(1, keepdim=True, unbiased=False) + x.std(-1, keepdim=True) * x.std((0, 1)) - x.std(None)
+    ),
     "eye": lambda x: x @ torch.eye(8) + torch.linalg.norm(x, dim=1, keepdim=True),
     "decomposed-output": lambda x: torch.square(x @ torch.kron(torch.eye(4), torch.ones(2, 2))),
 }

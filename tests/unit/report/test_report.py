@@ -231,10 +231,13 @@ def test_writing_takes_no_memory_by_result_beyond_that_of_the_results(tmp_path: 
         tracemalloc.stop()
 
 
-def test_writer_that_fails_loses_no_other_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, ValidateError, OSError])
+def test_writer_that_fails_loses_no_other_report(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(report: Report) -> Iterator[str]:
         yield "begin"
-        raise RuntimeError(f"cannot draw {len(report.results)} results")
+        raise error(f"cannot draw {len(report.results)} results")
 
     monkeypatch.setattr("qeff_validate.report.html_report.html_report", broken)
     with pytest.raises(ValidateError, match=r"'html' .* cannot draw 1 results"):
