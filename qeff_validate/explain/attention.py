@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qeff_validate.explain.rotary import least, rotary_hypotheses
+from qeff_validate.explain.least_error import least
+from qeff_validate.explain.rotary import rotary_hypotheses
 from qeff_validate.explain.tried_module import TriedModule, changed
 
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qeff_validate.explain.least_error import least
 from qeff_validate.explain.tried_module import TriedModule, changed
 
 EXPONENTS = np.geomspace(0.25, 4, 49)
@@ -125,18 +126,3 @@ def _told(frequencies: Tensor, power: float) -> str:
     half = len(frequencies)
     base = math.exp(-half * math.log(float(frequencies[1] / frequencies[0]))) if half > 1 else 0.0
     return f": {base**power:.3g} instead of {base:.3g}" if base > 1 else ""
-
-
-def least(error: Callable[[float], float], candidates: Sequence[float] | Any) -> float:
-    """Return where an error is least: the best of some increasing numbers, then a search between its neighbours."""
-    values = [float(value) for value in candidates]
-    errors = [error(value) for value in values]
-    at = int(np.argmin(errors))
-    low, high = values[max(0, at - 1)], values[min(len(values) - 1, at + 1)]
-    ratio = (5**0.5 - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if error(left) < error(right) else (left, high)
-        if high - low < 1e-7:
-            break
-    return (low + high) / 2

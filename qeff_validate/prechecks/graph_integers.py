@@ -42,13 +42,11 @@ class _Weights:
     """Yields the format of each integer weight of a graph; None for one that is not known."""
 
     def __init__(self, graph: Any) -> None:
+        from qeff_validate.builders.onnx_patterns import consumers, producers
+
         self._graph = graph
         self._stored = {tensor.name: tensor for tensor in graph.initializer}
-        self._producer = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._producer, self._readers = producers(graph), consumers(graph)
 
     def __iter__(self) -> Iterator[IntegerFormat | None]:
         from onnx import TensorProto
