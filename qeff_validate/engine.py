@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,7 @@ from qeff_validate.pipeline.performance import (
 from qeff_validate.pipeline.runner import Runner
 from qeff_validate.pipeline.stages import NumberedProgress, Progress, Silent
 from qeff_validate.protocols import Model, Prechecked, Settings, capabilities, model_kind
+from qeff_validate.report.lazy_results import planned_results
 from qeff_validate.report.notebook_progress import in_notebook, notebook_progress
 from qeff_validate.report.report import Report
 from qeff_validate.report.result import Result
@@ -125,6 +126,7 @@ def validate(
     cluster: str | None = None,
     known: Mapping[tuple[str, str], Result] | None = None,
     on_result: Callable[[Case, Result], object] | None = None,
+    results: MutableMapping[tuple[str, str], Result] | None = None,
 ) -> Report:
     """Run cases on runtimes and compare every output with the Hugging Face reference.
 
@@ -146,6 +148,8 @@ def validate(
             ``local``: a cluster of this host alone. ``jobs`` above 1 then limits the number of workers.
         known: results of an earlier run by case and runtime, which are not made again.
         on_result: is told of each result as it is made.
+        results: takes each result as it is made, by case and runtime, for instance onto a disk; those that it holds are
+            not made again. The report reads it whenever a result is asked for. None: they are held in memory.
 
     Returns:
         A report with one result for each case and runtime. A mismatch is a result, and so is an error; a recording that
@@ -176,11 +180,12 @@ def validate(
         if model is not None:
             raise ConfigError("jobs: a model in memory cannot be handed to other processes: leave jobs and cluster out")
         executor = worker_pool(jobs, cluster, runner, progress=shown, explain=explain)
-    done = dict(known or {})
+    done = {} if results is None else results
+    done.update(known or {})
     missing = [(item, name) for item, name in planned if (item.name, name) not in done]
     stopped = ""
-    with closing(executor.results(missing)) as results:
-        for item, name, result in results:
+    with closing(executor.results(missing)) as made:
+        for item, name, result in made:
             done[item.name, name] = result
             if on_result is not None:
                 on_result(item, result)
@@ -188,9 +193,11 @@ def validate(
                 stopped = f"{item.name}-{name}"
                 break
     why = f"{stopped} did not pass, and --fail-fast is on"
-    ordered = [done.get((item.name, name)) or Result(item.name, name, "not_run", why) for item, name in planned]
+    ordered: Sequence[Result] = planned_results([(item.name, name) for item, name in planned], done, why)
+    if results is None:
+        ordered = tuple(ordered)
     unwritten = _record(runner, cases, ordered, record) if record is not None else []
-    return Report(tuple(ordered), environment(runner.settings), tuple(unwritten))
+    return Report(ordered, environment(runner.settings), tuple(unwritten))
 
 
 def worker_pool(

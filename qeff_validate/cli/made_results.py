@@ -5,63 +5,78 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_validate.cli.progress import print_text
 from qeff_validate.errors import ValidateError
-from qeff_validate.report.results_file import ResultsFile
+from qeff_validate.report.lazy_results import planned_results
+from qeff_validate.report.result import Result
+from qeff_validate.report.results_file import Line, ResultsFile
 from qeff_validate.report.writers import write_texts
 
 if TYPE_CHECKING:
     from qeff_validate.config.case import Case
     from qeff_validate.protocols import Settings
     from qeff_validate.report.report import Report
-    from qeff_validate.report.result import Result
 
 REPORT_EVERY_S = 10
 """How often ``report.json`` is written while a run goes on, at most."""
 
 
-class MadeResults:
-    """The results of a run as they are made: in `results_file.ResultsFile`, and in ``report.json`` beside it.
+class MadeResults(MutableMapping[tuple[str, str], Result]):
+    """The results of a run by case and runtime, as they are made: in `results_file.ResultsFile`, not in memory.
+
+    ``report.json`` beside it is written now and then while the run goes on.
 
     Args:
         folder: of the report.
         planned: cases and names of runtimes, in the order of the report.
         settings: of the runtimes.
-        kept: keys and results of the run that is resumed, by case and runtime.
+        resumed: folder of the report of the run that is resumed; None: there is none.
+
+    Raises:
+        ConfigError: the folder that is to be resumed has no results, or others.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        planned: Sequence[tuple[Case, str]],
-        settings: Settings,
-        kept: Mapping[tuple[str, str], tuple[str, Result]],
+        self, folder: Path, planned: Sequence[tuple[Case, str]], settings: Settings, resumed: Path | None
     ) -> None:
         from qeff_validate.engine import result_key
 
         self._folder, self._file, self._settings = folder, ResultsFile(folder), settings
         self._keys = {(case.name, name): result_key(case, name, settings) for case, name in planned}
-        self.known = {
-            place: result
-            for place, (key, result) in kept.items()
-            if self._keys.get(place) == key and result.status in ("pass", "fail", "inconclusive")
+        self._earlier = ResultsFile(resumed or folder)
+        self._known = {
+            place: line
+            for place, line in (self._earlier.read() if resumed is not None else {}).items()
+            if self._keys.get(place) == line.key and line.status in ("pass", "fail", "inconclusive")
         }
-        self._made = dict(self.known)
+        self._made: dict[tuple[str, str], Line | Result] = {}
         self._written = -math.inf
 
-    def add(self, _case: Case, result: Result) -> None:
-        """Take a result of the run."""
-        place = result.case, result.runtime
-        self._made[place] = result
-        with suppress(ValidateError):  # the report tells that the folder cannot be written
-            self._file.add(self._keys[place], result)
+    def __getitem__(self, place: tuple[str, str]) -> Result:
+        found = self._made[place]
+        return self._file.at(found) if isinstance(found, Line) else found
+
+    def __setitem__(self, place: tuple[str, str], result: Result) -> None:
+        try:
+            self._made[place] = self._file.add(self._keys[place], result)
             self._write_unfinished()
+        except ValidateError:  # the report tells that the folder cannot be written
+            self._made.setdefault(place, result)
+
+    def __delitem__(self, place: tuple[str, str]) -> None:
+        del self._made[place]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
 
     def _write_unfinished(self) -> None:
         from qeff_validate.report.report import json_report
@@ -73,10 +88,8 @@ class MadeResults:
     def _report(self, why_missing: str) -> Report:
         """Return the report of what is done; what is not has not run, for a reason."""
         from qeff_validate.report.report import Report
-        from qeff_validate.report.result import Result
 
-        results = (self._made.get(place, Result(*place, "not_run", why_missing)) for place in self._keys)
-        return Report(tuple(results), self._environment)
+        return Report(planned_results([*self._keys], self, why_missing), self._environment)
 
     @cached_property
     def _environment(self) -> dict[str, Any]:
@@ -87,9 +100,8 @@ class MadeResults:
     @contextmanager
     def reported_if_interrupted(self) -> Iterator[None]:
         """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
-        self._file.clear()
-        for result in self.known.values():
-            self._file.add(self._keys[result.case, result.runtime], result)
+        known = ((line.key, self._earlier.at(line)) for line in self._known.values())
+        self._made = dict(zip(self._known, self._file.begin(known), strict=True))
         try:
             yield
         except (KeyboardInterrupt, SystemExit):

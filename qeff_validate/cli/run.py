@@ -27,11 +27,13 @@ from qeff_validate.cli.progress import console, print_text, print_wrapped, termi
 from qeff_validate.errors import ConfigError
 from qeff_validate.pipeline.explanation import ExplainMode
 from qeff_validate.report.report import DEFAULT_DIR
-from qeff_validate.report.results_file import ResultsFile
-from qeff_validate.report.text import NARROW_BELOW
+from qeff_validate.report.text import NARROW_BELOW, table
 
 if TYPE_CHECKING:
     from qeff_validate.report.report import Report
+
+TABLE_ROWS = 200
+"""Results of a table on a terminal; of more, each table has its own head."""
 
 
 def run(
@@ -136,7 +138,6 @@ def run(
     reporters = load_reporters(reporter or [])
     beside = performance.folder(configs[0] if configs else None, directory)
     before = read_baseline(beside, baseline) if baseline is not None else None
-    kept = ResultsFile(resume).read() if resume is not None else {}
     if model is not None:
         cases = [case_for(model, kind=kind, options=option or [])]
     else:
@@ -147,7 +148,7 @@ def run(
         raise ConfigError(f"--runtimes: the bundle was built for {cases[0].runtimes[0]}, and runs there alone")
     settings = Settings(sdk=sdk, device_ids=device_ids(devices), run_timeout_s=run_timeout)
     required = required_runtimes(require)
-    made = MadeResults(report, [(one, name) for one in cases for name in names or one.runtimes], settings, kept)
+    made = MadeResults(report, [(one, name) for one in cases for name in names or one.runtimes], settings, resume)
     count = job_count(jobs)
     remove_reports(report)
     with made.reported_if_interrupted():
@@ -162,8 +163,7 @@ def run(
             explain=explain,
             jobs=count,
             cluster=cluster,
-            known=made.known,
-            on_result=made.add,
+            results=made,
         )
     results = results if before is None else with_drift(results, before)
     write_error = write_report(results, report)
@@ -191,7 +191,8 @@ def print_results(results: Report, *, wide: bool = False, quiet: bool = False) -
     """
     if not quiet:
         terminal = console(least=NARROW_BELOW if wide else 0)
-        terminal.print(results.table(width=terminal.width))
+        for start in range(0, max(1, len(results.results)), TABLE_ROWS):
+            terminal.print(table(results.results[start : start + TABLE_ROWS], width=terminal.width))
     for text in results.problems():
         print_wrapped(f"\n{text}" if "\n" in text else text)
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qeff_validate.errors import ConfigError, suggest
 from qeff_validate.files import read_json
+from qeff_validate.report.lazy_results import LazyResults
 from qeff_validate.report.report import MOST_BYTES, Report, report_file, report_of
 from qeff_validate.report.result import Result, finite
 from qeff_validate.report.writers import write_texts
@@ -159,14 +160,16 @@ def read_entries(path: Path) -> list[Entry]:
 def with_drift(report: Report, baseline: Baseline) -> Report:
     """Return a report whose results tell, as findings, what drifted since a baseline; no status changes."""
     entries = {entry.place: entry for entry in baseline.results}
-    results = []
-    for result in report.results:
+
+    def told(place: int) -> Result:
+        result = report.results[place]
+        if result.status == "not_run":
+            return result
         entry = entries.get((result.case, result.runtime))
-        if result.status != "not_run":
-            told = list(drifts(entry, _entry(result), bounds_of(result), baseline.name))
-            result = replace(result, findings=(*result.findings, *told))  # noqa: PLW2901
-        results.append(result)
-    return replace(report, results=tuple(results))
+        findings = drifts(entry, _entry(result), bounds_of(result), baseline.name)
+        return replace(result, findings=(*result.findings, *findings))
+
+    return replace(report, results=LazyResults(len(report.results), told))
 
 
 def drifts(entry: Entry | None, now: Entry, bounds: Mapping[str, float], name: str) -> Iterator[str]:

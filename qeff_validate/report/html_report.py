@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qeff_validate.comparison.verdict import GateResult
@@ -179,40 +179,79 @@ class ResultView:
         return [line.partition(": ")[2] for line in timing_lines([self.result])]
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A result in the overview."""
+
+    number: int
+    case: str
+    runtime: str
+    word: str
+    expected: bool
+    note: str
+    simulated: bool
+
+    @property
+    def tone(self) -> str:
+        """Name of the colour of the status word."""
+        return TONES[self.word][0]
+
+    @property
+    def sign(self) -> str:
+        """Sign of the status word."""
+        return TONES[self.word][1]
+
+
+class _Views:
+    """The results as the page shows them; one at a time is in memory, made from what report.json holds."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._results, self._unsettled = results, unsettled_places(results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __iter__(self) -> Iterator[ResultView]:
+        opened = 0
+        for number, held in enumerate(self._results, start=1):
+            result = Result.from_plain(held.plain())
+            word, runtime = status_word(result, self._unsettled), runtime_name(result)
+            scale = bound_scale(result.gates)
+            metrics = [_metric_view(item, scale) for item in result.metrics]
+            gates = [view for view in metrics if view.gate.bound is not None]
+            others = [view for view in metrics if view.gate.bound is None]
+            open_now = word == DISPROVED and opened < OPENED
+            opened += open_now
+            yield ResultView(number, result, word, open_now, runtime, gates, others, scale)
+
+
 def html_report(report: Report) -> Iterator[str]:
     """Return the content of report.html in pieces: what report.json holds decides it, and nothing else."""
-    report = replace(report, results=tuple(Result.from_plain(result.plain()) for result in report.results))
-    views = list(_views(report.results))
-    words = Counter(view.word for view in views)
-    runtimes = list(dict.fromkeys(view.runtime for view in views))
+    views = _Views(report.results)
+    cells = [_cell(view) for view in views]
+    words, runtimes = Counter(cell.word for cell in cells), Counter(cell.runtime for cell in cells)
     return render(
         "report.html.j2",
         title="Validation report",
         views=views,
         words=[(word, TONES[word], words[word]) for word in TONES if words[word]],
-        runtimes=[(name, sum(view.runtime == name for view in views)) for name in runtimes],
-        matrix=_matrix(views, runtimes),
+        runtimes=list(runtimes.items()),
+        matrix=_matrix(cells, runtimes),
         closing=sorted(map(_sentence, report.closing()), key=lambda sentence: sentence[0] != "bad"),
         unwritten=report.unwritten,
         environment=list(flat(report.environment)),
         rows_compared=report.rows_compared,
         timing_head=TIMING_HEAD[2:],
-        simulated=any(result.simulated for result in report.results),
+        simulated=any(cell.simulated for cell in cells),
         plural=_plural,
     )
 
 
-def _views(results: Sequence[Result]) -> Iterator[ResultView]:
-    unsettled, opened = unsettled_places(results), 0
-    for number, result in enumerate(results, start=1):
-        word, runtime = status_word(result, unsettled), runtime_name(result)
-        scale = bound_scale(result.gates)
-        metrics = [_metric_view(item, scale) for item in result.metrics]
-        gates = [view for view in metrics if view.gate.bound is not None]
-        others = [view for view in metrics if view.gate.bound is None]
-        open_now = word == DISPROVED and opened < OPENED
-        opened += open_now
-        yield ResultView(number, result, word, open_now, runtime, gates, others, scale)
+def _cell(view: ResultView) -> Cell:
+    result, nearest = view.result, view.nearest
+    ratio = nearest.times_bound if nearest is not None else None
+    note = view.kind or ("" if ratio is None else f"{ratio:.2g} × bound")
+    return Cell(view.number, result.case, view.runtime, view.word, bool(result.expected), note, result.simulated)
 
 
 def _metric_view(item: GateResult, scale: LogScale) -> MetricView:
@@ -220,12 +259,12 @@ def _metric_view(item: GateResult, scale: LogScale) -> MetricView:
     return MetricView(item, output, name, bound_mark(item, scale), strip(item))
 
 
-def _matrix(views: Sequence[ResultView], runtimes: Collection[str]) -> list[tuple[str, list[list[ResultView]]]]:
+def _matrix(cells: Iterable[Cell], runtimes: Collection[str]) -> list[tuple[str, list[list[Cell]]]]:
     """Return the results of each case by runtime."""
-    cells: dict[str, dict[str, list[ResultView]]] = {}
-    for view in views:
-        cells.setdefault(view.result.case, {}).setdefault(view.runtime, []).append(view)
-    return [(case, [of_case.get(name, []) for name in runtimes]) for case, of_case in cells.items()]
+    cases: dict[str, dict[str, list[Cell]]] = {}
+    for cell in cells:
+        cases.setdefault(cell.case, {}).setdefault(cell.runtime, []).append(cell)
+    return [(case, [of_case.get(name, []) for name in runtimes]) for case, of_case in cases.items()]
 
 
 def _sentence(line: str) -> tuple[str, str, str]:

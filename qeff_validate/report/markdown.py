@@ -31,25 +31,33 @@ def markdown(
         unwritten: why recordings could not be written.
         environment: of the report.
     """
-    rows = [_line(row_cells(result)) for result in results]
-    parts = ["# qeff_validate", "", _line(HEAD), _line("---" for _ in HEAD), *rows, ""]
+    return "\n".join(markdown_lines(results, unwritten, environment or {}))
+
+
+def markdown_lines(
+    results: Sequence[Result], unwritten: Sequence[str], environment: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield the lines of `markdown`."""
+    yield from ("# qeff_validate", "", _line(HEAD), _line("---" for _ in HEAD))
+    for result in results:
+        yield _line(row_cells(result))
+    yield ""
     timed = list(timing_rows(results))
     if timed:
-        parts += ["## Timings", "", _line(TIMING_HEAD), _line("---" for _ in TIMING_HEAD), *map(_line, timed), ""]
-        parts += [*(f"- {_text(text)}" for text in timing_lines(results)), ""]
-    problems = list(distinct_problems(results))
-    if problems or unwritten:
-        parts += ["## What did not pass", "", *(f"- {_text(text)}" for text in unwritten), ""]
-        for result, runtimes in problems:
-            parts += _problem(result, runtimes)
+        yield from ("## Timings", "", _line(TIMING_HEAD), _line("---" for _ in TIMING_HEAD), *map(_line, timed), "")
+        yield from (*(f"- {_text(text)}" for text in timing_lines(results)), "")
+    if unwritten or any(result.status != "pass" for result in results):
+        yield from ("## What did not pass", "", *(f"- {_text(text)}" for text in unwritten), "")
+        for result, runtimes in distinct_problems(results):
+            yield from _problem(result, runtimes)
     told = remarks(results)
     if told:
-        parts += _folded(f"Findings and notes ({len(told)})", [f"- {_text(text)}" for text in told])
+        yield from _folded(f"Findings and notes ({len(told)})", [f"- {_text(text)}" for text in told])
     if environment:
         table = [_line(("what", "value")), _line(("---", "---")), *map(_line, flat(environment))]
-        parts += _folded("Environment", table)
-    parts += [*(f"{_text(text)}\n" for text in closing(results))]
-    return "\n".join(parts)
+        yield from _folded("Environment", table)
+    for text in closing(results):
+        yield f"{_text(text)}\n"
 
 
 def _problem(result: Result, runtimes: Sequence[str]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def report_to_mlflow(report: Report) -> None:
             }
         )
         mlflow.log_text("".join(json_report(report)), "report.json")
-        mlflow.log_text(markdown_report(report), "report.md")
+        mlflow.log_text("".join(markdown_report(report)), "report.md")
 
 
 def _place(result: Result, between: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +14,7 @@ from qeff_validate.comparison.verdict import Status
 from qeff_validate.errors import ConfigError, IncomparableError
 from qeff_validate.files import read_json
 from qeff_validate.registry import registered
-from qeff_validate.report.markdown import markdown
+from qeff_validate.report.markdown import markdown_lines
 from qeff_validate.report.notebook import notebook_table
 from qeff_validate.report.result import Result
 from qeff_validate.report.text import closing, problems, row_cells, table
@@ -46,7 +46,7 @@ class Report:
         3
     """
 
-    results: tuple[Result, ...]
+    results: Sequence[Result]
     environment: Mapping[str, Any] = field(default_factory=dict)
     unwritten: tuple[str, ...] = ()
     """Why recordings could not be written; no verdict depends on them."""
@@ -65,17 +65,23 @@ class Report:
             require: runtimes whose ``not_run`` counts as an error.
             allow_inconclusive: do not count inconclusive results as failures.
         """
-        counted = [result for result in self.results if result.expected is None]
-        statuses = Counter(result.status for result in counted)
+        statuses, runtimes, not_run = set[str](), set[str](), set[str]()
+        wrong_config, compared = False, False
+        for result in self.results:
+            runtimes.add(result.runtime)
+            compared |= result.compared > 0
+            if result.status == "not_run":
+                not_run.add(result.runtime)
+            if result.expected is None:
+                statuses.add(result.status)
+                wrong_config |= result.status == "error" and result.stage == "config"
         required = set(require)
-        unmet = required - {result.runtime for result in self.results}
-        unmet |= {result.runtime for result in self.results if result.status == "not_run"} & required
-        if any(result.status == "error" and result.stage == "config" for result in counted):
+        if wrong_config:
             return 2
-        if statuses["fail"] or (statuses["inconclusive"] and not allow_inconclusive):
+        if "fail" in statuses or ("inconclusive" in statuses and not allow_inconclusive):
             return 1
-        compared = any(result.compared for result in self.results)
-        return 3 if statuses["error"] or unmet or not compared or self.unwritten else 0
+        unmet = (required - runtimes) | (required & not_run)
+        return 3 if "error" in statuses or unmet or not compared or self.unwritten else 0
 
     def plain(self) -> dict[str, Any]:
         """Return the report as report.json holds it; non-finite numbers are strings."""
@@ -199,6 +205,7 @@ def _json(value: Any, depth: int) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).replace("\n", "\n" + " " * depth)
 
 
-def markdown_report(report: Report) -> str:
-    """Return the content of report.md."""
-    return markdown(report.results, report.unwritten, report.environment)
+def markdown_report(report: Report) -> Iterator[str]:
+    """Yield the content of report.md in pieces."""
+    for number, line in enumerate(markdown_lines(report.results, report.unwritten, report.environment)):
+        yield f"\n{line}" if number else line

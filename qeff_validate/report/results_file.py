@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qeff_validate.comparison.verdict import Status
 from qeff_validate.errors import ConfigError, IncomparableError, ValidateError
-from qeff_validate.files import read_bytes
+from qeff_validate.files import reason, regular_file, temporary_beside
 from qeff_validate.report.result import Result
 
 NAME = "results.jsonl"
@@ -19,8 +24,27 @@ MOST_BYTES = 256 << 20
 """A greater file is not read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A result that lies in the file.
+
+    Attributes:
+        key: digest of what it was made from: case, code, settings.
+        status: of the result.
+        start: where the line begins, in bytes.
+        length: of the line in bytes.
+    """
+
+    key: str
+    status: Status
+    start: int
+    length: int
+
+
 class ResultsFile:
-    """Takes the results of a run, each with what it was made from.
+    """Takes the results of a run, each with what it was made from, and holds none of them in memory.
+
+    The file stays open, so that what this process has written is read again even if another run replaces the file.
 
     Args:
         folder: of the report; it is made with the first result.
@@ -28,50 +52,120 @@ class ResultsFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
+        self._descriptor: int | None = None
 
-    def clear(self) -> None:
-        """Remove what an earlier run left."""
-        self._path.unlink(missing_ok=True)
+    def begin(self, entries: Iterable[tuple[str, Result]]) -> list[Line]:
+        """Replace what an earlier run left, by one rename.
 
-    def add(self, key: str, result: Result) -> None:
-        """Append a result; it is on the disk before this returns.
+        Args:
+            entries: keys and results to begin with.
+
+        Raises:
+            ValidateError: they cannot be written; the earlier file is as it was.
+        """
+        temporary = temporary_beside(self._path)
+        try:
+            lines = [self._append(temporary, key, result) for key, result in entries]
+            if lines:
+                os.replace(temporary, self._path)
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as exc:
+            self._close()
+            with suppress(OSError):
+                temporary.unlink()
+            raise self._unwritten(exc) from exc
+        return lines
+
+    def add(self, key: str, result: Result) -> Line:
+        """Append a result; it is in the file before this returns.
 
         Args:
             key: digest of what it was made from: case, code, settings.
             result: one of the run.
 
         Raises:
-            ValidateError: it cannot be written.
+            ValidateError: it cannot be written; nothing of it is in the file.
         """
-        line = json.dumps({"key": key, "result": result.plain()}, ensure_ascii=False, allow_nan=False)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(line + "\n")
+            return self._append(self._path, key, result)
         except OSError as exc:
-            raise ValidateError(f"cannot write {self._path}: {exc.strerror}; choose another directory") from exc
+            raise self._unwritten(exc) from exc
 
-    def read(self) -> dict[tuple[str, str], tuple[str, Result]]:
-        """Return key and result by case and runtime; a last line that was cut off is left out.
+    def at(self, line: Line) -> Result:
+        """Return the result of a line that `begin`, `add` or `read` returned.
+
+        Raises:
+            ConfigError: somebody else has changed the file meanwhile.
+        """
+        assert self._descriptor is not None
+        try:
+            return _entry(os.pread(self._descriptor, line.length, line.start))[1]
+        except (OSError, *_NO_ENTRY) as exc:
+            raise ConfigError(f"{self._path} was changed while it was in use: {reason(exc)}") from exc
+
+    def read(self) -> dict[tuple[str, str], Line]:
+        """Return the line of each result by case and runtime; a last line that was cut off is left out.
 
         Raises:
             ConfigError: there is no such file, or it holds something else.
         """
         if not self._path.is_file():
             raise ConfigError(f"--resume: there is no {self._path}: a run leaves it beside its report")
-        lines = read_bytes(self._path, most_bytes=MOST_BYTES).decode("utf-8", errors="replace").split("\n")
-        found = {}
-        for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a line break
-            try:
-                plain = json.loads(line)
-                key, result = _entry(plain)
-            except (ValueError, KeyError, TypeError, RecursionError, IncomparableError) as exc:
-                raise ConfigError(f"--resume: {self._path}, line {number} is no result: {exc}") from exc
-            found[result.case, result.runtime] = key, result
+        found, start = {}, 0
+        try:
+            if regular_file(self._path).st_size > MOST_BYTES:
+                raise OSError(f"it has more than {MOST_BYTES:,} bytes")
+            self._open(self._path, os.O_RDONLY)
+            with open(self._path, "rb") as file:
+                for number, text in enumerate(file, start=1):
+                    if text.endswith(b"\n"):  # else it is the last one, cut off
+                        try:
+                            key, result = _entry(text)
+                        except _NO_ENTRY as exc:
+                            raise ConfigError(f"--resume: {self._path}, line {number} is no result: {exc}") from exc
+                        found[result.case, result.runtime] = Line(key, result.status, start, len(text))
+                    start += len(text)
+        except OSError as exc:
+            raise ConfigError(f"--resume: cannot read {self._path}: {reason(exc)}") from exc
         return found
 
+    def _append(self, path: Path, key: str, result: Result) -> Line:
+        if self._descriptor is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        assert self._descriptor is not None
+        text = json.dumps({"key": key, "result": result.plain()}, ensure_ascii=False, allow_nan=False) + "\n"
+        data, start = text.encode("utf-8", errors="backslashreplace"), os.fstat(self._descriptor).st_size
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, start)
+            raise
+        return Line(key, result.status, start, len(data))
 
-def _entry(plain: Mapping[str, Any]) -> tuple[str, Result]:
+    def _open(self, path: Path, flags: int) -> None:
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            self._finalizer()
+            self._descriptor = None
+
+    def _unwritten(self, exc: OSError) -> ValidateError:
+        return ValidateError(f"cannot write {self._path}: {exc.strerror}; choose another directory")
+
+
+_NO_ENTRY = (ValueError, KeyError, TypeError, RecursionError, IncomparableError)
+
+
+def _entry(text: bytes) -> tuple[str, Result]:
+    """Return key and result of a line."""
+    plain: Mapping[str, Any] = json.loads(text.decode("utf-8", errors="replace"))
     if not isinstance(plain["key"], str):
         raise TypeError("its key is no text")
     return plain["key"], Result.from_plain(plain["result"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.report.result import Result
@@ -120,12 +120,12 @@ def listed_reason(result: Result) -> str:
 
 def distinct_problems(results: Sequence[Result]) -> Iterator[tuple[Result, list[str]]]:
     """Yield each problem once: the first result that has it, and the runtimes of all that have it."""
-    told = set[tuple[str | None, ...]]()
-    for result in results:
-        what = _problem(result)
-        if result.status != "pass" and what not in told:
-            told.add(what)
-            yield result, [other.runtime for other in results if _problem(other) == what]
+    found: dict[tuple[str | None, ...], tuple[int, list[str]]] = {}
+    for place, result in enumerate(results):
+        if result.status != "pass":
+            found.setdefault(_problem(result), (place, []))[1].append(result.runtime)
+    for place, runtimes in found.values():
+        yield results[place], runtimes
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -138,48 +138,74 @@ def remarks(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+class _Said(NamedTuple):
+    """What the closing sentences need of a result that is no timing."""
+
+    case: str
+    runtime: str
+    simulated: bool
+    status: str
+    expected: bool
+    precision: str
+    rows: int
+    to_itself: bool
+    own_terms: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}-{self.runtime}"
+
+
+def _said(result: Result) -> _Said:
+    return _Said(
+        result.case,
+        result.runtime,
+        result.simulated,
+        result.status,
+        bool(result.expected),
+        str(result.precision),
+        result.compared,
+        result.reference == "itself",
+        own_terms(result) if result.status == "pass" else "",
+    )
+
+
 def closing(results: Sequence[Result]) -> list[str]:
     """Return sentences that say what was proved and what was not."""
     timed = list(timing_closing(results))
-    results = [result for result in results if not is_timing(result)]
-    if timed and not results:
+    said = [_said(result) for result in results if not is_timing(result)]
+    if timed and not said:
         return timed
-    unsettled = unsettled_places(results)
+    unsettled = {(item.case, item.runtime) for item in said if item.status == "error"}
     lines = timed
-    for (runtime, simulated), group in _groups(results).items():
-        passed = [result for result in group if result.status == "pass"]
-        held = [result for result in passed if result.reference == "itself"]
+    for (runtime, simulated), group in _groups(said).items():
+        passed = [item for item in group if item.status == "pass"]
+        held = sum(item.to_itself for item in passed)
         if held:
-            lines.append(
-                f"{HELD}: {len(held)} relations between runs of {runtime}{' (simulated)' if simulated else ''}."
-            )
-        good = [result for result in passed if result.reference != "itself" and not own_terms(result)]
-        good = [result for result in good if (result.case, result.runtime) not in unsettled]
+            lines.append(f"{HELD}: {held} relations between runs of {runtime}{' (simulated)' if simulated else ''}.")
+        good = [item for item in passed if not item.to_itself and not item.own_terms]
+        good = [item for item in good if (item.case, item.runtime) not in unsettled]
         if not good:
             continue
-        rows = sum(result.compared for result in good)
+        rows = sum(item.rows for item in good)
         where = f"{runtime}, a simulated AI 100," if simulated else runtime
-        precisions = "/".join(dict.fromkeys(str(result.precision) for result in good))
-        cases = ", ".join(result.case for result in good)
+        precisions = "/".join(dict.fromkeys(item.precision for item in good))
+        cases = ", ".join(item.case for item in good)
         lines.append(f"{PROVED}: {where} agrees with Hugging Face within {precisions} bounds on {rows} rows: {cases}.")
-    lines += [
-        f"{NOT_PROVED}: {result.case}-{result.runtime} passes {own_terms(result)}."
-        for result in results
-        if result.status == "pass" and own_terms(result)
-    ]
+    lines += [f"{NOT_PROVED}: {item.name} passes {item.own_terms}." for item in said if item.own_terms]
     for word, statuses in ((DISPROVED, ("fail",)), (NOT_SETTLED, ("inconclusive", "error"))):
         names = [
-            f"{result.case}-{result.runtime} ({'expected ' if result.expected else ''}{result.status})"
-            for result in results
-            if result.status in statuses
+            f"{item.name} ({'expected ' if item.expected else ''}{item.status})"
+            for item in said
+            if item.status in statuses
         ]
         lines += [f"{word}: {', '.join(names)}."] if names else []
-    if not any(result.runtime == "ai100" and result.status == "pass" for result in results):
+    if not any(item.runtime == "ai100" and item.status == "pass" for item in said):
         lines.append(
             f"{NOT_PROVED}: anything on a real AI 100 card; none took part."
             + (
                 " The simulator rounds to the card's precision on a CPU; it is no card."
-                if any(result.simulated for result in results)
+                if any(item.simulated for item in said)
                 else ""
             )
         )
@@ -260,10 +286,10 @@ def _times_noise(item: GateResult) -> str:
     return f", {item.bound.value / floor:,.0f} x the noise" if item.bound and floor else ""
 
 
-def _groups(results: Iterable[Result]) -> dict[tuple[str, bool], list[Result]]:
-    groups: dict[tuple[str, bool], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.runtime, result.simulated), []).append(result)
+def _groups(said: Iterable[_Said]) -> dict[tuple[str, bool], list[_Said]]:
+    groups: dict[tuple[str, bool], list[_Said]] = {}
+    for item in said:
+        groups.setdefault((item.runtime, item.simulated), []).append(item)
     return groups
 
 
