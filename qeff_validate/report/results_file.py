@@ -71,7 +71,6 @@ class ResultsFile:
             else:
                 self._path.unlink(missing_ok=True)
         except OSError as exc:
-            self._close()
             with suppress(OSError):
                 temporary.unlink()
             raise self._unwritten(exc) from exc
@@ -149,12 +148,7 @@ class ResultsFile:
 
     def _open(self, path: Path, flags: int) -> None:
         self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            self._finalizer()
-            self._descriptor = None
+        weakref.finalize(self, os.close, self._descriptor)
 
     def _unwritten(self, exc: OSError) -> ValidateError:
         return ValidateError(f"cannot write {self._path}: {exc.strerror}; choose another directory")

@@ -89,6 +89,13 @@ def test_disk_that_is_full_loses_no_result(tmp_path: Path, monkeypatch: pytest.M
     assert [made[case.name, "ort"].case for case, _ in planned] == ["c0", "c1", "c2"]
 
 
+def test_result_is_written_whole_by_many_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
+    file = ResultsFile(tmp_path)
+    assert file.at(file.add("a", sample_result())).plain() == sample_result().plain()
+
+
 def test_run_that_is_resumed_begins_with_what_was_made(tmp_path: Path) -> None:
     planned = cases(3)
     first = MadeResults(tmp_path, planned, Settings(), None)
@@ -111,7 +118,7 @@ def test_run_that_is_resumed_begins_with_what_was_made(tmp_path: Path) -> None:
 
 def test_many_results_take_no_memory(tmp_path: Path) -> None:
     """1,000 results took 20 MB; what may grow is 2 MB, with all that is made of them."""
-    samples = sample_report(5, text="\U0001f600").results
+    samples = [result.plain() for result in sample_report(5, text="\U0001f600").results]
 
     def peak(count: int) -> int:
         planned = cases(count)
@@ -119,7 +126,8 @@ def test_many_results_take_no_memory(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             for number, (case, name) in enumerate(planned):
-                made[case.name, name] = replace(samples[number % 5], case=case.name, runtime=name)
+                plain = {**samples[number % 5], "case": case.name, "runtime": name}
+                made[case.name, name] = Result.from_plain(json.loads(json.dumps(plain)))
             report = Report(planned_results([(case.name, name) for case, name in planned], made, ""))
             report.write(tmp_path / str(count))
             assert report.exit_code() == 1
