@@ -68,10 +68,10 @@ class Text:
 
 def log_softmax(logits: Array) -> Floats:
     """Return log-probabilities in float64 over the last axis; NaN in rows that hold NaN or infinity."""
-    wide = logits.astype(np.float64)
+    log_probabilities: Floats = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        wide = wide - wide.max(axis=-1, keepdims=True)
-        log_probabilities: Floats = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+        log_probabilities -= log_probabilities.max(axis=-1, keepdims=True)
+        log_probabilities -= np.log(np.exp(log_probabilities).sum(axis=-1, keepdims=True))
     return log_probabilities
 
 
@@ -142,16 +142,27 @@ def _divergences(wanted: Floats, got: Floats) -> Floats:
 
 
 def _errors(wanted: Floats, got: Floats) -> list[Metric]:
-    error, kl, order = np.abs(got - wanted), _divergences(wanted, got), np.argsort(-wanted, axis=-1)
+    kl = _divergences(wanted, got)
+    error = np.subtract(got, wanted)
+    np.abs(error, out=error)
     metrics = [
         Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
         worst_row("kl_max", kl),
         Metric("kl_p50", float(np.median(kl)), {"row": int(np.argmax(kl))}),
     ]
-    for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
-        tier = np.take_along_axis(error, order[:, : min(k, wanted.shape[1])], axis=-1)
-        metrics.append(worst_row(name, tier.max(axis=-1)))
-    return metrics
+    likely = np.take_along_axis(error, _most_likely(wanted, TIERS[-1]), axis=-1)
+    tiers = [*(likely[:, :k] for k in TIERS), error]
+    return metrics + [worst_row(name, tier.max(axis=-1)) for name, tier in zip(ERRORS, tiers, strict=True)]
+
+
+def _most_likely(log_probabilities: Floats, count: int) -> NDArray[np.int_]:
+    """Return the indices of the greatest values of each row, the greatest first, int64 ``[n, count]``."""
+    negative = -log_probabilities
+    if count >= negative.shape[1]:
+        return np.argsort(negative, axis=-1)
+    found = np.argpartition(negative, count - 1, axis=-1)[:, :count]
+    order = np.argsort(np.take_along_axis(negative, found, axis=-1), axis=-1)
+    return np.take_along_axis(found, order, axis=-1)
 
 
 def _flips(

@@ -140,7 +140,7 @@ OVER_NO_MEASUREMENT = {
     "sorted(reference)", "sorted(actual)", "sorted(set(reference) - set(actual))",
     "sorted(set(actual) - set(reference))",
     "sorted(set(GATES) - gates)", "sorted(rows.tokenless)", "min(d, BLOCK)", "max(1, BLOCK // width)",
-    "min(top + height, n)", "min(left + width, d)", "min(10, len(sample) - 1)", "min(k, wanted.shape[1])",
+    "min(top + height, n)", "min(left + width, d)", "min(10, len(sample) - 1)",
     "sorted({result['precision'] for result in good})", "max(n for n in K95 if n <= values.size)", "min(K95)",
     "max(ids, key=len)", "max(1, TOGETHER // length)",
     "sorted((row for row, tokens in enumerate(ids) if tokens.size), key=lambda row: ids[row].size)",

@@ -262,9 +262,10 @@ def test_no_measured_bound_is_below_float32_or_accepts_another_distribution() ->
             assert name not in logit_bounds("fp32", override={}, floor=floor)
 
 
-def test_errors_that_are_measured_are_those_of_the_formulas_and_a_shift_is_none() -> None:
-    a = logits()
-    b = a + 0.1 * logits(1)
+@pytest.mark.parametrize("vocab", [VOCAB, TIERS[-1], TIERS[-1] + 1, 3000])
+def test_errors_that_are_measured_are_those_of_the_formulas_and_a_shift_is_none(vocab: int) -> None:
+    a = logits(vocab=vocab)
+    b = a + 0.1 * logits(1, vocab=vocab)
     found = logit_errors(a, b)
     wanted = by_definition(a, b)
     assert found == pytest.approx({name: wanted[name] for name in LEAST}, rel=1e-6)
