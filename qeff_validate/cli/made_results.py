@@ -101,7 +101,10 @@ class MadeResults(MutableMapping[tuple[str, str], Result]):
     def reported_if_interrupted(self) -> Iterator[None]:
         """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
         known = ((line.key, self._earlier.at(line)) for line in self._known.values())
-        self._made = dict(zip(self._known, self._file.begin(known), strict=True))
+        if self._known:
+            self._made = dict(zip(self._known, self._file.begin(known), strict=True))
+        else:
+            self._file.clear()
         try:
             yield
         except (KeyboardInterrupt, SystemExit):

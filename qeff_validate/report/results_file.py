@@ -44,15 +44,19 @@ class Line:
 class ResultsFile:
     """Takes the results of a run, each with what it was made from, and holds none of them in memory.
 
-    The file stays open, so that what this process has written is read again even if another run replaces the file.
+    The file is new and stays open, so another run in the folder, which has a file of its own, changes nothing here.
 
     Args:
-        folder: of the report; it is made with the first result.
+        folder: of the report.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._descriptor: int | None = None
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        self._path.unlink(missing_ok=True)
 
     def begin(self, entries: Iterable[tuple[str, Result]]) -> list[Line]:
         """Replace what an earlier run left, by one rename.
@@ -65,11 +69,10 @@ class ResultsFile:
         """
         temporary = temporary_beside(self._path)
         try:
-            lines = [self._append(temporary, key, result) for key, result in entries]
-            if lines:
-                os.replace(temporary, self._path)
-            else:
-                self._path.unlink(missing_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            lines = [self._append(key, result) for key, result in entries]
+            os.replace(temporary, self._path)
         except OSError as exc:
             with suppress(OSError):
                 temporary.unlink()
@@ -86,8 +89,10 @@ class ResultsFile:
         Raises:
             ValidateError: it cannot be written; nothing of it is in the file.
         """
+        if self._descriptor is None:
+            return self.begin([(key, result)])[0]
         try:
-            return self._append(self._path, key, result)
+            return self._append(key, result)
         except OSError as exc:
             raise self._unwritten(exc) from exc
 
@@ -129,10 +134,7 @@ class ResultsFile:
             raise ConfigError(f"--resume: cannot read {self._path}: {reason(exc)}") from exc
         return found
 
-    def _append(self, path: Path, key: str, result: Result) -> Line:
-        if self._descriptor is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    def _append(self, key: str, result: Result) -> Line:
         assert self._descriptor is not None
         text = json.dumps({"key": key, "result": result.plain()}, ensure_ascii=False, allow_nan=False) + "\n"
         data, start = text.encode("utf-8", errors="backslashreplace"), os.fstat(self._descriptor).st_size

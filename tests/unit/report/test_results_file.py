@@ -37,10 +37,10 @@ def test_result_is_read_as_it_was_written(text: str, tmp_path: Path) -> None:
 
 
 def test_another_run_in_the_folder_takes_no_result_from_this_one(tmp_path: Path) -> None:
-    file = ResultsFile(tmp_path)
+    file, other = ResultsFile(tmp_path), ResultsFile(tmp_path)
+    for each in (file, other):
+        each.clear()
     line = file.add("a", sample_result(reason="mine"))
-    other = ResultsFile(tmp_path)
-    assert other.begin([]) == []
     other.add("a", sample_result(reason="theirs"))
     later = file.add("a", sample_result(reason="mine too"))
     assert [file.at(each).reason for each in (line, later)] == ["mine", "mine too"]
@@ -55,7 +55,7 @@ def test_file_that_was_changed_is_said_so(tmp_path: Path) -> None:
 
 
 def test_results_of_an_earlier_run_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ResultsFile(tmp_path).add("a", sample_result(reason="earlier"))
+    ResultsFile(tmp_path).begin([("a", sample_result(reason="earlier"))])
     before = (tmp_path / NAME).read_bytes()
 
     def cut_off(*_: object) -> None:
