@@ -143,6 +143,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the directory or its config is missing, or the config is broken.
     """
+    if folder.is_file():
+        raise ConfigError(f"adapter: {folder} is a file: name the directory that PEFT's save_pretrained wrote")
     if not folder.is_dir():
         raise ConfigError(f"adapter: directory {folder} does not exist")
     path = folder / CONFIG

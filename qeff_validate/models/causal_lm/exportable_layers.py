@@ -105,6 +105,20 @@ def use_activation(model: nn.Module) -> Activation:
     return activation
 
 
+def tensor_places(model: nn.Module, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return, for values of ``names``, all names of that tensor in a model: one for each module that holds it.
+
+    ``functional_call`` with ``tie_weights`` takes a module that two paths lead to (learnt rows of a tied embedding) for
+    two, and leaves its replacement where the parameter was.
+    """
+    held: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # each once
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            held.setdefault(id(tensor), []).append(f"{path}.{key}".lstrip("."))
+    places = {name: tuple(paths) for paths in held.values() for name in paths}
+    return {saved: places[name] for saved, name in names.items()}
+
+
 def use_slot_biases(model: nn.Module) -> None:
     """Make position biases (ALiBi of BLOOM) from slots, which are positions, instead of from a two-dimensional mask."""
     for module in model.modules():

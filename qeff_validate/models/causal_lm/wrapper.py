@@ -16,6 +16,7 @@ from qeff_validate.errors import ConfigError
 from qeff_validate.models.causal_lm.batched_lora import use_row_weights
 from qeff_validate.models.causal_lm.decoder_state import cache_for, new_states, state_order
 from qeff_validate.models.causal_lm.exportable_layers import (
+    tensor_places,
     use_activation,
     use_constant_cutoffs,
     use_exportable_layers,
@@ -81,6 +82,7 @@ class Decoder(nn.Module):
             base.get_input_embeddings().register_forward_hook(self._with_virtual)
         if mixed and virtual is None:
             use_row_weights(model, self._adapter.values())
+        self._places = tensor_places(model, self._adapter)
         head = base.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(base).__name__} has no output embeddings, so it is no causal language model")
@@ -117,10 +119,12 @@ class Decoder(nn.Module):
         if "adapter_start" in state:
             self._activation.mask = position_ids >= state["adapter_start"][:, None]
             activated = {"alora_offsets": ()}  # PEFT would look for the invocation in these tokens
+        tensors = {saved: self._rows_of(state[saved], state) for saved in self._adapter}
         with RealRotations() if self._complex else nullcontext():
             outputs = functional_call(
                 self.model,
-                {parameter: self._rows_of(state[saved], state) for saved, parameter in self._adapter.items()},
+                {place: tensors[saved] for saved, places in self._places.items() for place in places},
+                tie_weights=False,
                 args=(),
                 kwargs={
                     "input_ids": input_ids,

@@ -99,7 +99,7 @@ def resolve_pooling_config(
         return PoolingConfig(options.pooling or "mean", bool(options.normalize), options.truncate_dim)
     if folder is None or not is_sentence_directory(folder):
         raise ConfigError(f"pooling: auto needs a modules.json of sentence-transformers in {folder or 'a directory'}")
-    modules, settings = read_modules(folder, options.leave_out, options.route), encode_settings(folder, options.route)
+    settings, modules = encode_settings(folder, options.route), read_modules(folder, options.leave_out, options.route)
     layers, normalize = modules.layers, bool(options.normalize)
     truncate_dim = options.truncate_dim or settings.truncate_dim
     last_normalizes = bool(layers) and layers[-1].kind == "Normalize"

@@ -63,14 +63,17 @@ def read_multi_vector(root: Path) -> MultiVectorModules:
         ConfigError: a file is broken, or a module or option is not supported; the message names it.
     """
     settings = read_object(root / SETTINGS) if os.path.lexists(root / SETTINGS) else {}
-    if settings.get("model_type") == "ColBERT":
+    entries, saved_by = modules(root), settings.get("model_type") or "SentenceTransformer"
+    if saved_by == "ColBERT" or any(name.startswith("pylate.") for name, _ in entries):
+        saved_by = "PyLate"
+    if saved_by != "MultiVectorEncoder":
         raise ConfigError(
-            f"{root / SETTINGS}: this is a directory of PyLate: load it with sentence-transformers' MultiVectorEncoder,"
-            " and save it again"
+            f"{root}: this is a directory of {saved_by}, to which sentence-transformers' MultiVectorEncoder adds"
+            " modules: load it with that, and save it again"
         )
     layers: list[Layer] = []
     mask: Mapping[str, Any] = {}
-    for name, path in modules(root)[1:]:
+    for name, path in entries[1:]:
         kind = name.rpartition(".")[2]
         config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
         if kind == "MultiVectorMask":

@@ -153,6 +153,9 @@ def _check_output(config: Mapping[str, Any], task: str, where: Path | None) -> N
         )
 
 
+MAXSIM = ("maxsim", "meanmaxsim")
+"""Similarities of multi-vector directories, which that kind of model computes in any case."""
+
 TEXT_OPTIONS = frozenset({"max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"})
 """Options of calling the tokenizer that are supported; those of padding change no row alone."""
 
@@ -203,6 +206,8 @@ def resolve_prompt(prompt: str | None, settings: EncodeSettings) -> str:
 
 def _similarity(settings: Mapping[str, Any], where: Path) -> str | None:
     name = settings.get("similarity_fn_name")
+    if isinstance(name, str) and name.lower() in MAXSIM:
+        return None
     if name is not None and name not in SIMILARITIES:
         raise ConfigError(f"{where}: similarity_fn_name is {name!r}; there are {', '.join(SIMILARITIES)}")
     return None if name is None else str(name)

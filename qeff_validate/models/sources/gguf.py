@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_validate.artifact import digest_file
-from qeff_validate.errors import ConfigError, missing_package
+from qeff_validate.errors import ConfigError, Unavailable, missing_package
 from qeff_validate.memory import release_memory
 from qeff_validate.models.framework_calls import (
     quiet_transformers,
@@ -143,6 +143,24 @@ class Gguf:
 
         return self._load(AutoTokenizer)
 
+    @contextmanager
+    def _whole_file(self) -> Iterator[None]:
+        """Say of an error that the file cannot be parsed at all; it is parsed again only then.
+
+        Raises:
+            Unavailable: it cannot.
+        """
+        try:
+            yield
+        except Exception as exc:
+            from gguf import GGUFReader
+
+            try:
+                GGUFReader(self.path)
+            except Exception:
+                raise Unavailable(f"cannot load {self.path}: it is cut short, damaged, or no GGUF file") from exc
+            raise
+
     def _load(self, auto: Any) -> Any:
         import torch
 
@@ -153,6 +171,7 @@ class Gguf:
         in_files = copied_to_files() if self.path.stat().st_size > LARGE else nullcontext()
         with (
             translated_errors(f"load {self.path}"),
+            self._whole_file(),
             quiet_transformers(),
             redirect_stderr(StringIO()),
             parsed_once(),

@@ -55,6 +55,9 @@ NOT_COMPILED: Mapping[str, str] = {
 }
 """Modules that read texts and are not supported, and why."""
 
+OTHER_KINDS: Mapping[str, str] = {"SpladePooling": "sparse-embedding", "MultiVectorMask": "multi-vector"}
+"""Modules of other kinds of models, and the kind that a case is to name."""
+
 ROUTERS = ("Router", "Asym")
 """Modules that are made of others; ``Asym`` is the name before version 5."""
 
@@ -222,6 +225,8 @@ def _kept_modules(folder: Path, leave_out: Collection[str], route: str | None) -
             raise ConfigError(f"leave_out: {folder / MODULES} has no {name} module; it has {', '.join(found)}")
     kept = [(kind, path) for kind, path in kinds if kind not in leave_out]
     for kind, _ in kept:
+        if kind in OTHER_KINDS:
+            raise ConfigError(f"{folder / MODULES} has a {kind} module: say model: {OTHER_KINDS[kind]}")
         if kind not in SUPPORTED:
             raise ConfigError(
                 f"{folder / MODULES} has a {kind} module, which is not supported; supported are {', '.join(SUPPORTED)}."

@@ -190,6 +190,8 @@ def test_a_directory_of_named_adapters_proposes_one_of_them(saved: Path, tmp_pat
     changed_config(saved, tmp_path / "en")
     with pytest.raises(ConfigError, match=r"directories of their names \(en\): name \S+/en$"):
         read_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors is a file: name the directory"):
+        read_adapter(tmp_path / "en" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from peft.tuners.c3a.utils import BlockCircularConvolution
 
 import qeff_validate as qv
 from qeff_validate.builders.decompositions import solve_without_pivots
+from qeff_validate.models.causal_lm.attach_adapters import find_parameter_names
 from qeff_validate.models.causal_lm.exportable_layers import EXPORTABLE, circulant, use_exportable_layers
 from qeff_validate.models.causal_lm.wrapper import Decoder
 from qeff_validate.models.sources.synthetic import Random
@@ -99,3 +100,22 @@ def test_decoder_takes_exportable_layers() -> None:
     model = qv.apply_peft(Random(base, SMALL, 0).causal_lm(), {"peft_method": "hra", **options})
     Decoder(model, 1)
     assert not {type(module) for module in model.modules()} & set(EXPORTABLE)
+
+
+@pytest.mark.numeric
+def test_run_leaves_learnt_rows_of_tied_embeddings_in_the_model() -> None:
+    """Embedding and head hold the same dict of parameters; an export after a run found the run's tensor there."""
+    config = {**SMALL, "tie_word_embeddings": True}
+    learnt = {"peft_method": "lora", "r": 2, "trainable_token_indices": [3], **PROJECTIONS}
+    model = qv.apply_peft(Random("llama", config, 0).causal_lm(), learnt)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = find_parameter_names(model)
+    state = {saved: torch.ones_like(parameters[name]) for saved, name in names.items()}
+    cache = torch.zeros(1, model.config.num_key_value_heads, 8, model.config.head_dim)
+    tokens = torch.arange(4)[None]
+    with torch.no_grad():
+        logits = Decoder(model, 1, names)(tokens, tokens, **{"past_key.0": cache, "past_value.0": cache}, **state)[0]
+        for saved, name in names.items():
+            parameters[name].copy_(state[saved])
+        close(logits[0, 0], Decoder(model, 1)(tokens, tokens, **{"past_key.0": cache, "past_value.0": cache})[0][0, 0])
+    assert all(tensor is parameters[name] for name, tensor in model.named_parameters(remove_duplicate=False))

@@ -155,7 +155,7 @@ def test_a_gguf_file_is_a_source_and_its_key_is_its_content(tmp_path: Path, monk
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     key = Gguf(file).body_key()
-    with pytest.raises(Unavailable, match=r"cannot load .*model\.gguf"):
+    with pytest.raises(Unavailable, match=r"cannot load .*model\.gguf: it is cut short, damaged, or no GGUF file"):
         load_model_and_tokenizer({"source": f"path:{file}"})
     monkeypatch.setattr("qeff_validate.models.sources.gguf.versions", lambda *names: dict.fromkeys(names))
     with pytest.raises(Unavailable, match=r"pip install 'qeff-validate\[gguf\]'"):
@@ -188,6 +188,9 @@ def test_a_gguf_file_is_parsed_once_for_a_load_and_says_the_same(tmp_path: Path)
     for name, field in plain.fields.items():
         assert parsed.fields[name].contents() == field.contents()
     assert np.array_equal(parsed.tensors[0].data, np.arange(6, dtype=np.float32).reshape(2, 3))
+    (tmp_path / "model.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-20])
+    with pytest.raises(Unavailable, match="it is cut short, damaged, or no GGUF file"):
+        Gguf(tmp_path / "model.gguf").causal_lm()
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,15 @@ def _add_cnn(modules: list[Any], _: Path) -> None:
     modules.append({"type": "sentence_transformers.models.CNN", "path": "3_CNN"})
 
 
+def _add_splade(modules: list[Any], _: Path) -> None:
+    modules.append({"type": "sentence_transformers.sparse_encoder.models.SpladePooling", "path": "1_Pooling"})
+
+
+def _reranker(modules: list[Any], folder: Path) -> None:
+    del modules[1:]
+    _change("sentence_bert_config.json", transformer_task="sequence-classification")(modules, folder)
+
+
 def _climb(modules: list[Any], _: Path) -> None:
     modules[2]["path"] = "../2_Dense"
 
@@ -322,6 +331,8 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
         ),
         "the module reads ['x'] of 'forward'; supported is last_hidden_state",
     ),
+    "module of another kind": (_add_splade, "has a SpladePooling module: say model: sparse-embedding"),
+    "other task without a pooling": (_reranker, "say model: reranker or sequence-classification"),
     "other task": (_change("sentence_bert_config.json", transformer_task="fill-mask"), "fill-mask"),
 }
 

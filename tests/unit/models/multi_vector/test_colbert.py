@@ -36,7 +36,11 @@ SAVED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any
     "expanded queries that it sees": ({"query_expansion": {**CLASSIC, "attend": True}}, {}, {}),
     "expanded by a token": ({"query_expansion": {"strategy": "min", "length": 6, "token": "red"}}, {}, {}),
     "lengths": ({"query_length": 5, "document_length": 8}, {}, {}),
-    "prompts": ({}, {}, {"prompts": {"query": "red : ", "document": "blue : "}}),
+    "prompts and similarity": (
+        {},
+        {},
+        {"prompts": {"query": "red : ", "document": "blue : "}, "similarity_fn_name": "maxsim"},
+    ),
 }
 
 
@@ -180,11 +184,16 @@ def test_checkpoint_without_a_projection_is_an_error(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (
-            {"modules": "HierarchicalTokenPooling"},
+            {"modules": "sentence_transformers.multi_vector_encoder.modules.HierarchicalTokenPooling"},
             r"a HierarchicalTokenPooling module \(1_Dense\) that is not",
         ),
         ({"mask": {"keep_only_token_ids": [1]}}, "keep_only_token_ids is not supported"),
-        ({"settings": {"model_type": "ColBERT"}}, "a directory of PyLate"),
+        (
+            {"settings": {"model_type": "ColBERT"}},
+            "a directory of PyLate, to which .* load it with that, and save it again",
+        ),
+        ({"modules": "pylate.models.Dense.Dense"}, "a directory of PyLate"),
+        ({"settings": {"model_type": None, "similarity_fn_name": "MaxSim"}}, "a directory of SentenceTransformer, to"),
         ({"transformer": {"query_expansion": {"strategy": "often"}}}, "wanted strategy fixed or min, and a length"),
         ({"transformer": {"query_expansion": {"strategy": "min", "length": -3}}}, "and a length from 1"),
         ({"transformer": {"query_expansion": {**CLASSIC, "token": 3}}}, "the token of query_expansion is 3"),
@@ -202,7 +211,7 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], words: str, tmp_
     ((part, value),) = change.items()
     if part == "modules":
         entries = json.loads((folder / "modules.json").read_text())
-        entries[1]["type"] = f"sentence_transformers.multi_vector_encoder.modules.{value}"
+        entries[1]["type"] = value
         (folder / "modules.json").write_text(json.dumps(entries))
     else:
         path = folder / files[part]
