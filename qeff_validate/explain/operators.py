@@ -171,6 +171,10 @@ def output_finding(
         return f"{int(bad.sum())} of {observed.size} values of its output are NaN or infinite"
     if not observed.any():
         return "its output is zero"
+    if expected.min() < expected.max() and observed.min() == observed.max():
+        return f"its output is {observed.flat[0]:.4g} everywhere"
+    if len(observed) > 1 and (observed == observed[:1]).all() and (expected != expected[:1]).any():
+        return "its output is the same for every row"
     if given is not None and given.shape == observed.shape and size(given, observed) <= tolerance:
         return "skipped: its output is its input"
     for name, grid in HALVES.items() if tolerance < COARSE else ():
@@ -185,6 +189,9 @@ def output_finding(
     factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
     if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
         return f"its output is scaled by {factor:.5g}"
+    added = float(np.mean(observed - expected))
+    if size(expected + added, observed) <= tolerance < size(expected, observed):
+        return f"its output has {added:.4g} added"
     return clipped(expected, observed, size, tolerance)
 
 

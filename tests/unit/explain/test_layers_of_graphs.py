@@ -135,6 +135,37 @@ def output_scaled(proto: Any, _: Body) -> None:
     wrap(proto, proto.graph.node[-1], lambda a, b: [helper.make_node("Mul", [a, "factor"], [b])])
 
 
+def output_plus(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.25), "addend"))
+    wrap(proto, proto.graph.node[-1], lambda a, b: [helper.make_node("Add", [a, "addend"], [b])])
+
+
+def output_constant(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0), "nothing"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.3), "constant"))
+    wrap(
+        proto,
+        proto.graph.node[-1],
+        lambda a, b: [
+            helper.make_node("Mul", [a, "nothing"], ["zeros"]),
+            helper.make_node("Add", ["zeros", "constant"], [b]),
+        ],
+    )
+
+
+def output_of_first_row(proto: Any, _: Body) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.int64([0]), "first"))
+    wrap(
+        proto,
+        proto.graph.node[-1],
+        lambda a, b: [
+            helper.make_node("Gather", [a, "first"], ["row"], axis=0),
+            helper.make_node("Shape", [a], ["shape"]),
+            helper.make_node("Expand", ["row", "shape"], [b]),
+        ],
+    )
+
+
 def clipped_norm(proto: Any, _: Body) -> None:
     proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.6), "high"))
     proto.graph.initializer.append(numpy_helper.from_array(np.float32(-0.6), "low"))
@@ -358,6 +389,9 @@ FAULTS: list[tuple[str, Callable[[Any, Body], None], str, str]] = [
     ("half operands", half_operands, "layers.1.down", "computed from fp16 operands"),
     ("clipped", clipped_norm, "layers.1.norm", "its output is clipped at 0.6"),
     ("scaled output", output_scaled, "pooling", "its output is scaled by 1.01"),
+    ("output plus", output_plus, "pooling", "its output has 0.25 added"),
+    ("constant output", output_constant, "pooling", "its output is 0.3 everywhere"),
+    ("output of the first row", output_of_first_row, "pooling", "its output is the same for every row"),
     ("pooling", pooled_by_cls, "pooling", "pooled by cls"),
     ("missing layer", without_last_layer, "layers.1", "is not in the graph"),
 ]  # fmt: skip
