@@ -11,7 +11,8 @@ from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import LEAST, Layers
 from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
-from qeff_validate.explain.operators import READS, operator_finding, output_finding, output_of_zeros
+from qeff_validate.explain.operators import READS, operator_finding, output_of_zeros
+from qeff_validate.explain.outputs import output_finding
 from qeff_validate.explain.reference_values import ReferenceValues
 from qeff_validate.explain.structure import SUM, left_out_finding, repeated_layer, sum_finding, swapped_finding
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qeff_validate.explain.attention import attention_hypotheses
-from qeff_validate.explain.linear import COARSE, FEW_COLUMNS, HALVES, clipped, is_linear, linear_hypotheses
+from qeff_validate.explain.linear import is_linear, linear_hypotheses
 from qeff_validate.explain.norms import is_norm, norm_hypotheses
 from qeff_validate.explain.reference_values import Call, Place
 from qeff_validate.explain.rotary import frequency_hypotheses
@@ -151,61 +151,3 @@ def output_of_zeros(root: Any, path: str, place: Place, call: Call) -> Any:
         return None
     with torch.no_grad():
         return TriedModule(module, ((torch.zeros_like(call[0][0]), *call[0][1:]), call[1]), path, place).run()
-
-
-def output_finding(
-    expected: Any, observed: Any, given: Any, size: Callable[[Any, Any], float], tolerance: float
-) -> str:
-    """Return how a block's output is made from the right one; empty if it is not.
-
-    Args:
-        expected: the right output.
-        observed: of the same shape.
-        given: the module's input, if it has the same shape, else None.
-        size: of an error.
-        tolerance: error up to which a hypothesis holds.
-    """
-    expected, observed = (np.asarray(values, dtype=np.float64) for values in (expected, observed))
-    if not np.isfinite(observed).all():
-        bad = ~np.isfinite(observed)
-        return f"{int(bad.sum())} of {observed.size} values of its output are NaN or infinite"
-    if not observed.any():
-        return "its output is zero"
-    if expected.min() < expected.max() and observed.min() == observed.max():
-        return f"its output is {observed.flat[0]:.4g} everywhere"
-    if len(observed) > 1 and (observed == observed[:1]).all() and (expected != expected[:1]).any():
-        return "its output is the same for every row"
-    if given is not None and given.shape == observed.shape and size(given, observed) <= tolerance:
-        return "skipped: its output is its input"
-    for name, grid in HALVES.items() if tolerance < COARSE else ():
-        rounded = torch.from_numpy(observed).to(grid).double().numpy()
-        if np.array_equal(rounded, observed) and not np.array_equal(np.rint(observed), observed):
-            coarse = torch.from_numpy(expected).to(grid).double().numpy()
-            if size(coarse, observed) <= max(tolerance, 2 * size(coarse, expected)):
-                return f"its output is rounded to {name}"
-    text = _columns(expected, observed, size, tolerance)
-    if text:
-        return text
-    factor = float(np.vdot(expected, observed) / np.vdot(expected, expected))
-    if size(factor * expected, observed) <= tolerance and abs(factor - 1) > tolerance:
-        return f"its output is scaled by {factor:.5g}"
-    added = float(np.mean(observed - expected))
-    if size(expected + added, observed) <= tolerance < size(expected, observed):
-        return f"its output has {added:.4g} added"
-    return clipped(expected, observed, size, tolerance)
-
-
-def _columns(expected: Any, observed: Any, size: Callable[[Any, Any], float], tolerance: float) -> str:
-    """Return which columns of a value are zero or scaled while all others are right; empty if none are."""
-    right, wrong = (values.reshape(-1, values.shape[-1]) for values in (expected, observed))
-    errors = np.linalg.norm(wrong - right, axis=0)
-    columns = np.flatnonzero(errors > FEW_COLUMNS * errors.max())
-    if not 0 < columns.size <= errors.size // 2:
-        return ""
-    factor = float(np.vdot(right[:, columns], wrong[:, columns]) / np.vdot(right[:, columns], right[:, columns]))
-    told = right.copy()
-    told[:, columns] *= factor
-    if size(told.reshape(expected.shape), observed) > tolerance:
-        return ""
-    what = "zero" if abs(factor) < tolerance else f"scaled by {factor:.4g}"
-    return f"{columns.size} of {errors.size} columns of its output, first column {columns[0]}, are {what}"

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from qeff_validate.explain.layers import first_divergent
 from qeff_validate.explain.matching import relative_error
-from qeff_validate.explain.operators import output_finding
+from qeff_validate.explain.outputs import output_finding
 from qeff_validate.explain.reference_values import local_errors, record
 from qeff_validate.protocols import OriginalRun
 
