@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from qeff_validate.explain.least_error import least
 from qeff_validate.explain.rotary import rotary_hypotheses
 from qeff_validate.explain.tried_module import TriedModule, changed
+from qeff_validate.explain.vectors import factor_text
 
 SCALES = ("scaling", "softmax_scale", "scale", "scale_attn", "norm_factor")
 
-SCALE_FACTORS = (0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.01, 1.05, 1.1, 1.25, 1.5, 2, 4, 8, 16)
+SCALE_FACTORS = (-1, 0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.01, 1.05, 1.1, 1.25, 1.5, 2, 4, 8, 16)
 """Factors of the scores that are tried first."""
 
 QUERIES = ("q", "query", "q_proj", "q_lin")
@@ -163,5 +164,6 @@ def _scale(
         return size(output, observed) if output.shape == observed.shape else float("inf")
 
     factor = least(error, SCALE_FACTORS)
+    word = factor_text(factor)
     with scaled(factor):
-        yield f"scores scaled by {factor:.5g}", tried.run()
+        yield f"scores {'' if word.startswith('scaled') else 'are '}{word}", tried.run()

@@ -50,6 +50,7 @@ def attention(
     rotate: Change = halves,
     in_place: bool = True,
     normalize: Change = softmax,
+    factor: float = 1,
 ) -> Any:
     """Causal attention with grouped heads and rotary positions, float64."""
     weight = {name: child.weight.detach().double().numpy() for name, child in module.named_children()}
@@ -61,7 +62,7 @@ def attention(
     query, key = (x * cos[:, None] + rotate(x) * sin[:, None] for x in (query, key))
     times = HEADS // GROUPS
     key, value = (np.repeat(x, times, 1) if in_place else np.tile(x, (1, times, 1, 1)) for x in (key, value))
-    scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(SIZE) + mask
+    scores = factor * (query @ key.transpose(0, 1, 3, 2)) / np.sqrt(SIZE) + mask
     context = normalize(scores) @ value
     return context.transpose(0, 2, 1, 3).reshape(1, LENGTH, -1) @ weight["o_proj"].T
 
@@ -82,6 +83,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rotary positions are scaled by 0.5", {"frequencies": 0.5 * 1e4 ** -(np.arange(SIZE // 2) / (SIZE // 2))}),
     ("rotary positions are left out", {"turned": False}),
     ("heads of keys and values are repeated one after the other, not each in place", {"in_place": False}),
+    ("scores are zero", {"factor": 0}),
+    ("scores are negated", {"factor": -1}),
+    ("scores scaled by 0.3", {"factor": 0.3}),
     ("its softmax runs over axis -2, not the last", {"normalize": over_queries}),
     ("its softmax is left out", {"normalize": lambda scores: scores}),
     ("the mask is shifted by +1", {"mask": np.roll(PADDED, 1, -1)}),
