@@ -120,8 +120,7 @@ class ResultsFile:
         try:
             if regular_file(self._path).st_size > MOST_BYTES:
                 raise OSError(f"it has more than {MOST_BYTES:,} bytes")
-            self._open(self._path, os.O_RDONLY)
-            with open(self._path, "rb") as file:
+            with open(os.dup(self._open(self._path, os.O_RDONLY)), "rb") as file:
                 for number, text in enumerate(file, start=1):
                     if text.endswith(b"\n"):  # else it is the last one, cut off
                         try:
@@ -148,9 +147,10 @@ class ResultsFile:
             raise
         return Line(key, result.status, start, len(data))
 
-    def _open(self, path: Path, flags: int) -> None:
+    def _open(self, path: Path, flags: int) -> int:
         self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
+        return self._descriptor
 
     def _unwritten(self, exc: OSError) -> ValidateError:
         return ValidateError(f"cannot write {self._path}: {exc.strerror}; choose another directory")
