@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 REPORT_EVERY_S = 10
 """How often ``report.json`` is written while a run goes on, at most."""
 
+REPORT_SHARE = 0.05
+"""Share of the time that writing it may take."""
+
 
 class MadeResults(MutableMapping[tuple[str, str], Result]):
     """The results of a run by case and runtime, as they are made: in `results_file.ResultsFile`, not in memory.
@@ -56,7 +59,7 @@ class MadeResults(MutableMapping[tuple[str, str], Result]):
             if self._keys.get(place) == line.key and line.status in ("pass", "fail", "inconclusive")
         }
         self._made: dict[tuple[str, str], Line | Result] = {}
-        self._written = -math.inf
+        self._next_report = -math.inf
 
     def __getitem__(self, place: tuple[str, str]) -> Result:
         found = self._made[place]
@@ -81,9 +84,11 @@ class MadeResults(MutableMapping[tuple[str, str], Result]):
     def _write_unfinished(self) -> None:
         from qeff_validate.report.report import json_report
 
-        if len(self._made) < len(self._keys) and time.monotonic() - self._written > REPORT_EVERY_S:
+        start = time.monotonic()
+        if len(self._made) < len(self._keys) and start > self._next_report:
             write_texts(self._folder, {"report.json": json_report(self._report("the run has not ended"))})
-            self._written = time.monotonic()
+            spent = time.monotonic() - start
+            self._next_report = start + max(REPORT_EVERY_S, spent / REPORT_SHARE)
 
     def _report(self, why_missing: str) -> Report:
         """Return the report of what is done; what is not has not run, for a reason."""

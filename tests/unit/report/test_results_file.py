@@ -116,6 +116,24 @@ def test_run_that_is_resumed_begins_with_what_was_made(tmp_path: Path) -> None:
     assert [*ResultsFile(tmp_path).read()] == [("c1", "ort"), ("c0", "ort")]
 
 
+def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 0.0, list[float]()
+
+    def write(*_: object) -> None:
+        nonlocal now
+        written.append(now)
+        now += 4
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("qeff_validate.cli.made_results.write_texts", write)
+    planned = cases(41)
+    made = MadeResults(tmp_path, planned, Settings(), None)
+    for case, name in planned:
+        made[case.name, name] = sample_result(case.name)
+        now += 5
+    assert written == [0.0, 84.0, 168.0]  # 4 s are a twentieth of 80 s
+
+
 def test_many_results_take_no_memory(tmp_path: Path) -> None:
     """1,000 results took 20 MB; what may grow is 2 MB, with all that is made of them."""
     samples = [result.plain() for result in sample_report(5, text="\U0001f600").results]
