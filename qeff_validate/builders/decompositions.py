@@ -49,6 +49,8 @@ def needed_decompositions() -> Iterator[None]:
         if table is None:
             return decompose(self, table, *args, **options)
         table = {**table, **{operator(name): function for name, function in OWN.items()}}
+        if has_vmap(self.graph):  # its nodes stand for one of a batch each, and are taken apart together
+            return decompose(self, table, *args, **options)
         replace_equivalents(self.graph)
         replace_writes(self.graph)
         decompose_alone(self.graph, table)
@@ -178,6 +180,11 @@ def _is_view_of_prims(target: Any) -> bool:
         and schema.name.startswith("prims::")
         and any(each.alias_info is not None for each in schema.returns)
     )
+
+
+def has_vmap(graph: Any) -> bool:
+    """Return whether a captured graph holds calls of ``torch.vmap`` (EmbeddingGemma), for which ONNX has no form."""
+    return any(getattr(node.target, "__module__", "") == "torch._functorch.predispatch" for node in graph.nodes)
 
 
 def needs_decomposition(graph: Any, table: Mapping[Any, Any]) -> bool:

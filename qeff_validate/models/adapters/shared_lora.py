@@ -47,11 +47,21 @@ class LoraLayers:
     tokens: Sequence[int] = ()
 
 
-def not_shareable(config: PeftConfig) -> str:
-    """Return why an adapter cannot share a graph with others of different options; empty if it can."""
+INVOCATION = "alora_invocation_tokens"
+"""Option of LoRA that adapters may have in a shared graph if it is the same for all: one product, acting from there."""
+
+
+def not_shareable(config: PeftConfig, *, same_invocation: bool = False) -> str:
+    """Return why an adapter cannot share a graph with others of different options; empty if it can.
+
+    Args:
+        config: of the adapter.
+        same_invocation: all adapters have the same `INVOCATION`.
+    """
     if not isinstance(config, LoraConfig):
         return f"method {str(config.peft_type).rpartition('.')[2].lower()}"
-    used = [option for option in OTHER_PRODUCTS if getattr(config, option, None)]
+    allowed = (INVOCATION,) if same_invocation else ()
+    used = [option for option in OTHER_PRODUCTS if getattr(config, option, None) and option not in allowed]
     if isinstance(config.trainable_token_indices, dict):
         used.append("trainable_token_indices (by layer)")
     return f"option {used[0]}" if used else ""
@@ -97,6 +107,9 @@ def shared_options(configs: Mapping[str, PeftConfig], layers: Mapping[str, LoraL
             )
     fan = {"fan_in_fan_out": True} if any(getattr(c, "fan_in_fan_out", False) for c in configs.values()) else {}
     more: dict[str, Any] = {**fan, **({"modules_to_save": saved} if saved else {})}
+    invocation = getattr(next(iter(configs.values())), INVOCATION, None)
+    if invocation:
+        more[INVOCATION] = list(invocation)
     if any(getattr(config, "lora_bias", False) for config in configs.values()):
         more["lora_bias"] = True
     tokens = sorted({token for each in layers.values() for token in each.tokens})

@@ -27,6 +27,7 @@ from qeff_validate.models.adapters.config import generate_peft_config
 from qeff_validate.models.adapters.files import NOT_CONTENT
 from qeff_validate.models.adapters.names import key_differences
 from qeff_validate.models.adapters.shared_lora import (
+    INVOCATION,
     LoraLayers,
     lora_layers,
     not_shareable,
@@ -371,7 +372,10 @@ def _check_shareable(configs: Mapping[str, PeftConfig], difference: str) -> None
     Raises:
         ConfigError: an adapter is more than the product of two matrices.
     """
-    reasons = {name: reason for name, config in configs.items() if (reason := not_shareable(config))}
+    same = len({repr(getattr(config, INVOCATION, None)) for config in configs.values()}) == 1
+    reasons = {
+        name: reason for name, config in configs.items() if (reason := not_shareable(config, same_invocation=same))
+    }
     if not reasons:
         return
     groups: dict[str, list[str]] = {}

@@ -54,6 +54,8 @@ DECOMPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in-place-in-wider-numbers": lambda x: (x * 2).add_(x.to(torch.float64)),
     "in-place-view": lambda x: (x * 2).unsqueeze_(1),
     "copied-over-a-part": lambda x: _copied_over(x * 2, x[:, :1]),
+    "rows-by-themselves": lambda x: (x * 2).add_(torch.vmap(lambda row: row * 3 + row.sum())(x)),
+    "in-place-in-rows-by-themselves": torch.vmap(lambda row: row.abs().add_(row)),
 }
 
 

@@ -30,14 +30,18 @@ PROMPTS = ["one two three four five six seven eight nine ten", "two three", "fiv
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters as PEFT saves them, invoked by the words "two three"."""
+    """Adapters as PEFT saves them, invoked by the words "two three"; the third has another rank and other modules."""
     folder, source = tmp_path_factory.mktemp("activated"), Random("llama", SMALL, 0)
     invocation = source.tokenizer()[0]("two three")[1:-1]
     with torch.random.fork_rng(), torch.no_grad(), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        for name in ("a", "b"):
-            config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        for name, rank, modules in (
+            ("a", 4, ["q_proj", "v_proj"]),
+            ("b", 4, ["q_proj", "v_proj"]),
+            ("c", 2, ["k_proj"]),
+        ):
+            config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=modules)
             config.alora_invocation_tokens = invocation
             model = get_peft_model(source.causal_lm(), config)
             for parameter in model.parameters():
@@ -47,8 +51,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def case(saved: Path, **options: Any) -> qv.Case:
-    adapters = {name: str(saved / name) for name in ("a", "b")}
+def case(saved: Path, names: str = "ab", **options: Any) -> qv.Case:
+    adapters = {name: str(saved / name) for name in names}
     sizes = {"prompts": PROMPTS, "max_new_tokens": 4, "prefill_seq_len": 4, "ctx_len": 32, "batch_size": 3}
     return qv.Case(
         name="activated", model="peft-causal-lm", source="random:llama", config=SMALL, tolerance="table",
@@ -80,9 +84,10 @@ def test_reference_is_what_peft_generates(saved: Path) -> None:
     np.testing.assert_array_equal(reference["logits"][without], reference["logits"][base])
 
 
+@pytest.mark.parametrize("names", ["ab", "ac"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_each_row_is_activated_at_its_own_position(mixed: bool, saved: Path, tmp_path: Path) -> None:
-    report = qv.validate(case(saved, mixed_batch=mixed), runtimes=["torch"], store=tmp_path)
+def test_each_row_is_activated_at_its_own_position(names: str, mixed: bool, saved: Path, tmp_path: Path) -> None:
+    report = qv.validate(case(saved, names, mixed_batch=mixed), runtimes=["torch"], store=tmp_path)
     assert report.passed, report.results[0].reason
 
 
