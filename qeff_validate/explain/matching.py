@@ -19,6 +19,7 @@ import numpy as np
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.names import is_within, numbered
 from qeff_validate.explain.reference_values import ReferenceValue
+from qeff_validate.explain.samples import Samples
 from qeff_validate.tensors import Array, Tensors
 
 EQUAL = 2e-3
@@ -26,9 +27,6 @@ EQUAL = 2e-3
 
 CLEAR = EQUAL / 20
 """The same, if all values are below it: then no other one is just beyond `EQUAL`, and none can be found by cuts."""
-
-SAMPLED = 2048
-"""Elements of a value that are compared first."""
 
 TRIED = 4
 """Values of the graph that are tried for one value of the original model that none is equal to."""
@@ -57,9 +55,10 @@ def of_tokens(array: Any, tokens: Array) -> Any:
     return array
 
 
-def sampled(array: Any) -> Any:
-    """Return about `SAMPLED` elements of an array, as a copy; the same places of arrays of one size."""
-    return array.ravel()[:: max(1, array.size // SAMPLED)].copy()
+def without_content(array: Array) -> Array:
+    """Return zeros of the dtype and shape of an array that take no memory."""
+    zeros: Array = np.broadcast_to(array.dtype.type(0), array.shape)
+    return zeros
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Matches:
         names: of the graph, by the index of the reference value.
         local: the value where everything before it is the reference's, by the same index.
         missing: indices of the reference values that no value of the graph stands for.
-        inherited: every value of the uncut graph.
+        inherited: every value of the uncut graph; without content those that no reference value is as large as.
     """
 
     names: dict[int, str] = field(default_factory=dict)
@@ -100,19 +99,21 @@ class Matcher:
     ) -> None:
         self._graph, self._feeds, self._values, self._tokens, self._check = graph, feeds, values, tokens, check
         self._runs = 0
-        self._last: dict[str, Array] = {}
+        self._last: dict[str, Array] = {}  # without content
+        self._token_sizes: dict[str, int] = {}  # of values that may be matched, in the order of the graph
         self._greatest = 0.0  # error of a value that was taken for equal
         self._expected = [of_tokens(value.array, tokens) for value in values]
+        self._sizes = {expected.size for expected in self._expected}
         self._scopes = module_scopes(graph.nodes)
         self._sampled: Mapping[str, Array] = {}
-        self._samples: dict[int, tuple[dict[str, int], Any]] = {}
+        self._samples: dict[int, Samples] = {}  # of the last values, by their size
 
     def match(self) -> Matches:
         """Return the matches."""
         found = Matches()
         found.inherited = self._run({})
         # with the right weights, values behind wrong ones are found at once; the names are the same
-        current = self._run({}, repaired=True) if self._graph.repairs else found.inherited
+        current = self._run({}, repaired=True) if self._graph.repairs else dict(found.inherited)
         for index, value in enumerate(self._values):
             if value.output in self._graph.index:
                 found.names[index] = value.output
@@ -131,8 +132,10 @@ class Matcher:
                 found.missing.append(place)
             else:
                 found.names[place] = name
+                current.clear()  # values of one run at a time
                 current = self._run(found.names, self._wanted(found), repaired=True)
         if self._graph.repairs:
+            current.clear()
             current = self._run(found.names, found.names.values())
         found.local = {index: current[name] for index, name in found.names.items() if name in current}
         return found
@@ -143,15 +146,24 @@ class Matcher:
         """Run the graph with the reference in place of some of its values; return those that are wanted, or all."""
         self._check()
         self._runs += 1
+        self._sampled, self._samples = {}, {}  # they would keep the values of the run before
         cuts = {}
         for index, name in names.items():
             like = self._last.get(name)
             if like is not None and name not in self._graph.outputs:
                 cuts[name] = np.nan_to_num(self._values[index].array).astype(like.dtype).reshape(like.shape)
         result = self._graph.run(self._feeds, None if wanted is None else list(wanted), cuts, repaired=repaired)
-        if not names:
-            self._last = result
+        if wanted is None:
+            result = {name: self._if_wanted(array) for name, array in result.items()}
+            self._last = {name: without_content(array) for name, array in result.items()}
+            inner = (result.keys() & self._graph.index.keys()) - set(self._graph.outputs)
+            ordered = sorted(inner, key=lambda name: self._graph.index[name])
+            self._token_sizes = {name: of_tokens(self._last[name], self._tokens).size for name in ordered}
         return result
+
+    def _if_wanted(self, array: Array) -> Array:
+        """Return a value, without its content if no value of the original model is as large."""
+        return array if of_tokens(without_content(array), self._tokens).size in self._sizes else without_content(array)
 
     def _wanted(self, found: Matches) -> list[str]:
         """Return the values that are found, and those that may stand for the ones that are not."""
@@ -171,6 +183,7 @@ class Matcher:
             complete = complete or (self._next_open(found) is None and self._greatest < CLEAR)
             if complete and self._graph.repairs:
                 return current  # the last run, with the weights as they are, is still to come
+            current.clear()
             current = self._run(found.names, found.names.values() if complete else self._wanted(found), repaired=True)
             if complete:
                 return current
@@ -192,12 +205,15 @@ class Matcher:
     def _equal(self, found: Matches, current: Mapping[str, Array]) -> dict[int, str]:
         taken, equal = set(found.names.values()), dict[int, str]()
         candidates = self._by_size(name for name in current if name not in taken)
+        rows = dict[int, Any]()
         for index, value in enumerate(self._values):
-            if index in found.names or value.output:
+            size = self._expected[index].size
+            if index in found.names or value.output or size not in candidates:
                 continue
-            names = candidates.get(self._expected[index].size, [])
-            errors = self._errors(index, names, current)
-            good = [(name, error) for name, error in zip(names, errors, strict=True) if error < EQUAL]
+            if size not in rows:
+                rows[size] = self._samples_of(size, current).rows(candidates[size])
+            errors = self._samples_of(size, current).errors(rows[size], self._expected[index], EQUAL)
+            good = [(candidates[size][at], float(errors[at])) for at in np.flatnonzero(errors < EQUAL)]
             if not good:
                 continue
             least = min(error for _, error in good)
@@ -251,7 +267,9 @@ class Matcher:
         inner = [output for node in block for output in node.output if output in found.inherited and output != name]
         names = self._by_size(inner).get(self._expected[index].size, [])
         current = self._run(found.names, [*found.names.values(), *inner])
-        scored = sorted(zip(self._errors(index, names, current), names, strict=True))
+        samples = self._samples_of(self._expected[index].size, current) if names else None
+        errors = [] if samples is None else samples.errors(samples.rows(names), self._expected[index]).tolist()
+        scored = sorted(zip(errors, names, strict=True))
         for _, other in scored[: 2 * TRIED]:
             local = self._run({**found.names, index: other}, [*found.names.values(), other])
             error = relative_error(
@@ -274,31 +292,20 @@ class Matcher:
 
     def _by_size(self, names: Iterable[str]) -> dict[int, list[str]]:
         """Return the names of values by the size of their part that belongs to tokens, in the order of the graph."""
-        sizes: dict[int, list[str]] = {}
-        for name in sorted(names, key=lambda name: self._graph.index.get(name, -1)):
-            array = self._last.get(name)
-            if array is not None and name in self._graph.index and name not in self._graph.outputs:
-                sizes.setdefault(of_tokens(array, self._tokens).size, []).append(name)
+        sizes, wanted = dict[int, list[str]](), set(names)
+        for name, size in self._token_sizes.items():
+            if name in wanted:
+                sizes.setdefault(size, []).append(name)
         return sizes
 
-    def _errors(self, index: int, names: Sequence[str], current: Mapping[str, Array]) -> Sequence[float]:
-        """Return the relative L2 error of some values, all of one size, from a sample of their elements."""
-        if current is not self._sampled:  # a value is sampled once a run
+    def _samples_of(self, size: int, current: Mapping[str, Array]) -> Samples:
+        """Return samples of those values of a run that have one size; a value is sampled once a run."""
+        if current is not self._sampled:
             self._sampled, self._samples = current, {}
-        expected = self._expected[index]
-        if not names:
-            return []
-        if expected.size not in self._samples:
-            own = [name for name in self._by_size(current).get(expected.size, ()) if name in current]
-            rows = np.stack([sampled(of_tokens(current[name], self._tokens)) for name in own])
-            self._samples[expected.size] = {name: row for row, name in enumerate(own)}, rows
-        places, rows = self._samples[expected.size]
-        sample = sampled(expected)
-        difference = rows[[places[name] for name in names]] - sample
-        finite = np.isfinite(difference)
-        errors = np.linalg.norm(np.where(finite, difference, 0), axis=1) / (float(np.linalg.norm(sample)) or 1.0)
-        result: list[float] = np.where(finite.mean(axis=1) > 0.1, errors, np.inf).tolist()
-        return result
+        if size not in self._samples:
+            own = self._by_size(current).get(size, ())
+            self._samples[size] = Samples({name: of_tokens(current[name], self._tokens) for name in own})
+        return self._samples[size]
 
     def _next_open(self, found: Matches) -> int | None:
         """Return the first value that is neither found nor given up."""
@@ -312,32 +319,32 @@ class Matcher:
         taken = set(found.names.values())
         names = self._by_size(name for name in current if name not in taken).get(self._expected[index].size, [])
         ranked = sorted(names, key=lambda name: self._rank(found, index, current[name], name))
+        before = len(self._equal(Matches(names=dict(found.names)), current))
         best, most = None, 0
         for name in ranked[:TRIED]:
-            gain = self._gain(found, {**found.names, index: name}, current)
+            gain = self._count_equal({**found.names, index: name}) - before
             if gain > most:
                 best, most = name, gain
         if best is None:  # the first that are computed behind the values before it may be like others, such as sums
             last = max((self._graph.index[name] for at, name in found.names.items() if at < index), default=-1)
             behind = [name for name in names if self._graph.index[name] > last and name not in ranked[:TRIED]]
-            gains = ((self._gain(found, {**found.names, index: name}, current), name) for name in behind[: TRIED // 2])
-            best = next((name for gain, name in gains if gain > 0), None)
+            counts = ((self._count_equal({**found.names, index: name}), name) for name in behind[: TRIED // 2])
+            best = next((name for count, name in counts if count > before), None)
         if best is None and index - 1 in found.names:  # the graph may go on with the module's input: it is left out
             name = found.names[index - 1]
             instead = {other: value for other, value in found.names.items() if other != index - 1} | {index: name}
-            if name not in self._graph.outputs and self._gain(found, instead, current) > 0:
+            if name not in self._graph.outputs and self._count_equal(instead) > before:
                 found.names = instead
                 found.missing.append(index - 1)
                 return name
         return best
 
-    def _gain(self, found: Matches, names: dict[int, str], current: Mapping[str, Array]) -> int:
-        """Return how many more values are equal with some values cut than with those that are found."""
+    def _count_equal(self, names: dict[int, str]) -> int:
+        """Return how many more values are equal with some values cut; 0 if that cannot be tried."""
         if self._runs >= MOST_RUNS or any(self._unlike(index, name) for index, name in names.items()):
             return 0
         trial = Matches(names=names, missing=[])
-        gain = len(self._equal(trial, self._run(trial.names, self._wanted(trial), repaired=True)))
-        return gain - len(self._equal(Matches(names=dict(found.names)), current))
+        return len(self._equal(trial, self._run(trial.names, self._wanted(trial), repaired=True)))
 
     def _unlike(self, index: int, name: str) -> bool:
         """Return whether a value of the graph has another number of elements than one of the original model."""

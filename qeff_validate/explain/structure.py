@@ -15,10 +15,11 @@ import torch
 from qeff_validate.explain.graph_values import GraphValues, reads
 from qeff_validate.explain.layers import Layers
 from qeff_validate.explain.linear import is_linear
-from qeff_validate.explain.matching import relative_error, sampled
+from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import swapped_layers
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues
+from qeff_validate.explain.samples import sampled
 from qeff_validate.explain.tried_module import TriedModule, changed
 from qeff_validate.explain.weights import WeightComparison
 from qeff_validate.models.emulation.ensemble import attention_implementation

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,33 @@ def test_error_behind_a_fault_is_inherited_and_not_made_there(tmp_path: Path) ->
     assert behind.inherited > 1e-2
     assert behind.local < 5 * behind.floor
     assert errors["layers.0.up"].local > 1e4 * errors["layers.0.up"].floor
+
+
+def test_values_of_one_run_are_kept_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    values: list[weakref.ref[Any]] = []
+    run = GraphValues.run
+
+    def watched(graph: GraphValues, *args: Any, **more: Any) -> Any:
+        alive.append(sum(value() is not None for value in values))
+        result = run(graph, *args, **more)
+        if len(alive) > 1:  # what the graph gives by itself is kept
+            values.extend(weakref.ref(array) for array in result.values())
+        return result
+
+    model = body()
+    proto = graph(model)
+    nodes(proto, "Gelu")[1].op_type = "Relu"
+    monkeypatch.setattr(GraphValues, "run", watched)
+    layers = examine(model, proto, tmp_path).layers
+    assert layers.module == "layers.1.act"
+    assert len(alive) > 3
+    assert alive[-1] == 0
+    shapes = {name: array.shape for name, array in layers.matches.inherited.items()}
+    assert (2, 5, 5) in shapes.values(), "scores are as large as no value of the original model"
+    of_modules = {value.array.shape for value in layers.values}
+    empty = {name for name, array in layers.matches.inherited.items() if not any(array.strides)}
+    assert empty == {name for name, shape in shapes.items() if shape not in of_modules}
 
 
 def test_weights_in_another_layout_are_no_values(tmp_path: Path) -> None:
