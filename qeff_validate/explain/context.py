@@ -10,6 +10,7 @@ from typing import Any
 
 from qeff_validate.artifact import Artifact
 from qeff_validate.errors import ValidateError
+from qeff_validate.memory import without_collection
 from qeff_validate.protocols import Explained, OriginalRun, Runtime, Settings, runtime
 from qeff_validate.report.result import Result
 from qeff_validate.runtimes.isolation.parent import IsolatedRuntime, SharedChild
@@ -106,7 +107,8 @@ class ExplainContext:
         Raises:
             IncomparableError: the texts do not fit into one run of these sizes.
         """
-        original: OriginalRun = self.model.original_run(subset.inputs, subset.reference, sizes, row)
+        with without_collection():  # transformers and PEFT are imported, and the model is loaded
+            original: OriginalRun = self.model.original_run(subset.inputs, subset.reference, sizes, row)
         names = self.pipeline.case.artifacts.outputs
 
         def renamed(outputs: Mapping[str, Any]) -> dict[str, Any]:

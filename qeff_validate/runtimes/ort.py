@@ -69,6 +69,8 @@ def session_options(settings: Settings | None = None) -> Any:
     options.log_severity_level = 3  # errors only: its warnings are about optimizations that it skipped
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    # an arena grows in powers of two and is kept: of use to a session with many runs
+    options.enable_cpu_mem_arena = settings.packed_weights is not False
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization_level(settings)])
     return options
 

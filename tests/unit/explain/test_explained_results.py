@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qeff_validate.comparison.metric import Metric
@@ -12,10 +15,10 @@ from qeff_validate.comparison.verdict import GateResult
 from qeff_validate.errors import BuildError
 from qeff_validate.explain import explain as module
 from qeff_validate.explain.attribution import Attribution
-from qeff_validate.explain.context import TimeIsUpError
+from qeff_validate.explain.context import Clock, ExplainContext, Subset, TimeIsUpError
 from qeff_validate.pipeline.explanation import with_explanation
 from qeff_validate.pipeline.stages import Silent, Stages
-from qeff_validate.protocols import Settings, runtime
+from qeff_validate.protocols import OriginalRun, Settings, runtime
 from qeff_validate.report.explanation import Explanation, StageShare
 from qeff_validate.report.result import Result
 
@@ -31,6 +34,22 @@ class Pipeline:
 def add(result: Result, mode: str = "auto") -> Result:
     pipeline: Any = Pipeline()
     return with_explanation(pipeline, runtime("ort"), result, Settings(), mode)
+
+
+def test_garbage_is_not_collected_while_the_original_model_is_imported_and_loaded() -> None:
+    collecting: list[bool] = []
+
+    class Model:
+        def original_run(self, *_: Any) -> OriginalRun:
+            collecting.append(gc.isenabled())
+            return OriginalRun(None, {}, np.ones((1, 1), bool), dict, {})
+
+    case: Any = SimpleNamespace(model=Model, case=SimpleNamespace(artifacts=SimpleNamespace(outputs={})))
+    subset = Subset(None, None, None)
+    result = Result("small", "ort", "fail")
+    ExplainContext(case, runtime("ort"), result, Settings(), Clock(1, 0)).original_run(subset, {}, 0)
+    assert collecting == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("exc", [BuildError("no exporter"), ZeroDivisionError("bug"), MemoryError()])

@@ -59,6 +59,11 @@ def test_a_report_says_what_kernels_were_asked_for(monkeypatch: pytest.MonkeyPat
     assert "ATEN_CPU_CAPABILITY" not in environment(Settings())["host"]["kernels"]
 
 
+@pytest.mark.parametrize(("packed", "arena"), [(None, True), (True, True), (False, False)])
+def test_session_that_saves_memory_has_no_arena(packed: bool | None, arena: bool) -> None:
+    assert session_options(Settings(packed_weights=packed)).enable_cpu_mem_arena is arena
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("packed", [None, True, False])
