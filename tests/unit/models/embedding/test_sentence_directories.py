@@ -282,6 +282,10 @@ def _pickled(_: list[Any], folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
+def _without_weights(_: list[Any], folder: Path) -> None:
+    (folder / "2_Dense" / "model.safetensors").unlink()
+
+
 def _add_transformer(modules: list[Any], _: Path) -> None:
     modules.insert(1, modules[0])
 
@@ -323,6 +327,7 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
         "no class of torch",
     ),
     "pickled weights": (_pickled, "pickled weights"),
+    "no weights": (_without_weights, "which Dense of modules.json needs: the directory is not whole"),
     "unknown pooling": (_change("1_Pooling/config.json", pooling_mode="median"), "'median'"),
     "unknown default prompt": (_change("config_sentence_transformers.json", default_prompt_name="q"), "none of the"),
     "another output": (
