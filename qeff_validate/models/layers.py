@@ -286,9 +286,7 @@ def layer_weights(layer: Layer) -> dict[str, Tensor]:
     path = layer.folder / WEIGHTS
     if not path.is_file():
         if not any(layer.folder.glob("*.bin")):
-            raise ConfigError(
-                f"there is no {path}, which {layer.kind} of modules.json needs: the directory is not whole"
-            )
+            raise ConfigError(f"there is no {path}, which the directory's {layer.kind} module needs: copy it whole")
         raise ConfigError(
             f"{layer.folder} holds no {WEIGHTS}: pickled weights are not read; save the model again with"
             " sentence-transformers, which writes safetensors"

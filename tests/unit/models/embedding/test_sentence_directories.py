@@ -327,7 +327,7 @@ DAMAGES: Mapping[str, tuple[Any, str]] = {
         "no class of torch",
     ),
     "pickled weights": (_pickled, "pickled weights"),
-    "no weights": (_without_weights, "which Dense of modules.json needs: the directory is not whole"),
+    "no weights": (_without_weights, "which the directory's Dense module needs: copy it whole"),
     "unknown pooling": (_change("1_Pooling/config.json", pooling_mode="median"), "'median'"),
     "unknown default prompt": (_change("config_sentence_transformers.json", default_prompt_name="q"), "none of the"),
     "another output": (
