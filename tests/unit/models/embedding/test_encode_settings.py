@@ -81,6 +81,8 @@ def test_kinds_with_a_head_refuse_a_chat_template(body: Path, tmp_path: Path) ->
     folder = save(tmp_path / "saved", body, TEMPLATES["flat"])
     entries = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps(entries[:1]))
+    settings = folder / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_type": "MultiVectorEncoder"}))
     case = qv.Case(name="x", model="multi-vector", source=f"path:{folder}")
     with pytest.raises(ConfigError, match="put texts into the tokenizer's chat template"):
         qv.model(case).rows()
