@@ -52,10 +52,10 @@ class MadeResults(MutableMapping[tuple[str, str], Result]):
 
         self._folder, self._file, self._settings = folder, ResultsFile(folder), settings
         self._keys = {(case.name, name): result_key(case, name, settings) for case, name in planned}
-        self._earlier = ResultsFile(resumed or folder)
+        self._earlier = None if resumed is None else ResultsFile(resumed)
         self._known = {
             place: line
-            for place, line in (self._earlier.read() if resumed is not None else {}).items()
+            for place, line in ({} if self._earlier is None else self._earlier.read()).items()
             if self._keys.get(place) == line.key and line.status in ("pass", "fail", "inconclusive")
         }
         self._made: dict[tuple[str, str], Line | Result] = {}
@@ -105,11 +105,12 @@ class MadeResults(MutableMapping[tuple[str, str], Result]):
     @contextmanager
     def reported_if_interrupted(self) -> Iterator[None]:
         """Begin the file with what is known; if Ctrl-C or SIGTERM ends the run, write the report of what is done."""
-        known = ((line.key, self._earlier.at(line)) for line in self._known.values())
-        if self._known:
-            self._made = dict(zip(self._known, self._file.begin(known), strict=True))
-        else:
+        earlier = self._earlier
+        if earlier is None or not self._known:
             self._file.clear()
+        else:
+            lines = self._file.begin((line.key, earlier.at(line)) for line in self._known.values())
+            self._made = dict(zip(self._known, lines, strict=True))
         try:
             yield
         except (KeyboardInterrupt, SystemExit):

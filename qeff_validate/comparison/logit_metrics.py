@@ -142,9 +142,7 @@ def _divergences(wanted: Floats, got: Floats) -> Floats:
 
 
 def _errors(wanted: Floats, got: Floats) -> list[Metric]:
-    kl = _divergences(wanted, got)
-    error = np.subtract(got, wanted)
-    np.abs(error, out=error)
+    error, kl = np.abs(got - wanted), _divergences(wanted, got)
     metrics = [
         Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
         worst_row("kl_max", kl),

@@ -72,22 +72,28 @@ class MetricView:
     @property
     def times_bound(self) -> float | None:
         """Value over bound; None if the bound is zero, or there is none."""
-        bound = self.gate.bound
-        return self.gate.metric.value / bound.value if bound and bound.value > 0 else None
+        return _times_bound(self.gate)
 
 
 @dataclass(frozen=True, slots=True)
-class ResultView:
-    """A result as the page shows it."""
+class ResultHead:
+    """What the overview and the details of a result begin with.
+
+    Attributes:
+        number: on the page, from 1.
+        word: its status word.
+        kind: what was judged, where it is not the agreement with the original model; else empty.
+        times_bound: value over bound of the metric that failed, or came nearest to its bound; None if there is none.
+    """
 
     number: int
-    result: Result
-    word: str
-    opened: bool
+    case: str
     runtime: str
-    gates: list[MetricView]
-    others: list[MetricView]
-    scale: LogScale
+    word: str
+    kind: str
+    expected: bool
+    simulated: bool
+    times_bound: float | None
 
     @property
     def tone(self) -> str:
@@ -99,24 +105,25 @@ class ResultView:
         """Sign of the status word."""
         return TONES[self.word][1]
 
-    @property
-    def kind(self) -> str:
-        """What was judged, where it is not the agreement with the original model; else empty."""
-        if is_timing(self.result):
-            return "timing"
-        return f"relation {self.result.stage}" if self.result.reference == "itself" else ""
 
-    @property
-    def nearest(self) -> MetricView | None:
-        """The metric that failed, or came nearest to its bound."""
-        return max(self.gates, key=lambda view: nearness(view.gate), default=None)
+@dataclass(frozen=True, slots=True)
+class ResultView:
+    """A result as the page shows it."""
+
+    head: ResultHead
+    result: Result
+    opened: bool
+    gates: list[MetricView]
+    others: list[MetricView]
+    scale: LogScale
 
     @property
     def searched(self) -> str:
         """The text that the search of the page looks in, in small letters."""
         result = self.result
         named = result.explanation
-        parts = [result.case, self.runtime, self.word, result.status, result.precision, self.kind, result.reason]
+        head = self.head
+        parts = [result.case, head.runtime, head.word, result.status, result.precision, head.kind, result.reason]
         parts += [*result.findings, *result.notes, *((named.summary, named.module) if named else ())]
         return " ".join(str(part) for part in parts if part).lower()
 
@@ -179,79 +186,70 @@ class ResultView:
         return [line.partition(": ")[2] for line in timing_lines([self.result])]
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A result in the overview."""
-
-    number: int
-    case: str
-    runtime: str
-    word: str
-    expected: bool
-    note: str
-    simulated: bool
-
-    @property
-    def tone(self) -> str:
-        """Name of the colour of the status word."""
-        return TONES[self.word][0]
-
-    @property
-    def sign(self) -> str:
-        """Sign of the status word."""
-        return TONES[self.word][1]
-
-
 class _Views:
     """The results as the page shows them; one at a time is in memory, made from what report.json holds."""
 
-    def __init__(self, results: Sequence[Result]) -> None:
-        self._results, self._unsettled = results, unsettled_places(results)
+    def __init__(self, heads: Sequence[ResultHead], results: Sequence[Result]) -> None:
+        self._heads, self._results = heads, results
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._heads)
 
     def __iter__(self) -> Iterator[ResultView]:
         opened = 0
-        for number, held in enumerate(self._results, start=1):
+        for head, held in zip(self._heads, self._results, strict=True):
             result = Result.from_plain(held.plain())
-            word, runtime = status_word(result, self._unsettled), runtime_name(result)
             scale = bound_scale(result.gates)
             metrics = [_metric_view(item, scale) for item in result.metrics]
             gates = [view for view in metrics if view.gate.bound is not None]
             others = [view for view in metrics if view.gate.bound is None]
-            open_now = word == DISPROVED and opened < OPENED
+            open_now = head.word == DISPROVED and opened < OPENED
             opened += open_now
-            yield ResultView(number, result, word, open_now, runtime, gates, others, scale)
+            yield ResultView(head, result, open_now, gates, others, scale)
 
 
 def html_report(report: Report) -> Iterator[str]:
     """Return the content of report.html in pieces: what report.json holds decides it, and nothing else."""
-    views = _Views(report.results)
-    cells = [_cell(view) for view in views]
-    words, runtimes = Counter(cell.word for cell in cells), Counter(cell.runtime for cell in cells)
+    heads = list(_heads(report.results))
+    words, runtimes = Counter(head.word for head in heads), Counter(head.runtime for head in heads)
     return render(
         "report.html.j2",
         title="Validation report",
-        views=views,
+        views=_Views(heads, report.results),
         words=[(word, TONES[word], words[word]) for word in TONES if words[word]],
         runtimes=list(runtimes.items()),
-        matrix=_matrix(cells, runtimes),
+        matrix=_matrix(heads, runtimes),
         closing=sorted(map(_sentence, report.closing()), key=lambda sentence: sentence[0] != "bad"),
         unwritten=report.unwritten,
         environment=list(flat(report.environment)),
         rows_compared=report.rows_compared,
         timing_head=TIMING_HEAD[2:],
-        simulated=any(cell.simulated for cell in cells),
+        simulated=any(head.simulated for head in heads),
         plural=_plural,
     )
 
 
-def _cell(view: ResultView) -> Cell:
-    result, nearest = view.result, view.nearest
-    ratio = nearest.times_bound if nearest is not None else None
-    note = view.kind or ("" if ratio is None else f"{ratio:.2g} × bound")
-    return Cell(view.number, result.case, view.runtime, view.word, bool(result.expected), note, result.simulated)
+def _heads(results: Sequence[Result]) -> Iterator[ResultHead]:
+    unsettled = unsettled_places(results)
+    for number, result in enumerate(results, start=1):
+        nearest = max(result.gates, key=nearness, default=None)
+        kind = f"relation {result.stage}" if result.reference == "itself" else ""
+        yield ResultHead(
+            number,
+            result.case,
+            runtime_name(result),
+            status_word(result, unsettled),
+            "timing" if is_timing(result) else kind,
+            bool(result.expected),
+            result.simulated,
+            None if nearest is None else _times_bound(nearest),
+        )
+
+
+def _times_bound(gate: GateResult) -> float | None:
+    """Return value over bound; None if the bound is zero, or there is none."""
+    bound = gate.bound
+    return gate.metric.value / bound.value if bound and bound.value > 0 else None
 
 
 def _metric_view(item: GateResult, scale: LogScale) -> MetricView:
@@ -259,12 +257,12 @@ def _metric_view(item: GateResult, scale: LogScale) -> MetricView:
     return MetricView(item, output, name, bound_mark(item, scale), strip(item))
 
 
-def _matrix(cells: Iterable[Cell], runtimes: Collection[str]) -> list[tuple[str, list[list[Cell]]]]:
+def _matrix(heads: Iterable[ResultHead], runtimes: Collection[str]) -> list[tuple[str, list[list[ResultHead]]]]:
     """Return the results of each case by runtime."""
-    cases: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        cases.setdefault(cell.case, {}).setdefault(cell.runtime, []).append(cell)
-    return [(case, [of_case.get(name, []) for name in runtimes]) for case, of_case in cases.items()]
+    cells: dict[str, dict[str, list[ResultHead]]] = {}
+    for head in heads:
+        cells.setdefault(head.case, {}).setdefault(head.runtime, []).append(head)
+    return [(case, [of_case.get(name, []) for name in runtimes]) for case, of_case in cells.items()]
 
 
 def _sentence(line: str) -> tuple[str, str, str]:

@@ -21,23 +21,16 @@ from qeff_validate.report.timings import HEAD as TIMING_HEAD
 from qeff_validate.report.timings import timing_lines, timing_rows
 
 
-def markdown(
+def markdown_lines(
     results: Sequence[Result], unwritten: Sequence[str] = (), environment: Mapping[str, Any] | None = None
-) -> str:
-    """Return a report for a GitHub step summary; what is long is folded.
+) -> Iterator[str]:
+    """Yield the lines of a report for a GitHub step summary; what is long is folded.
 
     Args:
         results: of the report.
         unwritten: why recordings could not be written.
         environment: of the report.
     """
-    return "\n".join(markdown_lines(results, unwritten, environment or {}))
-
-
-def markdown_lines(
-    results: Sequence[Result], unwritten: Sequence[str], environment: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yield the lines of `markdown`."""
     yield from ("# qeff_validate", "", _line(HEAD), _line("---" for _ in HEAD))
     for result in results:
         yield _line(row_cells(result))

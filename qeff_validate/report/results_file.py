@@ -74,6 +74,7 @@ class ResultsFile:
             lines = [self._append(key, result) for key, result in entries]
             os.replace(temporary, self._path)
         except OSError as exc:
+            self._descriptor = None  # what is added later begins a file again
             with suppress(OSError):
                 temporary.unlink()
             raise self._unwritten(exc) from exc

@@ -176,7 +176,7 @@ def closing(results: Sequence[Result]) -> list[str]:
     said = [_said(result) for result in results if not is_timing(result)]
     if timed and not said:
         return timed
-    unsettled = {(item.case, item.runtime) for item in said if item.status == "error"}
+    unsettled = unsettled_places(results)
     lines = timed
     for (runtime, simulated), group in _groups(said).items():
         passed = [item for item in group if item.status == "pass"]

@@ -93,9 +93,9 @@ def test_the_json_is_strict_and_holds_non_finite_numbers_as_strings(tmp_path: Pa
 
 
 def test_count_that_is_an_integer_is_written_as_one() -> None:
-    from qeff_validate.report.markdown import markdown
+    from qeff_validate.report.markdown import markdown_lines
 
-    assert "rel_l2 7 of " in markdown((result("fail", metrics=(judged(7),)),))
+    assert "rel_l2 7 of " in "\n".join(markdown_lines((result("fail", metrics=(judged(7),)),)))
 
 
 def test_what_is_only_shown_never_fails() -> None:
@@ -105,9 +105,9 @@ def test_what_is_only_shown_never_fails() -> None:
 
 def test_markdown_cells_cannot_break_the_table() -> None:
     text = Report((result(metrics=(judged(1e-4),)),))
-    from qeff_validate.report.markdown import markdown
+    from qeff_validate.report.markdown import markdown_lines
 
-    lines = markdown(text.results).splitlines()
+    lines = "\n".join(markdown_lines(text.results)).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 
@@ -192,11 +192,12 @@ def test_notebook_escapes_what_it_shows() -> None:
 
 
 def test_markdown_folds_reasons_and_environment_and_opens_failures() -> None:
-    from qeff_validate.report.markdown import markdown
+    from qeff_validate.report.markdown import markdown_lines
 
     explanation = Explanation("layer.1 is wrong")
     failed = result("fail", reason="rel_l2 <= 1 </details>", stage="compare", explanation=explanation)
-    text = markdown((failed, result("not_run", "ai100", reason="no card")), (), {"versions": {"torch": "2"}})
+    results = failed, result("not_run", "ai100", reason="no card")
+    text = "\n".join(markdown_lines(results, (), {"versions": {"torch": "2"}}))
     assert "<details open><summary><b>c-ort</b>: Disproved (fail at compare)</summary>" in text
     assert "**Where it comes from:** layer.1 is wrong" in text
     assert "rel_l2 &lt;= 1 &lt;/details&gt;" in text

@@ -89,6 +89,22 @@ def test_disk_that_is_full_loses_no_result(tmp_path: Path, monkeypatch: pytest.M
     assert [made[case.name, "ort"].case for case, _ in planned] == ["c0", "c1", "c2"]
 
 
+def test_first_result_that_finds_a_full_disk_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = ResultsFile(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(ValidateError, match="No space left on device"):
+            file.add("a", sample_result("c0"))
+    line = file.add("a", sample_result("c1"))
+    assert file.at(line).case == "c1"
+    assert [*ResultsFile(tmp_path).read()] == [("c1", "ort")]
+
+
 def test_result_is_written_whole_by_many_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
