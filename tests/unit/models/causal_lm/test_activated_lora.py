@@ -120,3 +120,21 @@ def test_built_in_prompts_hold_the_invocation(saved: Path) -> None:
 )
 def test_last_invocation_counts(tokens: list[int], start: int) -> None:
     assert invocation_start(np.array(tokens), (5, 6)) == start
+
+
+def test_adapters_share_a_graph_only_if_the_same_tokens_invoke_them() -> None:
+    from peft import LoraConfig
+
+    from qeff_validate.errors import ConfigError
+    from qeff_validate.models.causal_lm.attach_adapters import _check_shareable
+
+    def configs(*invocations: list[int] | None) -> dict[str, LoraConfig]:
+        return {
+            str(at): LoraConfig(r=at + 1, alora_invocation_tokens=each, task_type="CAUSAL_LM")
+            for at, each in enumerate(invocations)
+        }
+
+    _check_shareable(configs([5, 6], [5, 6]), "ranks differ")
+    for others in ([7], None):
+        with pytest.raises(ConfigError, match="alora_invocation_tokens"):
+            _check_shareable(configs([5, 6], others), "ranks differ")
