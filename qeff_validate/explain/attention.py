@@ -59,11 +59,14 @@ def attention_hypotheses(
 def _other_masks(tried: TriedModule, observed: Any, size: Callable[[Any, Any], float]) -> Iterator[tuple[str, Any]]:
     """Yield the module with other additive masks, [batch, heads or 1, queries, keys]."""
     args, kwargs = tried.call
+    cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "slots")), None)
 
     def run(change: Callable[[Tensor], Tensor]) -> Any:
         def of(value: Any) -> Any:
             is_mask = isinstance(value, Tensor) and value.is_floating_point() and bool((value <= LEAST_MASK).any())
-            return change(value) if is_mask else value
+            if not is_mask:
+                return value
+            return change(value) if cache is None else _over_slots(change, value, cache.tokens, cache.slots)
 
         call = tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
         return TriedModule(tried.module, call, tried.path, tried.place).run()
@@ -78,6 +81,23 @@ def _other_masks(tried: TriedModule, observed: Any, size: Callable[[Any, Any], f
     yield "the mask hides no padding", run(lambda mask: torch.full_like(mask, -1e30).triu(1))
     for step in (1, -1):
         yield f"the mask is shifted by {step:+d}", run(functools.partial(torch.roll, shifts=step, dims=-1))
+
+
+def _over_slots(change: Callable[[Tensor], Tensor], mask: Tensor, tokens: int, slots: int) -> Tensor:
+    """Return a mask over the tokens of a text that does what a changed mask over the slots of a cache does.
+
+    A graph reads the last token in each slot that is not written; so often it counts if the mask does not hide them.
+
+    Args:
+        change: of the mask, float64 ``[…, queries, slots]``.
+        mask: ``[…, queries, keys]``, the tokens first.
+        tokens: of the text.
+        slots: of the cache.
+    """
+    whole = functional.pad(mask[..., :tokens], (0, slots - tokens), value=torch.finfo(mask.dtype).min)
+    changed_mask = change(whole)
+    last = changed_mask[..., tokens - 1 :].logsumexp(dim=-1, keepdim=True)
+    return torch.cat([changed_mask[..., : tokens - 1], last, mask[..., tokens:]], dim=-1)
 
 
 def _with_hidden(value: float, mask: Tensor) -> Tensor:

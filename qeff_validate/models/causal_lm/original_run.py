@@ -69,7 +69,7 @@ def original_run(
     shapes = {spec.name: (texts, spec.shape[1], slots, spec.shape[-1]) for spec in graph.outputs if spec.name in layers}
 
     def run() -> Tensors:
-        cache = RecordingCache()
+        cache = RecordingCache(text.size, slots)
         with translated_errors("run the Hugging Face model"), torch.no_grad():
             output = model(
                 input_ids=torch.from_numpy(ids),
@@ -86,10 +86,16 @@ def original_run(
 
 
 class RecordingCache(DynamicCache):  # type: ignore[misc]  # transformers is Any to mypy here
-    """A cache that keeps what each layer gives it and hands it back, so that a module can be run again by itself."""
+    """A cache that keeps what each layer gives it and hands it back, so that a module can be run again by itself.
 
-    def __init__(self) -> None:
+    Args:
+        tokens: of the text.
+        slots: tokens that the cache of the graph holds; in place of those that are not written it reads the last one.
+    """
+
+    def __init__(self, tokens: int, slots: int) -> None:
         super().__init__()
+        self.tokens, self.slots = tokens, slots
         self.recorded: dict[tuple[str, int], Any] = {}
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
