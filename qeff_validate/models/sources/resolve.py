@@ -32,6 +32,7 @@ from qeff_validate.models.framework_calls import (
     without_cache,
 )
 from qeff_validate.models.module_search import find_module
+from qeff_validate.models.sources.bag_of_words import BagOfWordsFolder
 from qeff_validate.models.sources.checkpoint import (
     CONFIG,
     HALF,
@@ -82,7 +83,7 @@ HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bpe", 
 """Files that are downloaded from the hub: safetensors weights, configs, and tokenizer files."""
 
 
-TABLES: Mapping[str, type[StaticFolder]] = {"StaticEmbedding": StaticFolder, "WordEmbeddings": WordFolder}
+TABLES: Mapping[str, type[StaticFolder]] = {kind.kind: kind for kind in (StaticFolder, WordFolder, BagOfWordsFolder)}
 """Directories with a table of vectors and no transformer, by their first module."""
 
 

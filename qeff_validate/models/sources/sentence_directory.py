@@ -46,11 +46,13 @@ VECTOR = "sentence_embedding"
 TOKENS = "token_embeddings"
 """Names of the features that modules read and write."""
 
-FIRST = ("Transformer", "MLMTransformer", "CLIPModel", "StaticEmbedding", "WordEmbeddings")
+FIRST = ("Transformer", "MLMTransformer", "CLIPModel", "StaticEmbedding", "WordEmbeddings", "BoW")
 """Modules that read tokens."""
 
+POOLED = ("StaticEmbedding", "BoW")
+"""Modules that read tokens and give the vector of a text; it is the mean of what they give for tokens here."""
+
 NOT_COMPILED: Mapping[str, str] = {
-    "BoW": "it counts words while a text is read, so there is no token and nothing to compile before what follows it",
     "SparseStaticEmbedding": "it looks up one weight for each word of a text, which the host does: nothing is compiled",
 }
 """Modules that read texts and are not supported, and why."""
@@ -151,7 +153,7 @@ def _route(folder: Path, route: str | None) -> list[tuple[str, Path]]:
 
 
 def first_module(folder: Path, route: str | None = None) -> tuple[str, Path]:
-    """Return kind and directory of the module that reads tokens: a Transformer or a StaticEmbedding.
+    """Return kind and directory of the module that reads tokens, one of `FIRST`.
 
     Without a ``modules.json`` the directory itself is a Transformer.
 
@@ -182,7 +184,7 @@ def read_modules(folder: Path, leave_out: Collection[str] = (), route: str | Non
     poolings: tuple[str, ...] = ()
     include_prompt = True
     for kind, path in _kept_modules(folder, leave_out, route):
-        if kind == "StaticEmbedding":
+        if kind in POOLED:
             poolings = ("mean",)
         if kind in FIRST and text_features(kind, path):
             poolings = ("last",)
@@ -280,7 +282,7 @@ def text_features(kind: str, folder: Path) -> bool:
     """
     if kind == "CLIPModel":
         return True
-    path, config = transformer_config(folder) if kind != "StaticEmbedding" else (None, {})
+    path, config = transformer_config(folder) if kind not in POOLED else (None, {})
     if config.get("module_output_name", TOKENS) != VECTOR:
         return False
     model_type = read_object(folder / CONFIG).get("model_type")

@@ -62,8 +62,11 @@ class StaticFolder:
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return digests of the tokenizer and of the settings."""
-        settings = [self.root / name for name in SENTENCE_TRANSFORMERS if (self.root / name).is_file()]
-        return {"files": digests(checked([self.path / TOKENIZER, *settings]), self.root), **versions("tokenizers")}
+        files = checked([self.path / TOKENIZER, *self._settings_files()])
+        return {"files": digests(files, self.root), **versions("tokenizers")}
+
+    def _settings_files(self) -> list[Path]:
+        return [self.root / name for name in SENTENCE_TRANSFORMERS if (self.root / name).is_file()]
 
     def tables(self) -> Mapping[str, int]:
         """Return the number of tokens in the table."""

@@ -298,16 +298,24 @@ def lost_classes(full: Any, small: Any, name: str) -> set[str]:
         ConfigError: transformers builds no body of the shrunk config.
     """
     try:
-        kept = {type(module).__name__ for module in empty_body(small, name).modules()}
+        kept = _classes(small, name)
     except Unavailable as exc:
         raise ConfigError(
             f"{exc}: its default config, shrunk, is none of a whole model; set what is missing in config: {{…}}, or"
             " take tiny: with a published config"
         ) from exc
     try:
-        return {type(module).__name__ for module in empty_body(full, name).modules()} - kept
+        return _classes(full, name) - kept
     except Unavailable:  # the default alone is no model, what the case sets makes it one
         return set()
+
+
+def _classes(config: Any, name: str) -> set[str]:
+    from transformers.initialization import no_init_weights
+
+    # drawing takes half of the time even without memory for weights; tied ones are two without it, so sizes need it
+    with no_init_weights():
+        return {type(module).__name__ for module in empty_body(config, name).modules()}
 
 
 @dataclass(frozen=True, slots=True)

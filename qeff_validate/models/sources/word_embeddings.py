@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from qeff_validate.files import MOST_CONFIG
 from qeff_validate.models.framework_calls import translated_errors, versions
 from qeff_validate.models.sources.checkpoint import (
     MOST_VOCABULARY,
-    SENTENCE_TRANSFORMERS,
     checked,
     digests,
     read_object,
@@ -35,8 +34,7 @@ class WordFolder(StaticFolder):
 
     def tokenizer_key(self) -> Mapping[str, Any]:
         """Return digests of the tokenizer and of the settings."""
-        settings = [self.root / name for name in SENTENCE_TRANSFORMERS if (self.root / name).is_file()]
-        files = checked({*tokenizer_files(self.path), *settings})
+        files = checked({*tokenizer_files(self.path), *self._settings_files()})
         return {"files": digests(files, self.root), **versions("transformers", "tokenizers")}
 
     @cached_property
@@ -88,14 +86,24 @@ class WordFolder(StaticFolder):
         words, stop_words = config.get("vocab"), config.get("stop_words", [])
         if not isinstance(words, list) or not isinstance(stop_words, list):
             raise ConfigError(f"{path} holds no lists vocab and stop_words")
-        ids, ignored = {word: number for number, word in enumerate(words)}, frozenset(stop_words)
-        lower_case = bool(config.get("do_lower_case"))
+        return whitespace_tokenizer(words, stop_words, lower_case=bool(config.get("do_lower_case")))
 
-        def tokenize(text: str, most: int | None = None, /) -> list[int]:
-            pieces = (text.lower() if lower_case else text).split()
-            return [number for piece in pieces for number in _found(piece, ids, ignored)][:most]
 
-        return tokenize
+def whitespace_tokenizer(words: Sequence[str], stop_words: Iterable[str] = (), *, lower_case: bool = False) -> Tokenize:
+    """Return a tokenizer that splits at white space and leaves out stop words and words that it does not know.
+
+    Args:
+        words: in the order of their ids.
+        stop_words: words that have no id in a text.
+        lower_case: texts are read in small letters.
+    """
+    ids, ignored = {word: number for number, word in enumerate(words)}, frozenset(stop_words)
+
+    def tokenize(text: str, most: int | None = None, /) -> list[int]:
+        pieces = (text.lower() if lower_case else text).split()
+        return [number for piece in pieces for number in _found(piece, ids, ignored)][:most]
+
+    return tokenize
 
 
 def _found(piece: str, ids: Mapping[str, int], ignored: frozenset[str]) -> Iterator[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules on vectors of words (WordEmbeddings, WordWeights, CNN, LSTM, BoW) and CLIP's text tower."""
+"""Modules on vectors of words (WordEmbeddings, WordWeights, CNN, LSTM), a bag of words, and CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -131,6 +131,49 @@ def test_old_layout_of_word_vectors(tmp_path: Path) -> None:
     assert_near(reference(folder, tmp_path, TEXTS), encoded(folder, TEXTS))
 
 
+COUNTS: Mapping[str, Callable[[], list[Any]]] = {
+    "each time": lambda: modules(("BoW", WORDS, {"red": 0.5, "two": -2.0}, 1.5), ("Dense", 7, 4)),
+    "once": lambda: modules(("BoW", WORDS, {"red": 0.5, "two": -2.0}, 1.5, False), ("Normalize",)),
+}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_bag_of_words_counts_on_all_runtimes_as_encode_does(name: str, side: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", COUNTS[name](), prompts={"query": "red red "}, default_prompt_name="query")
+    texts = [*TEXTS, "PAD red"]  # the id of padding is that of a word
+    ours = reference(folder, tmp_path, texts, ("torch", "ort", "sim"), padding_side=side)
+    assert_near(ours, encoded(folder, texts))
+
+
+@pytest.mark.numeric
+def test_word_that_stands_twice_in_a_vocabulary_is_one(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", modules(("BoW", WORDS)))
+    path = folder / "0_BoW" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab": ["PAD", *WORDS, "red"]}))
+    assert_near(reference(folder, tmp_path, TEXTS), encoded(folder, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("change", "words_of_reason"),
+    [
+        ({"vocab": "red"}, "vocab is no list of words"),
+        ({"word_weights": {"red": "much"}}, "word_weights and unknown_word_weight hold no number for each word"),
+        ({"word_weights": [1]}, "word_weights and unknown_word_weight hold no number for each word"),
+        ({"word_weights": 5}, "word_weights and unknown_word_weight hold no number for each word"),
+        ({"unknown_word_weight": True}, "word_weights and unknown_word_weight hold no number for each word"),
+    ],
+)
+def test_broken_bag_of_words_is_refused_with_its_file(change: Any, words_of_reason: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", COUNTS["each time"]())
+    path = folder / "0_BoW" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = qv.model(qv.Case(name="x", source=f"path:{folder}", inputs={"texts": TEXTS}))
+    with pytest.raises(ConfigError, match=rf"0_BoW/config.json: {words_of_reason}"):
+        (model.rows(), model.source.body())
+
+
 def renamed_tokenizer(folder: Path) -> None:
     path = folder / "wordembedding_config.json"
     config = json.loads(path.read_text())
@@ -142,7 +185,11 @@ def nothing(folder: Path) -> None:
 
 
 REFUSED: Mapping[str, tuple[Callable[[], list[Any]], Callable[[Path], None], str]] = {
-    "counts": (lambda: modules(("BoW", WORDS), ("Dense", 7, 4)), nothing, "begins with a BoW module: it counts words"),
+    "counts before a pooling": (
+        lambda: modules(("BoW", WORDS), ("Pooling", 7, "mean")),
+        nothing,
+        "has two Pooling modules",
+    ),
     "even width": (
         lambda: [words(), *modules(("CNN", WIDTH, 8, [2]), ("Pooling", 8, "mean"))],
         nothing,
