@@ -7,11 +7,12 @@ are found again, and their reports. Loads no framework; the engine is imported w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qeff_validate.report.kept_results import KeptResults
     from qeff_validate.report.result import Result
 
 Target = tuple[str, str]
@@ -24,13 +25,33 @@ NOTHING_COMPARED = 3
 """The exit status of a session that would be green otherwise; the command line has the same."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReportedResult:
+    """A result that a test has reported.
+
+    Attributes:
+        case: its name.
+        runtime: its name.
+        status: of the result.
+        compared: rows that were compared.
+        read: returns the result.
+    """
+
+    case: str
+    runtime: str
+    status: str
+    compared: int
+    read: Callable[[], Result]
+
+
 @dataclass(eq=False)
 class SessionOutcome:
     """Tests of the suites and their reports.
 
     Attributes:
+        worker: True on a worker of pytest-xdist, which hands its results to the controller.
         planned: case and runtime of each selected test that uses ``qv_target``, by its id.
-        results: plain results, as `report.Result.plain` gives them, by test id.
+        results: what each test has reported, by test id.
         ended: ids of tests that were run to their end, or skipped.
         passed: ids of tests that passed.
         failures: why a test failed, by its id; the first reason counts.
@@ -38,13 +59,15 @@ class SessionOutcome:
         stopped: why the session ended early, if something said so.
     """
 
+    worker: bool = False
     planned: dict[str, Target] = field(default_factory=dict)
-    results: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    results: dict[str, list[ReportedResult]] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     running: bool = False
     stopped: str = ""
+    _kept: KeptResults | None = None
 
     def add_ids(self, ids: Iterable[str], targets: Mapping[str, Target]) -> None:
         """Add tests that are known by their ids alone, as those of workers are.
@@ -67,8 +90,9 @@ class SessionOutcome:
         elif report.when in ("setup", "call", "teardown"):
             self.planned.pop(test, None)  # a test of somebody else's with an id like ours
             return
-        if hasattr(report, "qv_result"):
-            self.results.setdefault(test, []).append(report.qv_result)
+        if hasattr(report, "qv_result") and not self.worker:
+            self.results.setdefault(test, []).append(self._reported(report.qv_result))
+            del report.qv_result  # pytest keeps its reports to the end
         if report.when != "setup" or report.outcome != "passed":
             self.ended.add(test)
         if report.when == "call" and report.outcome == "passed":
@@ -76,19 +100,28 @@ class SessionOutcome:
         if report.outcome == "failed" and test in self.planned:
             self.failures.setdefault(test, _reason(report))
 
-    def all_results(self) -> list[Result]:
+    def _reported(self, plain: Mapping[str, Any]) -> ReportedResult:
+        from qeff_validate.report.kept_results import KeptResults
+
+        self._kept = self._kept or KeptResults()
+        compared = plain["coverage"]["compared"]
+        return ReportedResult(plain["case"], plain["runtime"], plain["status"], compared, self._kept.keep(plain))
+
+    def all_results(self) -> Sequence[Result]:
         """Return the results of all tests, an error for each one that failed without a result or never reported."""
-        from qeff_validate.report.result import Result
+        from qeff_validate.report.lazy_results import LazyResults
 
-        reported = [Result.from_plain(plain) for of_test in self.results.values() for plain in of_test]
-        return sorted([*reported, *self._errors()], key=lambda result: (result.case, result.runtime))
+        reported = [(each.case, each.runtime, each.read) for of_test in self.results.values() for each in of_test]
+        errors = [(error.case, error.runtime, lambda error=error: error) for error in self._errors()]
+        ordered = sorted([*reported, *errors], key=lambda each: each[:2])
+        return LazyResults(len(ordered), lambda place: ordered[place][2]())
 
-    def _errors(self) -> Iterable[Result]:
+    def _errors(self) -> Iterator[Result]:
         from qeff_validate.report.result import Result
 
         early = f" ({self.stopped})" if self.stopped else ""
         for test, (case, runtime) in self.planned.items():
-            states = {plain["status"] for plain in self.results.get(test, [])}
+            states = {each.status for each in self.results.get(test, [])}
             if (case, runtime) == NO_TARGET:
                 continue
             if test not in self.ended:
@@ -110,15 +143,15 @@ class SessionOutcome:
             return []
         lost = [test for test in self.planned if test not in self.ended]
         problems = [f"{len(lost)} of {len(self.planned)} planned tests did not report, first {lost[0]}"] if lost else []
-        plain = [each for of_test in self.results.values() for each in of_test]
-        if not any(each["coverage"]["compared"] for each in plain) and not self.passed & self.planned.keys():
+        results = [each for of_test in self.results.values() for each in of_test]
+        if not any(each.compared for each in results) and not self.passed & self.planned.keys():
             why = "no test of the suites was selected"
             if self.planned:
                 why = (
                     "no test of the suites got that far" if lost or self.failures else "all tests of them were skipped"
                 )
             problems.append(f"nothing was compared by the suites: {why}")
-        ran = {each["runtime"] for each in plain if each["status"] != "not_run"}
+        ran = {each.runtime for each in results if each.status != "not_run"}
         ran |= {self.planned[test][1] for test in self.passed & self.planned.keys()}
         selected = {runtime for _, runtime in self.planned.values()}
         for name in required:

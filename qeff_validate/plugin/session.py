@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Elsewhere ``slow``, ``torch`` and the like stay unknown, so that ``--strict-markers`` finds a misspelt marker.
     """
-    config.stash[_OUTCOME] = SessionOutcome()
+    config.stash[_OUTCOME] = SessionOutcome(worker=is_worker(config))
     config.pluginmanager.register(config.stash[_OUTCOME], "qeff_validate-outcome")
     used = suites_asked(config) or any(option(config, name) for name in OPTIONS)
     for name, text in {**plugin_markers(), **MARKERS}.items() if used else ():
@@ -138,7 +138,7 @@ def _concluded(config: pytest.Config, outcome: SessionOutcome) -> list[str]:
     from qeff_validate.report.report import Report
     from qeff_validate.report.reporters import load_reporters, send_report
 
-    config.stash[_REPORT] = Report(tuple(outcome.all_results()), environment(Settings(sdk=option(config, "sdk"))))
+    config.stash[_REPORT] = Report(outcome.all_results(), environment(Settings(sdk=option(config, "sdk"))))
     path = place(config, "report")
     try:
         if path is not None:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qeff_validate.config.case import Case
 from qeff_validate.errors import RunError
 from qeff_validate.pipeline.executors.in_process import Executor
+from qeff_validate.report.kept_results import KeptResults
 from qeff_validate.report.result import Result
 
 
@@ -21,7 +22,8 @@ class AwaitedResults:
 
     def __init__(self, executor: Executor, planned: Sequence[tuple[Case, str]]) -> None:
         self._results = executor.results(planned)
-        self._made: dict[tuple[str, str], Result] = {}
+        self._kept = KeptResults()
+        self._made: dict[tuple[str, str], Callable[[], Result]] = {}
         self._wanted = {(case.name, name) for case, name in planned}
 
     def __contains__(self, target: tuple[str, str]) -> bool:
@@ -39,8 +41,8 @@ class AwaitedResults:
             if made is None:
                 raise RunError(f"{case} on {runtime}: the processes have ended before, with an error told elsewhere")
             other, name, result = made
-            self._made[other.name, name] = result
-        return self._made[case, runtime]
+            self._made[other.name, name] = self._kept.keep(result.plain())
+        return self._made[case, runtime]()
 
     def close(self) -> None:
         """End all workers of the executor."""
