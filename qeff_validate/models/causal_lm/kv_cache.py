@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class CacheIndices:
         empty: True for rows of padding only, bool ``[batch, 1, seq_len, 1]``.
         read_row: where the text is that the row reads, int64 ``[batch, 1, 1]``.
         read_slot: slot that is read for each slot, int64 ``[batch, 1, ctx_len]``.
+        heads: indices of heads by their number, int64 ``[1, heads, 1]``, filled as layers ask for them: what a graph
+            computes of the same tensors it computes once for all layers.
     """
 
     source: Tensor
@@ -45,6 +47,7 @@ class CacheIndices:
     empty: Tensor
     read_row: Tensor
     read_slot: Tensor
+    heads: dict[int, Tensor] = field(default_factory=dict)
 
     def of_rows(self, state: Tensor) -> Tensor:
         """Return the state ``[slots, …]`` of each row's text, ``[batch, …]``."""
@@ -52,8 +55,14 @@ class CacheIndices:
 
     def read(self, state: Tensor) -> Tensor:
         """Return what attention reads of a state ``[slots, heads, ctx_len, head_dim]``, ``[batch, heads, …]``."""
-        heads = torch.arange(state.shape[1], device=state.device).reshape(1, -1, 1)
-        return state[self.read_row, heads, self.read_slot]
+        return state[self.read_row, self.each_head(state), self.read_slot]
+
+    def each_head(self, state: Tensor) -> Tensor:
+        """Return the indices of the heads of a state ``[slots, heads, …]``, int64 ``[1, heads, 1]``."""
+        number = state.shape[1]
+        if number not in self.heads:
+            self.heads[number] = torch.arange(number, device=state.device).reshape(1, -1, 1)
+        return self.heads[number]
 
 
 def cache_indices(position_ids: Tensor, slots: int, batch_index: Tensor | None = None) -> CacheIndices:
@@ -136,8 +145,7 @@ def write_tokens(state: Tensor, new: Tensor, places: CacheIndices) -> Tensor:
     """Return the state ``[slots, h, ctx, d]`` with the tokens of ``new`` ``[b, h, s, d]`` written to their places."""
     updates = new.gather(2, places.source.expand(new.shape))
     updates = torch.where(places.empty, places.of_rows(state.narrow(2, 0, 1)), updates)
-    heads = torch.arange(state.shape[1], device=new.device).reshape(1, -1, 1)
-    return state.index_put((places.row, heads, places.slot), updates)
+    return state.index_put((places.row, places.each_head(state), places.slot), updates)
 
 
 MASKED = frozenset({"chunked_attention", "full_attention", "sliding_attention"})
