@@ -438,48 +438,42 @@ LEGEND = (
 )
 
 
-def section(
-    hits: Sequence[Hit],
-    without_names: Sequence[Hit],
-    programs: Sequence[Hit],
-    healthy: Sequence[tuple[str, str, Any]],
-) -> str:
-    """Return the section of docs/power.md.
+PARTS: Mapping[str, str] = {
+    "named": "### Graphs and sessions",
+    "unnamed": "### Graphs without names",
+    "programs": "### Compiled programs",
+    "healthy": "### Legitimate variants",
+}
+"""Parts of the section about explanations, and their headings."""
+
+
+def found_text(part: str, hits: Sequence[Hit]) -> str:
+    """Return a part of the section in docs/power.md, without its heading: a table, and what was wrong.
 
     Args:
-        hits: of graphs with names.
-        without_names: of the same graphs without names and metadata.
-        programs: of programs that a compiler makes wrongly, of graphs that are right.
-        healthy: case, variant and explanation of each legitimate variant.
+        part: one of `PARTS`.
+        hits: of graphs with names, of the same graphs without names and metadata, or of programs that a compiler makes
+            wrongly, of graphs that are right.
     """
-    accused = [(case, name) for case, name, found in healthy if found is not None and found.module is not None]
+    searches = [hit.explanation.program for hit in hits if hit.explanation is not None]
+    compilations = max((found.compilations for found in searches if found is not None), default=0)
+    intro = {
+        "named": "Faults of graphs as this project exports them, of adapters and of what a session is fed and gives.",
+        "unnamed": "The same graphs with numbered values and nodes and without metadata, as from another exporter.",
+        "programs": "Graphs that are right, compiled by a simulated compiler that has the fault of a graph mutant, in"
+        f" each program that it makes; at most {compilations} compilations beside the case's own.",
+    }[part]
+    misses = [f"- {text}" for text in _misses(hits)]
+    return "\n".join(
+        [intro, "", *table(hits), "", *(["Wrong or incomplete:", "", *misses] if misses else ["None is wrong."])]
+    )
+
+
+def healthy_text(healthy: Sequence[tuple[str, str, Any]]) -> str:
+    """Return the part about legitimate variants: case, variant and explanation of each."""
+    accused = [name for _, name, found in healthy if found is not None and found.module is not None]
     cases = ", ".join(dict.fromkeys(case for case, _, _ in healthy))
-    explanations = [hit.explanation for hit in programs if hit.explanation is not None]
-    searches = [found.program for found in explanations if found.program is not None]
-    lines = [
-        HEADING,
-        "",
-        LEGEND,
-        "",
-        *table(hits),
-        "",
-        "The same graphs with numbered values and nodes and without metadata, as from another exporter:",
-        "",
-        *table(without_names),
-        "",
-        "Graphs that are right, compiled by a simulated compiler that has the fault of a graph mutant, in each program"
-        f" that it makes; at most {max((found.compilations for found in searches), default=0)} compilations beside the"
-        " case's own:",
-        "",
-        *table(programs),
-        "",
-        f"Of {len(healthy)} legitimate variants ({cases}), explained by force, {len(accused)} name a module.",
-        "",
-        "### Wrong or incomplete",
-        "",
-        *([f"- {text}" for text in _misses([*hits, *without_names, *programs])] or ["None."]),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"Of {len(healthy)} legitimate variants ({cases}), explained by force, {len(accused)} name a module."
 
 
 def _misses(hits: Sequence[Hit]) -> Iterator[str]:

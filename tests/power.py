@@ -7,13 +7,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calibration import HEADING
 from foreign_files import section_of
 from hit_rate import HEADING as EXPLANATIONS
-from hit_rate import HitRate, healthy_explanations, section
+from hit_rate import LEGEND, PARTS, HitRate, found_text, healthy_explanations, healthy_text
 from upstream.stand_ins import rows
 
 from qeff_validate.builders.store import Store
@@ -33,7 +33,7 @@ TESTED = {
 
 HEAD = """# What the verdicts find
 
-Written by `make power` from one run; nothing here is edited by hand.
+Written by `make power`, in parts that say when they were measured; nothing here is edited by hand.
 
 A **mutant** is a deliberate fault of fixed size (`qeff_validate/mutation`): of the model's modules, an embedding's
 pooling, an adapter's tensors, an ONNX graph, or of what a session is fed and gives. Each goes through the whole
@@ -56,17 +56,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--parts", type=Path, default=ROOT / "build" / "power", help="where sections that are done are")
     parser.add_argument("--only", help="measure this config alone, and write no page")
-    parser.add_argument("--explanations", action="store_true", help="measure how often explanations are right, alone")
+    text = "measure how often explanations are right, alone: all parts, or some; others stay as they are in the page"
+    parser.add_argument("--explanations", nargs="*", choices=tuple(PARTS), help=text)
     given = parser.parse_args()
-    if given.explanations:
-        write_explanations(explanations(given))
+    if given.explanations is not None:
+        for name in given.explanations or PARTS:
+            write_explanations({name: explanation_part(name, given.parts)})
         return
     sections = [part(path, names, given) for path, names in TESTED.items() if given.only in (None, path)]
     if given.only is None:
         file = ROOT / "docs" / "power.md"
         page_before = file.read_text(encoding="utf-8")
         _, heading, table = page_before.partition(HEADING)  # `make calibrate` writes that, and `make foreign` its part
-        rest = [section_of(page_before) + explanations(given), heading + table]
+        own = explanations_section({name: explanation_part(name, given.parts) for name in PARTS})
+        rest = [section_of(page_before) + own, heading + table]
         page = [HEAD.format(seeds=given.seeds), *sections, upstream(), "", *rest]
         file.write_text("\n".join(page), encoding="utf-8")
 
@@ -91,37 +94,50 @@ EXPLAINED = {
 }
 
 
-def explanations(given: argparse.Namespace) -> str:
-    """Return the section about explanations, measured unless it is there."""
-    file: Path = given.parts / "explanations.md"
+def explanation_part(name: str, parts: Path) -> str:
+    """Return a part of the section about explanations, without its heading; measured unless it is there."""
+    file = parts / f"explanations-{name}.md"
     if not file.is_file():
-        store = Store(given.parts / "explanations-store")
+        parts.mkdir(parents=True, exist_ok=True)
+        store, graphs = Store(parts / "explanations-store"), parts / f"explanations-graphs-{name}"
 
         def pipeline(case: Case) -> Pipeline:
             return Pipeline(case, check(case), store, Silent())
 
         cases = [case for path, names in EXPLAINED.items() for case in load([ROOT / path]) if case.name in names]
-        graphs = given.parts / "explanations-graphs"
-        hits = [hit for case in cases for hit in HitRate(case, pipeline, graphs).hits(("ort", "sim"))]
-        bare = [hit for case in cases for hit in HitRate(case, pipeline, graphs, anonymous=True).hits(("ort",))]
-        programs = [hit for case in cases for hit in HitRate(case, pipeline, graphs).program_hits()]
-        healthy = [
-            (case.name, name, found)
-            for case in cases
-            for name, found, _ in healthy_explanations(case, pipeline, graphs, 1001)
-        ]
-        made = f"Measured on {time.strftime('%Y-%m-%d')}; {len(cases)} cases with small random bodies.\n"
-        file.write_text(f"{section(hits, bare, programs, healthy)}\n{made}", encoding="utf-8")
+        if name == "healthy":
+            found = [
+                (case.name, variant, explanation)
+                for case in cases
+                for variant, explanation, _ in healthy_explanations(case, pipeline, graphs, 1001)
+            ]
+            text = healthy_text(found)
+        else:
+            rates = [HitRate(case, pipeline, graphs, anonymous=name == "unnamed") for case in cases]
+            on = {"named": ("ort", "sim"), "unnamed": ("ort",)}
+            text = found_text(
+                name, [hit for rate in rates for hit in (rate.hits(on[name]) if name in on else rate.program_hits())]
+            )
+        made = f"Measured on {time.strftime('%Y-%m-%d')}; {len(cases)} cases with small random bodies."
+        file.write_text(f"{text}\n\n{made}\n", encoding="utf-8")
     return file.read_text(encoding="utf-8")
 
 
-def write_explanations(text: str) -> None:
-    """Replace the section about explanations in docs/power.md, or add it before the calibration."""
+def explanations_section(parts: Mapping[str, str]) -> str:
+    """Return the section about explanations from its parts."""
+    text = "".join(f"{heading}\n\n{parts[name]}\n" for name, heading in PARTS.items())
+    return f"{EXPLANATIONS}\n\n{LEGEND}\n\n{text}"
+
+
+def write_explanations(parts: Mapping[str, str]) -> None:
+    """Replace parts of the section about explanations in docs/power.md."""
     file = ROOT / "docs" / "power.md"
     page = file.read_text(encoding="utf-8")
-    before, _, after = page.partition(EXPLANATIONS) if EXPLANATIONS in page else page.partition(HEADING)
-    _, heading, table = (EXPLANATIONS + after if EXPLANATIONS in page else HEADING + after).partition(HEADING)
-    file.write_text(f"{before}{text}\n{heading}{table}", encoding="utf-8")
+    before, _, rest = page.partition(EXPLANATIONS)
+    own, heading, table = rest.partition(HEADING)
+    kept = {name: own.partition(f"{title}\n\n")[2].partition("\n### ")[0] for name, title in PARTS.items()}
+    text = explanations_section({name: f"{part.rstrip()}\n" for name, part in {**kept, **parts}.items()})
+    file.write_text(f"{before}{text}{heading}{table}", encoding="utf-8")
 
 
 def upstream() -> str:
