@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# three workers on two processors: one of them often waits for a process that it has started
+PYTEST_ARGS ?= -n 3 --dist worksteal
 # empty: the newest releases; CI names a file with the oldest declared ones
 CONSTRAINTS ?= --constraint requirements/constraints.txt
 
@@ -67,7 +68,7 @@ timing-gate: $(STAMP)  ## false alarms and slowdowns found by `perf --against`; 
 support: $(STAMP)  ## try every PEFT method on every architecture, every decoder type with LoRA; writes docs/support.md (ARGS='--only lora,llama')
 	$(BIN)/python tests/support.py $(ARGS)
 
-power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour
+power: $(STAMP)  ## what the verdicts find: selftests and upstream's defects, writes docs/power.md, half an hour (ARGS='--explanations programs')
 	$(BIN)/python tests/power.py $(ARGS)
 
 foreign: $(STAMP)  ## files of other exporters: false alarms and faults found, writes its part of docs/power.md (ARGS='--python OTHER/bin/python')

@@ -172,7 +172,7 @@ def fork_children() -> None:
 
 def _serve(listener: socket.socket) -> None:
     die_with_parent()
-    import onnx  # noqa: F401
+    import onnx.reference.ops  # noqa: F401  # it folds constants
 
     import qeff_validate.runtimes.ort
     import qeff_validate.runtimes.qaic

@@ -9,9 +9,11 @@ server, which reads one JSON request a line from stdin and answers each with one
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -32,6 +34,13 @@ TOKEN = "QEFF_VALIDATE_TEST_RUN"
 
 MOST_BYTES = 4 << 30
 """Of memory that a run may ask for; small cases take a tenth of it."""
+
+
+PRELOADED = tuple(
+    f"qeff_validate.{part}"
+    for part in ("builders", "cli", "engine", "explain", "models", "mutation", "report", "runtimes")
+)
+"""What of this package is imported before the forks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,15 +245,20 @@ def _serve() -> int:
     from qeff_validate.cli import main, signals
 
     signals.exit_on_signals()  # so is the console script's first moment
-    import onnx  # noqa: F401
+    import onnx.reference.ops  # noqa: F401
     import onnxruntime  # noqa: F401
+    import onnxscript.optimizer  # noqa: F401
     import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    import rich.markdown  # noqa: F401
+    import torch.onnx._internal.exporter._compat  # noqa: F401  # what an export imports, 2 s of it
+    import transformers.models.bert.modeling_bert  # noqa: F401
 
-    import qeff_validate.cli.app
-    import qeff_validate.engine  # noqa: F401
+    import qeff_validate
 
+    for module in pkgutil.walk_packages(qeff_validate.__path__, "qeff_validate."):
+        if module.name.startswith(PRELOADED) and not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):  # an extra that is not installed
+                __import__(module.name)
     gc.freeze()  # a collection in a fork would copy every page
     replies = os.fdopen(os.dup(1), "w")
     while line := sys.stdin.readline():

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,13 +27,15 @@ OWN_CODE = (
 
 def versions(*names: str) -> dict[str, str | None]:
     """Return installed versions without importing the packages; None where one is missing."""
-    installed: dict[str, str | None] = {}
-    for name in names:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            installed[name] = None
-    return installed
+    return {name: _version(name) for name in names}
+
+
+@cache  # it reads the package's files, some 2 ms each time
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def without_cache(body: Any) -> Any:
@@ -123,14 +126,17 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    loud = level < logging.ERROR  # a change of level makes logging look at thousands of loggers
+    if loud:
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT; not ours to fix
             yield
     finally:
-        logging.set_verbosity(level)
+        if loud:
+            logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

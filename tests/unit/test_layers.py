@@ -7,6 +7,7 @@ Each rule is a function from source text to offences, so that it is itself teste
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,11 +58,12 @@ class Import:
         return self.module.split(".")[0]
 
 
-def imports(source: str, name: str) -> list[Import]:
+@functools.cache  # six rules read each module's
+def imports(source: str, name: str) -> tuple[Import, ...]:
     """Every import of a module, also inside functions and TYPE_CHECKING."""
     tree = ast.parse(source)
     at_top = set(map(id, _loaded(tree.body)))
-    found = []
+    found: list[Import] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [Import(alias.name, id(node) in at_top) for alias in node.names]
@@ -72,7 +74,7 @@ def imports(source: str, name: str) -> list[Import]:
                 base = ".".join([*parent, *([node.module] if node.module else [])])
             # `from package import module` imports the module; a name that is none resolves to its package below
             found += [Import(f"{base}.{alias.name}", id(node) in at_top) for alias in node.names]
-    return found
+    return tuple(found)
 
 
 def _loaded(body: list[ast.stmt]) -> Iterator[ast.stmt]:
