@@ -69,7 +69,7 @@ def _other_masks(tried: TriedModule, observed: Any, size: Callable[[Any, Any], f
             return change(value) if cache is None else _over_slots(change, value, cache.tokens, cache.slots)
 
         call = tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
-        return TriedModule(tried.module, call, tried.path, tried.place).run()
+        return tried.run(call)
 
     yield "the mask is left out", run(torch.zeros_like)
     weak = least(lambda value: size(run(functools.partial(_with_hidden, value)), observed), WEAK_MASKS)

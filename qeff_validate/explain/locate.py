@@ -155,7 +155,10 @@ def computed_location(
         others = [(item.module, item.array) for item in around if item.place is not None]
         call = recorded.call(module, value.place)
         if call is not None:
-            text = operator_finding(root, value.place, module, call, observed, size, tolerance, others)
+            beside = "" if is_within(value.place[0], module) else common_module([module, value.place[0]])
+            outer = recorded.call(beside, value.place) if beside else None
+            parent = None if outer is None else (beside, outer)
+            text = operator_finding(root, value.place, module, call, observed, size, tolerance, others, parent)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
         summed = "" if text else sum_finding(layers.values, layers.guilty, observed, size, tolerance)

@@ -132,7 +132,7 @@ def _other_norms(tried: TriedModule, epsilon: float) -> Iterator[tuple[str, Any]
     weight, shift = tried.module.weight.data, getattr(tried.module, "bias", None)
     if args and isinstance(args[0], Tensor):
         centred = (args[0] - args[0].mean(-1, keepdim=True), *args[1:]), kwargs
-        yield "it subtracts the mean", TriedModule(tried.module, centred, tried.path, tried.place).run()
+        yield "it subtracts the mean", tried.run(centred)
         scale = args[0].square().mean(-1, keepdim=True).add(epsilon).rsqrt()
         shift = 0 if shift is None else shift
         yield "it does not subtract the mean", (args[0] * scale * weight + shift).numpy()

@@ -60,6 +60,7 @@ def operator_finding(
     size: Callable[[Any, Any], float],
     tolerance: float,
     others: Sequence[tuple[str, Any]] = (),
+    parent: tuple[str, Call] | None = None,
 ) -> str:
     """Return what a block computes in place of a module; empty if no hypothesis gives it.
 
@@ -72,36 +73,40 @@ def operator_finding(
         size: of an error, from the expected and the actual value.
         tolerance: error up to which a hypothesis holds.
         others: paths of modules, and the values that they compute before this one.
+        parent: path and recorded call of a module above, if the block's output is beside the module, not in it.
     """
     observed = np.asarray(observed, dtype=np.float64)
+    outer = (module, call) if parent is None else parent
     with attention_implementation(root, "eager"):  # as in the recorded run; the copy has a config of its own
-        copied = copy.deepcopy(root.get_submodule(module)).double()
-    tried = TriedModule(copied, call, module, place)
-    try:
-        with torch.no_grad():
-            hypotheses = _hypotheses(root, tried, observed, size, tolerance)
-            for text, output in itertools.chain(hypotheses, _other_inputs(tried, others)):
-                if output.shape == observed.shape and size(output, observed) <= tolerance:
-                    return text
-    except Exception:  # a hypothesis that the module does not take explains nothing
-        return ""
+        copied = copy.deepcopy(root.get_submodule(outer[0])).double()
+    tried = TriedModule(copied, outer[1], outer[0], place)
+    if parent is not None:
+        tried = TriedModule(copied.get_submodule(module.removeprefix(f"{outer[0]}.")), call, module, place, tried)
+    for hypotheses in (*_hypotheses(root, tried, observed, size, tolerance), _other_inputs(tried, others)):
+        try:
+            with torch.no_grad():
+                for text, output in hypotheses:
+                    if output.shape == observed.shape and size(output, observed) <= tolerance:
+                        return text
+        except Exception:  # noqa: S112  # a hypothesis that the module does not take explains nothing
+            continue
     return ""
 
 
 def _hypotheses(
     root: Any, tried: TriedModule, observed: Any, size: Callable[[Any, Any], float], tolerance: float
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[Iterator[tuple[str, Any]]]:
     module, call = tried.module, tried.call
     if is_linear(module):
-        yield from linear_hypotheses(root, tried.path, module, call, observed, size, tolerance)
-    yield from table_hypotheses(tried, observed)
+        yield linear_hypotheses(root, tried.path, module, call, observed, size, tolerance)
+    yield table_hypotheses(tried, observed)
     if is_norm(module):
-        yield from norm_hypotheses(root, tried, observed, size)
+        yield norm_hypotheses(root, tried, observed, size)
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
-        yield from _activation(module, call)
-    yield from attention_hypotheses(tried, observed, size)
-    yield from frequency_hypotheses(tried, observed, size)
-    yield from swapped_layers(tried)
+        yield _activation(module, call)
+    yield attention_hypotheses(tried, observed, size)
+    yield frequency_hypotheses(tried, observed, size)
+    yield swapped_layers(tried)
 
 
 def _other_inputs(tried: TriedModule, others: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -113,7 +118,7 @@ def _other_inputs(tried: TriedModule, others: Sequence[tuple[str, Any]]) -> Iter
         if array.shape == tuple(args[0].shape):
             call = (torch.from_numpy(array), *args[1:]), kwargs
             text = f"{READS} {path} gives, not its own input"
-            yield text, TriedModule(tried.module, call, tried.path, tried.place).run()
+            yield text, tried.run(call)
 
 
 def swapped_layers(tried: TriedModule) -> Iterator[tuple[str, Any]]:

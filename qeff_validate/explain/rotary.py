@@ -60,7 +60,7 @@ def rotary_hypotheses(
 
         def run(cosine: Tensor, sine: Tensor) -> Any:
             call = args, {**kwargs, "position_embeddings": (cosine, sine)}
-            return TriedModule(tried.module, call, tried.path, tried.place).run()
+            return tried.run(call)
 
         yield "rotary positions are left out", run(torch.ones_like(angles[0]), torch.zeros_like(angles[1]))
         yield from _other_frequencies(*angles, run, lambda output: size(output, observed))

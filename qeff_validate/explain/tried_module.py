@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from qeff_validate.explain.reference_values import Place
+from qeff_validate.explain.reference_values import Call, Place
 
 
 class TriedModule:
@@ -18,30 +18,45 @@ class TriedModule:
         call: arguments of its recorded call.
         path: of the module.
         place: where the block's output is: its own output, or what enters or leaves a module below it.
+        parent: a module above it, if the place is beside the module, not in it; ``module`` is a part of its copy.
     """
 
-    def __init__(self, module: Any, call: tuple[Any, Any], path: str, place: Place) -> None:
-        self.module, self.call, self.path, self.place = module, call, path, place
+    def __init__(self, module: Any, call: Call, path: str, place: Place, parent: TriedModule | None = None) -> None:
+        self.module, self.call, self.path, self.place, self.parent = module, call, path, place, parent
 
-    def run(self) -> Any:
-        """Return the value at the place, float64."""
+    def run(self, call: Call | None = None) -> Any:
+        """Return the value at the place, float64.
+
+        Args:
+            call: arguments of the module in place of the recorded ones.
+        """
+        if self.parent is None:
+            return self._value(self.call if call is None else call)
+        if call is None:
+            return self.parent.run()
+        hook = self.module.register_forward_pre_hook(lambda *_: call, with_kwargs=True)
+        try:
+            return self.parent.run()
+        finally:
+            hook.remove()
+
+    def _value(self, call: Call) -> Any:
         path, side, index, _ = self.place
-        if path == self.path:
-            output = self.module(*self.call[0], **self.call[1])
-            found = output[index] if isinstance(output, (tuple, list)) else output
-        else:
-            child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
+        with ExitStack() as stack:
+            if path == self.path:
+                output = self.module(*call[0], **call[1])
+                found = output[index] if isinstance(output, (tuple, list)) else output
+            else:
+                child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
 
-            def keep(_: Any, args: Any, out: Any = None) -> None:
-                values = args if side == "in" else out
-                seen.append(values[index] if isinstance(values, (tuple, list)) else values)
+                def keep(_: Any, args: Any, out: Any = None) -> None:
+                    values = args if side == "in" else out
+                    seen.append(values[index] if isinstance(values, (tuple, list)) else values)
 
-            hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
-            try:
-                self.module(*self.call[0], **self.call[1])
-            finally:
-                hook.remove()
-            found = seen[0]
+                hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
+                stack.callback(hook.remove)
+                self.module(*call[0], **call[1])
+                found = seen[0]
         return found.double().numpy()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,28 @@ def test_change_is_named(finding: str, changes: dict[str, Any]) -> None:
     model, call = model_and_call()
     observed, path = written_out(model, call, **changes), "layers.0.self_attn"
     assert operator_finding(model, (path, "out", 0, 0), path, call, observed, relative_error, 1e-6) == finding
+
+
+@pytest.mark.parametrize(("finding", "change"), [("scores scaled by 0.99", "scale"), ("the mask is left out", "mask")])
+def test_change_is_named_by_a_value_beside_the_attention(finding: str, change: str) -> None:
+    """A graph may hold nothing of an attention's own, as where its scores are scaled inside an operator."""
+    model, (_, fed) = model_and_call()
+    layer, path = copy.deepcopy(model).double().layers[0], "layers.0.self_attn"
+    given = fed
+    if change == "scale":
+        layer.self_attn.scaling *= 0.99
+    else:
+        given = {**fed, "attention_mask": torch.zeros_like(fed["attention_mask"])}
+    seen: list[Any] = []
+    layer.mlp.down_proj.register_forward_hook(lambda _module, _args, output: seen.append(output.numpy()))
+    with torch.no_grad():
+        layer(**given)
+    own = {**fed, "hidden_states": layer.input_layernorm(fed["hidden_states"]).detach()}
+    place = ("layers.0.mlp.down_proj", "out", 0, 0)
+    found = operator_finding(
+        model, place, path, ((), own), seen[0], relative_error, 1e-6, parent=("layers.0", ((), fed))
+    )
+    assert found == finding
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["cosine", "sine"])
