@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.names import is_within, numbered
 from qeff_validate.explain.reference_values import ReferenceValue
 from qeff_validate.explain.samples import Samples
+from qeff_validate.models.scratch import scratch_tensor
 from qeff_validate.tensors import Array, Tensors
 
 EQUAL = 2e-3
@@ -53,6 +55,21 @@ def of_tokens(array: Any, tokens: Array) -> Any:
     if array.shape[:1] == (tokens.size,):
         return array if tokens.all() else array[tokens.ravel()]
     return array
+
+
+def in_files(values: Mapping[str, Array]) -> dict[str, Array]:
+    """Return arrays whose content is in one mapped file, which the system can write to disk.
+
+    Those without content are returned as they are.
+    """
+    large = {name: array for name, array in values.items() if any(array.strides)}
+    file = scratch_tensor([sum(array.nbytes for array in large.values())], torch.uint8).numpy()
+    kept, start = dict(values), 0
+    for name, array in large.items():
+        part = file[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        part[...] = array
+        kept[name], start = part, start + array.nbytes
+    return kept
 
 
 def without_content(array: Array) -> Array:
@@ -111,7 +128,7 @@ class Matcher:
     def match(self) -> Matches:
         """Return the matches."""
         found = Matches()
-        found.inherited = self._run({})
+        found.inherited = in_files(self._run({}))
         # with the right weights, values behind wrong ones are found at once; the names are the same
         current = self._run({}, repaired=True) if self._graph.repairs else dict(found.inherited)
         for index, value in enumerate(self._values):
@@ -167,9 +184,13 @@ class Matcher:
 
     def _wanted(self, found: Matches) -> list[str]:
         """Return the values that are found, and those that may stand for the ones that are not."""
+        return [*found.names.values(), *self._candidates(found)]
+
+    def _candidates(self, found: Matches) -> list[str]:
+        """Return the values of the graph that may stand for those of the original model that are not found."""
         open_sizes = {expected.size for index, expected in enumerate(self._expected) if index not in found.names}
         names = self._by_size(self._last)
-        return [*found.names.values(), *(name for size in open_sizes for name in names.get(size, ()))]
+        return [name for size in open_sizes for name in names.get(size, ())]
 
     def _settle(self, found: Matches, current: dict[str, Array]) -> dict[str, Array]:
         """Cut what is equal, until nothing more becomes equal; return the values of the last run."""
@@ -319,32 +340,40 @@ class Matcher:
         taken = set(found.names.values())
         names = self._by_size(name for name in current if name not in taken).get(self._expected[index].size, [])
         ranked = sorted(names, key=lambda name: self._rank(found, index, current[name], name))
-        before = len(self._equal(Matches(names=dict(found.names)), current))
+        equal = self._equal(Matches(names=dict(found.names)), current).values()
         best, most = None, 0
         for name in ranked[:TRIED]:
-            gain = self._count_equal({**found.names, index: name}) - before
+            gain = self._gain({**found.names, index: name}, name, equal)
             if gain > most:
                 best, most = name, gain
         if best is None:  # the first that are computed behind the values before it may be like others, such as sums
             last = max((self._graph.index[name] for at, name in found.names.items() if at < index), default=-1)
             behind = [name for name in names if self._graph.index[name] > last and name not in ranked[:TRIED]]
-            counts = ((self._count_equal({**found.names, index: name}), name) for name in behind[: TRIED // 2])
-            best = next((name for count, name in counts if count > before), None)
+            gains = ((self._gain({**found.names, index: name}, name, equal), name) for name in behind[: TRIED // 2])
+            best = next((name for gain, name in gains if gain > 0), None)
         if best is None and index - 1 in found.names:  # the graph may go on with the module's input: it is left out
             name = found.names[index - 1]
             instead = {other: value for other, value in found.names.items() if other != index - 1} | {index: name}
-            if name not in self._graph.outputs and self._count_equal(instead) > before:
+            if name not in self._graph.outputs and self._gain(instead, name, equal) > 0:
                 found.names = instead
                 found.missing.append(index - 1)
                 return name
         return best
 
-    def _count_equal(self, names: dict[int, str]) -> int:
-        """Return how many more values are equal with some values cut; 0 if that cannot be tried."""
+    def _gain(self, names: dict[int, str], cut: str, equal: Iterable[str]) -> int:
+        """Return how many values become equal with some values cut; 0 if that cannot be tried.
+
+        Args:
+            names: of the values that are cut, by index.
+            cut: the new one; only values behind it can become equal, so no others are read.
+            equal: values that are equal without it.
+        """
         if self._runs >= MOST_RUNS or any(self._unlike(index, name) for index, name in names.items()):
             return 0
-        trial = Matches(names=names, missing=[])
-        return len(self._equal(trial, self._run(trial.names, self._wanted(trial), repaired=True)))
+        trial, order = Matches(names=names), self._graph.index
+        behind = [name for name in self._candidates(trial) if order[name] > order[cut]]
+        before = sum(order[name] > order[cut] for name in equal)
+        return len(self._equal(trial, self._run(names, behind, repaired=True))) - before
 
     def _unlike(self, index: int, name: str) -> bool:
         """Return whether a value of the graph has another number of elements than one of the original model."""
