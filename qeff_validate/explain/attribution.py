@@ -19,6 +19,9 @@ from qeff_validate.tensors import Array
 OUTSIDE = ("runtime", "compiler and runtime")
 """Stages in which no graph is to blame."""
 
+REST = 0.1
+"""Part of an error that may be left for later stages that are not run: the share of an earlier one is clear then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
@@ -63,12 +66,20 @@ def attribute(context: ExplainContext, name: str, subset: Subset) -> Attribution
             outputs.append(("optimizer", actual))  # the file gives the same without it: it need not be run
         elif kind == "onnx":
             run("optimizer", pipeline.opened(context.isolated("ort"), graph))
+        elif _has_the_error(outputs[-2][1], outputs[-1][1], actual):
+            outputs.append(("precision", actual))  # rounding makes what little is left
         elif pipeline.case.artifacts.qpc is None:
             run("precision", pipeline.opened(context.isolated("sim"), pipeline.qpc(simulated())))
     outputs.append((OUTSIDE[kind == "qpc"], actual))
     shares = stage_shares(outputs)
     failed = context.result.status == "fail"
     return Attribution(shares, guilty_stage(shares, _expected(context)) if failed else None)
+
+
+def _has_the_error(before: Array, after: Array, actual: Array) -> bool:
+    """Return whether a stage makes nearly all of an error: what the stages behind it add is a small part, and noise."""
+    left = relative_error(after, actual)
+    return left <= NOISE["fp16"] and left <= REST * relative_error(before, after)
 
 
 def _expected(context: ExplainContext) -> dict[str, float]:

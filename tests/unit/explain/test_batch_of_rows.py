@@ -15,9 +15,9 @@ from small_models import save_model, save_tokenizer
 
 from qeff_validate.config.case import Artifacts, Case
 from qeff_validate.engine import Runner
-from qeff_validate.explain.context import TimeIsUpError
+from qeff_validate.explain.context import ExplainContext, TimeIsUpError
 from qeff_validate.pipeline.explanation import explained
-from qeff_validate.protocols import Settings
+from qeff_validate.protocols import Runtime, Settings
 from qeff_validate.selftest.faulty_runtime import FaultyRuntime
 from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Tensors
@@ -90,10 +90,8 @@ def test_outputs_that_are_changed_on_their_way_need_no_look_into_graph_or_progra
     assert (result.program, result.layers) == (None, ())
 
 
-def test_weight_that_differs_is_told_when_the_time_is_up_before_the_layers_are_known(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = Runner(store=tmp_path / "store")
+def with_zero_row(case: Case, runner: Runner, folder: Path) -> Case:
+    """Return the case with a file in which a row of a weight is zero."""
     path = runner.pipeline(case).onnx().path
     assert path is not None
     model = onnx.load(str(path))
@@ -102,16 +100,44 @@ def test_weight_that_differs_is_told_when_the_time_is_up_before_the_layers_are_k
     values[:, 3] = 0
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     del model.metadata_props[:]
-    onnx.save(model, str(tmp_path / "model.onnx"))
+    onnx.save(model, str(folder / "model.onnx"))
+    return case.model_copy(update={"artifacts": Artifacts(onnx=str(folder / "model.onnx"))})
 
+
+def test_weight_that_differs_is_told_when_the_time_is_up_before_the_layers_are_known(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_late(*_: Any) -> Any:
         raise TimeIsUpError("the time limit of 60 s has passed")
 
     monkeypatch.setattr("qeff_validate.explain.inside_graph.find_layers", too_late)
-    faulty = case.model_copy(update={"artifacts": Artifacts(onnx=str(tmp_path / "model.onnx"))})
-    found = runner.explained(faulty, "ort").explanation
+    runner = Runner(store=tmp_path / "store")
+    found = runner.explained(with_zero_row(case, runner, tmp_path), "ort").explanation
     assert found is not None
     assert (found.stage, found.module) == ("export", "encoder.layer.0.intermediate.dense")
     assert found.summary == (
         "layer encoder.layer.0.intermediate.dense, weight row 3 is zero (export); the time limit of 60 s has passed"
     )
+
+
+@pytest.mark.parametrize("wrong", ["file", "session"])
+def test_simulated_card_runs_again_only_if_the_file_does_not_have_the_error(
+    wrong: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    class Recorded(ExplainContext):
+        def isolated(self, name: str, settings: Settings | None = None) -> Runtime:
+            opened.append(name)
+            return super().isolated(name, settings)
+
+    monkeypatch.setattr("qeff_validate.explain.explain.ExplainContext", Recorded)
+    runner = Runner(store=tmp_path / "store")
+    if wrong == "file":
+        found = runner.explained(with_zero_row(case, runner, tmp_path), "sim").explanation
+    else:
+        pipeline, on = runner.pipeline(case), FaultyRuntime(ScaledSession, "sim")
+        found = explained(pipeline, on, pipeline.result(on), Settings(), 600.0).explanation
+    assert found is not None
+    assert found.stage == ("export" if wrong == "file" else "compiler and runtime")
+    assert ("sim" in opened) == (wrong == "session")
