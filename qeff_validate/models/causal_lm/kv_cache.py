@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from transformers.cache_utils import CacheLayerMixin
 
 
@@ -38,6 +39,8 @@ class CacheIndices:
         read_slot: slot that is read for each slot, int64 ``[batch, 1, ctx_len]``.
         heads: indices of heads by their number, int64 ``[1, heads, 1]``, filled as layers ask for them: what a graph
             computes of the same tensors it computes once for all layers.
+        reads: by the number of heads, where in a state ``[slots * heads * ctx_len, head_dim]`` it is that each slot
+            reads, int64 ``[batch, heads, ctx_len]``.
     """
 
     source: Tensor
@@ -48,6 +51,7 @@ class CacheIndices:
     read_row: Tensor
     read_slot: Tensor
     heads: dict[int, Tensor] = field(default_factory=dict)
+    reads: dict[int, Tensor] = field(default_factory=dict)
 
     def of_rows(self, state: Tensor) -> Tensor:
         """Return the state ``[slots, …]`` of each row's text, ``[batch, …]``."""
@@ -55,7 +59,11 @@ class CacheIndices:
 
     def read(self, state: Tensor) -> Tensor:
         """Return what attention reads of a state ``[slots, heads, ctx_len, head_dim]``, ``[batch, heads, …]``."""
-        return state[self.read_row, self.each_head(state), self.read_slot]
+        number, length = state.shape[1], self.read_slot.shape[-1]
+        if number not in self.reads:
+            self.reads[number] = (self.read_row * number + self.each_head(state)) * length + self.read_slot
+        # ONNX Runtime gathers rows of a matrix faster than parts of four dims
+        return embedding(self.reads[number], state.reshape(-1, state.shape[-1]))
 
     def each_head(self, state: Tensor) -> Tensor:
         """Return the indices of the heads of a state ``[slots, heads, …]``, int64 ``[1, heads, 1]``."""

@@ -55,7 +55,7 @@ _PRECISIONS: dict[str, tuple[int, int]] = {
 }
 FLOATS, INT8 = (FLOAT, FLOAT16, BFLOAT16), int(T.INT8)
 _HALF = "/sim.entry"
-_PARTS, _SCATTERS = ("GatherND", "Slice"), ("ScatterElements", "ScatterND")
+_PARTS, _SCATTERS = ("Gather", "GatherND", "Slice"), ("ScatterElements", "ScatterND")
 _RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 
@@ -191,7 +191,7 @@ def _linear(graph: Any, operator: str, port: Port, source: str, target: str) -> 
 def _move_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list[Any]:
     """Make nodes that only move elements of an fp16 cache work on fp16; return the output casts still needed.
 
-    These are scatters into it, and slices and gathers of it. Otherwise each step would cast the whole cache several
+    These are scatters into it, views, slices and gathers of it. Otherwise each step would cast the whole cache several
     times to write a few new slots.
     """
     halves = {node.output[0]: node.input[0] for node in entry if _casts(node, FLOAT)}
@@ -200,8 +200,13 @@ def _move_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list
     del graph.node[:]
     for node in nodes:
         moved = node.input[0] if node.input and node.domain in STANDARD else ""
-        if moved not in halves or node.op_type not in (*_PARTS, *_SCATTERS, "Shape"):
+        if moved not in halves or node.op_type not in (*_PARTS, *_SCATTERS, "Reshape", "Shape"):
             graph.node.append(node)
+        elif node.op_type == "Reshape":  # what is read of its result may be a part
+            result, half = node.output[0], f"{node.output[0]}/sim.half"
+            node.input[0], node.output[0] = halves[moved], half
+            graph.node.extend([node, cast(half, result, FLOAT)])
+            halves[result] = half
         elif node.op_type in _SCATTERS:
             if not moves(node) or node.output[0] not in leaving:
                 graph.node.append(node)
