@@ -143,15 +143,30 @@ class Store:
                 self._known_there.add(name)
             return entry
 
-    def tensors(self, kind: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> tuple[Tensors, Entry]:
+    def tensors(
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        make: Callable[[], Tensors],
+        *,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensors, Entry]:
         """Return the tensors stored for a key; computed on a miss, or if their file cannot be read.
+
+        Args:
+            kind: see `entry`.
+            key: see `entry`.
+            make: computes the tensors.
+            waiting: called once if another process is computing them.
 
         Raises:
             BuildError: the store cannot be written.
         """
 
         def stored_entry() -> Entry:
-            return self.entry(kind, key, lambda folder: save_tensors(folder / "tensors.safetensors", make()))
+            return self.entry(
+                kind, key, lambda folder: save_tensors(folder / "tensors.safetensors", make()), waiting=waiting
+            )
 
         entry = stored_entry()
         try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qeff_validate.errors import ConfigError, Unavailable, ValidateError, as_missing_package
+from qeff_validate.memory import without_collection
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the cache of a causal LM, among its arguments and outputs."""
@@ -36,6 +37,16 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def import_frameworks() -> None:
+    """Import what most stages need, 4 s of work, while another process makes the same tensors.
+
+    What needs these tensors is not in the store either, so it will be needed here too.
+    """
+    with without_collection(), suppress(ImportError):
+        import torch  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
 
 
 def without_cache(body: Any) -> Any:

@@ -18,7 +18,7 @@ from qeff_validate.comparison.noise_floor import Floor, check_floor, digest_of
 from qeff_validate.config.case import Case, Precision
 from qeff_validate.errors import ConfigError
 from qeff_validate.memory import release_memory
-from qeff_validate.models.framework_calls import versions
+from qeff_validate.models.framework_calls import import_frameworks, versions
 from qeff_validate.mutation.power import FaultEffects, faults_key, measure_fault_effects
 from qeff_validate.pipeline.measure_floor import Sample, measure_floor
 from qeff_validate.pipeline.recorded_file import naming, outputs_of, part, read_recorded
@@ -124,13 +124,16 @@ class CaseArtifacts:
     def stored_inputs(self) -> tuple[Tensors, Entry]:
         """Return the inputs in their stored form, and the entry of the store that holds them."""
         model = self.model()
-        return self.stages.once(
-            "tokenize", lambda: self.store.tensors("inputs", {**model.inputs_key(), "code": code_key()}, model.tokenize)
-        )
+
+        def get() -> tuple[Tensors, Entry]:
+            key = {**model.inputs_key(), "code": code_key()}
+            return self.store.tensors("inputs", key, model.tokenize, waiting=import_frameworks)
+
+        return self.stages.once("tokenize", get)
 
     def _stored(self, kind: str, label: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """Return tensors of the store, made if they are not there; say so if they were."""
-        tensors, entry = self.store.tensors(kind, key, make)
+        tensors, entry = self.store.tensors(kind, key, make, waiting=import_frameworks)
         self._tell(label, entry)
         return tensors
 
