@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from qeff_validate.config.case import Case
 from qeff_validate.engine import Runner
 from qeff_validate.pipeline import case_artifacts
 
-CASE = Case(name="tiny", source="random:bert", inputs={"texts": ["one", "two"]}, options={"seq_len": [8]})
+CASE = Case(name="tiny", source="random:bert", inputs={"texts": ["one", "two", "three"]}, options={"seq_len": [8]})
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ def test_frameworks_are_imported_while_another_process_makes_inputs_or_reference
         held.close()  # the other process has made it
 
     monkeypatch.setattr(case_artifacts, "import_frameworks", frameworks)
+    ended = threading.Timer(30, held.close)  # else a failure would be a test without an end
+    ended.start()
     make(Runner(store=tmp_path).pipeline(CASE))
+    ended.cancel()
     assert imported == [kind]
     assert entry.is_dir()
