@@ -21,6 +21,7 @@ class IntegerFormat:
         products: weights of matrix products are stored so.
         tables: embedding tables are.
         activations: the other operand of a product is quantized as it is met, to uint8 with one scale for all.
+        attention: so are both operands of products of two activations.
     """
 
     bits: int = 8
@@ -30,6 +31,7 @@ class IntegerFormat:
     products: bool = True
     tables: bool = False
     activations: bool = False
+    attention: bool = False
 
     @property
     def may_saturate(self) -> bool:

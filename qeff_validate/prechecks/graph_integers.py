@@ -28,14 +28,16 @@ def integers_of(graph: Any) -> IntegerFormat | None:
     """
     if any(node.op_type in FUSED or node.op_type == "QuantizeLinear" for node in graph.node):
         return None  # activations by scales that somebody has calibrated are no property of the model
-    formats = list(_Weights(graph))
-    if not formats or None in formats:
+    weights = _Weights(graph)
+    formats, attention = list(weights), weights.attention()
+    if not formats or None in formats or attention is None:
         return None
     known = [entry for entry in formats if entry is not None]
     products = [entry for entry in known if entry.products] or known
     widest = max(products, key=lambda entry: entry.bits)  # the numbers of a weight may be small by chance
     same = {replace(entry, bits=8 if entry.bits == HALF else entry.bits, tables=False) for entry in products}
-    return replace(widest, tables=any(entry.tables for entry in known)) if len(same) == 1 else None
+    tables = any(entry.tables for entry in known)
+    return replace(widest, tables=tables, attention=attention) if len(same) == 1 else None
 
 
 class _Weights:
@@ -61,13 +63,26 @@ class _Weights:
             if node.op_type == "MatMulNBits":
                 zero_points = len(node.input) > 3 and bool(node.input[3])
                 yield IntegerFormat(attributes.get("bits", 4), not zero_points, block=attributes.get("block_size", 0))
-            elif node.op_type == "MatMulInteger":
-                source = self._producer.get(node.input[0])
-                dynamic = source is not None and source.op_type == "DynamicQuantizeLinear"
-                scales = self._scales_behind(node) if dynamic else None
+            elif node.op_type == "MatMulInteger" and not self._is_dynamic(node.input[1]):
+                scales = self._scales_behind(node) if self._is_dynamic(node.input[0]) else None
                 yield None if scales is None else self._format(node.input[1], scales, activations=True)
             elif node.op_type == "DequantizeLinear" and self._table(node.input[0]) is not None:
                 yield self._of_dequantized(node, attributes)
+
+    def attention(self) -> bool | None:
+        """Return whether products of two activations quantize both; None if some do and others do not."""
+        products = [node for node in self._graph.node if node.op_type in ("MatMul", "MatMulInteger")]
+        quantized = {
+            node.op_type == "MatMulInteger" and self._is_dynamic(node.input[0])
+            for node in products
+            if node.input[1] not in self._stored
+        }
+        return None if len(quantized) > 1 else quantized == {True}
+
+    def _is_dynamic(self, name: str) -> bool:
+        """Return whether a value is made of an activation as it is met."""
+        source = self._producer.get(name)
+        return source is not None and source.op_type == "DynamicQuantizeLinear"
 
     def _of_dequantized(self, node: Any, attributes: Mapping[str, int]) -> IntegerFormat | None:
         """Return the format of a weight that is dequantized before it is read, or whose rows are."""

@@ -184,11 +184,16 @@ def test_output_of_another_name_is_pooled_where_it_is_mapped(folder: Path, tmp_p
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("weights", "options"),
-    [("QUInt8", {"per_channel": True}), ("QInt8", {"reduce_range": True}), ("QInt8", {})],
-    ids=["uint8 by channel", "int8 of half the range", "int8"],
+    [
+        ("QUInt8", {"per_channel": True}),
+        ("QUInt8", {"extra_options": {"MatMulConstBOnly": False}}),
+        ("QInt8", {"reduce_range": True}),
+        ("QInt8", {}),
+    ],
+    ids=["uint8 by channel", "attention as well", "int8 of half the range", "int8"],
 )
 def test_dynamic_int8_is_judged_by_the_noise_of_its_integers_and_no_row_is_blamed_for_its_neighbours(
-    weights: str, options: dict[str, bool], folder: Path, tmp_path: Path
+    weights: str, options: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -77,6 +77,13 @@ class IntegerProducts(CompressedWeights):
         operands, numbers = list(args), self._numbers
         if func in LOOKUPS and numbers.tables and self.is_weight(operands[LOOKUPS[func]]):
             operands[LOOKUPS[func]] = self._compressed(operands[LOOKUPS[func]], -1)
+        if numbers.attention and func is nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        places = [index for index, _ in PRODUCTS.get(func, ()) if index < len(operands)]
+        if numbers.attention and len(places) == 2 and not any(self.is_weight(operands[index]) for index in places):
+            for index in places:
+                operands[index] = _dynamic(operands[index])
+            return func(*operands, **(kwargs or {}))
         for index, dim in PRODUCTS.get(func, ()) if numbers.products else ():
             if index >= len(operands) or not self.is_weight(operands[index]):
                 continue
@@ -110,6 +117,31 @@ def _dynamic(values: Tensor) -> Tensor:
     if hasattr(values, DEPENDS_ON_WEIGHTS):
         setattr(read, DEPENDS_ON_WEIGHTS, True)
     return read
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return `torch.nn.functional.scaled_dot_product_attention` with the operands of both products quantized."""
+    assert dropout_p == 0, "the model is not in training"
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    scores = _dynamic(query) @ _dynamic(key).transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
+    hidden = scores.isneginf().all(-1, keepdim=True)  # of a query that sees nothing, attention is zero
+    return _dynamic(scores.softmax(-1).masked_fill(hidden, 0.0)) @ _dynamic(value)
 
 
 def compressed_weights(

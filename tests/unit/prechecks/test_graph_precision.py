@@ -125,6 +125,16 @@ FORMATS = {
         f" float f = {{1}}> {{ r = Gather(w, i) e = DequantizeLinear(r, f) {SUMS}",
         IntegerFormat(8, symmetric=False, per_channel=True, activations=True, tables=True),
     ),
+    "dynamic, in attention too": (
+        f"g (float[2,4] x, float[4,4] v) => (float[2,4] y, float[2,4] o) <{U8}, float s = {{1}}> {{"
+        f" d, e, f = DynamicQuantizeLinear(v) p = MatMulInteger(a, d, z, f) o = Cast<to=1>(p) {SUMS}",
+        IntegerFormat(8, symmetric=False, activations=True, attention=True),
+    ),
+    "dynamic, in one attention of two": (
+        f"g (float[2,4] x, float[4,4] v) => (float[2,4] y, float[2,4] o, float[2,4] n) <{U8}, float s = {{1}}> {{"
+        f" d, e, f = DynamicQuantizeLinear(v) p = MatMulInteger(a, d, z, f) o = Cast<to=1>(p) n = MatMul(x, v) {SUMS}",
+        None,
+    ),
     "blocks": (GRAPHS["4-bit blocks"][0], IntegerFormat(4, block=32)),
     "blocks with zero points": (
         GRAPHS["4-bit blocks"][0].replace("(x, w, s)", "(x, w, s, x)"), IntegerFormat(4, symmetric=False, block=32),

@@ -62,6 +62,57 @@ def test_dynamic_products_are_those_of_onnx_runtimes_quantizer(
 
 
 @pytest.mark.numeric
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_products_of_two_activations_are_those_of_onnx_runtimes_quantizer(
+    causal: bool, fused: bool, tmp_path: Path
+) -> None:
+    from onnx.reference import ReferenceEvaluator
+    from onnxruntime.quantization import quantize_dynamic
+
+    text = """<ir_version: 8, opset_import: ["" : 14]>
+        g (float[1,2,5,8] q, float[1,2,5,8] k, float[1,2,5,8] v, float[5,5] m) => (float[1,2,5,8] y) {
+            t = Transpose <perm = [0, 1, 3, 2]> (k)
+            a = MatMul (q, t)
+            s = Constant <value = float {0.35355339}> ()
+            b = Mul (a, s)
+            c = Add (b, m)
+            p = Softmax <axis = -1> (c)
+            y = MatMul (p, v)
+        }"""
+    onnx.save(parser.parse_model(text), tmp_path / "float.onnx")
+    options = {"MatMulConstBOnly": False}
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx", extra_options=options)
+    names = ("q", "k", "v")
+    states = dict(zip(names, np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8)).astype(np.float32), strict=True))
+    mask = np.triu(np.full((5, 5), -1e9 if causal else 0, np.float32), 1)
+    (wanted,) = ReferenceEvaluator(str(tmp_path / "int8.onnx")).run(None, {**states, "m": mask})
+    (exact,) = ReferenceEvaluator(str(tmp_path / "float.onnx")).run(None, {**states, "m": mask})
+    query, key, value = (torch.from_numpy(states[name]) for name in names)
+    with torch.no_grad(), IntegerProducts(product(), IntegerFormat(activations=True, attention=True)):
+        if fused:
+            result = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        else:
+            scores = query @ key.transpose(-2, -1) * 8**-0.5 + torch.from_numpy(mask)
+            result = torch.matmul(scores.softmax(-1), value)
+    assert np.linalg.norm(wanted - exact) > 1e-3 * np.linalg.norm(exact)
+    within(np.linalg.norm(result.numpy() - wanted) / np.linalg.norm(wanted), 1e-5)
+
+
+def test_query_that_sees_nothing_gives_zeros_as_in_torch_itself() -> None:
+    query, key, value = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 1, 4, 3, 8))).float()
+    key, value = key[:, :2], value[:, :2]  # heads in groups
+    sees = torch.tensor([[True, False, False], [False, False, False], [True, True, True]])
+    attention, given = torch.nn.functional.scaled_dot_product_attention, {"attn_mask": sees, "enable_gqa": True}
+    wanted = attention(query, key, value, **given)
+    with torch.no_grad(), IntegerProducts(product(), IntegerFormat(activations=True, attention=True)):
+        result = attention(query, key, value, **given)
+    assert torch.equal(result[..., 1, :], torch.zeros(1, 4, 8))
+    assert 0 < float((result - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.numeric
 def test_blocks_share_a_scale_and_a_table_is_quantized_where_the_file_does() -> None:
     layer, table = product(), torch.nn.Embedding(4, 16)
     with torch.no_grad():
