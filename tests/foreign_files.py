@@ -34,9 +34,9 @@ HEADING = "## Files of other exporters\n"
 
 ABOUT = """
 Files of bodies that others export, optimize, convert and quantize, each judged clean and with one fault at a time,
-against the original model; hidden states are pooled on the host. *not judged*: inconclusive, with the precision that
-no noise is measured for; *refused*: by the compiler, by name; *found*: faults that fail, of those that the file has
-something to change for and that move vectors by more than twice the noise floor:
+against the original model; hidden states are pooled on the host. *not judged*: inconclusive, as the noise of the
+precision is not known, or so great that anything would pass; *refused*: by the compiler, by name; *found*: faults that
+fail, of those that the file has something to change for and that move vectors by more than twice the noise floor:
 {faults}; in float16 three columns
 of a weight are zero instead, in integers one weight is.
 
