@@ -13,7 +13,7 @@ from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import READS, operator_finding, output_of_zeros
 from qeff_validate.explain.outputs import output_finding
-from qeff_validate.explain.reference_values import ReferenceValues
+from qeff_validate.explain.reference_values import Place, ReferenceValues
 from qeff_validate.explain.structure import SUM, left_out_finding, repeated_layer, sum_finding, swapped_finding
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights
 from qeff_validate.models.emulation.precision import Compute
@@ -153,12 +153,16 @@ def computed_location(
         around = layers.values[max(0, layers.guilty - NEARBY) : layers.guilty]
         around = [*layers.values[layers.guilty + 1 : layers.guilty + AFTER], *around]
         others = [(item.module, item.array) for item in around if item.place is not None]
-        call = recorded.call(module, value.place)
-        if call is not None:
-            beside = "" if is_within(value.place[0], module) else common_module([module, value.place[0]])
-            outer = recorded.call(beside, value.place) if beside else None
+
+        def computed(path: str, place: Place) -> str:
+            call = recorded.call(path, place)
+            beside = "" if is_within(place[0], path) else common_module([path, place[0]])
+            outer = recorded.call(beside, place) if beside else None
             parent = None if outer is None else (beside, outer)
-            text = operator_finding(root, value.place, module, call, observed, size, tolerance, others, parent)
+            found = call and operator_finding(root, place, path, call, observed, size, tolerance, others, parent)
+            return found or ""
+
+        text, call = computed(module, value.place), recorded.call(module, value.place)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
         summed = "" if text else sum_finding(layers.values, layers.guilty, observed, size, tolerance)
@@ -170,6 +174,11 @@ def computed_location(
                 path, other = finding(root, recorded, layers, observed, size, tolerance)
                 if path:
                     return Location(path, other)
+        # an operator that does the work of several modules holds nothing of what the first of them give
+        for path in dict.fromkeys([value.module, *layers.missing]) if not text else ():
+            other = computed(path, value.place) if path != module else ""
+            if other:
+                return Location(path, other)
     if not text and layers.missing and value.place is not None and value.place[0] == value.module:
         call = recorded.call(value.module, value.place)
         zeros = None if call is None else output_of_zeros(root, value.module, value.place, call)

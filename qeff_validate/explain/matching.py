@@ -122,6 +122,10 @@ class Matcher:
         self._expected = [of_tokens(value.array, tokens) for value in values]
         self._sizes = {expected.size for expected in self._expected}
         self._scopes = module_scopes(graph.nodes)
+        self._alike: dict[tuple[Any, ...] | None, list[int]] = {}  # the same value of each layer
+        for index in range(len(values)):
+            if self._in_its_layer(index) is not None:
+                self._alike.setdefault(self._in_its_layer(index), []).append(index)
         self._sampled: Mapping[str, Array] = {}
         self._samples: dict[int, Samples] = {}  # of the last values, by their size
 
@@ -329,11 +333,22 @@ class Matcher:
         return self._samples[size]
 
     def _next_open(self, found: Matches) -> int | None:
-        """Return the first value that is neither found nor given up."""
-        return next(
-            (index for index in range(len(self._values)) if index not in found.names and index not in found.missing),
-            None,
-        )
+        """Return the first value that is neither found nor given up; give up those that no layer has."""
+        for index in range(len(self._values)):
+            if index in found.names or index in found.missing:
+                continue
+            alike = self._alike.get(self._in_its_layer(index), ())
+            if not set(alike).isdisjoint(found.missing) and set(alike).isdisjoint(found.names):
+                found.missing.append(index)  # one operator does the work of several modules
+                continue
+            return index
+        return None
+
+    def _in_its_layer(self, index: int) -> tuple[Any, ...] | None:
+        """Return what a value is in its layer, whichever that is; None of one outside of the layers."""
+        value = self._values[index]
+        layer = numbered(value.module)
+        return (value.module.removeprefix(layer), *value.place[1:3]) if layer and value.place is not None else None
 
     def _guess(self, found: Matches, current: Mapping[str, Array], index: int) -> str | None:
         """Return the value of the graph that stands for one that none is equal to; None if there is none."""
