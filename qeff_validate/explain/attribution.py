@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.context import NOISE, ExplainContext, Subset
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.stages import FLOAT32, guilty_stage, stage_shares
 from qeff_validate.protocols import runtime
 from qeff_validate.report.explanation import StageShare

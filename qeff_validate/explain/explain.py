@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.errors import ValidateError
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.attribution import OUTSIDE, Attribution, attribute
 from qeff_validate.explain.block_program import program_error
 from qeff_validate.explain.context import NOISE, Clock, ExplainContext, Subset
@@ -22,7 +23,6 @@ from qeff_validate.explain.failing_rows import batch_of, choose_rows, described
 from qeff_validate.explain.inside_graph import InsideGraph, look_inside, overflow
 from qeff_validate.explain.layers import FACTOR, Layers
 from qeff_validate.explain.locate import Location
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.outside import BESIDE, UNEXPLAINED, ReadingSession, outside_finding
 from qeff_validate.explain.program_layers import ProgramLayers, ProgramLocation
 from qeff_validate.explain.repro import Repro, write_repro

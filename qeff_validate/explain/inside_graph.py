@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from qeff_validate.explain.arrays import of_tokens, relative_error
 from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import Layers, find_layers
 from qeff_validate.explain.locate import MANY, Location, locate
-from qeff_validate.explain.matching import EQUAL, of_tokens, relative_error
+from qeff_validate.explain.matching import EQUAL
 from qeff_validate.explain.range_audit import FP16_MAX
 from qeff_validate.explain.reference_values import ReferenceValues, record
 from qeff_validate.explain.weight_layout import exchanged

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qeff_validate.explain.arrays import of_tokens, relative_error
 from qeff_validate.explain.graph_values import GraphValues
-from qeff_validate.explain.matching import Matcher, Matches, of_tokens, relative_error
+from qeff_validate.explain.matching import Matcher, Matches
 from qeff_validate.explain.names import common_module, numbered
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues, local_errors
 from qeff_validate.models.emulation.precision import Compute

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qeff_validate.explain.arrays import of_tokens, relative_error
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.layers import LEAST, Layers
-from qeff_validate.explain.matching import of_tokens, relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import READS, operator_finding, output_of_zeros
 from qeff_validate.explain.outputs import output_finding

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.differences import CLOSE, difference
 from qeff_validate.explain.locate import Location
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.names import common_module
 from qeff_validate.protocols import Session
 from qeff_validate.session_wrapper import SessionWrapper

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from qeff_validate.explain.arrays import of_tokens, relative_error
 from qeff_validate.explain.context import ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
 from qeff_validate.explain.inside_graph import InsideGraph, own_feeds
 from qeff_validate.explain.layers import FACTOR, LEAST, Layers, first_divergent
 from qeff_validate.explain.locate import Location, computed_location
-from qeff_validate.explain.matching import Matches, of_tokens, relative_error
+from qeff_validate.explain.matching import Matches
 from qeff_validate.explain.names import numbered
 from qeff_validate.explain.program_finding import ROUNDING, columns_finding, rounding_finding
 from qeff_validate.explain.program_values import ProgramValues

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.errors import ValidateError
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.block import Block, block_model, sources, with_used_rows
 from qeff_validate.explain.context import NOISE, ExplainContext, Subset
 from qeff_validate.explain.failing_rows import text_of_row
 from qeff_validate.explain.graph_values import GraphValues
 from qeff_validate.explain.inside_graph import InsideGraph, own_feeds
 from qeff_validate.explain.layers import FACTOR
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.reference_values import ReferenceValue, record
 from qeff_validate.protocols import OriginalRun
 from qeff_validate.tensors import Array, Tensors

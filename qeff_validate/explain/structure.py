@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.graph_values import GraphValues, reads
 from qeff_validate.explain.layers import Layers
 from qeff_validate.explain.linear import is_linear
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import swapped_layers
 from qeff_validate.explain.reference_values import ReferenceValue, ReferenceValues

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qeff_validate.errors import ValidateError
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.protocols import Session
 from qeff_validate.session_wrapper import SessionWrapper
 from qeff_validate.tensors import Array, Tensors, retained

@@ -13,7 +13,7 @@ import torch
 from bounds import within
 from transformers import LlamaConfig, LlamaModel
 
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.operators import operator_finding
 from qeff_validate.explain.reference_values import Call
 

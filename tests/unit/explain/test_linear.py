@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.operators import operator_finding
 
 TOKENS, WIDTH, WIDE = 9, 32, 48

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.operators import operator_finding
 
 TOKENS, WIDTH = 9, 32

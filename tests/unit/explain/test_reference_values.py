@@ -12,8 +12,8 @@ from bounds import within
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.layers import first_divergent
-from qeff_validate.explain.matching import relative_error
 from qeff_validate.explain.outputs import output_finding
 from qeff_validate.explain.reference_values import local_errors, record
 from qeff_validate.protocols import OriginalRun

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.reference_values import ReferenceValue
 from qeff_validate.explain.structure import sum_finding
 

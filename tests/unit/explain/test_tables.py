@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qeff_validate.explain.matching import relative_error
+from qeff_validate.explain.arrays import relative_error
 from qeff_validate.explain.operators import operator_finding
 
 IDS = torch.tensor([[1, 2, 3, 5], [5, 6, 1, 0]])
