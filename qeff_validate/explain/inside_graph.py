@@ -82,7 +82,9 @@ def look_inside(
         check()
         feeds = own_feeds(context, original)
         fed = {name: array for name, array in feeds.items() if array.dtype.kind == "f"}
-        weights = compare_weights(original.module, {**graph.weights, **fed}, check, graph.nodes)
+        compute = context.pipeline.file_precision("onnx").compute
+        held = {**graph.weights, **fed}
+        weights = compare_weights(original.module, held, check, graph.nodes, half=compute == "fp16")
         differing = [item for item in weights.findings if item.initializer is not None]
         if differing:
             early(Location(differing[0].module, differing[0].sentence()))
@@ -90,8 +92,8 @@ def look_inside(
         recorded = record(original)
         check()
         weights = with_exchanged(weights, original, recorded, graph, feeds)
-        layers = find_layers(original, recorded, graph, feeds, "fp32", check)
-        location = locate(original, recorded, graph, layers, weights)
+        layers = find_layers(original, recorded, graph, feeds, compute, check)
+        location = locate(original, recorded, graph, layers, weights, compute)
         yield InsideGraph(graph, original, recorded, feeds, layers, location)
 
 

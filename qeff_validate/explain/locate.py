@@ -99,7 +99,7 @@ def _locate(
         if differing:
             return _of_weights(differing, weights)
         parameter = weights.by_initializer.get(name)
-        text = "" if parameter or owned is None else copy_finding(owned, graph.weights[name])
+        text = "" if parameter or owned is None else copy_finding(owned, graph.weights[name], half=compute == "fp16")
         if text:
             return Location(module, text)
         owner = parameter.rpartition(".")[0] if parameter is not None else module

@@ -28,6 +28,9 @@ MOST_REPAIRED = 1 << 26
 TRANSPOSED = "transposed"
 """Text of a square weight that a graph reads the other way."""
 
+HALF_STEP = 2.0**-24
+"""The least positive fp16 number. Converters write it for smaller weights, which would be zero otherwise."""
+
 ALIKE = 0.5
 """Share of equal elements, or cosine, from which two tensors of one shape are taken for the same weight."""
 
@@ -105,6 +108,8 @@ def compare_weights(
     initializers: Mapping[str, Array],
     check: Callable[[], None] = lambda: None,
     nodes: Sequence[Any] = (),
+    *,
+    half: bool = False,
 ) -> WeightComparison:
     """Compare the parameters and buffers of a torch module with the initializers of a graph.
 
@@ -113,6 +118,7 @@ def compare_weights(
         initializers: by name.
         check: raises when the time is up.
         nodes: of the graph, which tell in what layout a square weight is read.
+        half: initializers in float16 are right if they are the parameters rounded.
     """
     parameters = dict(_parameters(module))
     floats = {name: array for name, array in initializers.items() if array.dtype.kind == "f" and array.size >= MIN_SIZE}
@@ -122,7 +128,10 @@ def compare_weights(
     result, open_parameters, used = WeightComparison(names=list(parameters)), list[str](), set[str]()
     for name, array in parameters.items():
         check()
-        found = [other for other in by_sum.get(_sum_of_bits(array), ()) if _is_same(array, floats[other])]
+        forms = [array, _in_half(array)] if half else [array]
+        found = [
+            other for form in forms for other in by_sum.get(_sum_of_bits(form), ()) if _is_same(form, floats[other])
+        ]
         for initializer in found:
             result.by_initializer.setdefault(initializer, name)
         used.update(found)
@@ -136,7 +145,7 @@ def compare_weights(
         if partner is None:
             result.findings.append(WeightFinding(name, None, "is not in the graph"))
             continue
-        text = _describe(parameters[name], rest.pop(partner))
+        text = _describe(parameters[name], rest.pop(partner), half=half)
         result.by_initializer.setdefault(partner, name)
         if text:
             result.findings.append(WeightFinding(name, partner, text))
@@ -237,10 +246,22 @@ def _share(expected: Array, actual: Array) -> float:
     return max(float(np.mean(expected == actual)), cosine)
 
 
-def _describe(expected: Array, actual: Array) -> str:
+def _in_half(array: Array) -> Array:
+    """Return an array rounded to fp16, in float32."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16).astype(np.float32)
+
+
+def _describe(expected: Array, actual: Array, *, half: bool = False) -> str:
     """Return what differs, with the tensor turned whichever way is more alike, or else in the way that has a name."""
+    half = half and actual.dtype == np.float16
     actual = np.squeeze(np.asarray(actual, np.float32))
     turned = _is_turned(expected, actual)
+    if half:
+        expected = _in_half(expected)
+        side: Any = actual.T if turned else actual
+        if side.shape == expected.shape:
+            expected = np.where(np.abs(expected - side) <= HALF_STEP, side, expected)
     text = difference(expected, actual.T if turned else actual)
     if not is_named(text) and actual.ndim == 2 and expected.shape == actual.shape == actual.shape[::-1]:
         other = difference(expected, actual if turned else actual.T)
@@ -248,7 +269,7 @@ def _describe(expected: Array, actual: Array) -> str:
     return text
 
 
-def copy_finding(module: Any, actual: Array) -> str:
+def copy_finding(module: Any, actual: Array, *, half: bool = False) -> str:
     """Return what differs in an initializer that stands for a module's weight beside a right one; empty if none does.
 
     A graph has several of a weight that several layers share, or that is folded where it is used.
@@ -256,13 +277,14 @@ def copy_finding(module: Any, actual: Array) -> str:
     Args:
         module: that uses it.
         actual: its content.
+        half: see `compare_weights`.
     """
     if actual.ndim == 1 and not actual.any() and getattr(module, "bias", None) is None:
         return ""  # an operator asks for a bias where the module has none
     for name, parameter in module.named_parameters():
         expected = np.squeeze(parameter.detach().float().numpy())
         if actual.size >= MIN_SIZE and np.squeeze(actual).shape in (expected.shape, expected.shape[::-1]):
-            text = _describe(expected, actual)
+            text = _describe(expected, actual, half=half)
             if is_named(text) or _likeness(expected, np.squeeze(actual)) >= ALIKE:
                 return f"{name} {text}"
     return ""

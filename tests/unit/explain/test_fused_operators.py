@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults in graphs whose operators do the work of several modules, as ONNX Runtime's optimizer writes them."""
+"""Faults in graphs of ONNX Runtime's optimizer: operators that do the work of several modules, and float16."""
 
 from __future__ import annotations
 
@@ -85,6 +85,28 @@ def scores(model: Any) -> None:
     softmax.input[0] = "halves"
 
 
+def zero_row(model: Any) -> None:
+    tensor = next(
+        tensor for tensor in model.graph.initializer if tensor.name.endswith("layer.3.intermediate.dense.bias")
+    )
+    reader = next(node for node in of_type(model, "Add") if tensor.name in node.input)
+    product = next(node for node in of_type(model, "MatMul") if node.output[0] in reader.input)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == product.input[1])
+    array = numpy_helper.to_array(weight).copy()
+    array[:, 5] = 0
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+
+
+def half_scores(model: Any) -> None:
+    scores(model)
+    half = next(tensor for tensor in model.graph.initializer if tensor.name == "half")
+    half.CopyFrom(numpy_helper.from_array(np.float16(0.5), "half"))
+
+
+def healthy(_: Any) -> None:
+    """Change nothing."""
+
+
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     return Runner()
@@ -112,3 +134,31 @@ def test_fault_is_named_though_the_graph_has_no_value_for_many_modules(
     found = runner.explained(faulty, "ort").explanation
     assert found is not None
     assert (found.stage, found.module, found.finding) == ("export", f"encoder.layer.3.{module}", finding)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter, of numbers that are too small for float16
+@pytest.mark.parametrize(
+    ("damage", "module", "finding"),
+    [
+        (zero_row, "encoder.layer.3.intermediate.dense", "weight row 5 is zero"),
+        (half_scores, "encoder.layer.3.attention.self", "scores scaled by 0.5"),
+        (healthy, None, ""),
+    ],
+)
+def test_rounding_to_float16_is_no_finding_in_a_file_of_float16(
+    damage: Callable[[Any], None], module: str | None, finding: str, runner: Runner, tmp_path: Path
+) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path = runner.pipeline(BERT).onnx().path
+    assert path is not None
+    model = convert_float_to_float16(onnx.load(str(path)), keep_io_types=True)
+    del model.metadata_props[:]
+    damage(model)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    file = BERT.model_copy(update={"artifacts": Artifacts(onnx=str(tmp_path / "model.onnx"))})
+    result = runner.explained(file, "ort")
+    assert (result.status, result.precision) == ("fail" if finding else "pass", "fp16")
+    found = result.explanation
+    assert found is not None
+    assert (found.module, found.finding) == (module, finding)
