@@ -114,8 +114,8 @@ def _stored_adapters(stored: Tensors, names: Sequence[str]) -> dict[str, dict[st
         if {key: (array.dtype, array.shape) for key, array in tensors.items()} != wanted:
             raise IncomparableError(f"the tensors 'inputs.{name}/…' have other names, dtypes or shapes than the base's")
         for key, array in tensors.items():
-            if array.dtype.kind != "f":
-                raise IncomparableError(f"tensor 'inputs.{name}/{key}' is {array.dtype}, and weights are real numbers")
+            if array.dtype.kind not in "fi":  # supertuning has indices of its weights
+                raise IncomparableError(f"tensor 'inputs.{name}/{key}' is {array.dtype}, and weights are numbers")
     return adapters
 
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import cli, said
 from pydantic import ValidationError
 
 import qeff_validate as qv
-from qeff_validate.engine import check
+from qeff_validate.config.case import Case
+from qeff_validate.engine import Runner, check
 from qeff_validate.errors import ConfigError
 from qeff_validate.models.adapters.apply import apply_peft
 from qeff_validate.models.sources.synthetic import Random
@@ -172,3 +174,14 @@ def test_adapter_of_another_size_is_refused_before_its_digest_is_taken(
     made = qv.model(case(options={"adapters": {"a": str(tmp_path / "a")}}))
     with pytest.raises(ConfigError, match="1,000,000,000,000 bytes"):
         made.inputs_key()
+
+
+def test_adapter_of_indices_is_read_back_from_the_store(tmp_path: Path) -> None:
+    """Supertuning says which weights it changes by int32 tensors beside their values."""
+    options = {
+        "peft_method": "supertuning", "peft": {"init": 0.2, "target_modules": ["q_proj", "v_proj"]},
+        "prompts": ["Once"], "prefill_seq_len": 8, "ctx_len": 16, "max_new_tokens": 2,
+    }  # fmt: skip
+    case = Case(name="indices", model="peft-causal-lm", source="random:llama", options=options)
+    adapters = Runner(store=tmp_path).pipeline(case).inputs().adapters
+    assert {array.dtype for array in adapters["a"].values()} == {np.dtype(np.int32), np.dtype(np.float32)}

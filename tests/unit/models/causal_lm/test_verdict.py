@@ -52,11 +52,11 @@ def judge(wanted: Rows, found: Rows, precision: str = "fp16", names: Sequence[st
     return judge_continuations(wanted, found, context, adapters=list(names), inputs=INPUTS)
 
 
-def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, **more: float) -> Floor:
+def floor(strayed: float = 1e-3, delta_cosine: float = 1e-3, delta_norm: float = 0.01, **more: float) -> Floor:
     """Return measured noise with which an adapter of effect 0.3 is told from the base."""
     errors = {"kl_p99": 1e-4, "kl_max": 1e-3, **dict.fromkeys(ERRORS, 0.05), **more}
     for name in NAMES[1:]:
-        errors |= {f"{name}.delta_cosine": delta_cosine, f"{name}.delta_norm": 0.01, f"{name}.strayed": strayed}
+        errors |= {f"{name}.delta_cosine": delta_cosine, f"{name}.delta_norm": delta_norm, f"{name}.strayed": strayed}
     center = {"logits": reference()["logits"]}
     return made_floor(errors, systematic_errors={"mean_signed": 1e-3, "mean_norm": 1e-4}, center=center)
 
@@ -240,13 +240,25 @@ def test_adapter_without_any_effect_that_fails_all_the_same_is_no_crash() -> Non
 def test_equal_logits_pass_beside_measured_noise_with_systematic_gates_on_a_device_alone() -> None:
     wanted = reference()
     for device in (False, True):
-        verdict = judge(wanted, actual(wanted), floor=floor(), device=device)
+        verdict = judge(wanted, actual(wanted), floor=floor(delta_cosine=1e-4), device=device)
         assert (verdict.status, verdict.reason) == ("pass", "")
         gates = {item.metric.name for item in verdict.metrics if item.bound}
         assert ({"logits.mean_signed", "logits.mean_norm"} <= gates) == device
         change = next(item for item in verdict.metrics if item.metric.name == "adapter.a.delta_norm")
         assert change.bound is not None
         assert (change.bound.source, change.bound.value) == ("floor", pytest.approx(0.02))
+
+
+def test_size_of_a_change_may_err_by_a_quarter_of_what_its_direction_may_though_no_run_did() -> None:
+    wanted = reference()
+    verdict = judge(wanted, actual(wanted), floor=floor(delta_cosine=1e-4, delta_norm=1e-7))
+    bounds = {item.metric.name: item.bound for item in verdict.metrics}
+    size, direction = bounds["adapter.a.delta_norm"], bounds["adapter.a.delta_cosine"]
+    assert size is not None
+    assert direction is not None
+    assert direction.value == pytest.approx(4e-4)
+    assert size.value == pytest.approx(0.25 * (2 * 4e-4) ** 0.5)
+    assert size.why == "0.25 x 0.028, the error across the change that is allowed"
 
 
 @pytest.mark.parametrize(
