@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from qeff_validate.errors import ConfigError
@@ -27,13 +28,13 @@ def check_writable(folder: Path, name: str) -> None:
         if not parent.is_dir():
             what = "a link to nowhere" if parent.is_symlink() and not parent.exists() else "no folder"
             raise ConfigError(f"{name}: {parent} is {what}; name a directory")
-        probe = Path(tempfile.mkdtemp(prefix=".qeff-validate-", dir=parent))
-        try:
-            path = probe / folder.absolute().relative_to(parent)
-            path.mkdir(parents=True, exist_ok=True)
-            (path / ".probe").write_bytes(b"")
-        finally:
-            shutil.rmtree(probe, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # the path as a whole may be too long
+        longest = os.pathconf(parent, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in folder.absolute().relative_to(parent).parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=parent) as probe:  # without a name, so nothing is left of a killed process
+            probe.write(b"0")
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise ConfigError(f"{name}: cannot write to {str(folder)[:200]!r}: {reason}; choose another directory") from exc

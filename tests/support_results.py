@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -52,15 +52,15 @@ class Results:
                     self.outcomes[method, name], self.runs[method, name] = Outcome(worst, reasons), run
 
     def put(self, pair: Pair, outcome: Outcome, run: str) -> None:
-        """Keep an outcome of a run."""
-        self.outcomes[pair], self.runs[pair] = outcome, run
+        """Keep an outcome of a run, in the digits that are written: the page is the same from the file."""
+        rounded = {runtime: round(value, 4) for runtime, value in outcome.worst.items()}
+        self.outcomes[pair], self.runs[pair] = replace(outcome, worst=rounded), run
         self._write()
 
     def _write(self) -> None:
         lines: dict[str, list[str]] = {}
         for (method, name), outcome in sorted(self.outcomes.items()):
-            rounded = {runtime: round(value, 4) for runtime, value in outcome.worst.items()}
-            value = json.dumps([rounded, dict(outcome.reasons)], ensure_ascii=False)
+            value = json.dumps([dict(outcome.worst), dict(outcome.reasons)], ensure_ascii=False)
             lines.setdefault(self.runs[method, name], []).append(f"  {json.dumps(f'{method} {name}')}: {value}")
         parts = [f" {json.dumps(run)}: {{\n" + ",\n".join(found) + "\n }" for run, found in sorted(lines.items())]
         self._path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")

@@ -92,11 +92,13 @@ def test_outcomes_are_kept_with_their_run_and_others_stay(tmp_path: Path) -> Non
     path.write_text(FILE.read_text(encoding="utf-8"), encoding="utf-8")
     results = Results(path)
     pair = ("lora", f"{SOURCE}llama")
-    results.put(pair, Outcome({"torch": 0.5, "ort": 0.25}, {"sim": "fail: a reason"}), "2030-01-01 00:00, peft 9")
+    results.put(pair, Outcome({"torch": 0.5, "ort": 0.234996}, {"sim": "fail: a reason"}), "2030-01-01 00:00, peft 9")
     again = Results(path)
     assert (again.runs[pair], again.outcomes[pair].passed) == ("2030-01-01 00:00, peft 9", False)
     others = {key: run for key, run in results.runs.items() if key != pair}
     assert {key: run for key, run in again.runs.items() if key != pair} == others
     text = page(again)
+    assert text == page(results), "what is written during a run is what its file gives"
+    assert again.outcomes == results.outcomes
     assert "| `llama` | pass | pass | fail | a reason |" in text
     assert f"Of {max(others.values())}:" in text
