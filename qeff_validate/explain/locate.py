@@ -13,7 +13,7 @@ from qeff_validate.explain.layers import LEAST, Layers
 from qeff_validate.explain.names import common_module, is_within, numbered
 from qeff_validate.explain.operators import READS, operator_finding, output_of_zeros
 from qeff_validate.explain.outputs import output_finding
-from qeff_validate.explain.reference_values import Place, ReferenceValues
+from qeff_validate.explain.reference_values import Call, ReferenceValues
 from qeff_validate.explain.structure import SUM, left_out_finding, repeated_layer, sum_finding, swapped_finding
 from qeff_validate.explain.weights import WeightComparison, WeightFinding, copy_finding, used_weights
 from qeff_validate.models.emulation.precision import Compute
@@ -148,21 +148,21 @@ def computed_location(
         if not text and observed.shape == value.array.shape:
             text = output_finding(value.array, observed, None, size, tolerance)
         return Location(module, text or _of_another_value(layers, observed, size, tolerance))
-    text = ""
-    if value.place is not None and observed.shape == value.array.shape:
+    text, place = "", value.place
+    if place is not None and observed.shape == value.array.shape:
         around = layers.values[max(0, layers.guilty - NEARBY) : layers.guilty]
         around = [*layers.values[layers.guilty + 1 : layers.guilty + AFTER], *around]
         others = [(item.module, item.array) for item in around if item.place is not None]
 
-        def computed(path: str, place: Place) -> str:
-            call = recorded.call(path, place)
+        def computed(path: str, call: Call | None) -> str:
             beside = "" if is_within(place[0], path) else common_module([path, place[0]])
             outer = recorded.call(beside, place) if beside else None
             parent = None if outer is None else (beside, outer)
             found = call and operator_finding(root, place, path, call, observed, size, tolerance, others, parent)
             return found or ""
 
-        text, call = computed(module, value.place), recorded.call(module, value.place)
+        call = recorded.call(module, place)
+        text = computed(module, call)
         given: Any = None if call is None or not call[0] else call[0][0]
         given = given.numpy() if given is not None and hasattr(given, "numpy") and given.is_floating_point() else None
         summed = "" if text else sum_finding(layers.values, layers.guilty, observed, size, tolerance)
@@ -176,7 +176,7 @@ def computed_location(
                     return Location(path, other)
         # an operator that does the work of several modules holds nothing of what the first of them give
         for path in dict.fromkeys([value.module, *layers.missing]) if not text else ():
-            other = computed(path, value.place) if path != module else ""
+            other = computed(path, recorded.call(path, place)) if path != module else ""
             if other:
                 return Location(path, other)
     if not text and layers.missing and value.place is not None and value.place[0] == value.module:

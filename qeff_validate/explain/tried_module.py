@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from qeff_validate.explain.reference_values import Call, Place
@@ -42,21 +42,22 @@ class TriedModule:
 
     def _value(self, call: Call) -> Any:
         path, side, index, _ = self.place
-        with ExitStack() as stack:
-            if path == self.path:
-                output = self.module(*call[0], **call[1])
-                found = output[index] if isinstance(output, (tuple, list)) else output
-            else:
-                child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
+        if path == self.path:
+            output = self.module(*call[0], **call[1])
+            found = output[index] if isinstance(output, (tuple, list)) else output
+        else:
+            child, seen = self.module.get_submodule(path.removeprefix(f"{self.path}.")), list[Any]()
 
-                def keep(_: Any, args: Any, out: Any = None) -> None:
-                    values = args if side == "in" else out
-                    seen.append(values[index] if isinstance(values, (tuple, list)) else values)
+            def keep(_: Any, args: Any, out: Any = None) -> None:
+                values = args if side == "in" else out
+                seen.append(values[index] if isinstance(values, (tuple, list)) else values)
 
-                hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
-                stack.callback(hook.remove)
+            hook = child.register_forward_pre_hook(keep) if side == "in" else child.register_forward_hook(keep)
+            try:
                 self.module(*call[0], **call[1])
-                found = seen[0]
+            finally:
+                hook.remove()
+            found = seen[0]
         return found.double().numpy()
 
 

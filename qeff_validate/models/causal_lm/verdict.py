@@ -54,7 +54,7 @@ SIZE_SHARE = 0.25
 """Part of the error across an adapter's change that is allowed along it, which is one direction of many.
 
 All runs of an ensemble may err little there by chance: VeRA on Qwen2 by up to 1.5e-4, and a device by 7.1e-4, which is
-0.30 of its own error across the change; 0.08 to 0.21 for three others (`tests/support.py --only vera`).
+0.30 of its own error across the change; docs/decisions/language-models.md has the others.
 """
 
 LEAST_DELTAS, MOST_DELTAS = least_bounds(ADAPTER_METRICS), most_bounds(ADAPTER_METRICS)

@@ -55,7 +55,7 @@ _PRECISIONS: dict[str, tuple[int, int]] = {
 }
 FLOATS, INT8 = (FLOAT, FLOAT16, BFLOAT16), int(T.INT8)
 _HALF = "/sim.entry"
-_PARTS, _SCATTERS = ("Gather", "GatherND", "Slice"), ("ScatterElements", "ScatterND")
+_READS, _SCATTERS = ("Gather", "GatherND", "Reshape", "Slice"), ("ScatterElements", "ScatterND")
 _RETAINED = ("_InternalRetainedState", "_RetainedState")
 
 
@@ -200,13 +200,8 @@ def _move_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list
     del graph.node[:]
     for node in nodes:
         moved = node.input[0] if node.input and node.domain in STANDARD else ""
-        if moved not in halves or node.op_type not in (*_PARTS, *_SCATTERS, "Reshape", "Shape"):
+        if moved not in halves or node.op_type not in (*_READS, *_SCATTERS, "Shape"):
             graph.node.append(node)
-        elif node.op_type == "Reshape":  # what is read of its result may be a part
-            result, half = node.output[0], f"{node.output[0]}/sim.half"
-            node.input[0], node.output[0] = halves[moved], half
-            graph.node.extend([node, cast(half, result, FLOAT)])
-            halves[result] = half
         elif node.op_type in _SCATTERS:
             if not moves(node) or node.output[0] not in leaving:
                 graph.node.append(node)
@@ -223,6 +218,7 @@ def _move_halves(graph: Any, entry: Sequence[Any], leave: Sequence[Any]) -> list
             graph.node.append(node)
             if node.op_type != "Shape":
                 graph.node.append(cast(node.output[0], result, FLOAT))
+                halves[result] = node.output[0]  # of a view, a part may be read
     return [node for node in leave if node.input[0] in leaving or not _casts(node, FLOAT16)]
 
 
