@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -52,3 +53,18 @@ def test_order_of_products_tells_which_weights_are_exchanged_without_those_that_
     assert exchanged(module, names, called, nodes, weights, parameters) == {"v": "a.weight", "u": "b.weight"}
     assert exchanged(module, names[:2], called, nodes, weights, parameters) == {}, "numbers of layers differ"
     assert exchanged(module, names, ["b", "a", "c"], nodes, weights, parameters) == {}, "they are in order"
+
+
+def test_weights_below_the_least_of_fp16_are_right_as_it_or_as_zero_in_a_file_of_float16() -> None:
+    module = torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        module.weight[1, 2] = 1e-9
+    rounded = module.weight.detach().numpy().astype(np.float16)
+    least = rounded.copy()
+    least[1, 2] = 2.0**-24
+    for right in (rounded, least):
+        assert compare_weights(module, {"w": right}, half=True).findings == []
+    least[1, 3] *= 2
+    (finding,) = compare_weights(module, {"w": least}, half=True).findings
+    assert finding.text.startswith("element [1, 3] is")
+    assert compare_weights(module, {"w": rounded}).findings[0].text == "rounded to fp16"
