@@ -49,6 +49,9 @@ MOST: Mapping[str, float] = MappingProxyType(most_bounds(LOGIT_METRICS))
 LEAST: Mapping[str, float] = MappingProxyType(least_bounds(LOGIT_METRICS))
 """Lower limits of measured bounds of logits."""
 
+BLOCK_SIZE = 1 << 18
+"""Logits whose errors are computed at a time: beyond some MB, an array costs more to allocate than to compute."""
+
 SIGMAS = 4.0
 """A reference margin of at most this many standard deviations of logit noise is a tie (validation-methods §12.4)."""
 
@@ -91,8 +94,11 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
 
 def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
     """Return the value of each metric with a measured bound, for logits ``[n, vocab]`` of the same rows."""
-    metrics = _errors(log_softmax(reference), log_softmax(actual))
-    return {metric.name: metric.value for metric in metrics if metric.name in LEAST}
+    rows = max(1, BLOCK_SIZE // reference.shape[1])
+    blocks = [slice(start, start + rows) for start in range(0, len(reference), rows)]
+    parts = [_row_errors(log_softmax(reference[block]), log_softmax(actual[block])) for block in blocks]
+    divergences, tiers = map(np.concatenate, zip(*parts, strict=True))
+    return {metric.name: metric.value for metric in _metrics(divergences, tiers) if metric.name in LEAST}
 
 
 def systematic_logit_metrics(center: Array, actual: Array) -> list[Metric]:
@@ -131,7 +137,7 @@ def judge_logits(
     if len(places) < len(reference):
         reference, actual = reference[places], actual[places]
     wanted, got = log_softmax(reference), log_softmax(actual)
-    results = [_gate(metric, bounds.get(metric.name), labels, places) for metric in _errors(wanted, got)]
+    results = [_gate(metric, bounds.get(metric.name), labels, places) for metric in _metrics(*_row_errors(wanted, got))]
     return results + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos, places)
 
 
@@ -141,16 +147,21 @@ def _divergences(wanted: Floats, got: Floats) -> Floats:
     return kl
 
 
-def _errors(wanted: Floats, got: Floats) -> list[Metric]:
-    error, kl = np.abs(got - wanted), _divergences(wanted, got)
+def _row_errors(wanted: Floats, got: Floats) -> tuple[Floats, Floats]:
+    """Return the KL divergence of each row, and its greatest error in each tier, float64 ``[n]`` and ``[n, tiers]``."""
+    error = np.abs(got - wanted)
+    likely = np.take_along_axis(error, _most_likely(wanted, TIERS[-1]), axis=-1)
+    tiers = [*(likely[:, :k] for k in TIERS), error]
+    return _divergences(wanted, got), np.stack([tier.max(axis=-1) for tier in tiers], axis=1)
+
+
+def _metrics(kl: Floats, tiers: Floats) -> list[Metric]:
     metrics = [
         Metric("kl_p99", float(np.quantile(kl, 0.99)), {"row": int(np.argmax(kl))}),
         worst_row("kl_max", kl),
         Metric("kl_p50", float(np.median(kl)), {"row": int(np.argmax(kl))}),
     ]
-    likely = np.take_along_axis(error, _most_likely(wanted, TIERS[-1]), axis=-1)
-    tiers = [*(likely[:, :k] for k in TIERS), error]
-    return metrics + [worst_row(name, tier.max(axis=-1)) for name, tier in zip(ERRORS, tiers, strict=True)]
+    return metrics + [worst_row(name, tier) for name, tier in zip(ERRORS, tiers.T, strict=True)]
 
 
 def _most_likely(log_probabilities: Floats, count: int) -> NDArray[np.int_]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -73,9 +73,23 @@ def cache_argument(model: Any) -> str:
     Args:
         model: a transformers model, or a PeftModel around one, whose own ``forward`` passes keywords on.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(base.forward).parameters
+    names = _arguments(model)
     return next((name for name in CACHE_NAMES if name in names), "past_key_values")
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """Return the argument by which a causal LM computes the logits of the last tokens alone, if it has one.
+
+    Args:
+        model: as in `cache_argument`.
+        count: of tokens.
+    """
+    return {"logits_to_keep": count} if "logits_to_keep" in _arguments(model) else {}
+
+
+def _arguments(model: Any) -> Mapping[str, Any]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(base.forward).parameters
 
 
 def own_source(model: Any) -> str:

@@ -70,6 +70,7 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         self._loaded: Any = None
         self._adapters = AdapterSpecs(options.named())
         self._tokenizer = PromptTokenizer(case, options, lambda: self.source, self._adapters)
+        self._chosen: tuple[Any, Sequence[Any] | None] = (None, None)  # inputs, and their greedy continuations
         self._tokens: int | None = None  # of the base, before its vocabulary grew to that of its adapters
 
     @cached_property
@@ -259,8 +260,10 @@ class PeftCausalLM(FaultTested, Prechecked, RecordingChecked, Timed, Explained):
         sizes = [tokens.size for tokens in inputs.ids]
         refuse_frequencies_by_length(inputs.tables, [*sizes, self.reach(inputs)])
         model = self._take_model()
-        outputs = continuations(model, self._specs(inputs), inputs, self.options.max_new_tokens, dtype)
-        self._loaded = model
+        of, chosen = self._chosen
+        steps = self.options.max_new_tokens
+        outputs = continuations(model, self._specs(inputs), inputs, steps, dtype, chosen if of is inputs else None)
+        self._loaded, self._chosen = model, (inputs, split_steps(outputs["tokens"], outputs["steps"]))
         return outputs
 
     def ensemble(self, inputs: Prompts, reference: Tensors, precision: Precision) -> Iterator[Tensors]:

@@ -40,6 +40,7 @@ from qeff_validate.models.emulation.precision import ComputationVariant, Rounded
 from qeff_validate.models.framework_calls import (
     cache_argument,
     first_line,
+    last_logits,
     quiet_transformers,
     returned_cache,
     translated_errors,
@@ -55,14 +56,28 @@ def continuations(
     inputs: Any,
     steps: int,
     dtype: str,
+    chosen: Sequence[Array] | None = None,
 ) -> Tensors:
-    """Continue every prompt with the base and with each adapter; see `PeftCausalLM.reference`."""
+    """Continue every prompt with the base and with each adapter; see `PeftCausalLM.reference`.
+
+    Args:
+        model: the base, or a user's `PeftModel`.
+        named: directory of each adapter, or its PEFT options.
+        inputs: prompts and tensors of ``base`` and each adapter.
+        steps: the most tokens of a continuation.
+        dtype: ``float32`` or ``float64``.
+        chosen: the greedy continuations, if they are known, in the order adapter, prompt.
+    """
     logits: list[Array] = []
     tokens: list[Array] = []
     for count, adapted in enumerate(adapted_models(model, named, inputs.adapters)):
         # not inference_mode: it would mark weights that are converted in it, and some methods refuse those later
         with translated_errors("run the Hugging Face model"), torch.no_grad(), one_thread_if_small(adapted):
-            texts = [_greedy(adapted, prompt, steps, inputs.eos) for prompt in inputs.ids]
+            if chosen is None:
+                texts = [_greedy(adapted, prompt, steps, inputs.eos) for prompt in inputs.ids]
+            else:
+                known = chosen[count * len(inputs.ids) :]
+                texts = [np.concatenate(pair) for pair in zip(inputs.ids, known)]  # noqa: B905 (the next adapters')
             starts = [prompt.size for prompt in inputs.ids]
             tokens += [text[start:] for text, start in zip(texts, starts, strict=True)]
             with _in_dtype(adapted, dtype, partial(_logits, adapted, texts[0], starts[0])):
@@ -124,6 +139,7 @@ def batched_logits(
     results: list[Array] = [np.zeros(0)] * len(texts)
     for rows in together(texts, variant.batch):
         length = max(texts[row].size for row in rows) - 1
+        first = min(starts[row] for row in rows) - 1  # whose logits somebody wants
         padded = [np.pad(texts[row][:-1], (0, length + 1 - texts[row].size), constant_values=pad) for row in rows]
         mask = [np.arange(length) < texts[row].size - 1 for row in rows]
         cache = None
@@ -136,9 +152,10 @@ def batched_logits(
             use_cache=keep,
             **{cache_argument(model): cache},
             **activation(model, [texts[row][: starts[row]] for row in rows], length),
+            **last_logits(model, length - first),
         ).logits
-        for row, values in zip(rows, logits[:, -length:], strict=True):  # virtual tokens may precede
-            results[row] = values[starts[row] - 1 : texts[row].size - 1].numpy().copy()
+        for row, values in zip(rows, logits[:, first - length :], strict=True):  # virtual tokens may precede
+            results[row] = values[starts[row] - 1 - first : texts[row].size - 1 - first].numpy().copy()
     return results
 
 

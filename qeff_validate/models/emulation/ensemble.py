@@ -8,10 +8,12 @@ simulator.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -56,8 +58,7 @@ def run_ensemble(
     other load on the machine; whole variants are independent.
 
     Args:
-        model: left unchanged; variants get modules of their own, which share the weights. Those with the same attention
-            share the modules, too, unless they run in parallel.
+        model: left unchanged; its copies share the weights. There are as many of each attention as run in parallel.
         compute: the precision.
         run: called with a copy of the model and its variant, while the precision is emulated.
         weights: the rounded weights, shared by all variants.
@@ -68,33 +69,37 @@ def run_ensemble(
         The results of ``run``, in the order of the variants.
     """
     threads = torch.get_num_threads()
+    workers = min(threads, len(variants))
+    replicas: dict[str, SimpleQueue[Any]] = {variant.attention: SimpleQueue() for variant in variants}
 
-    def run_variant(replica: Any, variant: ComputationVariant) -> T:
+    def run_variant(variant: ComputationVariant) -> T:
         torch.set_num_threads(1)
-        with (
-            (compressed or {}).get(variant.block, nullcontext()),
-            emulate_precision(replica, compute, variant, weights),
-        ):
-            return run(replica, variant)
+        free = replicas[variant.attention]
+        replica = free.get()
+        try:
+            with (
+                (compressed or {}).get(variant.block, nullcontext()),
+                emulate_precision(replica, compute, variant, weights),
+            ):
+                return run(replica, variant)
+        finally:
+            free.put(replica)
 
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        copies: dict[Any, Any] = {}
-        replicas = []
-        for variant in variants:
-            key = variant.attention if threads == 1 else variant
-            if key not in copies:
-                copies[key] = copy_sharing_weights(model)
-                stack.enter_context(attention_implementation(copies[key], variant.attention))
-                stack.enter_context(exportable_experts(copies[key]))
-            replicas.append(copies[key])
+        for attention, count in Counter(variant.attention for variant in variants).items():
+            for _ in range(min(workers, count)):  # none waits for one
+                replica = copy_sharing_weights(model)
+                stack.enter_context(attention_implementation(replica, attention))
+                stack.enter_context(exportable_experts(replica))
+                replicas[attention].put(replica)
         if weights.beyond_range:  # what is beyond the range for any input stays in float32 for all
-            run_variant(replicas[0], variants[0])
-        if threads == 1:
-            return [run_variant(replica, variant) for replica, variant in zip(replicas, variants, strict=True)]
+            run_variant(variants[0])
+        if workers == 1:
+            return [run_variant(variant) for variant in variants]
         torch.set_num_threads(1)
-        with ThreadPoolExecutor(min(threads, len(variants))) as pool:
-            return list(pool.map(run_variant, replicas, variants))
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(run_variant, variants))
 
 
 def copy_sharing_weights(model: T) -> T:
