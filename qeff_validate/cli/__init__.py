@@ -18,7 +18,9 @@ def main(args: list[str] | None = None) -> int:
     # read when torch is loaded: waiting threads that spin take the processors of busy ones
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from qeff_validate.cli.app import run_command
+    from qeff_validate.memory import end_without_collection
 
+    end_without_collection()
     code = run_command(args)
     signals.exit_on_signals()  # nothing is left to clean up
     return code

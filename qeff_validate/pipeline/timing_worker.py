@@ -21,6 +21,7 @@ from qeff_validate import errors
 from qeff_validate.builders.store import Store
 from qeff_validate.config.case import Case
 from qeff_validate.errors import IncomparableError, ValidateError
+from qeff_validate.memory import end_without_collection
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.machine import (
     MachineWatch,
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     job, result, parent = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     if not bound_to_parent(parent):
         return 1
+    end_without_collection()
     try:
         made = launch(json.loads(job.read_text(encoding="utf-8")))
     except ValidateError as exc:

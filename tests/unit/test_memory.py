@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,3 +43,33 @@ def test_garbage_is_always_collected_where_the_system_does_not_tell_its_size(mon
             small = weakref.ref(Cycle())
             memory.release_memory()
             assert small() is None
+
+
+ENDS = {
+    "command line": "from qeff_validate.cli import main; main(['--version'])",
+    "worker of a run": """
+import os, socket
+from qeff_validate.pipeline.executors import worker
+ours, its = socket.socketpair()
+ours.close()
+assert worker.main([str(its.detach()), str(os.getppid())]) == 0
+""",
+    "process that times": """
+import os
+from pathlib import Path
+from qeff_validate.pipeline import timing_worker
+timing_worker.launch = lambda job: job
+Path("job").write_text("{}")
+assert timing_worker.main(["job", "result", str(os.getppid())]) == 0
+""",
+}
+"""Ways of this library's own processes to their end."""
+
+
+@pytest.mark.parametrize("code", ENDS.values(), ids=list(ENDS))
+def test_own_processes_end_without_a_look_at_every_object(code: str, tmp_path: Path) -> None:
+    first = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 10_000))\n"  # so it runs last
+    done = subprocess.run(
+        [sys.executable, "-c", first + code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True", done

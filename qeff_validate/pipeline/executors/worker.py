@@ -19,6 +19,7 @@ from typing import Any
 from qeff_validate.builders.shared_store import FULL
 from qeff_validate.config.case import Case
 from qeff_validate.errors import Unavailable
+from qeff_validate.memory import end_without_collection
 from qeff_validate.pipeline.case_pipeline import Pipeline
 from qeff_validate.pipeline.executors.units import JUDGES, Unit
 from qeff_validate.pipeline.machine import reset_resident_peak, resident_peak_mb
@@ -157,6 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     number, parent = map(int, arguments)
     if not bound_to_parent(parent):
         return 1
+    end_without_collection()
 
     def leave(signum: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)  # what is half-made is removed on the way out
