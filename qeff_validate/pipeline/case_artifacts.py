@@ -220,7 +220,9 @@ class CaseArtifacts:
             return None
 
         def make() -> Tensors:
-            return measure_floor(model, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
+            floor = measure_floor(model, self.exact(), self.sample(), precision, digest_of(self.reference()))
+            release_memory()
+            return floor.stored()
 
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qeff_validate.memory import trim_memory
 from qeff_validate.models.emulation.precision import ComputationVariant, Compute, RoundedWeights, emulate_precision
 from qeff_validate.models.framework_calls import quiet_transformers
 from qeff_validate.models.sources.exportable_experts import exportable_experts
@@ -99,7 +100,9 @@ def run_ensemble(
             return [run_variant(variant) for variant in variants]
         torch.set_num_threads(1)
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(run_variant, variants))
+            results = list(pool.map(run_variant, variants))
+        trim_memory()  # the C library keeps what each thread has freed
+        return results
 
 
 def copy_sharing_weights(model: T) -> T:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from qeff_validate.models import scratch
 from qeff_validate.models.embedding.reference import batched_states, hidden_states
+from qeff_validate.models.emulation import ensemble
 from qeff_validate.models.emulation.ensemble import (
     ENSEMBLE,
     attention_implementation,
@@ -128,6 +129,23 @@ def test_parallel_variants_equal_sequential_ones_and_leave_the_model_unchanged(k
     assert all(equal(one, other) for one, other in zip(alone, together, strict=True))
     assert model.config._attn_implementation == attention
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_modules_are_copied_once_for_each_attention_and_thread(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(
+        ensemble, "copy_sharing_weights", lambda model: made.append(copy_sharing_weights(model)) or made[-1]
+    )
+    used: set[int] = set()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        run_ensemble(small("bert"), "fp32", lambda model, _: used.add(id(model)), weights=RoundedWeights("fp32"))
+    finally:
+        torch.set_num_threads(before)
+    assert len(made) == 2 * threads
+    assert used <= {id(model) for model in made}
 
 
 def test_an_error_in_a_variant_is_raised_and_the_thread_count_restored() -> None:
