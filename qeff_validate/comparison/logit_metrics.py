@@ -97,8 +97,8 @@ def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
     rows = max(1, BLOCK_SIZE // reference.shape[1])
     blocks = [slice(start, start + rows) for start in range(0, len(reference), rows)]
     parts = [_row_errors(log_softmax(reference[block]), log_softmax(actual[block])) for block in blocks]
-    divergences, tiers = map(np.concatenate, zip(*parts, strict=True))
-    return {metric.name: metric.value for metric in _metrics(divergences, tiers) if metric.name in LEAST}
+    kl, tiers = map(np.concatenate, zip(*parts, strict=True))
+    return {metric.name: metric.value for metric in _metrics(kl, tiers) if metric.name in LEAST}
 
 
 def systematic_logit_metrics(center: Array, actual: Array) -> list[Metric]:
@@ -137,14 +137,9 @@ def judge_logits(
     if len(places) < len(reference):
         reference, actual = reference[places], actual[places]
     wanted, got = log_softmax(reference), log_softmax(actual)
-    results = [_gate(metric, bounds.get(metric.name), labels, places) for metric in _metrics(*_row_errors(wanted, got))]
-    return results + _flips(wanted, got, _divergences(wanted, got), bounds, labels, texts, eos, places)
-
-
-def _divergences(wanted: Floats, got: Floats) -> Floats:
-    """Return the KL divergence of each row, float64 ``[n]``."""
-    kl: Floats = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
-    return kl
+    kl, tiers = _row_errors(wanted, got)
+    results = [_gate(metric, bounds.get(metric.name), labels, places) for metric in _metrics(kl, tiers)]
+    return results + _flips(wanted, got, kl, bounds, labels, texts, eos, places)
 
 
 def _row_errors(wanted: Floats, got: Floats) -> tuple[Floats, Floats]:
@@ -152,7 +147,8 @@ def _row_errors(wanted: Floats, got: Floats) -> tuple[Floats, Floats]:
     error = np.abs(got - wanted)
     likely = np.take_along_axis(error, _most_likely(wanted, TIERS[-1]), axis=-1)
     tiers = [*(likely[:, :k] for k in TIERS), error]
-    return _divergences(wanted, got), np.stack([tier.max(axis=-1) for tier in tiers], axis=1)
+    kl = np.maximum((np.exp(wanted) * (wanted - got)).sum(axis=-1), 0.0)
+    return kl, np.stack([tier.max(axis=-1) for tier in tiers], axis=1)
 
 
 def _metrics(kl: Floats, tiers: Floats) -> list[Metric]:

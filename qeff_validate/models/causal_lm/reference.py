@@ -76,8 +76,8 @@ def continuations(
             if chosen is None:
                 texts = [_greedy(adapted, prompt, steps, inputs.eos) for prompt in inputs.ids]
             else:
-                known = chosen[count * len(inputs.ids) :]
-                texts = [np.concatenate(pair) for pair in zip(inputs.ids, known)]  # noqa: B905 (the next adapters')
+                known = chosen[count * len(inputs.ids) : (count + 1) * len(inputs.ids)]
+                texts = [np.concatenate(pair) for pair in zip(inputs.ids, known, strict=True)]
             starts = [prompt.size for prompt in inputs.ids]
             tokens += [text[start:] for text, start in zip(texts, starts, strict=True)]
             with _in_dtype(adapted, dtype, partial(_logits, adapted, texts[0], starts[0])):
