@@ -18,6 +18,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 from scipy.special import rel_entr, softmax
 from scipy.stats import norm
 
+from qeff_validate.comparison import logit_metrics
 from qeff_validate.comparison.bounds import Bound
 from qeff_validate.comparison.logit_metrics import (
     ERRORS,
@@ -290,3 +291,17 @@ def test_a_case_overrides_with_its_reason_and_a_profile_without_bounds_has_none(
     assert bound == Bound(0.5, "case", "int8")
     assert logit_bounds("mxfp6", override={}) == {}
     assert set(MOST) == set(LOGIT_GATES)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_errors_are_those_of_all_rows_however_many_are_computed_at_a_time(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(0)
+    wanted = draw.standard_normal((7, 40)).astype(np.float32)
+    got = wanted + draw.standard_normal((7, 40)).astype(np.float32) * np.arange(7, dtype=np.float32)[:, None] / 100
+    whole = logit_errors(wanted, got)
+    monkeypatch.setattr(logit_metrics, "BLOCK_SIZE", rows * 40)
+    assert logit_errors(wanted, got) == whole
+    got[6, 3] = np.nan
+    assert all(np.isnan(error) for error in logit_errors(wanted, got).values())
