@@ -49,7 +49,7 @@ MOST: Mapping[str, float] = MappingProxyType(most_bounds(LOGIT_METRICS))
 LEAST: Mapping[str, float] = MappingProxyType(least_bounds(LOGIT_METRICS))
 """Lower limits of measured bounds of logits."""
 
-BLOCK_SIZE = 1 << 18
+BLOCK = 1 << 18
 """Logits whose errors are computed at a time: beyond some MB, an array costs more to allocate than to compute."""
 
 SIGMAS = 4.0
@@ -94,8 +94,9 @@ def logit_bounds(precision: str, *, override: Mapping[str, Any], floor: Floor | 
 
 def logit_errors(reference: Array, actual: Array) -> dict[str, float]:
     """Return the value of each metric with a measured bound, for logits ``[n, vocab]`` of the same rows."""
-    rows = max(1, BLOCK_SIZE // reference.shape[1])
-    blocks = [slice(start, start + rows) for start in range(0, len(reference), rows)]
+    height, width = reference.shape
+    rows = max(1, BLOCK // width)
+    blocks = [slice(start, start + rows) for start in range(0, height, rows)]
     parts = [_row_errors(log_softmax(reference[block]), log_softmax(actual[block])) for block in blocks]
     kl, tiers = map(np.concatenate, zip(*parts, strict=True))
     return {metric.name: metric.value for metric in _metrics(kl, tiers) if metric.name in LEAST}

@@ -301,7 +301,7 @@ def test_errors_are_those_of_all_rows_however_many_are_computed_at_a_time(
     wanted = draw.standard_normal((7, 40)).astype(np.float32)
     got = wanted + draw.standard_normal((7, 40)).astype(np.float32) * np.arange(7, dtype=np.float32)[:, None] / 100
     whole = logit_errors(wanted, got)
-    monkeypatch.setattr(logit_metrics, "BLOCK_SIZE", rows * 40)
+    monkeypatch.setattr(logit_metrics, "BLOCK", rows * 40)
     assert logit_errors(wanted, got) == whole
     got[6, 3] = np.nan
     assert all(np.isnan(error) for error in logit_errors(wanted, got).values())
