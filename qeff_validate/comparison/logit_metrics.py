@@ -248,12 +248,9 @@ def _divergence(
 def rows_beyond(reference: Array, actual: Array, bounds: Mapping[str, Bound]) -> NDArray[np.bool_]:
     """Return which rows exceed the bound of an error or of the KL divergence, or are not finite, bool ``[n]``."""
     with np.errstate(invalid="ignore"):
-        wanted, got = log_softmax(reference), log_softmax(actual)
-        kl = (np.exp(wanted) * (wanted - got)).sum(axis=-1)
-        error = np.take_along_axis(np.abs(got - wanted), np.argsort(-wanted, axis=-1), axis=-1)
-    within: NDArray[np.bool_] = kl <= bounds["kl_max"].value
-    for k, name in zip((*TIERS, wanted.shape[1]), ERRORS, strict=True):
-        within &= error[:, :k].max(axis=-1) <= bounds[name].value
+        kl, tiers = _row_errors(log_softmax(reference), log_softmax(actual))
+    most = np.array([bounds[name].value for name in ERRORS])
+    within: NDArray[np.bool_] = (kl <= bounds["kl_max"].value) & (tiers <= most).all(axis=1)
     return ~within
 
 

@@ -88,8 +88,12 @@ def last_logits(model: Any, count: int) -> dict[str, int]:
 
 
 def _arguments(model: Any) -> Mapping[str, Any]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters
+    return inspect.signature(base_of(model).forward).parameters
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model that a PeftModel is around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def own_source(model: Any) -> str:

@@ -134,6 +134,8 @@ class CaseArtifacts:
     def _stored(self, kind: str, label: str, key: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """Return tensors of the store, made if they are not there; say so if they were."""
         tensors, entry = self.store.tensors(kind, key, make, waiting=import_frameworks)
+        if entry.made:
+            release_memory()
         self._tell(label, entry)
         return tensors
 
@@ -170,9 +172,7 @@ class CaseArtifacts:
         """Return the float64 outputs of the Hugging Face model for the rows that are measured, stored."""
 
         def make() -> Tensors:
-            outputs = self.model().reference(self.sample().inputs, dtype="float64")
-            release_memory()
-            return outputs
+            return self.model().reference(self.sample().inputs, dtype="float64")
 
         def get() -> Tensors:
             return self._stored("reference", "reference in float64", self._measured_key(), make)
@@ -220,9 +220,7 @@ class CaseArtifacts:
             return None
 
         def make() -> Tensors:
-            floor = measure_floor(model, self.exact(), self.sample(), precision, digest_of(self.reference()))
-            release_memory()
-            return floor.stored()
+            return measure_floor(model, self.exact(), self.sample(), precision, digest_of(self.reference())).stored()
 
         key = {**self._measured_key(), "precision": precision.model_dump(mode="json"), "measures": measures_key()}
 

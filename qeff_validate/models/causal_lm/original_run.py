@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from qeff_validate.errors import IncomparableError
-from qeff_validate.models.framework_calls import cache_argument, translated_errors
+from qeff_validate.models.framework_calls import base_of, cache_argument, translated_errors
 from qeff_validate.protocols import Graph, OriginalRun
 from qeff_validate.tensors import RETAINED, Array, Tensors
 
@@ -124,8 +124,7 @@ def _keys_and_values(
 
 def _head_path(model: Any) -> str:
     """Return the path of the LM head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), "lm_head")
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qeff_validate.models.framework_calls import base_of
+
 GREEDY: Mapping[str, Any] = {
     "do_sample": False, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -18,8 +20,7 @@ def sampling_notes(model: Any) -> list[str]:
     Args:
         model: of transformers, or a PeftModel around one.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "generation_config", None)
+    config = getattr(base_of(model), "generation_config", None)
     asked = {name: getattr(config, name, None) for name in GREEDY}
     ignored = [f"{name}: {value}" for name, value in asked.items() if value not in (None, GREEDY[name])]
     if not ignored:

@@ -27,7 +27,7 @@ from qeff_validate.models.causal_lm.grouped_query_attention import NAME
 from qeff_validate.models.causal_lm.kv_cache import masks, masks_by_window, prefix_states
 from qeff_validate.models.causal_lm.real_rotations import RealRotations, has_complex_rotations
 from qeff_validate.models.causal_lm.virtual_tokens import TENSOR, VirtualTokens
-from qeff_validate.models.framework_calls import cache_argument
+from qeff_validate.models.framework_calls import base_of, cache_argument
 from qeff_validate.models.sources.exportable_experts import choose_exportable_experts
 from qeff_validate.protocols import Graph
 from qeff_validate.tensors import Tensors
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self._adapter = dict(adapter or {})
         self._last: Tensor | None = None
         self._cache_argument = cache_argument(model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         base.set_attn_implementation(NAME)
         choose_exportable_experts(base)
         use_exportable_layers(model)

@@ -21,7 +21,7 @@ from torch import nn
 
 from qeff_validate.memory import trim_memory
 from qeff_validate.models.emulation.precision import ComputationVariant, Compute, RoundedWeights, emulate_precision
-from qeff_validate.models.framework_calls import quiet_transformers
+from qeff_validate.models.framework_calls import base_of, quiet_transformers
 from qeff_validate.models.sources.exportable_experts import exportable_experts
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def copy_sharing_weights(model: T) -> T:
 @contextmanager
 def attention_implementation(model: Any, name: str) -> Iterator[None]:
     """Set the attention implementation of a model until the context ends; no effect where it is not supported."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = base_of(model)
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         with quiet_transformers():

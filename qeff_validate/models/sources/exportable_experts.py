@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qeff_validate.errors import ConfigError
-from qeff_validate.models.framework_calls import translated_errors
+from qeff_validate.models.framework_calls import base_of, translated_errors
 
 EXPORTABLE = "batched_mm"
 """An implementation of transformers that can be exported and supports every dtype."""
@@ -52,7 +52,7 @@ def exportable_experts(model: Any) -> Iterator[None]:
     Args:
         model: a transformers model, or a `peft.PeftModel` around one.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not hasattr(base, "get_experts_implementation"):
         yield
         return
