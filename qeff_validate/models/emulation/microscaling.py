@@ -80,7 +80,8 @@ class CompressedWeights(TorchFunctionMode):
         self._block = block
         self._allocate = scratch_tensor if is_large(model) else torch.empty
         weights = (parameter for name, parameter in model.named_parameters() if name not in but and parameter.ndim > 1)
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        # held, as the memory of one that is freed would be another tensor's, which then passed for a weight
+        self._weights = {weight.untyped_storage().data_ptr(): weight for weight in weights}
         self._cache: dict[tuple[Any, ...], Tensor] = {}
         self.used: set[int] = set()
         """Data pointers of the weights that products have read."""

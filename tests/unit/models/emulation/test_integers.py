@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,16 @@ def test_products_of_two_activations_are_those_of_onnx_runtimes_quantizer(
             result = torch.matmul(scores.softmax(-1), value)
     assert np.linalg.norm(wanted - exact) > 1e-3 * np.linalg.norm(exact)
     within(np.linalg.norm(result.numpy() - wanted) / np.linalg.norm(wanted), 1e-5)
+
+
+def test_weights_are_held_so_that_no_other_tensor_gets_their_memory_and_passes_for_one() -> None:
+    layer = product()
+    weight = weakref.ref(layer.weight)
+    mode = IntegerProducts(layer, IntegerFormat(activations=True))
+    del layer
+    held = weight()
+    assert held is not None
+    assert mode.is_weight(held)
 
 
 def test_query_that_sees_nothing_gives_zeros_as_in_torch_itself() -> None:
