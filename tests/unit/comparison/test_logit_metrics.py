@@ -146,6 +146,16 @@ def test_rows_beyond_are_those_whose_own_verdict_fails(size: float) -> None:
     assert rows_beyond(a, b, bounds).tolist() == wanted
 
 
+@pytest.mark.parametrize("tight", ["kl_max", *ERRORS])
+def test_row_is_beyond_if_a_single_bound_is_exceeded(tight: str) -> None:
+    a = logits()
+    b = a.copy()
+    b[2] += 0.1 * logits(5)[2]
+    loose = {name: Bound(math.inf, "case", "") for name in ("kl_max", *ERRORS)}
+    assert not rows_beyond(a, b, loose).any()
+    assert np.flatnonzero(rows_beyond(a, b, {**loose, tight: Bound(1e-9, "case", "")})).tolist() == [2]
+
+
 # --- changed choices --------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from bounds import close
 
 import qeff_validate as qv
+from qeff_validate.models.adapters.apply import apply_peft
 from qeff_validate.models.causal_lm import reference
 from qeff_validate.models.causal_lm.model import PeftCausalLM
 from qeff_validate.models.emulation.precision import ComputationVariant
@@ -52,9 +54,12 @@ def test_float64_reference_follows_the_tokens_that_were_chosen_in_float32(monkey
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
-def test_logits_of_tokens_that_nobody_compares_are_not_computed(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("llama", {}), ("gpt2", {}), ("mpt", {}), ("llama", {"peft_method": "lora", "r": 2})]
+)
+def test_logits_of_tokens_that_nobody_compares_are_not_computed(family: str, adapter: Mapping[str, Any]) -> None:
     model = Random(family, {"num_hidden_layers": 1}, 0).causal_lm()
+    model = apply_peft(model, adapter) if adapter else model
     texts, starts = [np.arange(1, 12), np.arange(3, 9), np.arange(5, 15)], [8, 5, 9]
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _m, args, _o: sizes.append(args[0].shape[1]))
